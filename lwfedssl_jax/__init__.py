@@ -1,0 +1,21 @@
+"""LW-FedSSL, Prog-FedSSL and end-to-end federated self-supervised learning in JAX.
+
+The method is arXiv 2401.11647. Array names carry their axes as a suffix
+(``view_2xBxHxWxC``, ``params_W``):
+
+========  ==========================================================
+letter    axis
+========  ==========================================================
+W         lanes: clients that are trained side by side under ``vmap``
+B         local batch
+2         the two views of an image
+H, W, C   image height, width and channels (after B: never lanes)
+P         patches (tokens) of an image
+D         width of an embedding
+L         layers of the encoder
+C         steps of one call of the round (in front of W: never channels)
+N         examples of a data set
+========  ==========================================================
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,235 @@
+"""Two random views of each image: pure functions under ``jit``.
+
+Operations take one image (HxWxC floats in [0, 1]) and explicit parameters; ``two_views``
+draws the parameters. Sample i of a batch depends on the key and on i alone, so a padded
+batch gives the views of the unpadded one.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow's "L"
+
+
+class Recipe(NamedTuple):
+    """What ``two_views`` does to an image, in this order; a zero leaves an operation out.
+
+    Pairs named ``*_by_view`` hold a value for the first and one for the second view.
+    """
+
+    rotation: float = 0.0  # degrees to either side
+    crop_area: tuple[float, float] = (1.0, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip: float = 0.0  # probability
+    jitter: float = 0.0  # probability of the four parts below
+    brightness: float = 0.0  # factor within 1 -+ this
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # turns of the colour wheel, to either side
+    grayscale: float = 0.0  # probability
+    blur_by_view: tuple[float, float] = (0.0, 0.0)  # probability
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_by_view: tuple[float, float] = (0.0, 0.0)  # probability
+    noise: float = 0.0  # standard deviation
+    mean: float = 0.5  # normalisation, after all else
+    std: float = 0.25
+
+
+RECIPES = {
+    # MoCo-v3's (arXiv 2104.02057, after BYOL's): asymmetric blur and solarisation.
+    "natural": Recipe(
+        crop_area=(0.08, 1.0),
+        flip=0.5,
+        jitter=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        grayscale=0.2,
+        blur_by_view=(1.0, 0.1),
+        solarize_by_view=(0.0, 0.2),
+    ),
+    # Glyphs: nothing that turns one into another (flips) or removes strokes (solarisation).
+    "digits": Recipe(
+        rotation=15.0, crop_area=(0.5, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, noise=0.1, mean=0.3, std=0.35
+    ),
+}
+
+
+def two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Two independently augmented, normalised views of each image: ``view_2xBxHxWxC`` in ``dtype``.
+
+    Args:
+      key: a typed key; sample i uses ``fold_in(key, i)``.
+      images_BxHxWxC: uint8.
+      recipe: what to draw from.
+      dtype: of the result.
+    """
+    b, *shape = images_BxHxWxC.shape
+    images = images_BxHxWxC.astype(jnp.float32) / 255
+    blur_2, solarize_2 = jnp.array(recipe.blur_by_view), jnp.array(recipe.solarize_by_view)
+
+    def sample(i: jax.Array, image: jax.Array) -> jax.Array:
+        # All numbers of a sample in two draws: each draw is a long program to compile.
+        draw_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+        draws_2xU = jax.random.uniform(draw_key, (2, len(Draws._fields)), jnp.float32)
+        noise_2xHxWxC = jax.random.normal(noise_key, (2, *shape), jnp.float32) if recipe.noise else jnp.zeros((2, 1))
+        view = lambda *random: _augment(image, recipe, Draws(*random[0]), *random[1:])  # noqa: E731
+        return jax.vmap(view)(draws_2xU, noise_2xHxWxC, blur_2, solarize_2)
+
+    view_Bx2xHxWxC = jax.vmap(sample)(jnp.arange(b), images)
+    return ((view_Bx2xHxWxC.swapaxes(0, 1) - recipe.mean) / recipe.std).astype(dtype)
+
+
+def normalise(images_BxHxWxC: jax.Array, recipe: Recipe) -> jax.Array:
+    """uint8 images as ``two_views`` would give them without any augmentation, float32."""
+    return (images_BxHxWxC.astype(jnp.float32) / 255 - recipe.mean) / recipe.std
+
+
+class Draws(NamedTuple):
+    """Uniform numbers in [0, 1) that decide one view."""
+
+    angle: jax.Array
+    area: jax.Array
+    ratio: jax.Array
+    top: jax.Array
+    left: jax.Array
+    flip: jax.Array
+    jitter: jax.Array
+    brightness: jax.Array
+    contrast: jax.Array
+    saturation: jax.Array
+    hue: jax.Array
+    grayscale: jax.Array
+    blur: jax.Array
+    sigma: jax.Array
+    solarize: jax.Array
+
+
+def _augment(
+    image: jax.Array,
+    r: Recipe,
+    u: Draws,
+    noise: jax.Array,
+    blur_probability: jax.Array,
+    solarize_probability: jax.Array,
+) -> jax.Array:
+    """One random view of one image."""
+
+    def around(centre: float, reach: float, u: jax.Array) -> jax.Array:
+        return centre - reach + 2 * reach * u
+
+    if r.rotation:
+        image = rotate(image, jnp.deg2rad(around(0, r.rotation, u.angle)))
+    if r.crop_area != (1.0, 1.0):
+        image = resized_crop(image, *random_box(u, image.shape[:2], r.crop_area, r.crop_ratio))
+    if r.flip:
+        image = jnp.where(u.flip < r.flip, image[:, ::-1], image)
+    if r.jitter:
+        jittered = adjust_brightness(image, around(1, r.brightness, u.brightness))
+        jittered = adjust_contrast(jittered, around(1, r.contrast, u.contrast))
+        if image.shape[-1] == 3:
+            jittered = adjust_saturation(jittered, around(1, r.saturation, u.saturation))
+            jittered = adjust_hue(jittered, around(0, r.hue, u.hue))
+        image = jnp.where(u.jitter < r.jitter, jittered, image)
+    if r.grayscale:
+        image = jnp.where(u.grayscale < r.grayscale, grayscale(image), image)
+    if any(r.blur_by_view):
+        sigma = r.blur_sigma[0] + (r.blur_sigma[1] - r.blur_sigma[0]) * u.sigma
+        image = jnp.where(u.blur < blur_probability, gaussian_blur(image, sigma), image)
+    if any(r.solarize_by_view):
+        image = jnp.where(u.solarize < solarize_probability, solarize(image), image)
+    if r.noise:
+        image = jnp.clip(image + r.noise * noise, 0, 1)
+    return image
+
+
+def random_box(
+    u: Draws, size: tuple[int, ...], area: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Top, left, height and width of a random crop, in pixels (not rounded).
+
+    Area is uniform, the ratio width / height log-uniform; sides longer than the image are
+    cut to it, the place is uniform.
+    """
+    h, w = size
+    pixels = h * w * (area[0] + u.area * (area[1] - area[0]))
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** u.ratio
+    height, width = jnp.minimum(jnp.sqrt(pixels / aspect), h), jnp.minimum(jnp.sqrt(pixels * aspect), w)
+    return u.top * (h - height), u.left * (w - width), height, width
+
+
+def resized_crop(image: jax.Array, top: jax.Array, left: jax.Array, height: jax.Array, width: jax.Array) -> jax.Array:
+    """The box resized to the image's own size, bilinear with antialiasing (Pillow's ``resize(box=...)``)."""
+    scale = jnp.array(image.shape[:2]) / jnp.stack([height, width])
+    shift = -jnp.stack([top, left]) * scale
+    return jax.image.scale_and_translate(image, image.shape, (0, 1), scale, shift, method="linear", antialias=True)
+
+
+def rotate(image: jax.Array, radians: jax.Array) -> jax.Array:
+    """Rotation about the centre, bilinear, edges repeated."""
+    h, w = image.shape[:2]
+    y, x = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
+    sin, cos = jnp.sin(radians), jnp.cos(radians)
+    at = [cos * y + sin * x + (h - 1) / 2, -sin * y + cos * x + (w - 1) / 2]
+    sample = lambda plane: jax.scipy.ndimage.map_coordinates(plane, at, order=1, mode="nearest")  # noqa: E731
+    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
+
+
+def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """``factor * image``, clipped."""
+    return jnp.clip(factor * image, 0, 1)
+
+
+def adjust_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blend with the mean of the gray image, clipped."""
+    return jnp.clip(factor * image + (1 - factor) * grayscale(image).mean(), 0, 1)
+
+
+def adjust_saturation(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blend with the gray image, clipped."""
+    return jnp.clip(factor * image + (1 - factor) * grayscale(image), 0, 1)
+
+
+def adjust_hue(image: jax.Array, turns: jax.Array) -> jax.Array:
+    """Hue shifted by ``turns`` of the colour wheel, saturation and value of HSV kept."""
+    value, low = image.max(-1), image.min(-1)
+    chroma = value - low
+    safe = jnp.where(chroma > 0, chroma, 1)
+    r, g, b = image[..., 0], image[..., 1], image[..., 2]
+    sextant = jnp.where(value == r, (g - b) / safe, jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = sextant / 6 + turns
+
+    # Back again: each channel is `value - chroma * clip(min(k, 4 - k), 0, 1)`, k its distance on the wheel in sextants.
+    offset = jnp.array([5.0, 3.0, 1.0], jnp.float32) / 6
+    turn = hue[..., None] + offset
+    k = 6 * (turn - jnp.floor(turn))  # floor: `%` is many times slower on a CPU
+    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+
+
+def grayscale(image: jax.Array) -> jax.Array:
+    """ITU-R 601 luma in all channels; images of one channel stay as they are."""
+    if image.shape[-1] != 3:
+        return image
+    luma = (image * jnp.array(GRAY_WEIGHTS, jnp.float32)).sum(-1, keepdims=True)
+    return jnp.broadcast_to(luma, image.shape)
+
+
+def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Gaussian blur of standard deviation ``sigma`` pixels; weights outside the image are left out."""
+
+    def weights(n: int) -> jax.Array:
+        i = jnp.arange(n, dtype=jnp.float32)
+        w = jnp.exp(-0.5 * ((i[:, None] - i[None, :]) / sigma) ** 2)
+        return w / w.sum(1, keepdims=True)
+
+    h, w, _ = image.shape
+    return jnp.einsum("ij,jkc->ikc", weights(h), jnp.einsum("kl,jlc->jkc", weights(w), image))
+
+
+def solarize(image: jax.Array) -> jax.Array:
+    """Pixels of at least half intensity inverted."""
+    return jnp.where(image >= 128 / 255, 1 - image, image)

@@ -1,0 +1,157 @@
+"""The work directory: the config it belongs to, metrics by line, checkpoints, the trained encoder."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.tree import Tree
+
+KEPT_CHECKPOINTS = 3
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl_jax")
+
+
+class WorkDir:
+    """A directory that holds one run.
+
+    ``WorkDir(path, config)`` only looks; nothing is written before ``open``.
+
+    Attributes:
+      path: the directory.
+      summary: the finished run's summary, or None.
+
+    Raises:
+      ConfigError: the directory holds another config's run or other files, or cannot be read.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.summary: dict[str, Any] | None = None
+        self._config = config
+        try:
+            if path.exists() and not path.is_dir():
+                raise ConfigError(
+                    f"--workdir: {path} is not a directory; accepted: a new or empty directory, or a run's"
+                )
+            if path.is_dir() and any(path.iterdir()):
+                self._check_same_run()
+                summary = path / "summary.json"
+                self.summary = json.loads(summary.read_text()) if summary.is_file() else None
+            elif not os.access(_nearest_existing(path), os.W_OK | os.X_OK):
+                raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(
+                f"--workdir: {path} cannot be read ({error}); accepted: a new or empty directory"
+            ) from error
+
+    def open(self, lanes: int) -> None:
+        """Make the directory and write ``config.json``; a run that continues keeps its own.
+
+        Raises:
+          ConfigError: the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "config.json").exists():
+                self.write_json(
+                    "config.json",
+                    {
+                        "config": to_dict(self._config),
+                        "lanes": lanes,
+                        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+                        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+                        | {"python": platform.python_version()},
+                    },
+                )
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir: {self.path} cannot be written ({error.strerror}); accepted: a directory you can write to"
+            ) from error
+
+    def restore(self, like: Tree) -> tuple[int, Tree] | None:
+        """``(finished rounds, parameters)`` of the last checkpoint; later metrics lines are dropped.
+
+        Args:
+          like: parameters of the same structure.
+        """
+        import orbax.checkpoint as ocp
+
+        rounds = None
+        if (self.path / "checkpoints").is_dir():
+            with self._manager() as manager:
+                rounds = manager.latest_step()
+                if rounds is not None:
+                    params = manager.restore(rounds, args=ocp.args.StandardRestore(like))
+        kept = [line for line in self.metrics() if rounds is not None and line["round"] <= rounds]
+        if (self.path / "metrics.jsonl").exists():
+            self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        return None if rounds is None else (rounds, params)
+
+    def save(self, rounds: int, params: Tree) -> None:
+        """Checkpoint the parameters after so many rounds; the last ``KEPT_CHECKPOINTS`` are kept."""
+        import orbax.checkpoint as ocp
+
+        with self._manager() as manager:
+            if manager.latest_step() != rounds:
+                manager.save(rounds, args=ocp.args.StandardSave(params))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of ``metrics.jsonl``, in order; an interrupted last line is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def save_encoder(self, encoder: Tree) -> None:
+        """The encoder's parameters as ``encoder.safetensors``, names joined by dots."""
+        flat = {
+            ".".join(str(k.key) for k in path): np.ascontiguousarray(jax.device_get(x))
+            for path, x in jax.tree.leaves_with_path(encoder)
+        }
+        self._replace("encoder.safetensors", lambda path: save_file(flat, path))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        self._replace(name, json.dumps(content, indent=1) + "\n")
+
+    def _replace(self, name: str, content: str | Callable[[Path], None]) -> None:
+        temporary = self.path / f".{name}.new"
+        temporary.write_text(content) if isinstance(content, str) else content(temporary)
+        temporary.replace(self.path / name)
+
+    def _manager(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        return ocp.CheckpointManager(
+            (self.path / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=KEPT_CHECKPOINTS)
+        )
+
+    def _check_same_run(self) -> None:
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
+        old, new = json.loads(file.read_text())["config"], to_dict(self._config)
+        for section in new:
+            for name, value in new[section].items():
+                before = old.get(section, {}).get(name)
+                if before != value:
+                    raise ConfigError(
+                        f"--workdir: {self.path} holds another config's run: {section}.{name} is {before!r} there, "
+                        f"{value!r} here; accepted: the same config, or another directory"
+                    )
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(p for p in [path, *path.absolute().parents] if p.exists())

@@ -1,0 +1,200 @@
+"""The command line: parse, dispatch, one line for bad input."""
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from lwfedssl_jax import config as configs
+from lwfedssl_jax.config import Config, ConfigError
+
+USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
+EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train, evaluate and write the work directory; continues an unfinished run of the same config."""
+
+    config_name: tyro.conf.Positional[str]
+    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    workdir: Path | None = None
+    """Where the run lives; by default runs/CONFIG-HASH, one directory for each config and overrides."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one client spends under each strategy in traffic, operations and memory; trains nothing."""
+
+    config_name: tyro.conf.Positional[str]
+    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print JSON instead of a table."""
+    memory: bool = True
+    """Compile one client's training step of each stage to learn its peak memory."""
+
+
+Options = TypeVar("Options", Train, Resources)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+      0; 2 for bad input, after one line on standard error; 1 for any other failure; 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv) or ["train", "quickstart"]
+    try:
+        if argv[0] in ("-h", "--help"):
+            print_help()
+        elif argv[0] in COMMANDS:
+            COMMANDS[argv[0]](argv[1:])
+        else:
+            close = difflib.get_close_matches(argv[0], COMMANDS) or COMMANDS
+            raise ConfigError(f"COMMAND: unknown {argv[0]!r}; accepted: {', '.join(close)}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def train(arguments: list[str]) -> None:
+    """The ``train`` command."""
+    options = parse(Train, arguments)
+    from lwfedssl_jax import report, simulate
+    from lwfedssl_jax.checkpoint import WorkDir
+    from lwfedssl_jax.progress import ConsoleProgress
+
+    config = configs.resolve(options.config)
+    workdir = WorkDir(options.workdir or default_workdir(options.config_name, config), config)
+    out = Console()
+    if workdir.summary is not None:
+        out.print(f"{workdir.path} holds this run, finished; this is its summary (--workdir DIR starts another)")
+        out.print(report.summary_tables(workdir.summary))
+        return
+    began = time.monotonic()
+    with ConsoleProgress(Console(stderr=True)) as listener:
+        listener.say(f"{options.config_name} runs in {workdir.path}")
+        summary = simulate.train(config, workdir, listener)
+    out.print(report.summary_tables(summary))
+    out.print(
+        f"{summary['seconds']:.0f} s of training, {time.monotonic() - began:.0f} s in all; "
+        f"metrics, plots and encoder are in {workdir.path}"
+    )
+
+
+def resources(arguments: list[str]) -> None:
+    """The ``resources`` command."""
+    options = parse(Resources, arguments)
+    from lwfedssl_jax import report
+    from lwfedssl_jax import resources as ledgers
+
+    config = configs.resolve(options.config)
+    progress = Console(stderr=True)
+    with progress.status("tracing") as status:
+        strategies = ledgers.all_strategies(config, memory=options.memory, notify=status.update)
+    if options.json:
+        plain = {
+            "config": configs.to_dict(config),
+            "bytes_per_parameter": ledgers.BYTES_PER_PARAMETER,
+            "strategies": strategies,
+        }
+        print(json.dumps(plain, indent=1))
+    else:
+        Console().print(report.resource_table(strategies))
+
+
+def list_configs(arguments: list[str]) -> None:
+    """The ``list`` command."""
+    if arguments:
+        raise ConfigError(f"list: unexpected {arguments[0]!r}; accepted: nothing after `list`")
+    table = Table(box=None, show_header=False)
+    for name, line in configs.available(config_dir()):
+        table.add_row(name, line)
+    Console().print(table)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "resources": resources, "list": list_configs}
+
+
+def print_help() -> None:
+    """What the program is and the commands it has."""
+    print("Federated self-supervised learning, layer by layer: LW-FedSSL, Prog-FedSSL and end to end.\n")
+    print(USAGE + "\n")
+    print("  train CONFIG [--section.field VALUE ...] [--workdir DIR]")
+    print("      train, evaluate, write the work directory; continues an unfinished run")
+    print("  resources CONFIG [--section.field VALUE ...] [--json] [--no-memory]")
+    print("      what one client spends under each strategy; trains nothing")
+    print("  list")
+    print("      the configs that exist\n")
+    print("`python run.py COMMAND --help` lists every option.")
+
+
+def parse(options: type[Options], arguments: list[str]) -> Options:
+    """Parse a command that starts with CONFIG: its values are the defaults that options override.
+
+    Raises:
+      ConfigError: no CONFIG, an unknown option or choice, or a value that does not parse.
+      SystemExit: after ``--help``.
+    """
+    command = options.__name__.lower()
+    if arguments and arguments[0] in ("-h", "--help"):
+        arguments = ["quickstart", "--help"]
+    if not arguments or arguments[0].startswith("-"):
+        found = repr(arguments[0]) if arguments else "nothing"
+        raise ConfigError(
+            f"CONFIG: {command} needs one first, found {found}; accepted: a name that `list` shows, or a .py file"
+        )
+    default = options(config_name=arguments[0], config=configs.load(arguments[0], config_dir()))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError(one_line(errors.getvalue())) from None
+        raise
+
+
+def one_line(box: str) -> str:
+    """Tyro's framed message as one line: what is wrong, and the options it suggests."""
+    text = [line.strip("│╭╮╰╯ ") for line in box.splitlines() if line.startswith("│")]
+    cut = next((i for i, line in enumerate(text) if line.startswith("─")), len(text))
+    message = re.sub(r"\s+", " ", " ".join(text[:cut])).rstrip(".")
+    known = dict.fromkeys(re.findall(r"^--[\w.-]+", "\n".join(text[cut:]), re.MULTILINE))
+    if "Unrecognized" in message:
+        return f"{message}; accepted: {', '.join(known) or 'the options --help lists'}"
+    return message
+
+
+def config_dir() -> Path:
+    """Where the named configs are: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).parent
+    beside = package.parent / "configs"
+    return beside if beside.is_dir() else package / "configs"
+
+
+def default_workdir(name: str, config: Config) -> Path:
+    """``runs/CONFIG-HASH``: another seed or override is another directory, the same command the same one."""
+    digest = hashlib.sha256(json.dumps(configs.to_dict(config)).encode()).hexdigest()[:8]
+    return Path("runs") / f"{Path(name).with_suffix('').name if name.endswith('.py') else name}-{digest}"

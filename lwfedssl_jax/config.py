@@ -1,0 +1,366 @@
+"""The experiment as frozen dataclasses, and every check a single config allows.
+
+Each field's docstring is its help text on the command line. ``validate`` runs before
+anything is compiled or written; checks that need the data or the disk come later, in
+the module that first knows them, and raise the same ``ConfigError``.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """Bad input: one line that names the field, the value and what is accepted."""
+
+
+class Range(NamedTuple):
+    """Closed interval a number must lie in; ``above`` excludes the lower end."""
+
+    low: float
+    high: float = float("inf")
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
+
+
+AtLeast1 = Annotated[int, Range(1)]
+AtLeast0 = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+class VitSize(NamedTuple):
+    """Sizes of a named vision transformer."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+MODELS = {
+    "vit_micro": VitSize(64, 6, 4),
+    "vit_tiny": VitSize(192, 12, 3),
+    "vit_small": VitSize(384, 12, 6),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the clients' images are."""
+
+    name: str = "digits"
+    """digits (scikit-learn's, embedded), synthetic (generated), or tfds:NAME (prepared on this machine)."""
+    image_size: AtLeast1 = 16
+    """Height and width in pixels; images are resized once."""
+    views: Literal["auto", "digits", "natural"] = "auto"
+    """Augmentation recipe; auto takes the data set's own."""
+    synthetic_examples: AtLeast1 = 2000
+    """synthetic only: training images generated (a quarter as many for testing)."""
+    synthetic_classes: Annotated[int, Range(2)] = 10
+    """synthetic only: number of classes."""
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Which client owns which example."""
+
+    kind: Literal["iid", "dirichlet"] = "iid"
+    """iid: equal shares at random; dirichlet: class shares drawn from Dirichlet(beta)."""
+    clients: AtLeast1 = 10
+    """Clients in the population."""
+    beta: Positive = 0.5
+    """dirichlet only: concentration; smaller is more skewed."""
+    allow_empty: bool = False
+    """Let clients end up without data (they then never report)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder. Sizes of 0 stand for the named model's own."""
+
+    name: Literal["vit_micro", "vit_tiny", "vit_small"] = "vit_tiny"
+    """Named size: vit_micro 64 wide, 6 deep; vit_tiny 192, 12; vit_small 384, 12."""
+    patch_size: AtLeast1 = 4
+    """Patch height and width in pixels."""
+    width: AtLeast0 = 0
+    """Embedding width D."""
+    depth: AtLeast0 = 0
+    """Layers L (transformer blocks)."""
+    heads: AtLeast0 = 0
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The self-supervised objective and its heads."""
+
+    name: Literal["simclr", "byol", "mocov3"] = "mocov3"
+    """simclr, byol or mocov3."""
+    temperature: Positive = 0.05
+    """Softmax temperature of simclr and mocov3; byol has none."""
+    momentum: Fraction = 0.99
+    """Target branch of byol and mocov3: target <- m * target + (1 - m) * online; simclr has none."""
+    hidden_dim: AtLeast1 = 512
+    """Hidden width of the heads."""
+    output_dim: AtLeast1 = 256
+    """Output width of the heads."""
+
+
+StrategyName = Literal["layerwise", "progressive", "end_to_end"]
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """How the encoder is trained over the rounds."""
+
+    name: StrategyName = "layerwise"
+    """layerwise (LW-FedSSL), progressive (Prog-FedSSL) or end_to_end (FedSSL)."""
+    layers_per_stage: AtLeast1 = 1
+    """Layers a stage adds; the last stage takes the remainder. end_to_end has one stage of all layers."""
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Rounds and who takes part in them."""
+
+    rounds: AtLeast1 = 180
+    """Rounds in all, spread over the stages (earlier stages take what does not divide)."""
+    local_epochs: AtLeast1 = 3
+    """Passes over its own data that a client makes in a round."""
+    clients_per_round: AtLeast0 = 0
+    """Clients drawn each round; 0 draws all."""
+    dropout: Fraction = 0.0
+    """Probability that a drawn client never reports back."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The clients' AdamW; its state starts afresh each round."""
+
+    batch_size: AtLeast1 = 512
+    """Local batch size B; a client's last batch of an epoch may be shorter."""
+    learning_rate: Positive = 1.5e-4
+    """Base learning rate, scaled by batch_size / 256."""
+    weight_decay: NonNegative = 1e-5
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Which protocols judge the frozen encoder, and when."""
+
+    labels_per_class: tuple[AtLeast0, ...] = (5, 20, 0)
+    """Linear probes: labelled training images per class; 0 takes all of them."""
+    draws: AtLeast1 = 5
+    """Random label subsets averaged by each few-label probe."""
+    neighbours: AtLeast0 = 20
+    """kNN: neighbours that vote; 0 leaves kNN out."""
+    every: AtLeast0 = 0
+    """Evaluate every so many rounds as well as at each stage's end; 0: only there."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the simulation runs; apart from seed and precision, results change by float rounding only."""
+
+    seed: Seed = 0
+    """Seed of everything random."""
+    lanes: AtLeast0 = 0
+    """Clients trained side by side under vmap; 0 chooses by device."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of encoder and heads; parameters, losses and averages are float32."""
+    remat: bool = False
+    """Recompute each trainable block's activations in the backward pass: less memory, more operations."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Layers each stage adds, with ``end_to_end`` as one stage of all layers."""
+        if self.strategy.name == "end_to_end":
+            return self.model.depth
+        return self.strategy.layers_per_stage
+
+    @property
+    def stages(self) -> int:
+        """Number of stages S = ceil(L / layers_per_stage)."""
+        return -(-self.model.depth // self.layers_per_stage)
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients K drawn each round."""
+        return self.federation.clients_per_round or self.partition.clients
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate the optimizer runs at: base * batch_size / 256."""
+        return self.optimizer.learning_rate * self.optimizer.batch_size / 256
+
+
+def with_strategy(config: Config, name: StrategyName) -> Config:
+    """The same experiment under another strategy."""
+    return dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, name=name))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``{"section.field": value}`` over all sections, in order."""
+    return {
+        f"{section.name}.{f.name}": getattr(getattr(config, section.name), f.name)
+        for section in dataclasses.fields(config)
+        for f in dataclasses.fields(getattr(config, section.name))
+    }
+
+
+def resolve(config: Config) -> Config:
+    """Validate ``config`` and fill in the named model's sizes.
+
+    Raises:
+      ConfigError: a value is of the wrong type, outside its range or choices, or does
+        not fit another field.
+    """
+    for name, value, hint in _fields_with_hints(config):
+        _check_value(name, value, hint)
+    size = MODELS[config.model.name]._asdict()
+    chosen = {k: getattr(config.model, k) or default for k, default in size.items()}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **chosen))
+    _check_together(config)
+    return config
+
+
+def load(name: str, config_dir: Path) -> Config:
+    """The ``config`` object of ``config_dir/NAME.py``, or of the Python file ``name``; not yet resolved.
+
+    Raises:
+      ConfigError: no such config, the file does not run, or it defines no ``config``.
+    """
+    path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
+    if not path.is_file():
+        known = [n for n, _ in available(config_dir)]
+        close = difflib.get_close_matches(name, known, n=3) or known
+        raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or one of {', '.join(close)}")
+    spec = importlib.util.spec_from_file_location("lwfedssl_config", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own file: whatever it raises is bad input
+        raise ConfigError(f"CONFIG: {path} does not run: {type(error).__name__}: {error}") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise ConfigError(f"CONFIG: {path} must define `config = Config(...)`, found {type(config).__name__}")
+    return config
+
+
+def available(config_dir: Path) -> list[tuple[str, str]]:
+    """``(name, first line of its docstring)`` of every config under ``config_dir``."""
+    return [
+        (
+            path.relative_to(config_dir).with_suffix("").as_posix(),
+            (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0],
+        )
+        for path in sorted(config_dir.rglob("*.py"))
+    ]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain data, equal to what JSON gives back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def _fields_with_hints(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        if not dataclasses.is_dataclass(values) or type(values).__name__ != _section_type(section.name):
+            raise ConfigError(f"{section.name}: expected {_section_type(section.name)}, got {values!r}")
+        for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
+            yield f"{section.name}.{name}", getattr(values, name), hint
+
+
+def _section_type(name: str) -> str:
+    return typing.get_type_hints(Config)[name].__name__
+
+
+def _check_value(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Annotated:
+        kind, interval = get_args(hint)
+        _check_value(name, value, kind)
+        if value not in interval:
+            raise ConfigError(f"{name}: {value!r} is out of range; accepted: {interval}")
+    elif get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{name}: unknown {value!r}; accepted: {', '.join(get_args(hint))}")
+    elif get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            raise ConfigError(f"{name}: {value!r} is not a tuple; accepted: a tuple of whole numbers")
+        for item in value:
+            _check_value(name, item, get_args(hint)[0])
+    else:
+        accepted = (int, float) if hint is float else (hint,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool) or value != value:
+            raise ConfigError(f"{name}: {value!r} is not valid; accepted: {hint.__name__}")
+
+
+def _check_together(config: Config) -> None:
+    data, model = config.data, config.model
+    if data.image_size % model.patch_size:
+        raise ConfigError(
+            f"model.patch_size: {model.patch_size} does not divide data.image_size {data.image_size}; "
+            f"accepted: one of {', '.join(map(str, _divisors(data.image_size)))}"
+        )
+    if model.width % model.heads:
+        raise ConfigError(
+            f"model.heads: {model.heads} does not divide model.width {model.width}; "
+            f"accepted: one of {', '.join(map(str, _divisors(model.width)))}"
+        )
+    if config.strategy.layers_per_stage > model.depth:
+        raise ConfigError(
+            f"strategy.layers_per_stage: {config.strategy.layers_per_stage} is more than the encoder has; "
+            f"accepted: 1 to model.depth {model.depth}"
+        )
+    if config.stages > config.federation.rounds:
+        raise ConfigError(
+            f"federation.rounds: {config.federation.rounds} rounds cannot hold {config.stages} stages; "
+            f"accepted: at least {config.stages}, or a larger strategy.layers_per_stage"
+        )
+    if config.federation.clients_per_round > config.partition.clients:
+        raise ConfigError(
+            f"federation.clients_per_round: {config.federation.clients_per_round} is more than the "
+            f"population; accepted: 0 to partition.clients {config.partition.clients}"
+        )
+    if not config.evaluation.labels_per_class and not config.evaluation.neighbours:
+        raise ConfigError("evaluation: no protocol is left; accepted: labels_per_class or neighbours above 0")
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,1 @@
+"""Images and labels, and which client owns which example."""

@@ -1,0 +1,126 @@
+"""How good an encoder is: linear probe and kNN on frozen features, without heads."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from lwfedssl_jax import tree
+from lwfedssl_jax.augment import normalise
+from lwfedssl_jax.client import Task
+from lwfedssl_jax.config import ConfigError, EvaluationConfig
+from lwfedssl_jax.data.sources import Dataset
+from lwfedssl_jax.models.vit import EVERY_STAGE
+from lwfedssl_jax.tree import Tree
+
+BATCH = 256  # images encoded at once
+KNN_TEMPERATURE = 0.07  # of Wu et al., 2018 (arXiv 1805.01978)
+PROBE_ITERATIONS = 1000
+
+Result = dict[str, Any]
+Encode = Callable[[Tree, np.ndarray, int], np.ndarray]
+
+
+def check(config: EvaluationConfig, dataset: Dataset) -> None:
+    """Refuse protocols the data set cannot serve.
+
+    Raises:
+      ConfigError: more labels a class, or neighbours, than there are training images.
+    """
+    fewest = int(np.bincount(dataset.train_labels, minlength=dataset.classes).min())
+    for labels in config.labels_per_class:
+        if labels > fewest:
+            raise ConfigError(
+                f"evaluation.labels_per_class: {labels} is more than the smallest class has; accepted: 0 to {fewest}"
+            )
+    if config.neighbours > len(dataset.train_labels):
+        raise ConfigError(
+            f"evaluation.neighbours: {config.neighbours} is more than the training images; "
+            f"accepted: 0 to {len(dataset.train_labels)}"
+        )
+
+
+def make_encode(task: Task, layers: Tree) -> Encode:
+    """``(params, images_NxHxWxC, depth) -> features_NxD`` of layers L1..L_depth and the final norm.
+
+    Args:
+      task: static.
+      layers: layer number of each encoder parameter.
+    """
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def encode_batch(params: Tree, images_BxHxWxC: jax.Array, depth: int) -> jax.Array:
+        norm = jax.tree.map(lambda n: n == EVERY_STAGE, layers)
+        frozen = jax.tree.map(lambda n: (n != EVERY_STAGE) & (n <= depth), layers)
+        images = normalise(images_BxHxWxC, task.recipe).astype(task.dtype)
+        x = task.encoder.frozen_forward(tree.take(params, frozen), images)
+        return task.encoder.trainable_forward(tree.take(params, norm), x)
+
+    def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int) -> np.ndarray:
+        n = len(images_NxHxWxC)
+        padded = np.pad(images_NxHxWxC, [(0, -n % BATCH)] + [(0, 0)] * 3)
+        parts = [encode_batch(params["encoder"], padded[i : i + BATCH], depth) for i in range(0, n, BATCH)]
+        return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
+
+    return encode
+
+
+def judge(config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray) -> dict[str, Result]:
+    """``{protocol: {"accuracy": ..., settings}}`` of frozen features, accuracies in [0, 1].
+
+    Protocols: ``linear_probe_K`` (K labelled images a class, mean and standard deviation over
+    draws that are the same for every run), ``linear_probe_all``, ``knn``.
+    """
+    results = {}
+    for labels in config.labels_per_class:
+        results[f"linear_probe_{labels or 'all'}"] = linear_probe(dataset, train_NxD, test_NxD, labels, config.draws)
+    if config.neighbours:
+        results["knn"] = knn(dataset, train_NxD, test_NxD, config.neighbours)
+    return results
+
+
+def linear_probe(
+    dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, labels_per_class: int, draws: int
+) -> Result:
+    """Multinomial logistic regression (L2, C = 1) on standardised features; 0 labels a class means all."""
+    scores = []
+    for draw in range(draws if labels_per_class else 1):
+        chosen = _draw(dataset.train_labels, labels_per_class, draw)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=PROBE_ITERATIONS))
+        probe.fit(train_NxD[chosen], dataset.train_labels[chosen])
+        scores.append(probe.score(test_NxD, dataset.test_labels))
+    return {
+        "accuracy": float(np.mean(scores)),
+        "std": float(np.std(scores)),
+        "labels_per_class": labels_per_class or "all",
+        "draws": len(scores),
+        "classifier": f"logistic regression, L2, C=1, at most {PROBE_ITERATIONS} iterations, standardised features",
+    }
+
+
+def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbours: int) -> Result:
+    """Weighted kNN on cosine similarity s, votes ``exp(s / 0.07)`` (Wu et al., 2018, arXiv 1805.01978)."""
+    classifier = KNeighborsClassifier(
+        neighbours, metric="cosine", weights=lambda distance: np.exp(-distance / KNN_TEMPERATURE)
+    )
+    classifier.fit(train_NxD, dataset.train_labels)
+    return {
+        "accuracy": float(classifier.score(test_NxD, dataset.test_labels)),
+        "neighbours": neighbours,
+        "classifier": f"cosine kNN, votes weighted by exp(similarity / {KNN_TEMPERATURE})",
+    }
+
+
+def _draw(labels_N: np.ndarray, per_class: int, draw: int) -> np.ndarray:
+    if not per_class:
+        return np.arange(len(labels_N))
+    rng = np.random.default_rng(draw)
+    return np.concatenate(
+        [rng.choice(np.flatnonzero(labels_N == c), per_class, replace=False) for c in np.unique(labels_N)]
+    )

@@ -1,0 +1,101 @@
+"""A run as it goes: a live line in a terminal, else a line every few seconds."""
+
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lwfedssl_jax import resources
+from lwfedssl_jax.simulate import Listener, Run
+from lwfedssl_jax.stages import Stage
+
+SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
+
+
+class ConsoleProgress(Listener):
+    """Prints what it hears; a context manager that owns the live line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:.0f}%"),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", total=1.0)
+        self._printed = 0.0
+        self._status = ""
+        self._training = 0.0  # seconds of rounds so far
+        self._compiling: list[float] = []  # seconds of each stage's compilation
+        self._since = time.monotonic()
+
+    def __enter__(self) -> "ConsoleProgress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, run: Run, finished_rounds: int) -> None:
+        self._run, self._number = run, finished_rounds
+        config, sizes = run.config, [len(c) for c in run.clients]
+        self.say(
+            f"{config.strategy.name}, {config.objective.name}: {len(run.stages)} stages, {config.federation.rounds} "
+            f"rounds, {len(sizes)} clients with {min(sizes)} to {max(sizes)} examples, "
+            f"{run.lanes} lane{'s' * (run.lanes > 1)} on {jax.devices()[0].device_kind}"
+        )
+        if finished_rounds:
+            self.say(f"continuing after round {finished_rounds}")
+        # A round's cost depends on its stage: progress is measured in operations, not rounds.
+        per_stage = resources.ledger(config, memory=False)["per_stage"]
+        costs = [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
+        self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
+        self._left_at_start = self._left[finished_rounds]
+
+    def compiling(self, what: str) -> None:
+        self._since = time.monotonic()
+        self._show(f"compiling {what}", always=True)
+
+    def stage(self, stage: Stage) -> None:
+        self._stage = stage
+        self._compiling.append(time.monotonic() - self._since)
+        self._since = time.monotonic()
+        self._status = f"stage {stage.number}/{len(self._run.stages)}"
+
+    def steps(self, round_number: int, done: int, total: int) -> None:
+        self._show(f"{self._status} · round {round_number}, step {done}/{total}")
+
+    def round(self, line: dict[str, Any]) -> None:
+        self._number = line["round"]
+        self._training += line["seconds"]
+        loss = "nobody reported" if line["loss"] is None else f"loss {line['loss']:.3f}"
+        self._status = (
+            f"stage {line['stage']}/{len(self._run.stages)} · round {self._number}/{self._run.config.federation.rounds}"
+            f" · {loss} · {line['clients'] / line['seconds']:.3g} clients/s"
+            f" · {line['examples'] / line['seconds']:,.0f} samples/s · {self._time_left()} left"
+        )
+        self._show(self._status)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        where = f"round {line['round']}, {line['depth']} layers" if line["round"] else "untrained"
+        self.say(f"  {where}: {line['protocol']} {100 * line['accuracy']:.1f} %")
+
+    def _time_left(self) -> str:
+        done = self._left_at_start - self._left[self._number]
+        seconds = self._training / done * self._left[self._number]
+        seconds += (len(self._run.stages) - self._stage.number) * sum(self._compiling) / len(self._compiling)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    def _show(self, text: str, *, always: bool = False) -> None:
+        if self._console.is_terminal:
+            done = 1 - self._left[self._number] / self._left[0] if hasattr(self, "_left") else 0
+            self._bar.update(self._task, description=text, completed=done)
+        elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self.say(text)
