@@ -17,6 +17,6 @@ config = Config(
     model=ModelConfig(name="vit_micro"),
     objective=ObjectiveConfig(name="simclr", temperature=0.2, hidden_dim=128, output_dim=64),
     strategy=StrategyConfig(name="layerwise"),
-    federation=FederationConfig(rounds=30, local_epochs=3),
-    optimizer=OptimizerConfig(batch_size=16, learning_rate=0.064),
+    federation=FederationConfig(rounds=36, local_epochs=3),
+    optimizer=OptimizerConfig(batch_size=32, learning_rate=0.032),
 )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow's "L"
@@ -33,7 +34,6 @@ class Recipe(NamedTuple):
     blur_by_view: tuple[float, float] = (0.0, 0.0)  # probability
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_by_view: tuple[float, float] = (0.0, 0.0)  # probability
-    noise: float = 0.0  # standard deviation
     mean: float = 0.5  # normalisation, after all else
     std: float = 0.25
 
@@ -53,9 +53,7 @@ RECIPES = {
         solarize_by_view=(0.0, 0.2),
     ),
     # Glyphs: nothing that turns one into another (flips) or removes strokes (solarisation).
-    "digits": Recipe(
-        rotation=15.0, crop_area=(0.5, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, noise=0.1, mean=0.3, std=0.35
-    ),
+    "digits": Recipe(rotation=15.0, crop_area=(0.5, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, mean=0.3, std=0.35),
 }
 
 
@@ -68,19 +66,17 @@ def two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: 
       recipe: what to draw from.
       dtype: of the result.
     """
-    b, *shape = images_BxHxWxC.shape
-    images = images_BxHxWxC.astype(jnp.float32) / 255
-    blur_2, solarize_2 = jnp.array(recipe.blur_by_view), jnp.array(recipe.solarize_by_view)
+    wide = np.promote_types(dtype, np.float32)
+    images = images_BxHxWxC.astype(wide) / 255
+    blur_2, solarize_2 = jnp.array(recipe.blur_by_view, wide), jnp.array(recipe.solarize_by_view, wide)
 
     def sample(i: jax.Array, image: jax.Array) -> jax.Array:
-        # All numbers of a sample in two draws: each draw is a long program to compile.
-        draw_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-        draws_2xU = jax.random.uniform(draw_key, (2, len(Draws._fields)), jnp.float32)
-        noise_2xHxWxC = jax.random.normal(noise_key, (2, *shape), jnp.float32) if recipe.noise else jnp.zeros((2, 1))
-        view = lambda *random: _augment(image, recipe, Draws(*random[0]), *random[1:])  # noqa: E731
-        return jax.vmap(view)(draws_2xU, noise_2xHxWxC, blur_2, solarize_2)
+        # All numbers of a sample in one draw: every draw is a long program to compile.
+        draws_2xU = jax.random.uniform(jax.random.fold_in(key, i), (2, len(Draws._fields)), wide)
+        view = lambda u_U, blur, solarize: _augment(image, recipe, Draws(*u_U), blur, solarize)  # noqa: E731
+        return jax.vmap(view)(draws_2xU, blur_2, solarize_2)
 
-    view_Bx2xHxWxC = jax.vmap(sample)(jnp.arange(b), images)
+    view_Bx2xHxWxC = jax.vmap(sample)(jnp.arange(len(images)), images)
     return ((view_Bx2xHxWxC.swapaxes(0, 1) - recipe.mean) / recipe.std).astype(dtype)
 
 
@@ -113,7 +109,6 @@ def _augment(
     image: jax.Array,
     r: Recipe,
     u: Draws,
-    noise: jax.Array,
     blur_probability: jax.Array,
     solarize_probability: jax.Array,
 ) -> jax.Array:
@@ -142,8 +137,6 @@ def _augment(
         image = jnp.where(u.blur < blur_probability, gaussian_blur(image, sigma), image)
     if any(r.solarize_by_view):
         image = jnp.where(u.solarize < solarize_probability, solarize(image), image)
-    if r.noise:
-        image = jnp.clip(image + r.noise * noise, 0, 1)
     return image
 
 
@@ -164,7 +157,7 @@ def random_box(
 
 def resized_crop(image: jax.Array, top: jax.Array, left: jax.Array, height: jax.Array, width: jax.Array) -> jax.Array:
     """The box resized to the image's own size, bilinear with antialiasing (Pillow's ``resize(box=...)``)."""
-    scale = jnp.array(image.shape[:2]) / jnp.stack([height, width])
+    scale = jnp.array(image.shape[:2], image.dtype) / jnp.stack([height, width])
     shift = -jnp.stack([top, left]) * scale
     return jax.image.scale_and_translate(image, image.shape, (0, 1), scale, shift, method="linear", antialias=True)
 
@@ -172,9 +165,10 @@ def resized_crop(image: jax.Array, top: jax.Array, left: jax.Array, height: jax.
 def rotate(image: jax.Array, radians: jax.Array) -> jax.Array:
     """Rotation about the centre, bilinear, edges repeated."""
     h, w = image.shape[:2]
-    y, x = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
+    y, x = jnp.indices((h, w)).astype(image.dtype)
+    y, x = y - (h - 1) / 2, x - (w - 1) / 2
     sin, cos = jnp.sin(radians), jnp.cos(radians)
-    at = [cos * y + sin * x + (h - 1) / 2, -sin * y + cos * x + (w - 1) / 2]
+    at = [cos * y + sin * x + (h - 1) / 2, cos * x - sin * y + (w - 1) / 2]
     sample = lambda plane: jax.scipy.ndimage.map_coordinates(plane, at, order=1, mode="nearest")  # noqa: E731
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
 
@@ -204,8 +198,8 @@ def adjust_hue(image: jax.Array, turns: jax.Array) -> jax.Array:
     hue = sextant / 6 + turns
 
     # Back again: each channel is `value - chroma * clip(min(k, 4 - k), 0, 1)`, k its distance on the wheel in sextants.
-    offset = jnp.array([5.0, 3.0, 1.0], jnp.float32) / 6
-    turn = hue[..., None] + offset
+    offset = jnp.array([5, 3, 1], image.dtype) / 6
+    turn = hue[..., None] + offset[None, None]
     k = 6 * (turn - jnp.floor(turn))  # floor: `%` is many times slower on a CPU
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
@@ -214,7 +208,7 @@ def grayscale(image: jax.Array) -> jax.Array:
     """ITU-R 601 luma in all channels; images of one channel stay as they are."""
     if image.shape[-1] != 3:
         return image
-    luma = (image * jnp.array(GRAY_WEIGHTS, jnp.float32)).sum(-1, keepdims=True)
+    luma = (image @ jnp.array(GRAY_WEIGHTS, image.dtype))[..., None]
     return jnp.broadcast_to(luma, image.shape)
 
 
@@ -222,7 +216,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
     """Gaussian blur of standard deviation ``sigma`` pixels; weights outside the image are left out."""
 
     def weights(n: int) -> jax.Array:
-        i = jnp.arange(n, dtype=jnp.float32)
+        i = jnp.arange(n, dtype=image.dtype)
         w = jnp.exp(-0.5 * ((i[:, None] - i[None, :]) / sigma) ** 2)
         return w / w.sum(1, keepdims=True)
 

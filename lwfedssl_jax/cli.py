@@ -112,7 +112,9 @@ def resources(arguments: list[str]) -> None:
     config = configs.resolve(options.config)
     progress = Console(stderr=True)
     with progress.status("tracing") as status:
-        strategies = ledgers.all_strategies(config, memory=options.memory, notify=status.update)
+        strategies = ledgers.all_strategies(
+            config, memory=options.memory, notify=lambda what: status.update(f"compiling {what}")
+        )
     if options.json:
         plain = {
             "config": configs.to_dict(config),
@@ -129,7 +131,7 @@ def list_configs(arguments: list[str]) -> None:
     if arguments:
         raise ConfigError(f"list: unexpected {arguments[0]!r}; accepted: nothing after `list`")
     table = Table(box=None, show_header=False)
-    for name, line in configs.available(config_dir()):
+    for name, line in configs.available():
         table.add_row(name, line)
     Console().print(table)
 
@@ -165,7 +167,7 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         raise ConfigError(
             f"CONFIG: {command} needs one first, found {found}; accepted: a name that `list` shows, or a .py file"
         )
-    default = options(config_name=arguments[0], config=configs.load(arguments[0], config_dir()))
+    default = options(config_name=arguments[0], config=configs.load(arguments[0]))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -185,13 +187,6 @@ def one_line(box: str) -> str:
     if "Unrecognized" in message:
         return f"{message}; accepted: {', '.join(known) or 'the options --help lists'}"
     return message
-
-
-def config_dir() -> Path:
-    """Where the named configs are: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).parent
-    beside = package.parent / "configs"
-    return beside if beside.is_dir() else package / "configs"
 
 
 def default_workdir(name: str, config: Config) -> Path:

@@ -10,11 +10,18 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+# In a checkout the named configs lie beside the package, in a wheel inside it.
+CONFIG_DIR = next(
+    (d for d in (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs") if d.is_dir()),
+    Path("configs"),
+)
 
 
 class ConfigError(ValueError):
@@ -226,18 +233,21 @@ class Config:
         return self.optimizer.learning_rate * self.optimizer.batch_size / 256
 
 
-def with_strategy(config: Config, name: StrategyName) -> Config:
-    """The same experiment under another strategy."""
-    return dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, name=name))
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """``config`` with ``{"section.field": value}`` replaced; not validated beyond the names.
 
-
-def flatten(config: Config) -> dict[str, Any]:
-    """``{"section.field": value}`` over all sections, in order."""
-    return {
-        f"{section.name}.{f.name}": getattr(getattr(config, section.name), f.name)
-        for section in dataclasses.fields(config)
-        for f in dataclasses.fields(getattr(config, section.name))
-    }
+    Raises:
+      ConfigError: no such section or field.
+    """
+    for name, value in changes.items():
+        section, _, field_name = name.partition(".")
+        part: Any = getattr(config, section, None)
+        if field_name not in getattr(part, "__dataclass_fields__", {}):
+            raise ConfigError(f"{name}: no such field; accepted: section.field as `train --help` lists them")
+        part = dataclasses.replace(part, **{field_name: value})
+        replaced: Any = {section: part}
+        config = dataclasses.replace(config, **replaced)
+    return config
 
 
 def resolve(config: Config) -> Config:
@@ -256,7 +266,7 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def load(name: str, config_dir: Path) -> Config:
+def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
     """The ``config`` object of ``config_dir/NAME.py``, or of the Python file ``name``; not yet resolved.
 
     Raises:
@@ -281,7 +291,7 @@ def load(name: str, config_dir: Path) -> Config:
     return config
 
 
-def available(config_dir: Path) -> list[tuple[str, str]]:
+def available(config_dir: Path = CONFIG_DIR) -> list[tuple[str, str]]:
     """``(name, first line of its docstring)`` of every config under ``config_dir``."""
     return [
         (
@@ -327,7 +337,8 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
             _check_value(name, item, get_args(hint)[0])
     else:
         accepted = (int, float) if hint is float else (hint,)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool) or value != value:
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if infinite or not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
             raise ConfigError(f"{name}: {value!r} is not valid; accepted: {hint.__name__}")
 
 

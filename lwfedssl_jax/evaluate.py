@@ -100,7 +100,8 @@ def linear_probe(
         "std": float(np.std(scores)),
         "labels_per_class": labels_per_class or "all",
         "draws": len(scores),
-        "classifier": f"logistic regression, L2, C=1, at most {PROBE_ITERATIONS} iterations, standardised features",
+        "classifier": "logistic regression (L2, C = 1) on standardised features",
+        "max_iterations": PROBE_ITERATIONS,
     }
 
 
@@ -113,7 +114,7 @@ def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbour
     return {
         "accuracy": float(classifier.score(test_NxD, dataset.test_labels)),
         "neighbours": neighbours,
-        "classifier": f"cosine kNN, votes weighted by exp(similarity / {KNN_TEMPERATURE})",
+        "classifier": f"votes exp(cosine / {KNN_TEMPERATURE})",
     }
 
 

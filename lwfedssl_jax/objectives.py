@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -67,7 +68,7 @@ def byol_loss(online_2xBxD: jax.Array, target_2xBxD: jax.Array, mask_B: jax.Arra
 
 def normalise(x: jax.Array) -> jax.Array:
     """``x / ||x||`` over the last axis, in float32 or wider; zero vectors stay zero."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(np.promote_types(x.dtype, jnp.float32))
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
 
 

@@ -53,7 +53,7 @@ class ConsoleProgress(Listener):
         if finished_rounds:
             self.say(f"continuing after round {finished_rounds}")
         # A round's cost depends on its stage: progress is measured in operations, not rounds.
-        per_stage = resources.ledger(config, memory=False)["per_stage"]
+        per_stage = resources.ledger(config)["per_stage"]
         costs = [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
         self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
         self._left_at_start = self._left[finished_rounds]

@@ -94,7 +94,8 @@ def _words(protocol: str) -> str:
 def _settings(result: dict[str, Any]) -> str:
     if "neighbours" in result:
         return f"k = {result['neighbours']}, {result['classifier']}"
-    return f"{result['draws']} draw{'s' * (result['draws'] > 1)}, {result['classifier']}"
+    draws = f"mean of {result['draws']} draws, " if result["draws"] > 1 else ""
+    return f"{draws}{result['classifier']}"
 
 
 def _percent(result: dict[str, Any]) -> str:

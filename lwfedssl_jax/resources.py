@@ -5,7 +5,9 @@ second list of layer sizes.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,8 +16,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.client import Task, client_init, client_step, embed, init_params, make_task, param_layers
-from lwfedssl_jax.config import Config, StrategyName, with_strategy
-from lwfedssl_jax.stages import make_stages
+from lwfedssl_jax.config import Config, StrategyName, override
+from lwfedssl_jax.stages import Stage, make_stages
 from lwfedssl_jax.tree import Tree
 
 BYTES_PER_PARAMETER = 4
@@ -27,29 +29,32 @@ Notify = Callable[[str], None]
 
 
 def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: None) -> dict[str, Ledger]:
-    """The ledger of each strategy for this (resolved) config."""
-    known: dict[str, int] = {}  # strategies share programs: compile each one once
-    return {
-        name: ledger(with_strategy(config, name), memory=memory, notify=notify, known_peaks=known)
-        for name in STRATEGIES
-    }
-
-
-def ledger(
-    config: Config, *, memory: bool, notify: Notify = lambda _: None, known_peaks: dict[str, int] | None = None
-) -> Ledger:
-    """Traffic, operations and peak memory of one client over the whole run.
+    """The ledger of each strategy for this (resolved) config.
 
     Args:
       config: resolved.
-      memory: also compile one client's step for each stage and read its peak memory
+      memory: also compile one client's step of every stage and read its peak memory
         (``peak_memory_bytes`` is None otherwise).
       notify: told what is being compiled.
-      known_peaks: cache of peaks by program, to share between strategies.
+    """
+    configs: dict[str, Config] = {name: override(config, {"strategy.name": name}) for name in STRATEGIES}
+    ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
+    if memory:
+        programs = {name: [lower_step(c, *part) for part in stage_parts(c)] for name, c in configs.items()}
+        peaks = peak_memory([p for of_strategy in programs.values() for p in of_strategy], notify)
+        for name, result in ledgers.items():
+            for row, program in zip(result["per_stage"], programs[name], strict=True):
+                row["peak_memory_bytes"] = peaks[program.as_text()]
+            result["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in result["per_stage"])
+    return ledgers
+
+
+def ledger(config: Config) -> Ledger:
+    """Traffic and operations of one client that takes part in every round of a (resolved) config.
 
     Returns:
-      The contract's dictionary (DESIGN.md "resources --json"). Bytes and operations of
-      ``per_stage`` are totals of that stage for one client that takes part in every round.
+      The contract's dictionary of one strategy, without peak memory, which needs compilations
+      (``all_strategies``). Bytes and operations of ``per_stage`` are totals of that stage.
       Operations are multiply-adds for one training sample, times local epochs and rounds:
 
       * ``flops_paper_rule``: one forward pass (matrix products, layer norms at 5 an element);
@@ -59,21 +64,12 @@ def ledger(
         the target branch, the loss's logits, the backward pass with its recomputation.
     """
     task = make_task(config)
-    params = jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
-    stages = make_stages(config, param_layers(task, params))
-    known_peaks = {} if known_peaks is None else known_peaks
+    params, stages = _shapes_and_stages(config, task)
     per_stage: list[dict[str, Any]] = []
     worst_case = 0
-    for stage in stages:
-        trainable, frozen, present = (
-            jax.eval_shape(lambda p, m=mask: tree.take(p, m), params)
-            for mask in (stage.trainable, stage.frozen, stage.present)
-        )
-        peak = 0
-        if memory:
-            notify(f"compiling one client's step: {config.strategy.name} stage {stage.number} of {len(stages)}")
-            peak = peak_memory(config, task, trainable, frozen["encoder"], known_peaks)
+    for stage, (trainable, frozen) in zip(stages, stage_parts(config), strict=True):
         exchanged = BYTES_PER_PARAMETER * tree.size(trainable) * stage.rounds
+        present = jax.eval_shape(lambda p, m=stage.present: tree.take(p, m), params)
         worst_case += BYTES_PER_PARAMETER * tree.size(present) * stage.rounds + exchanged
         samples = config.federation.local_epochs * stage.rounds
         per_stage.append(
@@ -84,9 +80,9 @@ def ledger(
                 "trainable_parameters": tree.size(trainable),
                 "download_bytes": exchanged,
                 "upload_bytes": exchanged,
-                "flops_paper_rule": samples * paper_operations(task, trainable, frozen["encoder"]),
-                "flops_executed": round(samples * executed_operations(config, task, trainable, frozen["encoder"])),
-                "peak_memory_bytes": peak if memory else None,
+                "flops_paper_rule": samples * paper_operations(task, trainable, frozen),
+                "flops_executed": round(samples * executed_operations(config, trainable, frozen)),
+                "peak_memory_bytes": None,
             }
         )
     totals = {
@@ -100,9 +96,21 @@ def ledger(
         "worst_case_total_bytes": worst_case,
         "flops_paper_rule": totals["flops_paper_rule"],
         "flops_executed": totals["flops_executed"],
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in per_stage) if memory else None,
+        "peak_memory_bytes": None,
         "per_stage": per_stage,
     }
+
+
+def stage_parts(config: Config) -> list[tuple[Tree, Tree]]:
+    """Shapes of each stage's trainable parameters and of its frozen encoder part."""
+    params, stages = _shapes_and_stages(config, make_task(config))
+    take = lambda mask: jax.eval_shape(lambda p: tree.take(p, mask), params)  # noqa: E731
+    return [(take(stage.trainable), take(stage.frozen)["encoder"]) for stage in stages]
+
+
+def _shapes_and_stages(config: Config, task: Task) -> tuple[Tree, list[Stage]]:
+    params = jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
+    return params, make_stages(config, param_layers(task, params))
 
 
 def paper_operations(task: Task, trainable: Tree, frozen: Tree) -> int:
@@ -118,26 +126,33 @@ def paper_operations(task: Task, trainable: Tree, frozen: Tree) -> int:
     return task.objective.paper_views * (frozen_once + 3 * trainable_once)
 
 
-def executed_operations(config: Config, task: Task, trainable: Tree, frozen: Tree) -> float:
+def executed_operations(config: Config, trainable: Tree, frozen: Tree) -> float:
     """Multiply-adds of the traced training step per sample of a full batch (see ``ledger``)."""
-    jaxpr = jax.make_jaxpr(lambda *args: client_step(task, *args))(*_step_arguments(config, task, trainable, frozen))
-    return count(jaxpr) / config.optimizer.batch_size
+    step, arguments = _step(config, trainable, frozen)
+    return count(jax.make_jaxpr(step)(*arguments)) / config.optimizer.batch_size
 
 
-def peak_memory(config: Config, task: Task, trainable: Tree, frozen: Tree, known: dict[str, int]) -> int:
-    """Bytes of one client's compiled training step: arguments + outputs + temporaries - aliased.
+def lower_step(config: Config, trainable: Tree, frozen: Tree) -> jax.stages.Lowered:
+    """One client's training step at the config's batch size, its state donated as in the round."""
+    step, arguments = _step(config, trainable, frozen)
+    return jax.jit(step, donate_argnums=0).lower(*arguments)
 
-    This is the compiler's number for this device; the state is donated, as in the round.
+
+def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[str, int]:
+    """Peak bytes of each program by its text: arguments + outputs + temporaries - aliased.
+
+    These are the compiler's numbers for this device.
     """
-    arguments = _step_arguments(config, task, trainable, frozen)
-    lowered = jax.jit(lambda *args: client_step(task, *args), donate_argnums=0).lower(*arguments)
-    program = lowered.as_text()
-    if program not in known:
-        m: Any = lowered.compile().memory_analysis()
-        known[program] = (
-            m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-        )
-    return known[program]
+    distinct = {program.as_text(): program for program in programs}  # strategies share programs
+
+    def peak(item: tuple[int, jax.stages.Lowered]) -> int:
+        number, program = item
+        notify(f"one client's step for its peak memory, program {number} of {len(distinct)}")
+        m: Any = program.compile().memory_analysis()
+        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(distinct, pool.map(peak, enumerate(distinct.values(), 1)), strict=True))
 
 
 def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:
@@ -179,9 +194,9 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
-def _step_arguments(config: Config, task: Task, trainable: Tree, frozen: Tree) -> tuple[Any, ...]:
-    b = config.optimizer.batch_size
-    return (
+def _step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    task, b = make_task(config), config.optimizer.batch_size
+    return lambda *arguments: client_step(task, *arguments), (
         jax.eval_shape(lambda t: client_init(task, t), trainable),
         frozen,
         jax.ShapeDtypeStruct((b, *task.image_shape), jnp.uint8),

@@ -94,4 +94,4 @@ def finish_round(carry: Carry, examples: jax.Array) -> tuple[Tree, jax.Array]:
       examples: ``sum of n_i`` over the clients that reported, above 0.
     """
     average = jax.tree.map(lambda x: x.sum(0) / examples.astype(x.dtype), carry.total)
-    return average, carry.loss.sum() / carry.samples.sum()
+    return average, carry.loss.sum() / carry.samples.sum().astype(carry.loss.dtype)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from lwfedssl_jax.tree import Tree
@@ -44,7 +45,7 @@ class MLP(nn.Module):
 
 def mlp_head(layers: int, input_dim: int, hidden_dim: int, output_dim: int, dtype: DTypeLike) -> Head:
     """A head of ``layers`` linear maps: 3 for the projection H, 2 for the prediction Q."""
-    mlp = MLP(layers, hidden_dim, output_dim, dtype, jnp.promote_types(dtype, jnp.float32))
+    mlp = MLP(layers, hidden_dim, output_dim, dtype, np.promote_types(dtype, jnp.float32))
 
     def init(key: jax.Array) -> Tree:
         return mlp.init(key, jnp.zeros((2, input_dim), dtype), jnp.ones(2, bool))["params"]

@@ -41,6 +41,7 @@ class Encoder(NamedTuple):
 @jax.jit  # the name marks it for the operation count in resources.py; XLA inlines it
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """``(x - mean) / sqrt(var + 1e-6) * scale + bias`` over the last axis."""
+    scale, bias = jnp.broadcast_to(scale, x.shape), jnp.broadcast_to(bias, x.shape)
     return jax.nn.standardize(x, axis=-1, epsilon=1e-6) * scale + bias
 
 
@@ -119,7 +120,7 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
       dtype: compute type; parameters are kept in it, or in float32 if that is wider.
       remat: recompute each trainable block's activations in the backward pass.
     """
-    types: Any = {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+    types: Any = {"dtype": dtype, "param_dtype": np.promote_types(dtype, jnp.float32)}
     embedding = Embedding(config.patch_size, config.width, **types)
     block = Block(config.heads, **types)
     norm = LayerNorm(**types)

@@ -1,0 +1,13 @@
+"""End-to-end FedSSL with MoCo-v3 on scikit-learn's digits: the quickstart's clients, encoder and rounds."""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("quickstart"),
+    {
+        "strategy.name": "end_to_end",
+        "objective.name": "mocov3",
+        "objective.momentum": 0.9,
+        "evaluation.every": 6,
+    },
+)

@@ -1,0 +1,11 @@
+"""End-to-end FedSSL with SimCLR on scikit-learn's digits: the quickstart's clients, encoder and rounds."""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("quickstart"),
+    {
+        "strategy.name": "end_to_end",
+        "evaluation.every": 6,
+    },
+)

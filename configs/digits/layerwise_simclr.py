@@ -1,0 +1,11 @@
+"""LW-FedSSL with SimCLR on scikit-learn's digits: the quickstart's clients, encoder and rounds."""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("quickstart"),
+    {
+        "strategy.name": "layerwise",
+        "evaluation.every": 6,
+    },
+)

@@ -1,0 +1,13 @@
+"""Prog-FedSSL with BYOL on scikit-learn's digits: the quickstart's clients, encoder and rounds."""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("quickstart"),
+    {
+        "strategy.name": "progressive",
+        "objective.name": "byol",
+        "objective.momentum": 0.9,
+        "evaluation.every": 6,
+    },
+)

@@ -1,0 +1,57 @@
+"""Strict numerics for every test: no silent promotion of types or ranks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+import pytest
+
+from lwfedssl_jax.config import Config, override, resolve
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of ours runs under strict promotion; optax's bias correction is not written for it."""
+    adamw = optax.adamw
+
+    def lenient_adamw(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+        def update(*args: Any) -> Any:
+            with jax.numpy_dtype_promotion("standard"):
+                return inner.update(*args)
+
+        inner = adamw(*args, **kwargs)
+        return optax.GradientTransformation(inner.init, update)
+
+    monkeypatch.setattr(optax, "adamw", lenient_adamw)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+SMALL: dict[str, Any] = {
+    "data.name": "synthetic",
+    "data.image_size": 8,
+    "data.synthetic_examples": 60,
+    "data.synthetic_classes": 3,
+    "partition.clients": 4,
+    "partition.kind": "dirichlet",
+    "model.name": "vit_micro",
+    "model.patch_size": 4,
+    "model.width": 8,
+    "model.depth": 3,
+    "model.heads": 2,
+    "objective.hidden_dim": 12,
+    "objective.output_dim": 6,
+    "objective.temperature": 0.2,
+    "federation.rounds": 3,
+    "federation.local_epochs": 2,
+    "optimizer.batch_size": 8,
+    "optimizer.learning_rate": 0.1,
+    "evaluation.labels_per_class": (5,),
+    "evaluation.neighbours": 5,
+}
+
+
+def small_config(**changes: Any) -> Config:
+    """A config that compiles in a second or two; keywords are ``section__field``."""
+    return resolve(override(Config(), SMALL | {k.replace("__", "."): v for k, v in changes.items()}))

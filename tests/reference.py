@@ -1,0 +1,128 @@
+"""The method, naively: a Python loop over clients and steps, written for reading.
+
+Nothing here is shared, masked, packed or padded: every client holds the whole model and a
+whole target model, differentiates all of it, and then forgets the gradients of what is
+frozen; batches hold real samples only. The fast round must equal it. What both use: the
+modules' own ``apply`` (tested by themselves against NumPy), the views, and the client's order
+of batches.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lwfedssl_jax.augment import two_views
+from lwfedssl_jax.client import Task
+from lwfedssl_jax.config import Config
+from lwfedssl_jax.models.heads import MLP
+from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm
+from lwfedssl_jax.packing import batches
+
+Params = dict[str, Any]
+VIEWS = jax.jit(two_views, static_argnums=(2, 3))
+
+
+def encode(config: Config, params: Params, images: jax.Array, depth: int) -> jax.Array:
+    types: Any = {"dtype": images.dtype, "param_dtype": images.dtype}
+    x = Embedding(config.model.patch_size, config.model.width, **types).apply({"params": params["embedding"]}, images)
+    for layer in range(depth):
+        block = jax.tree.map(lambda p, i=layer: p[i], params["blocks"])
+        x = Block(config.model.heads, **types).apply({"params": block}, x)
+    x = LayerNorm(**types).apply({"params": params["norm"]}, x)
+    return x.mean(axis=1)
+
+
+def head(config: Config, params: Params, layers: int, x: jax.Array) -> jax.Array:
+    mlp = MLP(layers, config.objective.hidden_dim, config.objective.output_dim, x.dtype, x.dtype)
+    return mlp.apply({"params": params}, x, jnp.ones(len(x), bool), mutable=["batch_stats"])[0]
+
+
+def unit(z_BxO: jax.Array) -> jax.Array:
+    return z_BxO / jnp.sqrt(jnp.maximum((z_BxO**2).sum(axis=1), 1e-12))[:, None]
+
+
+def contrast(anchor: jax.Array, others: jax.Array, positive: int, temperature: float) -> jax.Array:
+    return -nn.log_softmax(others @ anchor / temperature)[positive]
+
+
+def loss_of(config: Config, depth: int, online: Params, target: Params, views: jax.Array) -> jax.Array:
+    name, t, n = config.objective.name, config.objective.temperature, views.shape[1]
+    z = [head(config, online["projection"], 3, encode(config, online["encoder"], v, depth)) for v in views]
+    if name == "simclr":
+        every = unit(jnp.concatenate(z))
+        terms = []
+        for i in range(2 * n):
+            partner = (i + n) % (2 * n)
+            others = jnp.delete(every, i, axis=0)
+            terms.append(contrast(every[i], others, partner - (partner > i), t))
+        return sum(terms) / (2 * n)
+    q = [unit(head(config, online["prediction"], 2, one)) for one in z]
+    k = [unit(head(config, target["projection"], 3, encode(config, target["encoder"], v, depth))) for v in views]
+    if name == "byol":
+        return sum(2 - 2 * q[a][i] @ k[1 - a][i] for a in (0, 1) for i in range(n)) / n
+    return sum(contrast(q[a][i], k[1 - a], i, t) for a in (0, 1) for i in range(n)) / n
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def local_step(
+    config: Config, depth: int, state: tuple[Params, Params, Any], start: Params, trainable: Params, views: jax.Array
+) -> tuple[tuple[Params, Params, Any], jax.Array]:
+    online, target, opt_state = state
+    loss, grads = jax.value_and_grad(loss_of, argnums=2)(config, depth, online, target, views)
+    updates, opt_state = adamw(config).update(grads, opt_state, online)
+    moved = optax.apply_updates(online, updates)
+    online = jax.tree.map(lambda new, old, m: jnp.where(m, new, old), moved, start, trainable)
+    m = config.objective.momentum
+    target = jax.tree.map(lambda t, o: m * t + (1 - m) * o, target, online)
+    return (online, target, opt_state), loss
+
+
+def adamw(config: Config) -> optax.GradientTransformation:
+    return optax.adamw(config.learning_rate, weight_decay=config.optimizer.weight_decay)
+
+
+def train_client(
+    config: Config, task: Task, params: Params, trainable: Params, depth: int, images: np.ndarray, rng: Any, key: Any
+) -> tuple[Params, list[float]]:
+    """One client's round; ``trainable`` is True where the stage trains."""
+    state = (params, params, adamw(config).init(params))
+    rows, counts = batches(np.arange(len(images)), config.optimizer.batch_size, config.federation.local_epochs, rng)
+    losses = []
+    for step, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        batch = jnp.asarray(images[row[:count]])
+        views = VIEWS(jax.random.fold_in(key, step), batch, task.recipe, task.dtype)
+        state, loss = local_step(config, depth, state, params, trainable, views)
+        losses.append(float(loss) * int(count))
+    return state[0], losses
+
+
+def train_round(
+    config: Config,
+    task: Task,
+    params: Params,
+    trainable: Params,
+    depth: int,
+    client_images: dict[int, np.ndarray],
+    number: int,
+) -> tuple[Params, float]:
+    """The global model after a round of the clients that reported, and the mean loss of a sample."""
+    seed = config.runtime.seed
+    trained, sizes, losses = [], [], []
+    for client, images in client_images.items():
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), number), client)
+        rng = np.random.default_rng([seed, 2, number, client])
+        model, client_losses = train_client(config, task, params, trainable, depth, images, rng, key)
+        trained.append(model)
+        sizes.append(len(images))
+        losses += client_losses
+    if not trained:
+        return params, float("nan")
+    average = jax.tree.map(
+        lambda *xs: sum(n * np.asarray(x) for n, x in zip(sizes, xs, strict=True)) / sum(sizes), *trained
+    )
+    return average, sum(losses) / (sum(sizes) * config.federation.local_epochs)

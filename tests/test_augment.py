@@ -1,0 +1,149 @@
+"""Every operation of the views against plain NumPy, SciPy or Pillow."""
+
+import colorsys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+from PIL import Image, ImageEnhance, ImageOps
+
+from lwfedssl_jax import augment
+from lwfedssl_jax.augment import RECIPES, Draws, Recipe, two_views
+
+RNG = np.random.default_rng(0)
+UINT8 = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+IMAGE = jnp.asarray(UINT8, jnp.float32) / 255
+PILLOW = Image.fromarray(UINT8)
+ROUNDING = 1.5 / 255  # Pillow rounds to whole levels
+
+
+def close(ours: jax.Array, pillow: Image.Image, tolerance: float = ROUNDING) -> None:
+    np.testing.assert_allclose(ours, np.asarray(pillow, np.float32) / 255, atol=tolerance)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
+def test_brightness(factor: float) -> None:
+    close(augment.adjust_brightness(IMAGE, jnp.float32(factor)), ImageEnhance.Brightness(PILLOW).enhance(factor))
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
+def test_contrast(factor: float) -> None:
+    close(augment.adjust_contrast(IMAGE, jnp.float32(factor)), ImageEnhance.Contrast(PILLOW).enhance(factor))
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
+def test_saturation(factor: float) -> None:
+    close(augment.adjust_saturation(IMAGE, jnp.float32(factor)), ImageEnhance.Color(PILLOW).enhance(factor))
+
+
+@pytest.mark.parametrize("turns", [-0.1, 0.0, 0.04, 0.5])
+def test_hue(turns: float) -> None:
+    image = IMAGE.at[0, 0].set(0.5).at[0, 1].set(0.0)  # grays have no hue to turn
+    expected = np.empty(image.shape)
+    for at in np.ndindex(image.shape[:2]):
+        h, s, v = colorsys.rgb_to_hsv(*np.asarray(image)[at].tolist())
+        expected[at] = colorsys.hsv_to_rgb((h + turns) % 1, s, v)
+    np.testing.assert_allclose(augment.adjust_hue(image, jnp.float32(turns)), expected, atol=1e-5)
+
+
+def test_grayscale() -> None:
+    close(augment.grayscale(IMAGE), PILLOW.convert("L").convert("RGB"))
+    one_channel = IMAGE[..., :1]
+    np.testing.assert_array_equal(augment.grayscale(one_channel), one_channel)
+
+
+def test_solarize() -> None:
+    close(augment.solarize(IMAGE), ImageOps.solarize(PILLOW, 128), 1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.8, 2.0])
+def test_blur(sigma: float) -> None:
+    blur = lambda x: scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="constant", truncate=20)  # noqa: E731
+    inside = blur(np.ones(UINT8.shape))  # weights outside the image are left out
+    expected = blur(np.asarray(IMAGE, np.float64)) / inside
+    np.testing.assert_allclose(augment.gaussian_blur(IMAGE, jnp.float32(sigma)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("box", [(0.0, 0.0, 12.0, 10.0), (2.0, 3.0, 6.0, 5.0), (1.3, 0.7, 9.1, 4.2)])
+def test_resized_crop(box: tuple[float, float, float, float]) -> None:
+    top, left, height, width = box
+    ours = augment.resized_crop(IMAGE, *map(jnp.float32, box))
+    size, corners = (UINT8.shape[1], UINT8.shape[0]), (left, top, left + width, top + height)
+    channels = [
+        np.asarray(Image.fromarray(np.asarray(IMAGE[..., c])).resize(size, Image.Resampling.BILINEAR, corners))
+        for c in range(3)
+    ]
+    np.testing.assert_allclose(ours, np.stack(channels, -1), atol=1e-3)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 15.0, -30.0])
+def test_rotate(degrees: float) -> None:
+    a = np.deg2rad(degrees)
+    matrix = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    centre = (np.array(UINT8.shape[:2]) - 1) / 2
+    expected = np.stack(
+        [
+            scipy.ndimage.affine_transform(
+                np.asarray(IMAGE[..., c], np.float64), matrix, centre - matrix @ centre, order=1, mode="nearest"
+            )
+            for c in range(3)
+        ],
+        -1,
+    )
+    np.testing.assert_allclose(augment.rotate(IMAGE, jnp.float32(a)), expected, atol=1e-4)
+
+
+def test_flip_is_half_of_the_images_and_only_a_flip() -> None:
+    images = jnp.asarray(RNG.integers(0, 256, (64, 6, 6, 3), dtype=np.uint8))
+    views = two_views(jax.random.key(0), images, Recipe(flip=0.5, mean=0.0, std=1.0))
+    plain = images.astype(jnp.float32) / 255
+    same, flipped = (
+        (jnp.abs(views - target[None]) < 1e-6).all(axis=(2, 3, 4)) for target in (plain, plain[:, :, ::-1])
+    )
+    assert (same | flipped).all()
+    assert 0.3 < flipped.mean() < 0.7
+
+
+def test_random_box_stays_inside_and_has_the_asked_area_and_ratio() -> None:
+    u = Draws(*jnp.asarray(RNG.random((len(Draws._fields), 500)), jnp.float32))
+    box = jax.vmap(lambda u: augment.random_box(u, (32, 32), (0.2, 0.5), (3 / 4, 4 / 3)))(u)
+    top, left, height, width = map(np.asarray, box)
+    assert min(top.min(), left.min()) >= 0
+    assert max((top + height).max(), (left + width).max()) <= 32 + 1e-3
+    area, ratio = height * width / 32**2, width / height
+    assert area.min() > 0.2 - 1e-3
+    assert area.max() < 0.5 + 1e-3
+    assert area.mean() == pytest.approx(0.35, abs=0.02)
+    assert ratio.min() > 3 / 4 - 1e-3
+    assert ratio.max() < 4 / 3 + 1e-3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views(name: str, channels: int) -> None:
+    """Two different views, reproducible, and the same for an image whatever batch it comes in."""
+    images = jnp.asarray(RNG.integers(0, 256, (6, 8, 8, channels), dtype=np.uint8))
+    make = jax.jit(two_views, static_argnums=(2, 3))
+    views = make(jax.random.key(0), images, RECIPES[name], jnp.float32)
+    assert views.shape == (2, 6, 8, 8, channels)
+    assert np.isfinite(views).all()
+    assert float(jnp.abs(views[0] - views[1]).max()) > 0.1
+    np.testing.assert_array_equal(views, make(jax.random.key(0), images, RECIPES[name], jnp.float32))
+    np.testing.assert_allclose(views[:, :4], make(jax.random.key(0), images[:4], RECIPES[name], jnp.float32), atol=1e-5)
+    assert float(jnp.abs(views - make(jax.random.key(1), images, RECIPES[name], jnp.float32)).max()) > 0.1
+    raw = views * RECIPES[name].std + RECIPES[name].mean
+    assert float(raw.min()) > -1e-3
+    assert float(raw.max()) < 1 + 1e-3
+
+
+def test_views_differ_in_blur_and_solarisation_as_moco_v3_asks() -> None:
+    """Only the first view is always blurred; only the second is ever solarised."""
+    images = jnp.full((200, 8, 8, 3), 220, jnp.uint8).at[:, ::2].set(180)
+    recipe = Recipe(blur_by_view=(1.0, 0.0), blur_sigma=(1.0, 1.0), solarize_by_view=(0.0, 0.2), mean=0.0, std=1.0)
+    blurred, solarized = two_views(jax.random.key(0), images, recipe)
+    sharp = images.astype(jnp.float32) / 255
+    assert float(blurred.std()) < 0.5 * float(sharp.std())
+    changed = (jnp.abs(solarized - sharp) > 1e-3).any(axis=(1, 2, 3))
+    assert 0.1 < float(changed.mean()) < 0.3

@@ -1,0 +1,111 @@
+"""Validation: one clear line for every bad value, before anything is compiled."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lwfedssl_jax import config as configs
+from lwfedssl_jax.config import Config, ConfigError, override, resolve
+
+NAMES = [name for name, _ in configs.available()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_valid_and_introduces_itself(name: str) -> None:
+    resolve(configs.load(name))
+    assert len(dict(configs.available())[name]) > 20
+
+
+def test_the_configs_an_experimenter_expects_exist() -> None:
+    digits = {
+        f"digits/{s}_{o}" for s in ("layerwise", "progressive", "end_to_end") for o in ("simclr", "byol", "mocov3")
+    }
+    assert digits | {"quickstart"} | {f"paper/vit_tiny_{o}" for o in ("simclr", "byol", "mocov3")} <= set(NAMES)
+    for name in digits:
+        config = configs.load(name)
+        assert f"{config.strategy.name}_{config.objective.name}" == name.removeprefix("digits/")
+
+
+def test_resolve_fills_in_the_named_models_sizes() -> None:
+    model = resolve(Config()).model
+    assert (model.width, model.depth, model.heads) == (192, 12, 3)
+    model = resolve(override(Config(), {"model.width": 96, "model.heads": 4})).model
+    assert (model.width, model.depth, model.heads) == (96, 12, 4)
+
+
+def test_derived_values() -> None:
+    config = resolve(Config())
+    assert config.stages == 12
+    assert resolve(override(config, {"strategy.layers_per_stage": 5})).stages == 3
+    assert resolve(override(config, {"strategy.name": "end_to_end"})).stages == 1
+    assert config.learning_rate == pytest.approx(1.5e-4 * 2)
+    assert config.cohort_size == 10
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"strategy.name": "layer"}, "strategy.name: unknown 'layer'; accepted: layerwise, progressive, end_to_end"),
+    ({"objective.name": "moco"}, "objective.name: unknown 'moco'; accepted: simclr, byol, mocov3"),
+    ({"model.name": "resnet50"}, "model.name: unknown 'resnet50'; accepted: vit_micro"),
+    ({"federation.rounds": 0}, "federation.rounds: 0 is out of range; accepted: at least 1"),
+    ({"federation.rounds": 2.5}, "federation.rounds: 2.5 is not valid; accepted: int"),
+    ({"federation.rounds": True}, "federation.rounds: True is not valid; accepted: int"),
+    ({"federation.dropout": 1.1}, "federation.dropout: 1.1 is out of range; accepted: at least 0 and at most 1"),
+    ({"federation.dropout": float("nan")}, "federation.dropout: nan is not valid; accepted: float"),
+    ({"objective.temperature": 0.0}, "objective.temperature: 0.0 is out of range; accepted: above 0"),
+    ({"objective.momentum": "high"}, "objective.momentum: 'high' is not valid; accepted: float"),
+    ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate: inf is not valid; accepted: float"),
+    ({"partition.beta": -1.0}, "partition.beta: -1.0 is out of range; accepted: above 0"),
+    ({"runtime.seed": -1}, "runtime.seed: -1 is out of range; accepted: at least 0 and at most 4.29497e+09"),
+    ({"evaluation.labels_per_class": (5, -1)}, "evaluation.labels_per_class: -1 is out of range"),
+    ({"evaluation.labels_per_class": 5}, "evaluation.labels_per_class: 5 is not a tuple"),
+    ({"evaluation.labels_per_class": (), "evaluation.neighbours": 0}, "evaluation: no protocol is left"),
+    ({"model.heads": 5}, "model.heads: 5 does not divide model.width 192; accepted: one of 1, 2, 3, 4, 6"),
+    ({"model.patch_size": 5}, "model.patch_size: 5 does not divide data.image_size 16; accepted: one of 1, 2, 4, 8"),
+    ({"federation.rounds": 11}, "federation.rounds: 11 rounds cannot hold 12 stages; accepted: at least 12"),
+    ({"strategy.layers_per_stage": 13}, "strategy.layers_per_stage: 13 is more than the encoder has; accepted: 1 to"),
+    ({"federation.clients_per_round": 11}, "federation.clients_per_round: 11 is more than the population; accepted: 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_bad_value(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(override(Config(), changes))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_section() -> None:
+    with pytest.raises(ConfigError, match="data: expected DataConfig, got 'digits'"):
+        resolve(dataclasses.replace(Config(), data="digits"))  # type: ignore[arg-type]
+
+
+def test_every_field_has_a_help_text_and_is_plain_json() -> None:
+    config = resolve(Config())
+    assert json.loads(json.dumps(configs.to_dict(config))) == configs.to_dict(config)
+    source = Path(configs.__file__).read_text()
+    for section in dataclasses.fields(Config):
+        for f in dataclasses.fields(getattr(config, section.name)):
+            following = source.split(f"class {type(getattr(config, section.name)).__name__}")[1].split(
+                f"    {f.name}: "
+            )[1]
+            assert following.split("\n")[1].strip().startswith('"""'), f.name
+
+
+def test_unknown_config_suggests_near_ones() -> None:
+    with pytest.raises(ConfigError, match=r"CONFIG: no config 'quickstrat'; accepted: .*quickstart"):
+        configs.load("quickstrat")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("config = 3", "must define `config = Config"), ("1 / 0", "ZeroDivisionError"), ("config = (", "SyntaxError")],
+)
+def test_config_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        configs.load(str(file))

@@ -1,0 +1,118 @@
+"""Sources and partitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from lwfedssl_jax.augment import RECIPES, normalise, two_views
+from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
+from lwfedssl_jax.data import sources
+from lwfedssl_jax.data.partition import partition
+
+LABELS = np.arange(1000) % 10
+
+
+def digits(size: int = 16) -> sources.Dataset:
+    return sources.find(DataConfig()).load(DataConfig(image_size=size))
+
+
+def test_digits_are_all_there_once_with_a_fixed_split() -> None:
+    data = digits()
+    assert data.train_images.shape == (1437, 16, 16, 1)
+    assert data.test_images.shape == (360, 16, 16, 1)
+    assert data.train_images.dtype == np.uint8
+    assert data.train_images.max() == 255
+    assert np.bincount(data.test_labels).min() >= 34
+    every = np.concatenate([digits(8).train_images, digits(8).test_images]).reshape(1797, -1)
+    from sklearn.datasets import load_digits
+
+    original = load_digits()
+    assert sorted(map(bytes, every)) == sorted(map(bytes, np.round(original.data * 255 / 16).astype(np.uint8)))
+    again = digits()
+    np.testing.assert_array_equal(data.train_images, again.train_images)
+
+
+def test_synthetic_has_the_asked_size_and_is_reproducible() -> None:
+    config = DataConfig(name="synthetic", image_size=12, synthetic_examples=300, synthetic_classes=4)
+    data = sources.find(config).load(config)
+    assert data.train_images.shape == (300, 12, 12, 3)
+    assert data.test_images.shape == (75, 12, 12, 3)
+    assert data.classes == 4
+    assert np.bincount(data.train_labels).tolist() == [75] * 4
+    np.testing.assert_array_equal(data.train_images, sources.find(config).load(config).train_images)
+
+
+def test_synthetic_classes_survive_the_views() -> None:
+    """A classifier of the plain images still knows most of the augmented ones; of shuffled labels it does not."""
+    config = DataConfig(name="synthetic", image_size=16)
+    source, data = sources.find(config), sources.find(config).load(config)
+    recipe = RECIPES[source.views]
+    views = jax.jit(lambda key, x: two_views(key, x, recipe))(jax.random.key(0), jnp.asarray(data.train_images))
+    flat = lambda x: np.asarray(x).mean(-1).reshape(len(x), -1)  # noqa: E731
+    classifier = KNeighborsClassifier(5).fit(flat(views[0]), data.train_labels)
+    accuracy = classifier.score(flat(normalise(jnp.asarray(data.test_images), recipe)), data.test_labels)
+    assert accuracy > 0.8
+    # ... and they are not so plain that the untransformed pixels alone decide across views.
+    assert float(jnp.abs(views[0] - views[1]).mean()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["cifar", "digits:x", "tfds", "tfds:", ""])
+def test_unknown_source(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.name: unknown .*accepted: digits, synthetic, tfds:NAME"):
+        sources.find(DataConfig(name=name))
+
+
+def test_tfds_that_is_not_prepared() -> None:
+    config = DataConfig(name="tfds:no_such_data_set")
+    with pytest.raises(ConfigError, match=r"data\.name: 'tfds:no_such_data_set' is not installed"):
+        sources.find(config).load(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PartitionConfig(kind="iid", clients=7),
+        PartitionConfig(kind="iid", clients=1000),
+        PartitionConfig(kind="dirichlet", clients=7, beta=0.5),
+        PartitionConfig(kind="dirichlet", clients=100, beta=0.01),
+        PartitionConfig(kind="dirichlet", clients=1000, beta=0.1),
+        PartitionConfig(kind="dirichlet", clients=50, beta=0.01, allow_empty=True),
+        PartitionConfig(kind="iid", clients=1500, allow_empty=True),
+    ],
+)
+def test_every_example_is_on_exactly_one_client(config: PartitionConfig) -> None:
+    clients = partition(config, LABELS, seed=3)
+    assert len(clients) == config.clients
+    assert sorted(np.concatenate(clients).tolist()) == list(range(1000))
+    if not config.allow_empty:
+        assert min(map(len, clients)) >= 1
+    again, other = partition(config, LABELS, seed=3), partition(config, LABELS, seed=4)
+    assert all(np.array_equal(a, b) for a, b in zip(clients, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(clients, other, strict=True))
+
+
+def test_beta_sets_the_skew() -> None:
+    """Mean share of a client's largest class: near 1 for tiny beta, near 0.1 for large."""
+
+    def largest_share(beta: float) -> float:
+        clients = partition(PartitionConfig(kind="dirichlet", clients=10, beta=beta), LABELS, seed=0)
+        return float(np.mean([np.bincount(LABELS[c], minlength=10).max() / len(c) for c in clients]))
+
+    assert largest_share(0.05) > 0.5 > largest_share(1.0) > largest_share(100.0)
+    assert largest_share(100.0) < 0.15
+
+
+def test_beta_gives_the_shares_of_a_dirichlet() -> None:
+    """A class's share on one client has variance (1/K)(1 - 1/K) / (K beta + 1)."""
+    config = PartitionConfig(kind="dirichlet", clients=5, beta=0.5, allow_empty=True)
+    labels = np.zeros(2000, int)
+    shares = [len(partition(config, labels, seed=s)[0]) / 2000 for s in range(400)]
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.04)
+    assert np.var(shares) == pytest.approx(0.2 * 0.8 / 3.5, rel=0.2)
+
+
+def test_more_clients_than_examples() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.clients: 1500 clients cannot share 1000 examples"):
+        partition(PartitionConfig(clients=1500), LABELS, seed=0)

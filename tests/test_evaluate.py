@@ -1,0 +1,68 @@
+"""Protocols on features whose accuracy is known."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+
+from lwfedssl_jax import evaluate, simulate
+from lwfedssl_jax.config import ConfigError, EvaluationConfig
+from lwfedssl_jax.data.sources import Dataset
+
+LABELS = np.arange(300).astype(np.int32) % 3
+IMAGES = np.zeros((300, 4, 4, 1), np.uint8)
+DATA = Dataset(IMAGES[:200], LABELS[:200], IMAGES[200:], LABELS[200:])
+NOISE = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+
+
+def features(signal: float) -> np.ndarray:
+    return NOISE + signal * np.eye(8, dtype=np.float32)[LABELS]
+
+
+def judge(x: np.ndarray) -> dict:
+    return evaluate.judge(EvaluationConfig(labels_per_class=(5, 0), neighbours=10), DATA, x[:200], x[200:])
+
+
+def test_separable_features_score_one_and_noise_scores_chance() -> None:
+    good, bad = judge(features(20.0)), judge(features(0.0))
+    assert list(good) == ["linear_probe_5", "linear_probe_all", "knn"]
+    assert all(result["accuracy"] == 1.0 for result in good.values())
+    assert all(abs(result["accuracy"] - 1 / 3) < 0.12 for result in bad.values())
+
+
+def test_more_labels_help_and_settings_stand_beside_the_number() -> None:
+    results = judge(features(2.5))
+    few, every = results["linear_probe_5"], results["linear_probe_all"]
+    assert few["accuracy"] < every["accuracy"]
+    assert few["std"] > 0
+    assert (few["labels_per_class"], few["draws"]) == (5, 5)
+    assert (every["labels_per_class"], every["draws"], every["std"]) == ("all", 1, 0)
+    assert results["knn"]["neighbours"] == 10
+
+
+def test_draws_are_the_same_for_every_run() -> None:
+    assert judge(features(1.0)) == judge(features(1.0))
+
+
+def test_features_are_those_of_the_first_layers_and_do_not_depend_on_the_batch() -> None:
+    run = simulate.prepare(small_config())
+    params = simulate.initial_params(run)
+    images = run.dataset.train_images
+    one = run.encode(params, images[:1], 1)
+    np.testing.assert_allclose(run.encode(params, images, 1)[:1], one, atol=1e-5)
+    later = jax.tree.map(lambda x: x, params)
+    later["encoder"]["blocks"] = jax.tree.map(lambda x: x.at[1:].set(7.0), params["encoder"]["blocks"])
+    np.testing.assert_array_equal(run.encode(later, images[:1], 1), one)
+    assert np.abs(run.encode(later, images[:1], 2) - one).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EvaluationConfig(labels_per_class=(67,)), r"evaluation\.labels_per_class: 67 .*accepted: 0 to 66"),
+        (EvaluationConfig(neighbours=201), r"evaluation\.neighbours: 201 .*accepted: 0 to 200"),
+    ],
+)
+def test_protocols_the_data_cannot_serve(config: EvaluationConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate.check(config, DATA)

@@ -1,0 +1,107 @@
+"""The encoder and the heads against independent NumPy, and how the encoder splits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from lwfedssl_jax import tree
+from lwfedssl_jax.config import ModelConfig
+from lwfedssl_jax.models.heads import mlp_head
+from lwfedssl_jax.models.vit import EVERY_STAGE, Encoder, vit
+
+CONFIG = ModelConfig(name="vit_micro", patch_size=4, width=12, depth=3, heads=3)
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+
+
+def make(**options: bool) -> tuple[Encoder, tree.Tree]:
+    encoder = vit(CONFIG, (8, 8, 3), jnp.float32, **options)
+    params = jax.jit(encoder.init)(jax.random.key(0))
+    # Away from the neutral initial values of biases and norms, so that each of them counts.
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    return encoder, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+
+
+def numpy_vit(p: tree.Tree, images: np.ndarray) -> np.ndarray:
+    def norm(x: np.ndarray, q: tree.Tree) -> np.ndarray:
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * q["scale"] + q["bias"]
+
+    def dense(x: np.ndarray, q: tree.Tree) -> np.ndarray:
+        return x @ q["kernel"] + q["bias"]
+
+    features = []
+    for image in images:
+        patches = [image[i : i + 4, j : j + 4].reshape(-1) for i in (0, 4) for j in (0, 4)]
+        x = dense(np.stack(patches), p["embedding"]["patch"]) + p["embedding"]["position"]
+        for layer in range(CONFIG.depth):
+            b = jax.tree.map(lambda v, i=layer: v[i], p["blocks"])
+            q, k, v = np.split(dense(norm(x, b["norm1"]), b["qkv"]), 3, axis=-1)
+            mixed = []
+            for h in range(CONFIG.heads):
+                columns = slice(h * 4, h * 4 + 4)
+                weights = scipy.special.softmax(q[:, columns] @ k[:, columns].T / np.sqrt(4), axis=-1)
+                mixed.append(weights @ v[:, columns])
+            x = x + dense(np.concatenate(mixed, -1), b["proj"])
+            hidden = dense(norm(x, b["norm2"]), b["fc1"])
+            x = x + dense(hidden * 0.5 * (1 + scipy.special.erf(hidden / np.sqrt(2))), b["fc2"])
+        features.append(norm(x, p["norm"]).mean(axis=0))
+    return np.stack(features)
+
+
+def test_vit_equals_numpy() -> None:
+    encoder, params = make()
+    expected = numpy_vit(jax.tree.map(np.asarray, params), np.asarray(IMAGES))
+    np.testing.assert_allclose(encoder.trainable_forward(params, IMAGES), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen_layers", [1, 2, 3])
+def test_frozen_and_trainable_parts_make_the_whole(frozen_layers: int) -> None:
+    encoder, params = make()
+    layers = encoder.layers(params)
+    frozen = jax.tree.map(lambda n: (n != EVERY_STAGE) & (n <= frozen_layers), layers)
+    rest = jax.tree.map(np.logical_not, frozen)
+    x = encoder.frozen_forward(tree.take(params, frozen), IMAGES)
+    whole = encoder.trainable_forward(params, IMAGES)
+    np.testing.assert_allclose(encoder.trainable_forward(tree.take(params, rest), x), whole, atol=1e-5)
+
+
+def test_remat_changes_memory_not_results() -> None:
+    plain, params = make()
+    remat, _ = make(remat=True)
+    loss = lambda encoder: lambda p: (encoder.trainable_forward(p, IMAGES) ** 2).sum()  # noqa: E731
+    a, b = jax.grad(loss(plain))(params), jax.grad(loss(remat))(params)
+    assert jax.tree.all(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-4, atol=1e-5), a, b))
+    assert "remat" in str(jax.make_jaxpr(jax.grad(loss(remat)))(params))
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters() -> None:
+    encoder, params = make()
+    half = vit(CONFIG, (8, 8, 3), jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(jax.jit(half.init)(jax.random.key(0)))} == {jnp.dtype(jnp.float32)}
+    features = half.trainable_forward(params, IMAGES)
+    assert features.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        features.astype(jnp.float32), encoder.trainable_forward(params, IMAGES), rtol=0.1, atol=0.1
+    )
+
+
+def test_layers_start_from_different_values() -> None:
+    encoder = vit(CONFIG, (8, 8, 3), jnp.float32)
+    kernels = jax.jit(encoder.init)(jax.random.key(0))["blocks"]["qkv"]["kernel"]
+    assert float(jnp.abs(kernels[0] - kernels[1]).max()) > 0.01
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_head_normalises_over_real_samples_only(layers: int) -> None:
+    head = mlp_head(layers, 5, 7, 4, jnp.float32)
+    params = jax.device_get(head.init(jax.random.key(0)))
+    x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    x[4:] = 1e3
+    z = x[:4]
+    for i in range(layers - 1):
+        z = z @ params[f"Dense_{i}"]["kernel"]
+        norm = params[f"BatchNorm_{i}"]
+        z = np.maximum((z - z.mean(0)) / np.sqrt(z.var(0) + 1e-5) * norm["scale"] + norm["bias"], 0)
+    z = z @ params[f"Dense_{layers - 1}"]["kernel"]
+    np.testing.assert_allclose(head.apply(params, jnp.asarray(x), jnp.arange(6) < 4)[:4], z, rtol=1e-3, atol=1e-4)

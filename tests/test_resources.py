@@ -1,0 +1,112 @@
+"""The ledger against the paper, against the compiler and against hand counts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import small_config
+
+from lwfedssl_jax import resources
+from lwfedssl_jax.config import Config, DataConfig, ObjectiveConfig, resolve
+
+PAPER = {  # METHOD.md: traffic ratios to end_to_end, and the paper's FLOPs in G
+    "mocov3": ({"layerwise": 0.198, "progressive": 0.60}, {"end_to_end": 586, "layerwise": 139, "progressive": 318}),
+    "byol": ({"layerwise": 0.198, "progressive": 0.60}, {"end_to_end": 586, "layerwise": 139, "progressive": 318}),
+    "simclr": ({"layerwise": 0.16, "progressive": 0.58}, {"end_to_end": 1169, "layerwise": 278, "progressive": 635}),
+}
+
+
+@pytest.mark.parametrize("objective", PAPER)
+def test_paper_traffic_and_operations(objective: str) -> None:
+    config = resolve(
+        Config(data=DataConfig(name="tfds:cifar10", image_size=32), objective=ObjectiveConfig(name=objective))  # type: ignore[arg-type]
+    )
+    ratios, flops = PAPER[objective]
+    strategies = resources.all_strategies(config, memory=False)
+    whole = strategies["end_to_end"]["total_bytes"]
+    for name, ratio in ratios.items():
+        assert strategies[name]["total_bytes"] / whole == pytest.approx(ratio, abs=0.01)
+    for name, giga in flops.items():
+        assert strategies[name]["flops_paper_rule"] / 1e9 == pytest.approx(giga, rel=0.01)
+    executed = {name: row["flops_executed"] for name, row in strategies.items()}
+    assert executed["layerwise"] < 0.25 * executed["end_to_end"]
+
+
+def test_bytes_by_hand() -> None:
+    """Width 8, 4 patches of 48 values, hidden 12, output 6, simclr: every leaf counted on paper."""
+    block = (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8
+    embedding, norm = (48 * 8 + 8) + 4 * 8, 2 * 8
+    head = 8 * 12 + 12 * 12 + 12 * 6 + 4 * 12
+    result = resources.ledger(small_config(objective__name="simclr", federation__rounds=7))
+    first, second, third = result["per_stage"]
+    assert [s["rounds"] for s in (first, second, third)] == [3, 2, 2]
+    assert first["trainable_parameters"] == embedding + block + norm + head
+    assert second["trainable_parameters"] == block + norm + head
+    assert second["download_bytes"] == second["upload_bytes"] == 2 * 4 * (block + norm + head)
+    assert result["total_bytes"] == 2 * 4 * (7 * (block + norm + head) + 3 * embedding)
+    everything = [embedding + d * block + norm + head for d in (1, 2, 3)]
+    downloads = 4 * (3 * everything[0] + 2 * everything[1] + 2 * everything[2])
+    assert result["worst_case_total_bytes"] == downloads + result["upload_bytes"]
+
+
+@pytest.mark.parametrize("strategy", ["end_to_end", "progressive"])
+def test_worst_case_equals_regular_where_everything_is_exchanged(strategy: str) -> None:
+    result = resources.ledger(small_config(strategy__name=strategy))
+    assert result["worst_case_total_bytes"] == result["total_bytes"]
+
+
+def test_last_stage_of_progressive_costs_what_end_to_end_costs_a_round() -> None:
+    config = small_config(strategy__name="progressive", federation__rounds=3, strategy__layers_per_stage=2)
+    seen: list[str] = []
+    strategies = resources.all_strategies(config, memory=True, notify=seen.append)
+    last, whole = strategies["progressive"]["per_stage"][-1], strategies["end_to_end"]["per_stage"][0]
+    assert last["trainable_parameters"] == whole["trainable_parameters"]
+    for key in ("download_bytes", "flops_paper_rule", "flops_executed"):
+        assert last[key] / last["rounds"] == whole[key] / whole["rounds"] > 0
+    assert last["peak_memory_bytes"] == whole["peak_memory_bytes"] == strategies["end_to_end"]["peak_memory_bytes"] > 0
+    assert strategies["layerwise"]["peak_memory_bytes"] < whole["peak_memory_bytes"]
+    # Of 1 + 2 + 2 programs the first and last of progressive are those of layerwise and end_to_end.
+    assert len(seen) == 3
+
+
+def test_count_of_products_loops_and_branches() -> None:
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    count = lambda f, *args: resources.count(jax.make_jaxpr(f)(*args))  # noqa: E731
+    assert count(lambda a, b: a @ b, a, b) == 3 * 4 * 5
+    assert count(lambda a, b: jnp.einsum("ik,kj->ij", a, b) + 1, a, b) == 3 * 4 * 5
+    assert count(jax.vmap(lambda a, b: a @ b), jnp.ones((7, 3, 4)), jnp.ones((7, 4, 5))) == 7 * 3 * 4 * 5
+    assert count(jax.jit(lambda a, b: jax.checkpoint(jnp.matmul)(a, b)), a, b) == 3 * 4 * 5
+    square = jnp.ones((4, 4))
+    assert count(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=6)[0], square) == 6 * 4**3
+    branches = [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x]
+    assert count(lambda i, x: jax.lax.switch(i, branches, x), 0, square) == 2 * 4**3
+    # The gradient of a product costs it twice more, once more where only one factor needs one.
+    assert count(jax.grad(lambda a: (a @ b).sum()), a) in (3 * 4 * 5, 2 * 3 * 4 * 5)
+    with pytest.raises(ValueError, match="unknown length"):
+        count(lambda n, x: jax.lax.fori_loop(0, n, lambda _, c: c @ c, x), 3, square)
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "end_to_end"])
+def test_executed_operations_agree_with_the_compiler(strategy: str) -> None:
+    """XLA counts two for a multiply-add, and elementwise work besides: a small part at this size.
+
+    One block is in each scan, because XLA counts a loop's body once.
+    """
+    config = small_config(
+        strategy__name=strategy,
+        objective__name="mocov3",
+        objective__hidden_dim=64,
+        model__width=64,
+        model__depth=2,
+        data__image_size=16,
+    )
+    row, parts = resources.ledger(config)["per_stage"][-1], resources.stage_parts(config)[-1]
+    theirs = resources.lower_step(config, *parts).compile().cost_analysis()["flops"]
+    ours = row["flops_executed"] / (config.federation.local_epochs * row["rounds"]) * config.optimizer.batch_size
+    assert ours == pytest.approx(theirs / 2, rel=0.25)
+
+
+def test_remat_executes_one_more_forward_pass_and_is_counted() -> None:
+    plain = resources.ledger(small_config(strategy__name="end_to_end"))
+    remat = resources.ledger(small_config(strategy__name="end_to_end", runtime__remat=True))
+    assert remat["flops_paper_rule"] == plain["flops_paper_rule"]
+    assert 1.1 < remat["flops_executed"] / plain["flops_executed"] < 1.34

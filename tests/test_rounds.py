@@ -1,0 +1,167 @@
+"""The fast round against the naive one, freezing, lanes, dropped clients."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from reference import train_round
+
+from lwfedssl_jax import simulate, tree
+from lwfedssl_jax.client import client_init, client_step
+from lwfedssl_jax.config import Config, override
+from lwfedssl_jax.stages import Stage
+
+STRATEGIES = ["layerwise", "progressive", "end_to_end"]
+OBJECTIVES = ["simclr", "byol", "mocov3"]
+SIZES = [8, 1, 5, 4]  # unequal, one sample, a short last batch, exactly one batch
+
+
+def prepare(config: Config) -> simulate.Run:
+    """A run over clients of ``SIZES`` examples."""
+    run = simulate.prepare(override(config, {"optimizer.batch_size": 4}))
+    return run._replace(clients=np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1]))
+
+
+def fast_round(run: simulate.Run, stage: Stage, params: tree.Tree, number: int) -> tuple[tree.Tree, dict]:
+    images = jnp.asarray(run.dataset.train_images)
+    program = simulate.compile_stage(run, stage, params, images)
+    return simulate.run_round(run, stage, program, params, images, number, simulate.Listener())
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """float64, with the type promotion that flax's batch normalisation needs there."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def max_difference(a: tree.Tree, b: tree.Tree) -> float:
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_equals_naive_round(strategy: str, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every strategy and objective, all at once: unequal clients, one sample, an idle lane, a dropped client.
+
+    In float64: under Adam, parameters without a true gradient turn float32 rounding into
+    steps of a whole learning rate.
+    """
+    with float64():
+        config = small_config(
+            strategy__name=strategy, strategy__layers_per_stage=2, objective__name=objective, runtime__lanes=2
+        )
+        run = prepare(override(config, {"runtime.precision": "float64"}))
+        monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([0, 1, 2, 3], [0, 1, 2]))
+        params = simulate.initial_params(run)
+        stage = run.stages[-1]
+        fast, line = fast_round(run, stage, params, 1)
+        trainable = jax.tree.map(
+            lambda m, p: np.broadcast_to(m.reshape(m.shape + (1,) * (p.ndim - m.ndim)), p.shape),
+            stage.trainable,
+            params,
+        )
+        images = {c: run.dataset.train_images[run.clients[c]] for c in (0, 1, 2)}
+        naive, loss = train_round(run.config, run.task, params, trainable, stage.depth, images, 1)
+    moved = max_difference(fast, params)
+    assert moved > 1e-3
+    assert max_difference(fast, naive) < 1e-5 * moved
+    assert line["loss"] == pytest.approx(loss, rel=1e-5)  # float32 sums
+    assert line["lane_utilisation"] < 1
+
+
+def test_lanes_change_rounding_only() -> None:
+    results = []
+    for lanes in (1, 2, 3):
+        with float64():
+            run = prepare(override(small_config(runtime__lanes=lanes), {"runtime.precision": "float64"}))
+            params = simulate.initial_params(run)
+            results.append(fast_round(run, run.stages[1], params, 1)[0])
+    assert max_difference(results[0], results[1]) < 1e-9
+    assert max_difference(results[0], results[2]) < 1e-9
+
+
+def test_calls_of_any_length_give_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(small_config(runtime__lanes=2))
+    params = simulate.initial_params(run)
+    whole, _ = fast_round(run, run.stages[0], params, 1)
+    monkeypatch.setattr(simulate, "CALL_STEPS", 3)
+    pieces, _ = fast_round(run, run.stages[0], params, 1)
+    assert max_difference(whole, pieces) == 0
+
+
+def test_everybody_dropped_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(small_config(federation__dropout=1.0))
+    params = simulate.initial_params(run)
+    after, line = fast_round(run, run.stages[0], params, 1)
+    assert max_difference(after, params) == 0
+    assert line["loss"] is None
+    assert (line["clients"], line["dropped"], line["upload_bytes"]) == (0, 4, 0)
+    assert line["download_bytes"] > 0
+
+
+def test_one_sample_client_does_not_change_the_others() -> None:
+    """Two lanes side by side: the state of a lane does not depend on what the other one trains."""
+    run = prepare(small_config(objective__name="simclr", runtime__lanes=2))
+    task, stage = run.task, run.stages[1]
+    params = simulate.initial_params(run)
+    trainable, frozen = tree.take(params, stage.trainable), tree.take(params, stage.frozen)["encoder"]
+    images = jnp.asarray(run.dataset.train_images[:16]).reshape(2, 8, 8, 8, 3)
+    step = jax.jit(jax.vmap(lambda i, mask, key: client_step(task, client_init(task, trainable), frozen, i, mask, key)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    both, one = jnp.ones((2, 8), bool), jnp.ones((2, 8), bool).at[0, 1:].set(False)
+    full, loss_full = step(images, both, keys)
+    short, loss_short = step(images, one, keys)
+    assert np.isfinite(loss_short).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(short))
+    np.testing.assert_array_equal(loss_full[1], loss_short[1])
+    second = lambda state: jax.tree.map(lambda x: x[1], state)  # noqa: E731
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), second(full), second(short)))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_frozen_parameters_are_bit_identical_after_a_round(objective: str) -> None:
+    run = prepare(small_config(objective__name=objective))
+    params = simulate.initial_params(run)
+    for stage in run.stages:
+        after, _ = fast_round(run, stage, params, stage.number)
+        same = jax.tree.map(lambda a, b: np.asarray(a == b), after, params)
+        for path, mask in jax.tree.leaves_with_path(stage.trainable):
+            leaf = same
+            for key in path:
+                leaf = leaf[key.key]
+            rows = leaf.reshape(*mask.shape, -1).all(axis=-1)
+            np.testing.assert_array_equal(rows[~mask], True, err_msg=jax.tree_util.keystr(path))
+        moved = tree.take(same, stage.trainable)
+        assert sum(bool(x.all()) for x in jax.tree.leaves(moved)) == 0
+        params = after
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    run = prepare(small_config())
+    task, stage = run.task, run.stages[1]
+    params = simulate.initial_params(run)
+    trainable, frozen = tree.take(params, stage.trainable), tree.take(params, stage.frozen)["encoder"]
+    images, key = jnp.asarray(run.dataset.train_images[:8]), jax.random.key(0)
+
+    def loss(trainable: tree.Tree, frozen: tree.Tree) -> jax.Array:
+        return client_step(task, client_init(task, trainable), frozen, images, jnp.ones(8, bool), key)[1]
+
+    of_trainable, of_frozen = jax.jit(jax.grad(loss, argnums=(0, 1)))(trainable, frozen)
+    assert all((x == 0).all() for x in jax.tree.leaves(of_frozen))
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(of_trainable)) > 0
+
+
+def test_frozen_parameters_have_no_optimizer_state() -> None:
+    run = prepare(small_config())
+    for stage in run.stages:
+        params = jax.eval_shape(lambda: simulate.initial_params(run))
+        trainable = jax.eval_shape(lambda p, s=stage: tree.take(p, s.trainable), params)
+        state = jax.eval_shape(lambda t: client_init(run.task, t), trainable)
+        moments = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.opt_state) if x.ndim)
+        assert moments == 2 * tree.size(trainable) < 2 * tree.size(params)
+        assert tree.size(state.target["encoder"]) == tree.size(trainable["encoder"])

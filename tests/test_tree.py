@@ -1,0 +1,40 @@
+"""Taking, putting and averaging parts of trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lwfedssl_jax import tree
+
+PARAMS = {"a": jnp.arange(6.0).reshape(3, 2), "b": jnp.arange(4.0), "c": jnp.float32(7)}
+MASK = {"a": np.array([False, True, False]), "b": np.array(True), "c": np.array(False)}
+
+
+def test_take_keeps_named_rows_and_drops_the_rest() -> None:
+    part = tree.take(PARAMS, MASK)
+    np.testing.assert_array_equal(part["a"], [[2, 3]])
+    np.testing.assert_array_equal(part["b"], PARAMS["b"])
+    assert part["c"] is None
+    assert tree.size(part) == 6
+    assert tree.nbytes(part) == 24
+
+
+def test_put_replaces_named_rows_and_nothing_else() -> None:
+    part = jax.tree.map(lambda x: x + 100, tree.take(PARAMS, MASK))
+    after = tree.put(PARAMS, MASK, part)
+    np.testing.assert_array_equal(after["a"], [[0, 1], [102, 103], [4, 5]])
+    np.testing.assert_array_equal(after["b"], PARAMS["b"] + 100)
+    assert after["c"] is PARAMS["c"]
+
+
+def test_parts_by_a_mask_and_its_opposite_make_the_whole() -> None:
+    opposite = jax.tree.map(np.logical_not, MASK)
+    blank = jax.tree.map(jnp.zeros_like, PARAMS)
+    whole = tree.put(tree.put(blank, MASK, tree.take(PARAMS, MASK)), opposite, tree.take(PARAMS, opposite))
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), whole, PARAMS))
+
+
+def test_ema_is_exact_where_both_are_equal() -> None:
+    x = jax.random.normal(jax.random.key(0), (1000,))
+    np.testing.assert_array_equal(tree.ema(x, x, 0.99), x)
+    np.testing.assert_allclose(tree.ema(jnp.ones(2), jnp.zeros(2), 0.9), 0.9, rtol=1e-6)
