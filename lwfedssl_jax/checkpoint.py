@@ -45,7 +45,7 @@ class WorkDir:
                 self._check_same_run()
                 summary = path / "summary.json"
                 self.summary = json.loads(summary.read_text()) if summary.is_file() else None
-            elif not os.access(_nearest_existing(path), os.W_OK | os.X_OK):
+            elif not _can_hold(path):
                 raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(
@@ -153,5 +153,6 @@ class WorkDir:
                     )
 
 
-def _nearest_existing(path: Path) -> Path:
-    return next(p for p in [path, *path.absolute().parents] if p.exists())
+def _can_hold(path: Path) -> bool:
+    nearest = next(p for p in [path, *path.absolute().parents] if p.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)

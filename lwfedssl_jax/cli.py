@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             close = difflib.get_close_matches(argv[0], COMMANDS) or COMMANDS
             raise ConfigError(f"COMMAND: unknown {argv[0]!r}; accepted: {', '.join(close)}")
+    except SystemExit:  # tyro's way out of --help
+        return 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -175,17 +177,19 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
     except SystemExit as stop:
         if stop.code:
             raise ConfigError(one_line(errors.getvalue())) from None
-        raise
+        raise  # --help has been printed
 
 
 def one_line(box: str) -> str:
-    """Tyro's framed message as one line: what is wrong, and the options it suggests."""
-    text = [line.strip("│╭╮╰╯ ") for line in box.splitlines() if line.startswith("│")]
-    cut = next((i for i, line in enumerate(text) if line.startswith("─")), len(text))
-    message = re.sub(r"\s+", " ", " ".join(text[:cut])).rstrip(".")
-    known = dict.fromkeys(re.findall(r"^--[\w.-]+", "\n".join(text[cut:]), re.MULTILINE))
-    if "Unrecognized" in message:
-        return f"{message}; accepted: {', '.join(known) or 'the options --help lists'}"
+    """Tyro's framed message (title, message, help, between rules) as one line, with the options it suggests."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
+    ruled = [bool(line) and not line.strip("─-") for line in lines]
+    start = 1 if ruled[0] else 0
+    end = ruled.index(True, start) if True in ruled[start:] else len(lines)
+    message = " ".join(lines[start:end]).rstrip(".")
+    if message.startswith("Unrecognized"):
+        suggested = dict.fromkeys(re.findall(r"^--[\w.-]+", "\n".join(lines[end:]), re.MULTILINE))
+        return f"{message}; accepted: {', '.join(suggested) or 'the options --help lists'}"
     return message
 
 

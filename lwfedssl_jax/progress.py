@@ -80,7 +80,7 @@ class ConsoleProgress(Listener):
             f" · {loss} · {line['clients'] / line['seconds']:.3g} clients/s"
             f" · {line['examples'] / line['seconds']:,.0f} samples/s · {self._time_left()} left"
         )
-        self._show(self._status)
+        self._show(self._status, always=self._number == self._stage.first_round + self._stage.rounds)
 
     def evaluation(self, line: dict[str, Any]) -> None:
         where = f"round {line['round']}, {line['depth']} layers" if line["round"] else "untrained"

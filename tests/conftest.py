@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.monitoring
 import optax
 import pytest
 
@@ -55,3 +56,17 @@ SMALL: dict[str, Any] = {
 def small_config(**changes: Any) -> Config:
     """A config that compiles in a second or two; keywords are ``section__field``."""
     return resolve(override(Config(), SMALL | {k.replace("__", "."): v for k, v in changes.items()}))
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """Names of the functions XLA has compiled since the test began."""
+    names: list[str] = []
+
+    def listen(event: str, duration: float, **details: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(details["fun_name"]))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)

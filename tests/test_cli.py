@@ -1,0 +1,163 @@
+"""The command line: help, lists, JSON, and one line for every kind of bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lwfedssl_jax import cli
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--data.name", "synthetic", "--data.image-size", "8", "--data.synthetic-examples", "60", "--model.width", "8",
+    "--model.depth", "2", "--model.heads", "2", "--federation.rounds", "2", "--federation.local-epochs", "1",
+    "--objective.hidden-dim", "8", "--objective.output-dim", "4", "--evaluation.labels-per-class", "5",
+    "--evaluation.neighbours", "5",
+]  # fmt: skip
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["train", "resources"])
+def test_help_of_a_command_names_every_section(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    for option in ("--strategy.name", "--federation.rounds", "--evaluation.every", "--runtime.remat"):
+        assert option in out
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    assert "paper/vit_tiny_mocov3" in capsys.readouterr().out
+
+
+def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["resources", "quickstart", *TINY, "--json", "--no-memory"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert set(plain) == {"config", "bytes_per_parameter", "strategies"}
+    assert plain["config"]["model"]["depth"] == 2
+    assert set(plain["strategies"]) == {"end_to_end", "layerwise", "progressive"}
+    for strategy in plain["strategies"].values():
+        assert set(strategy) == {
+            "download_bytes", "upload_bytes", "total_bytes", "worst_case_total_bytes", "flops_paper_rule",
+            "flops_executed", "peak_memory_bytes", "per_stage",
+        }  # fmt: skip
+        assert set(strategy["per_stage"][0]) == {
+            "stage", "rounds", "depth", "trainable_parameters", "download_bytes", "upload_bytes", "flops_paper_rule",
+            "flops_executed", "peak_memory_bytes",
+        }  # fmt: skip
+
+
+def test_train_prints_progress_and_a_table_and_then_only_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled: list[str]
+) -> None:
+    command = ["train", "quickstart", *TINY, "--workdir", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "compiling stage 1 of 2" in err
+    assert "2 stages, 2 rounds, 10 clients" in err
+    assert "samples/s" in err
+    assert "untrained %" in out
+    assert "end_to_end" in out
+    compiled.clear()
+    assert cli.main(command) == 0
+    assert "finished" in capsys.readouterr().out
+    assert compiled == []
+
+
+BAD = [
+    (["fly"], "COMMAND: unknown 'fly'; accepted: train, resources, list"),
+    (["trian"], "COMMAND: unknown 'trian'; accepted: train"),
+    (["train"], "CONFIG: train needs one first, found nothing"),
+    (["train", "--workdir", "x"], "CONFIG: train needs one first, found '--workdir'"),
+    (["train", "quick"], "CONFIG: no config 'quick'; accepted: a path to a .py file, or one of quickstart"),
+    (["list", "x"], "list: unexpected 'x'"),
+    (["train", "quickstart", "--strategy.nam", "x"], "Unrecognized options: --strategy.nam, x; accepted: --strategy"),
+    (["train", "quickstart", "--strategy.name", "x"], "invalid choice 'x' for argument '--strategy.name'. Expected"),
+    (["train", "quickstart", "--federation.rounds", "x"], "Error parsing --federation.rounds: invalid literal"),
+    (["train", "quickstart", "--federation.rounds", "0"], "federation.rounds: 0 is out of range; accepted: at least 1"),
+    (["train", "quickstart", "--federation.rounds", "3"], "federation.rounds: 3 rounds cannot hold 6 stages"),
+    (["train", "quickstart", "--model.heads", "3"], "model.heads: 3 does not divide model.width 64"),
+    (["train", "quickstart", "--model.patch-size", "3"], "model.patch_size: 3 does not divide data.image_size 16"),
+    (["train", "quickstart", "--federation.clients-per-round", "11"], "federation.clients_per_round: 11 is more than"),
+    (["train", "quickstart", "--partition.clients", "5000"], "partition.clients: 5000 clients cannot share 1437"),
+    (["train", "quickstart", "--evaluation.labels-per-class", "200"], "evaluation.labels_per_class: 200 is more than"),
+    (["train", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
+    (["train", "quickstart", "--data.name", "tfds:nothing_here"], "data.name: 'tfds:nothing_here' is not installed"),
+    (["resources", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in err
+    assert out == ""
+    assert compiled == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled: list[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    from lwfedssl_jax.config import load, override, resolve, to_dict
+
+    config = override(load("quickstart"), {"runtime.seed": 5})
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"config": to_dict(resolve(config))}))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for name, message in {
+        "file": "is not a directory; accepted: a new or empty directory",
+        "file/below": "cannot be written; accepted: a directory you can write to",
+        "notes": "holds files but no run; accepted: a new or empty directory",
+        "other": "holds another config's run: runtime.seed is 5 there, 0 here",
+        "broken": "cannot be read",
+    }.items():
+        assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --workdir: {tmp_path / name} ")
+        assert message in line
+    assert cli.main(["train", "quickstart", "--workdir", "/proc/no/such"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert compiled == []
+
+
+def test_default_work_directory_is_one_for_each_config() -> None:
+    from lwfedssl_jax.config import load, override
+
+    config = load("quickstart")
+    assert cli.default_workdir("quickstart", config) == cli.default_workdir("quickstart", load("quickstart"))
+    assert cli.default_workdir("quickstart", config) != cli.default_workdir(
+        "quickstart", override(config, {"runtime.seed": 1})
+    )
+
+
+def test_run_py_starts_without_a_heavy_import_and_stays_short(tmp_path: Path) -> None:
+    assert len((ROOT / "run.py").read_text().splitlines()) < 60
+    heavy = "('tensorflow_datasets', 'matplotlib', 'jax')"
+    code = f"import sys, lwfedssl_jax.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "run.py", "fly"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,194 @@
+"""Whole runs: what they write, how often they compile, how they continue."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import small_config
+from safetensors.numpy import load_file
+
+from lwfedssl_jax import resources, simulate
+from lwfedssl_jax.checkpoint import WorkDir
+from lwfedssl_jax.config import Config, resolve
+
+
+class Interrupting(simulate.Listener):
+    """Presses Ctrl-C as soon as a round has ended."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round(self, line: dict[str, Any]) -> None:
+        if line["round"] == self.number:
+            raise KeyboardInterrupt
+
+
+def train(config: Config, path: Path, listener: simulate.Listener | None = None) -> dict[str, Any]:
+    return simulate.train(config, WorkDir(path, config), listener)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    config = small_config(federation__rounds=5, federation__clients_per_round=3, evaluation__every=2)
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    train(config, path)
+    return config, path
+
+
+def test_work_directory(finished: tuple[Config, Path]) -> None:
+    _, path = finished
+    written = json.loads((path / "config.json").read_text())
+    assert written["config"]["federation"]["rounds"] == 5
+    assert {"jax", "flax", "python"} <= set(written["versions"])
+    assert written["device"].startswith("cpu")
+    for plot in ("clients", "loss", "accuracy"):
+        assert (path / "plots" / f"{plot}.png").stat().st_size > 5000
+    summary = json.loads((path / "summary.json").read_text())
+    assert (summary["strategy"], summary["objective"], summary["rounds"]) == ("layerwise", "mocov3", 5)
+    assert set(summary["evaluation"]) == set(summary["baselines"]["untrained"]) == {"linear_probe_5", "knn"}
+    assert 0 < summary["evaluation"]["knn"]["accuracy"] <= 1
+    assert summary["resources"]["peak_memory_bytes"] > 0
+    assert set(summary["strategies"]) == {"layerwise", "progressive", "end_to_end"}
+
+
+def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Config, Path]) -> None:
+    _, path = finished
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rounds = [line for line in lines if "event" not in line]
+    assert [(line["round"], line["stage"]) for line in rounds] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)]
+    for line in rounds:
+        assert set(line) == {
+            "round", "stage", "loss", "clients", "dropped", "examples", "steps", "download_bytes", "upload_bytes",
+            "seconds", "lane_utilisation",
+        }  # fmt: skip
+        assert line["clients"] == 3
+        assert line["seconds"] > 0
+    evaluations = [(line["round"], line["depth"]) for line in lines if line.get("event") == "evaluation"]
+    assert list(dict.fromkeys(evaluations)) == [(0, 3), (2, 1), (4, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "progressive", "end_to_end"])
+def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
+    """The ledger counts shapes; here the arrays themselves are weighed, as sent and as put back."""
+    import jax
+    import jax.numpy as jnp
+
+    config = small_config(strategy__name=strategy)
+    run = simulate.prepare(config)
+    params = simulate.initial_params(run)
+    images = jnp.asarray(run.dataset.train_images)
+    for stage, row in zip(run.stages, resources.ledger(config)["per_stage"], strict=True):
+        program = simulate.compile_stage(run, stage, params, images)
+        sent = sum(np.asarray(x).nbytes for x in jax.tree.leaves(program.start(params)[0]))
+        after, line = simulate.run_round(run, stage, program, params, images, stage.number, simulate.Listener())
+        changed = sum(
+            int((np.asarray(a) != np.asarray(b)).reshape(n, -1).any(axis=1).sum()) * (np.asarray(a).nbytes // n)
+            for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True)
+            for n in [len(a) if a.shape[:1] == (config.model.depth,) else 1]
+        )
+        assert row["download_bytes"] == row["rounds"] * sent
+        assert row["upload_bytes"] == row["rounds"] * changed
+        assert line["download_bytes"] == config.partition.clients * sent
+        assert line["upload_bytes"] == config.partition.clients * sent
+        params = after
+
+
+def test_one_compilation_per_stage(tmp_path: Path, compiled: list[str]) -> None:
+    """Cohorts of any size and a round without reporters included."""
+    config = small_config(federation__rounds=8, federation__clients_per_round=2, federation__dropout=0.4)
+    train(config, tmp_path / "run")
+    clients = {line["clients"] for line in WorkDir(tmp_path / "run", config).metrics() if "event" not in line}
+    assert len(clients) > 1
+    for name in ("run_steps", "start", "finish"):
+        assert compiled.count(f"jit({name})") == 3
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, Path], tmp_path: Path) -> None:
+    config, whole = finished
+    for number in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", Interrupting(number))
+    train(config, tmp_path / "run")
+    expected, found = load_file(whole / "encoder.safetensors"), load_file(tmp_path / "run" / "encoder.safetensors")
+    assert set(expected) == set(found)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+    def lines(path: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in WorkDir(path, config).metrics()]
+
+    assert lines(tmp_path / "run") == lines(whole)
+
+
+def test_a_finished_run_is_not_run_again(finished: tuple[Config, Path], compiled: list[str]) -> None:
+    config, path = finished
+    before = (path / "metrics.jsonl").read_bytes()
+    summary = train(config, path)
+    assert summary == json.loads((path / "summary.json").read_text())
+    assert compiled == []
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    config = small_config(
+        strategy__name="end_to_end",
+        objective__name="simclr",
+        data__synthetic_examples=300,
+        federation__rounds=10,
+        optimizer__learning_rate=0.3,
+    )
+    train(config, tmp_path / "run")
+    losses = [line["loss"] for line in WorkDir(tmp_path / "run", config).metrics() if "event" not in line]
+    assert np.mean(losses[-2:]) < 0.9 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_lower(tmp_path: Path) -> None:
+    config = small_config(optimizer__learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"loss is nan in round 1; lower optimizer\.learning_rate"):
+        train(config, tmp_path / "run")
+
+
+def test_bfloat16_and_remat_run(tmp_path: Path) -> None:
+    """Both fields reach the compiled program: losses differ from float32 a little, and not at all under remat."""
+    losses = {}
+    runs: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "half": {"runtime__precision": "bfloat16"},
+        "remat": {"runtime__remat": True},
+    }
+    for name, options in runs.items():
+        config = small_config(federation__rounds=1, strategy__name="end_to_end", **options)
+        train(config, tmp_path / name)
+        losses[name] = WorkDir(tmp_path / name, config).metrics()[2]["loss"]
+    assert losses["plain"] != losses["half"] == pytest.approx(losses["plain"], rel=0.05)
+    assert losses["remat"] == pytest.approx(losses["plain"], rel=1e-4)
+
+
+def test_lanes_default_to_what_the_device_suggests_within_the_cohort() -> None:
+    assert simulate.choose_lanes(small_config()) == 1
+    assert simulate.choose_lanes(small_config(runtime__lanes=3)) == 3
+    assert simulate.choose_lanes(small_config(runtime__lanes=9)) == 4
+
+
+def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> None:
+    run = simulate.prepare(
+        small_config(partition__clients=20, federation__clients_per_round=10, federation__dropout=0.3)
+    )
+    drawn = [simulate.draw_cohort(run, number) for number in range(200)]
+    assert all(len(set(cohort)) == 10 and set(reporting) <= set(cohort) for cohort, reporting in drawn)
+    assert np.mean([len(reporting) for _, reporting in drawn]) == pytest.approx(7, abs=0.4)
+    assert {c for cohort, _ in drawn for c in cohort} == set(range(20))
+    assert drawn[3] == simulate.draw_cohort(run, 3)
+
+
+def test_clients_without_data_never_report() -> None:
+    run = simulate.prepare(small_config(partition__clients=80, partition__kind="iid", partition__allow_empty=True))
+    _, reporting = simulate.draw_cohort(run, 1)
+    assert len(reporting) == 60
+
+
+def test_default_config_is_the_papers() -> None:
+    config = resolve(Config())
+    assert (config.federation.rounds, config.federation.local_epochs, config.optimizer.batch_size) == (180, 3, 512)
