@@ -188,7 +188,7 @@ def one_line(box: str) -> str:
     end = ruled.index(True, start) if True in ruled[start:] else len(lines)
     message = " ".join(lines[start:end]).rstrip(".")
     if message.startswith("Unrecognized"):
-        suggested = dict.fromkeys(re.findall(r"^--[\w.-]+", "\n".join(lines[end:]), re.MULTILINE))
+        suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[end:]), re.MULTILINE))
         return f"{message}; accepted: {', '.join(suggested) or 'the options --help lists'}"
     return message
 

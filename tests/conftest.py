@@ -11,6 +11,13 @@ import pytest
 from lwfedssl_jax.config import Config, override, resolve
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests share what they compile, within a session."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 @pytest.fixture(autouse=True)
 def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All of ours runs under strict promotion; optax's bias correction is not written for it."""
