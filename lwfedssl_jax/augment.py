@@ -53,7 +53,7 @@ RECIPES = {
         solarize_by_view=(0.0, 0.2),
     ),
     # Glyphs: nothing that turns one into another (flips) or removes strokes (solarisation).
-    "digits": Recipe(rotation=15.0, crop_area=(0.5, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, mean=0.3, std=0.35),
+    "digits": Recipe(rotation=8.0, crop_area=(0.5, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, mean=0.3, std=0.35),
 }
 
 
