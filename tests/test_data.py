@@ -1,5 +1,11 @@
 """Sources and partitions."""
 
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +74,50 @@ def test_tfds_that_is_not_prepared() -> None:
     config = DataConfig(name="tfds:no_such_data_set")
     with pytest.raises(ConfigError, match=r"data\.name: 'tfds:no_such_data_set' is not installed"):
         sources.find(config).load(config)
+
+
+PREPARE = """
+import sys, numpy as np, tensorflow_datasets as tfds
+
+class TinyImages(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8)
+        features = tfds.features.FeaturesDict({"image": image, sys.argv[1]: tfds.features.ClassLabel(num_classes=3)})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples(12), "test": self._generate_examples(6)}
+
+    def _generate_examples(self, n):
+        for i in range(n):
+            yield i, {"image": np.full((8, 8, 1), i, np.uint8), sys.argv[1]: i % 3}
+
+TinyImages(file_format="array_record").download_and_prepare()
+"""
+READ = """
+from lwfedssl_jax.config import DataConfig
+from lwfedssl_jax.data import sources
+
+config = DataConfig(name="tfds:tiny_images", image_size=4)
+data = sources.find(config).load(config)
+assert data.train_images.shape == (12, 4, 4, 3), data.train_images.shape
+assert data.test_images.shape == (6, 4, 4, 3)
+assert sorted(data.train_images[:, 3, 0, 2].tolist()) == list(range(12))
+assert (data.train_images[:, 0, 0, 0] % 3 == data.train_labels).all()
+"""
+
+
+def test_tfds_reads_what_is_prepared_on_disk(tmp_path: Path) -> None:
+    """In processes of their own: tensorflow-datasets fixes its folder when it is imported."""
+    for label, message in (("label", ""), ("species", "'tfds:tiny_images' has no feature 'label'")):
+        environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / label)}
+        run = functools.partial(subprocess.run, env=environment, capture_output=True, text=True)
+        run([sys.executable, "-c", PREPARE, label], check=True)
+        done = run([sys.executable, "-c", READ])
+        assert message in done.stderr
+        assert done.returncode == (1 if message else 0), done.stderr
 
 
 @pytest.mark.parametrize(

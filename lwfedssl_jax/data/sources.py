@@ -86,7 +86,7 @@ def load_synthetic(config: DataConfig) -> Dataset:
 def load_tfds(config: DataConfig) -> Dataset:
     """A data set that tensorflow-datasets has prepared on this machine, as array_record (needs no TensorFlow).
 
-    It must have splits ``train`` and ``test``, features ``image`` and ``label``.
+    It must have splits ``train`` and ``test``, features ``image`` and ``label``; gray images become RGB.
     """
     import tensorflow_datasets as tfds
 
@@ -99,6 +99,9 @@ def load_tfds(config: DataConfig) -> Dataset:
             f"data.name: {config.name!r} is not installed ({type(error).__name__}: {reason}); accepted: a data set "
             f"prepared by `tfds build {name} --file_format=array_record`, or digits, synthetic"
         ) from error
+
+    if missing := {"image", "label"} - set(train.dataset_info.features):
+        raise ConfigError(f"data.name: {config.name!r} has no feature {missing.pop()!r}; accepted: image and label")
 
     def arrays(split: "tfds.core.data_sources.BaseDataSource") -> tuple[np.ndarray, np.ndarray]:
         images = [resize(_rgb(np.asarray(row["image"]))[None], config.image_size)[0] for row in split]
