@@ -24,7 +24,7 @@ from lwfedssl_jax.tree import Tree
 CALL_STEPS = 32  # steps of one call of the round: progress is seen after each
 SECONDS_BETWEEN_CHECKPOINTS = 60
 CPU_LANES = 1
-MOST_LANES = 64
+SAMPLES_AT_ONCE = 2048  # of all lanes together, elsewhere
 
 # Streams of the seed; clients add round, client and step to theirs.
 INIT_STREAM, ROUND_STREAM = 0, 1
@@ -60,7 +60,6 @@ class Run(NamedTuple):
     dataset: Dataset
     clients: list[np.ndarray]
     task: Task
-    layers: Tree
     stages: list[Stage]
     lanes: int
     encode: evaluate.Encode
@@ -96,7 +95,7 @@ def prepare(config: Config) -> Run:
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
     encode = evaluate.make_encode(task, layers["encoder"])
-    return Run(config, dataset, clients, task, layers, stages, choose_lanes(config), encode)
+    return Run(config, dataset, clients, task, stages, choose_lanes(config), encode)
 
 
 def choose_lanes(config: Config) -> int:
@@ -104,7 +103,8 @@ def choose_lanes(config: Config) -> int:
 
     On a CPU batched matrix products with per-client weights are slower than one client at a time.
     """
-    default = CPU_LANES if jax.default_backend() == "cpu" else MOST_LANES
+    elsewhere = max(1, SAMPLES_AT_ONCE // config.optimizer.batch_size)
+    default = CPU_LANES if jax.default_backend() == "cpu" else elsewhere
     return min(config.runtime.lanes or default, config.cohort_size)
 
 
