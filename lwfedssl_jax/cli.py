@@ -96,7 +96,6 @@ def train(arguments: list[str]) -> None:
         return
     began = time.monotonic()
     with ConsoleProgress(Console(stderr=True)) as listener:
-        listener.say(f"{options.config_name} runs in {workdir.path}")
         summary = simulate.train(config, workdir, listener)
     out.print(report.summary_tables(summary))
     out.print(

@@ -73,7 +73,7 @@ class DataConfig:
 
     name: str = "digits"
     """digits (scikit-learn's, embedded), synthetic (generated), or tfds:NAME (prepared on this machine)."""
-    image_size: AtLeast1 = 16
+    image_size: Annotated[int, Range(1, 4096)] = 16
     """Height and width in pixels; images are resized once."""
     views: Literal["auto", "digits", "natural"] = "auto"
     """Augmentation recipe; auto takes the data set's own."""
@@ -353,6 +353,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"model.heads: {model.heads} does not divide model.width {model.width}; "
             f"accepted: one of {', '.join(map(str, _divisors(model.width)))}"
+        )
+    if data.name == "synthetic" and data.synthetic_examples < data.synthetic_classes:
+        raise ConfigError(
+            f"data.synthetic_examples: {data.synthetic_examples} cannot show all classes; "
+            f"accepted: at least data.synthetic_classes {data.synthetic_classes}"
         )
     if config.strategy.layers_per_stage > model.depth:
         raise ConfigError(

@@ -31,8 +31,10 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
     """Refuse protocols the data set cannot serve.
 
     Raises:
-      ConfigError: more labels a class, or neighbours, than there are training images.
+      ConfigError: one class only; more labels a class, or neighbours, than there are training images.
     """
+    if len(np.unique(dataset.train_labels)) < 2:
+        raise ConfigError("data: the training images are all of one class; accepted: at least two classes")
     fewest = int(np.bincount(dataset.train_labels, minlength=dataset.classes).min())
     for labels in config.labels_per_class:
         if labels > fewest:

@@ -31,12 +31,11 @@ class ConsoleProgress(Listener):
         self._since = time.monotonic()
 
     def __enter__(self) -> "ConsoleProgress":
-        if self._console.is_terminal:
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -45,6 +44,8 @@ class ConsoleProgress(Listener):
     def start(self, run: Run, finished_rounds: int) -> None:
         self._run, self._number = run, finished_rounds
         config, sizes = run.config, [len(c) for c in run.clients]
+        if self._console.is_terminal:
+            self._bar.start()
         self.say(
             f"{config.strategy.name}, {config.objective.name}: {len(run.stages)} stages, {config.federation.rounds} "
             f"rounds, {len(sizes)} clients with {min(sizes)} to {max(sizes)} examples, "
@@ -94,8 +95,7 @@ class ConsoleProgress(Listener):
 
     def _show(self, text: str, *, always: bool = False) -> None:
         if self._console.is_terminal:
-            done = 1 - self._left[self._number] / self._left[0] if hasattr(self, "_left") else 0
-            self._bar.update(self._task, description=text, completed=done)
+            self._bar.update(self._task, description=text, completed=1 - self._left[self._number] / self._left[0])
         elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self.say(text)

@@ -121,7 +121,7 @@ def train(config: Config, workdir: WorkDir, listener: Listener | None = None) ->
 
     Raises:
       ConfigError: see ``prepare``; the work directory cannot be written.
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: the loss, or what the encoder gives, is not finite.
       KeyboardInterrupt: passed on after the last finished round has been saved.
     """
     listener = listener or Listener()
@@ -238,13 +238,17 @@ def run_round(
             "steps": int(plan.busy.sum()),
             "lane_utilisation": round(float(plan.busy.mean()), 4),
         }
-        if not np.isfinite(line["loss"]):
-            raise FloatingPointError(
-                f"the loss is {line['loss']} in round {number}; lower optimizer.learning_rate "
-                f"({run.config.optimizer.learning_rate}) or raise objective.temperature "
-                f"({run.config.objective.temperature})"
-            )
+        check_finite(run.config, f"the loss is {line['loss']}", number, line["loss"])
     return params, line | {"seconds": round(time.monotonic() - began, 4)}
+
+
+def check_finite(config: Config, what: str, number: int, values: Any) -> None:
+    """Raise a FloatingPointError that says what to lower, unless all values are finite."""
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"{what} in round {number}; lower optimizer.learning_rate ({config.optimizer.learning_rate}) "
+            f"or raise objective.temperature ({config.objective.temperature})"
+        )
 
 
 def draw_cohort(run: Run, number: int) -> tuple[list[int], list[int]]:
@@ -271,6 +275,8 @@ def log_evaluation(run: Run, workdir: WorkDir, listener: Listener, depth: int, n
     """Judge layers L1..L_depth by every protocol and write a line a protocol."""
     listener.compiling(f"evaluation of {depth} layers" if number else "evaluation of the untrained encoder")
     features = [run.encode(params, images, depth) for images in (run.dataset.train_images, run.dataset.test_images)]
+    for x in features:
+        check_finite(run.config, "the encoder's features are not finite", number, x)
     for protocol, result in evaluate.judge(run.config.evaluation, run.dataset, *features).items():
         line = {"event": "evaluation", "round": number, "depth": depth, "protocol": protocol, **result}
         workdir.append(line)

@@ -62,6 +62,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"evaluation.labels_per_class": (5, -1)}, "evaluation.labels_per_class: -1 is out of range"),
     ({"evaluation.labels_per_class": 5}, "evaluation.labels_per_class: 5 is not a tuple"),
     ({"evaluation.labels_per_class": (), "evaluation.neighbours": 0}, "evaluation: no protocol is left"),
+    (
+        {"data.name": "synthetic", "data.synthetic_examples": 9},
+        "data.synthetic_examples: 9 cannot show all classes; accepted: at least data.synthetic_classes 10",
+    ),
     ({"model.heads": 5}, "model.heads: 5 does not divide model.width 192; accepted: one of 1, 2, 3, 4, 6"),
     ({"model.patch_size": 5}, "model.patch_size: 5 does not divide data.image_size 16; accepted: one of 1, 2, 4, 8"),
     ({"federation.rounds": 11}, "federation.rounds: 11 rounds cannot hold 12 stages; accepted: at least 12"),

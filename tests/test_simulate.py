@@ -153,7 +153,17 @@ def test_training_learns(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_lower(tmp_path: Path) -> None:
     config = small_config(optimizer__learning_rate=1e30)
     with pytest.raises(FloatingPointError, match=r"loss is nan in round 1; lower optimizer\.learning_rate"):
-        train(config, tmp_path / "run")
+        train(config, tmp_path / "loss")
+    # One step a client: the loss is still that of the first parameters.
+    config = small_config(
+        optimizer__learning_rate=1e36,
+        optimizer__batch_size=64,
+        federation__local_epochs=1,
+        federation__rounds=1,
+        strategy__name="end_to_end",
+    )
+    with pytest.raises(FloatingPointError, match=r"features are not finite in round 1; lower optimizer"):
+        train(config, tmp_path / "features")
 
 
 def test_bfloat16_and_remat_run(tmp_path: Path) -> None:
