@@ -45,9 +45,9 @@ class WorkDir:
                 self._check_same_run()
                 summary = path / "summary.json"
                 self.summary = json.loads(summary.read_text()) if summary.is_file() else None
-            elif not _can_hold(path):
+            if self.summary is None and not _can_hold(path):
                 raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(
                 f"--workdir: {path} cannot be read ({error}); accepted: a new or empty directory"
             ) from error
@@ -81,6 +81,9 @@ class WorkDir:
 
         Args:
           like: parameters of the same structure.
+
+        Raises:
+          ConfigError: the checkpoint cannot be read.
         """
         import orbax.checkpoint as ocp
 
@@ -89,7 +92,13 @@ class WorkDir:
             with self._manager() as manager:
                 rounds = manager.latest_step()
                 if rounds is not None:
-                    params = manager.restore(rounds, args=ocp.args.StandardRestore(like))
+                    try:
+                        params = manager.restore(rounds, args=ocp.args.StandardRestore(like))
+                    except Exception as error:  # orbax raises many kinds; all mean that it cannot be used
+                        raise ConfigError(
+                            f"--workdir: checkpoint {rounds} in {self.path} cannot be read ({type(error).__name__}); "
+                            f"accepted: a whole checkpoint (remove checkpoints/{rounds} to continue before it)"
+                        ) from error
         kept = [line for line in self.metrics() if rounds is not None and line["round"] <= rounds]
         if (self.path / "metrics.jsonl").exists():
             self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
@@ -142,7 +151,10 @@ class WorkDir:
         file = self.path / "config.json"
         if not file.is_file():
             raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
-        old, new = json.loads(file.read_text())["config"], to_dict(self._config)
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+            raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
+        old, new = content["config"], to_dict(self._config)
         for section in new:
             for name, value in new[section].items():
                 before = old.get(section, {}).get(name)

@@ -30,7 +30,7 @@ class Train:
 
     config_name: tyro.conf.Positional[str]
     """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
-    config: Annotated[Config, tyro.conf.arg(name="")]
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     workdir: Path | None = None
     """Where the run lives; by default runs/CONFIG-HASH, one directory for each config and overrides."""
 
@@ -41,7 +41,7 @@ class Resources:
 
     config_name: tyro.conf.Positional[str]
     """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
-    config: Annotated[Config, tyro.conf.arg(name="")]
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     json: bool = False
     """Print JSON instead of a table."""
     memory: bool = True
@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; `train` continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -111,6 +111,8 @@ def resources(arguments: list[str]) -> None:
     from lwfedssl_jax import resources as ledgers
 
     config = configs.resolve(options.config)
+    for name in ledgers.STRATEGIES:  # all three must be able to run
+        configs.resolve(configs.override(config, {"strategy.name": name}))
     progress = Console(stderr=True)
     with progress.status("tracing") as status:
         strategies = ledgers.all_strategies(

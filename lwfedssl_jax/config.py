@@ -40,8 +40,8 @@ class Range(NamedTuple):
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
+        low = f"above {self.low}" if self.above else f"at least {self.low}"
+        return low if self.high == float("inf") else f"{low} and at most {self.high}"
 
 
 AtLeast1 = Annotated[int, Range(1)]
@@ -160,7 +160,7 @@ class FederationConfig:
 class OptimizerConfig:
     """The clients' AdamW; its state starts afresh each round."""
 
-    batch_size: AtLeast1 = 512
+    batch_size: Annotated[int, Range(2)] = 512
     """Local batch size B; a client's last batch of an epoch may be shorter."""
     learning_rate: Positive = 1.5e-4
     """Base learning rate, scaled by batch_size / 256."""
@@ -273,8 +273,8 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
       ConfigError: no such config, the file does not run, or it defines no ``config``.
     """
     path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
-    if not path.is_file():
-        known = [n for n, _ in available(config_dir)]
+    known = [n for n, _ in available(config_dir)]
+    if not path.is_file() or not (name.endswith(".py") or name in known):
         close = difflib.get_close_matches(name, known, n=3) or known
         raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or one of {', '.join(close)}")
     spec = importlib.util.spec_from_file_location("lwfedssl_config", path)
@@ -283,8 +283,9 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own file: whatever it raises is bad input
-        raise ConfigError(f"CONFIG: {path} does not run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's own file: whatever it raises is bad input
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"CONFIG: {path} does not run ({what}); accepted: a file that defines `config`") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ConfigError(f"CONFIG: {path} must define `config = Config(...)`, found {type(config).__name__}")

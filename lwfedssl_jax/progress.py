@@ -74,12 +74,13 @@ class ConsoleProgress(Listener):
 
     def round(self, line: dict[str, Any]) -> None:
         self._number = line["round"]
-        self._training += line["seconds"]
+        seconds = max(line["seconds"], 1e-4)
+        self._training += seconds
         loss = "nobody reported" if line["loss"] is None else f"loss {line['loss']:.3f}"
         self._status = (
             f"stage {line['stage']}/{len(self._run.stages)} · round {self._number}/{self._run.config.federation.rounds}"
-            f" · {loss} · {line['clients'] / line['seconds']:.3g} clients/s"
-            f" · {line['examples'] / line['seconds']:,.0f} samples/s · {self._time_left()} left"
+            f" · {loss} · {line['clients'] / seconds:.3g} clients/s"
+            f" · {line['examples'] / seconds:,.0f} samples/s · {self._time_left()} left"
         )
         self._show(self._status, always=self._number == self._stage.first_round + self._stage.rounds)
 

@@ -8,8 +8,6 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from lwfedssl_jax.resources import STRATEGIES
-
 MIB = 2**20
 
 
@@ -37,7 +35,7 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     axes.set(xlabel="round (dotted: a new stage)", ylabel="mean loss of a sample")
     _save(figure, workdir, "loss")
 
-    # Traffic of an average client: all that was exchanged so far over the clients drawn each round.
+    # All that was exchanged so far, over the clients drawn each round.
     sent = np.cumsum([line["download_bytes"] + line["upload_bytes"] for line in rounds])
     drawn = rounds[0]["clients"] + rounds[0]["dropped"]
     traffic = {0: 0.0} | {line["round"]: total / drawn / MIB for line, total in zip(rounds, sent, strict=True)}
@@ -47,7 +45,7 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
         points = [line for line in evaluations if line["protocol"] == protocol]
         x, y = [traffic[p["round"]] for p in points], [100 * p["accuracy"] for p in points]
         axes.errorbar(x, y, [100 * p.get("std", 0) for p in points], marker=marker, capsize=3, label=_words(protocol))
-    axes.set(xlabel="traffic of one client, both directions (MiB)", ylabel="accuracy (%)")
+    axes.set(xlabel="traffic of a client drawn every round, both directions (MiB)", ylabel="accuracy (%)")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     _save(figure, workdir, "accuracy")
@@ -70,7 +68,7 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
     """What each strategy costs one client over the whole run, and beside it the ratio to end_to_end."""
     table = Table(title="What one client spends over the whole run (x: against end_to_end)")
     table.add_column("")
-    for name in STRATEGIES:
+    for name in strategies:
         table.add_column(f"[bold]{name}[/]" if name == chosen else name, justify="right")
     for label, key, unit, scale in (
         ("traffic, both directions", "total_bytes", "MiB", MIB),
@@ -79,10 +77,9 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
         ("multiply-adds a sample, executed", "flops_executed", "G", 1e9),
         ("peak memory of a training step", "peak_memory_bytes", "MiB", MIB),
     ):
-        values = [strategies[name][key] for name in STRATEGIES]
+        values = [ledger[key] for ledger in strategies.values()]
         if None not in values:
-            cells = [f"{v / scale:,.4g} {unit} ({v / values[0]:.2f}x)" for v in values]
-            table.add_row(label, *cells)
+            table.add_row(label, *[f"{v / scale:,.4g} {unit} ({v / values[0]:.2f}x)" for v in values])
     return table
 
 

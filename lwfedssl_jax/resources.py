@@ -29,7 +29,7 @@ Notify = Callable[[str], None]
 
 
 def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: None) -> dict[str, Ledger]:
-    """The ledger of each strategy for this (resolved) config.
+    """The ledger of each strategy for this (resolved) config; one with more stages than rounds is left out.
 
     Args:
       config: resolved.
@@ -38,6 +38,7 @@ def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: N
       notify: told what is being compiled.
     """
     configs: dict[str, Config] = {name: override(config, {"strategy.name": name}) for name in STRATEGIES}
+    configs = {name: c for name, c in configs.items() if c.stages <= c.federation.rounds}
     ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
     if memory:
         programs = {name: [lower_step(c, *part) for part in stage_parts(c)] for name, c in configs.items()}
@@ -61,7 +62,8 @@ def ledger(config: Config) -> Ledger:
         frozen layers once, trainable ones three times; two views for simclr, one for the
         others; no target branch (METHOD.md, arXiv 2401.11647).
       * ``flops_executed``: all matrix products of the training step as traced: both views,
-        the target branch, the loss's logits, the backward pass with its recomputation.
+        the target branch, the loss's logits, the backward pass with its recomputation. A
+        sample's share of a full batch: what padding of short batches adds is not in it.
     """
     task = make_task(config)
     params, stages = _shapes_and_stages(config, task)

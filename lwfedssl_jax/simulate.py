@@ -252,11 +252,12 @@ def check_finite(config: Config, what: str, number: int, values: Any) -> None:
 
 
 def draw_cohort(run: Run, number: int) -> tuple[list[int], list[int]]:
-    """The clients drawn in a round, and those of them that report: neither dropped out nor without data."""
+    """The clients drawn in a round that have data, and those of them that report."""
     rng = np.random.default_rng([run.config.runtime.seed, SAMPLING_STREAM, number])
     cohort = np.sort(rng.choice(run.config.partition.clients, run.config.cohort_size, replace=False))
     stays = rng.random(len(cohort)) >= run.config.federation.dropout
-    return cohort.tolist(), [int(c) for c in cohort[stays] if len(run.clients[c])]
+    has_data = np.array([len(run.clients[c]) > 0 for c in cohort])
+    return cohort[has_data].tolist(), cohort[has_data & stays].tolist()
 
 
 def make_plan(run: Run, clients: list[int], examples: list[np.ndarray], number: int) -> Plan:

@@ -91,6 +91,8 @@ BAD = [
     (["train", "quickstart", "--data.image-size", "100000"], "data.image_size: 100000 is out of range; accepted: at"),
     (["train", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
     (["train", "quickstart", "--data.name", "tfds:nothing_here"], "data.name: 'tfds:nothing_here' is not installed"),
+    (["train", "../configs/quickstart"], "CONFIG: no config '../configs/quickstart'"),
+    (["resources", "digits/end_to_end_simclr", "--federation.rounds", "1"], "federation.rounds: 1 rounds cannot hold"),
     (["resources", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
 ]  # fmt: skip
 
@@ -121,6 +123,8 @@ def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "other").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "vit"}')
     from lwfedssl_jax.config import load, override, resolve, to_dict
 
     config = override(load("quickstart"), {"runtime.seed": 5})
@@ -132,6 +136,7 @@ def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "notes": "holds files but no run; accepted: a new or empty directory",
         "other": "holds another config's run: runtime.seed is 5 there, 0 here",
         "broken": "cannot be read",
+        "foreign": "holds files but no run",
     }.items():
         assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / name)]) == 2
         (line,) = capsys.readouterr().err.splitlines()

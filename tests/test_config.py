@@ -50,6 +50,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective.name": "moco"}, "objective.name: unknown 'moco'; accepted: simclr, byol, mocov3"),
     ({"model.name": "resnet50"}, "model.name: unknown 'resnet50'; accepted: vit_micro"),
     ({"federation.rounds": 0}, "federation.rounds: 0 is out of range; accepted: at least 1"),
+    ({"optimizer.batch_size": 1}, "optimizer.batch_size: 1 is out of range; accepted: at least 2"),
     ({"federation.rounds": 2.5}, "federation.rounds: 2.5 is not valid; accepted: int"),
     ({"federation.rounds": True}, "federation.rounds: True is not valid; accepted: int"),
     ({"federation.dropout": 1.1}, "federation.dropout: 1.1 is out of range; accepted: at least 0 and at most 1"),
@@ -58,7 +59,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective.momentum": "high"}, "objective.momentum: 'high' is not valid; accepted: float"),
     ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate: inf is not valid; accepted: float"),
     ({"partition.beta": -1.0}, "partition.beta: -1.0 is out of range; accepted: above 0"),
-    ({"runtime.seed": -1}, "runtime.seed: -1 is out of range; accepted: at least 0 and at most 4.29497e+09"),
+    ({"runtime.seed": -1}, "runtime.seed: -1 is out of range; accepted: at least 0 and at most 4294967295"),
     ({"evaluation.labels_per_class": (5, -1)}, "evaluation.labels_per_class: -1 is out of range"),
     ({"evaluation.labels_per_class": 5}, "evaluation.labels_per_class: 5 is not a tuple"),
     ({"evaluation.labels_per_class": (), "evaluation.neighbours": 0}, "evaluation: no protocol is left"),
@@ -106,7 +107,12 @@ def test_unknown_config_suggests_near_ones() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("config = 3", "must define `config = Config"), ("1 / 0", "ZeroDivisionError"), ("config = (", "SyntaxError")],
+    [
+        ("config = 3", "must define `config = Config"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("config = (", "SyntaxError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+    ],
 )
 def test_config_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "mine.py"

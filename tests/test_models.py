@@ -9,7 +9,7 @@ import scipy.special
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import ModelConfig
 from lwfedssl_jax.models.heads import mlp_head
-from lwfedssl_jax.models.vit import EVERY_STAGE, Encoder, vit
+from lwfedssl_jax.models.vit import EVERY_STAGE, Encoder, layer_norm, vit
 
 CONFIG = ModelConfig(name="vit_micro", patch_size=4, width=12, depth=3, heads=3)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -84,6 +84,17 @@ def test_bfloat16_computes_near_float32_with_float32_parameters() -> None:
     np.testing.assert_allclose(
         features.astype(jnp.float32), encoder.trainable_forward(params, IMAGES), rtol=0.1, atol=0.1
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (3.0, 0.2), (100.0, 2.0)])
+def test_layer_norm_of_large_means(dtype: jnp.dtype, mean: float, std: float) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(mean, std, (4, 192)), dtype)
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    normed = layer_norm(x, jnp.ones(192, dtype), jnp.zeros(192, dtype))
+    assert normed.dtype == dtype
+    np.testing.assert_allclose(normed.astype(jnp.float32), expected, atol=0.02 if dtype == jnp.bfloat16 else 1e-3)
 
 
 def test_layers_start_from_different_values() -> None:

@@ -200,9 +200,10 @@ def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> N
     assert drawn[3] == simulate.draw_cohort(run, 3)
 
 
-def test_clients_without_data_never_report() -> None:
+def test_clients_without_data_are_never_drawn() -> None:
     run = simulate.prepare(small_config(partition__clients=80, partition__kind="iid", partition__allow_empty=True))
-    _, reporting = simulate.draw_cohort(run, 1)
+    cohort, reporting = simulate.draw_cohort(run, 1)
+    assert cohort == reporting
     assert len(reporting) == 60
 
 

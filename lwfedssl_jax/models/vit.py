@@ -40,9 +40,11 @@ class Encoder(NamedTuple):
 
 @jax.jit  # the name marks it for the operation count in resources.py; XLA inlines it
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """``(x - mean) / sqrt(var + 1e-6) * scale + bias`` over the last axis."""
-    scale, bias = jnp.broadcast_to(scale, x.shape), jnp.broadcast_to(bias, x.shape)
-    return jax.nn.standardize(x, axis=-1, epsilon=1e-6) * scale + bias
+    """``(x - mean) / sqrt(var + 1e-6) * scale + bias`` over the last axis, statistics in float32 or wider."""
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    # The variance in two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+    wide = jax.nn.standardize(wide, axis=-1, epsilon=1e-6, variance=wide.var(-1, keepdims=True))
+    return wide.astype(x.dtype) * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
 
 
 class LayerNorm(nn.Module):
@@ -99,7 +101,8 @@ class Block(nn.Module):
         qkv = nn.Dense(3 * d, kernel_init=XAVIER, name="qkv", **types)(LayerNorm(name="norm1", **types)(x))
         q, k, v = qkv.reshape(b, p, 3, self.heads, d // self.heads).transpose(2, 0, 3, 1, 4)
         scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * (d // self.heads) ** -0.5
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", nn.softmax(scores), v)
+        weights = nn.softmax(scores.astype(np.promote_types(self.dtype, np.float32))).astype(self.dtype)
+        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(b * p, d)
         x = x + nn.Dense(d, kernel_init=XAVIER, name="proj", **types)(mixed)
 
