@@ -76,13 +76,12 @@ def test_equals_naive_round(strategy: str, objective: str, monkeypatch: pytest.M
 
 def test_lanes_change_rounding_only() -> None:
     results = []
-    for lanes in (1, 2, 3):
+    for lanes in (1, 3):
         with float64():
             run = prepare(override(small_config(runtime__lanes=lanes), {"runtime.precision": "float64"}))
             params = simulate.initial_params(run)
             results.append(fast_round(run, run.stages[1], params, 1)[0])
-    assert max_difference(results[0], results[1]) < 1e-9
-    assert max_difference(results[0], results[2]) < 1e-9
+    assert max_difference(*results) < 1e-9
 
 
 def test_calls_of_any_length_give_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
