@@ -4,7 +4,6 @@ A call runs a number of steps of the plan in all lanes; results stream into per-
 so memory grows with the lanes, not with the cohort.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,10 +28,6 @@ class Carry(NamedTuple):
     total: Tree
     loss: jax.Array
     samples: jax.Array
-
-
-# A call of the round: (carry, frozen, trainable, images, plan, steps, round_key) -> carry.
-RunSteps = Callable[[Carry, Tree, Tree, jax.Array, Plan, jax.Array, jax.Array], Carry]
 
 
 def start_round(task: Task, trainable: Tree, lanes: int) -> Carry:
