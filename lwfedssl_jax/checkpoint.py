@@ -45,6 +45,10 @@ class WorkDir:
                 self._check_same_run()
                 summary = path / "summary.json"
                 self.summary = json.loads(summary.read_text()) if summary.is_file() else None
+                if summary.is_file() and "strategies" not in (self.summary or {}):
+                    raise ConfigError(
+                        f"--workdir: {summary} is no run's summary; accepted: remove it to continue the run"
+                    )
             if self.summary is None and not _can_hold(path):
                 raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -128,6 +128,9 @@ def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     from lwfedssl_jax.config import load, override, resolve, to_dict
 
     config = override(load("quickstart"), {"runtime.seed": 5})
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(json.dumps({"config": to_dict(resolve(load("quickstart")))}))
+    (tmp_path / "half" / "summary.json").write_text("{}")
     (tmp_path / "other" / "config.json").write_text(json.dumps({"config": to_dict(resolve(config))}))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for name, message in {
@@ -137,10 +140,11 @@ def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "other": "holds another config's run: runtime.seed is 5 there, 0 here",
         "broken": "cannot be read",
         "foreign": "holds files but no run",
+        "half": "is no run's summary; accepted: remove it",
     }.items():
         assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / name)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: --workdir: {tmp_path / name} ")
+        assert line.startswith(f"error: --workdir: {tmp_path / name}")
         assert message in line
     assert cli.main(["train", "quickstart", "--workdir", "/proc/no/such"]) == 2
     assert "cannot be written" in capsys.readouterr().err
