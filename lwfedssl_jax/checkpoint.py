@@ -56,7 +56,7 @@ class WorkDir:
                 f"--workdir: {path} cannot be read ({error}); accepted: a new or empty directory"
             ) from error
 
-    def open(self, lanes: int) -> None:
+    def open(self, lanes: int, devices: int) -> None:
         """Make the directory and write ``config.json``; a run that continues keeps its own.
 
         Raises:
@@ -71,6 +71,7 @@ class WorkDir:
                         "config": to_dict(self._config),
                         "lanes": lanes,
                         "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+                        "devices": devices,
                         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
                         | {"python": platform.python_version()},
                     },
@@ -114,7 +115,7 @@ class WorkDir:
 
         with self._manager() as manager:
             if manager.latest_step() != rounds:
-                manager.save(rounds, args=ocp.args.StandardSave(params))
+                manager.save(rounds, args=ocp.args.StandardSave(jax.device_get(params)))
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""
@@ -148,7 +149,16 @@ class WorkDir:
         import orbax.checkpoint as ocp
 
         return ocp.CheckpointManager(
-            (self.path / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=KEPT_CHECKPOINTS)
+            (self.path / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=KEPT_CHECKPOINTS,
+                # Of several processes the first saves for all.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes={0}, barrier_sync_key_prefix="first"
+                )
+                if jax.process_count() > 1
+                else ocp.options.MultiprocessingOptions(),
+            ),
         )
 
     def _check_same_run(self) -> None:

@@ -19,7 +19,7 @@ from lwfedssl_jax.augment import RECIPES, Recipe, two_views
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.models.heads import Head, mlp_head
-from lwfedssl_jax.models.vit import EVERY_STAGE, Encoder, vit
+from lwfedssl_jax.models.vit import EVERY_STAGE, Depth, Encoder, vit
 from lwfedssl_jax.objectives import OBJECTIVES, Objective
 from lwfedssl_jax.tree import Tree
 
@@ -39,6 +39,23 @@ class Task(NamedTuple):
     dtype: DTypeLike
     image_shape: tuple[int, int, int]
     feature_dim: int
+
+
+class Sent(NamedTuple):
+    """What the server sends for a stage; one copy serves all lanes.
+
+    Attributes:
+      trainable: the trainable parameters; rows of stacked leaves past the stage's are idle.
+      present: for each of its leaves, which rows are not idle (``tree.present``).
+      frozen: the encoder's frozen part.
+      depth, frozen_depth: how many trainable and frozen layers there are.
+    """
+
+    trainable: Tree
+    present: Tree
+    frozen: Tree
+    depth: Depth
+    frozen_depth: Depth
 
 
 class ClientState(NamedTuple):
@@ -76,7 +93,7 @@ def make_task(config: Config) -> Task:
         momentum=config.objective.momentum,
         optimizer=optax.adamw(config.learning_rate, weight_decay=config.optimizer.weight_decay),
         recipe=RECIPES[recipe_name],
-        dtype=dtype,
+        dtype=np.promote_types(dtype, jnp.float32),
         image_shape=image_shape,
         feature_dim=config.model.width,
     )
@@ -105,14 +122,14 @@ def client_init(task: Task, trainable: Tree) -> ClientState:
 
 
 def client_step(
-    task: Task, state: ClientState, frozen: Tree, images_BxHxWxC: jax.Array, mask_B: jax.Array, key: jax.Array
+    task: Task, state: ClientState, sent: Sent, images_BxHxWxC: jax.Array, mask_B: jax.Array, key: jax.Array
 ) -> tuple[ClientState, jax.Array]:
     """One optimizer step on one batch, then the target's moving average.
 
     Args:
       task: static.
       state: the client's.
-      frozen: the stage's frozen encoder part, shared by all clients and both branches.
+      sent: what the server sent; its frozen part is shared by all clients and both branches.
       images_BxHxWxC: uint8.
       mask_B: True for real samples, at least one.
       key: draws the views.
@@ -121,26 +138,36 @@ def client_step(
       The new state and the batch's loss.
     """
     views = two_views(key, images_BxHxWxC, task.recipe, task.dtype)
-    x = jax.lax.stop_gradient(task.encoder.frozen_forward(frozen, views.reshape(-1, *views.shape[2:])))
-    loss, grads = jax.value_and_grad(_loss, argnums=1)(task, state.trainable, state.target, x, mask_B)
+    x = task.encoder.frozen_forward(sent.frozen, views.reshape(-1, *views.shape[2:]), sent.frozen_depth)
+    x = jax.lax.stop_gradient(x)
+    loss, grads = jax.value_and_grad(_loss, argnums=1)(task, state.trainable, state.target, x, mask_B, sent.depth)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.trainable)
+    updates = jax.tree.map(_keep_present, sent.present, updates)
     trainable = optax.apply_updates(state.trainable, updates)
     target = tree.ema(state.target, {k: trainable[k] for k in state.target}, task.momentum)
     return ClientState(trainable, opt_state, target), loss
 
 
-def _loss(task: Task, trainable: Tree, target: Tree, x: jax.Array, mask_B: jax.Array) -> jax.Array:
-    online = embed(task, trainable, x, mask_B, list(task.heads))
-    goal = jax.lax.stop_gradient(embed(task, target, x, mask_B, ["projection"])) if target else online
+def _keep_present(present: jax.Array, update: jax.Array) -> jax.Array:
+    """Idle rows have no gradient, but weight decay would move them."""
+    return jnp.where(present.reshape(-1, *[1] * (update.ndim - 1)) if present.ndim else present, update, 0)
+
+
+def _loss(task: Task, trainable: Tree, target: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth) -> jax.Array:
+    online = embed(task, trainable, x, mask_B, depth, list(task.heads))
+    goal = jax.lax.stop_gradient(embed(task, target, x, mask_B, depth, ["projection"])) if target else online
     return task.objective.loss(online, goal, mask_B, task.temperature)
 
 
-def embed(task: Task, trainable: Tree, x: jax.Array, mask_B: jax.Array, heads: Sequence[str]) -> jax.Array:
+def embed(
+    task: Task, trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, heads: Sequence[str]
+) -> jax.Array:
     """All views (one after the other in ``x``'s first axis) through encoder and heads: ``z_VxBxO``.
 
     Each view has its own batch statistics in the heads.
     """
-    z_VxBxD = task.encoder.trainable_forward(trainable["encoder"], x).reshape(-1, len(mask_B), task.feature_dim)
+    z_BxD = task.encoder.trainable_forward(trainable["encoder"], x, depth)
+    z_VxBxD = z_BxD.reshape(-1, len(mask_B), task.feature_dim)
 
     def apply_heads(z_BxD: jax.Array) -> jax.Array:
         for name in heads:

@@ -87,14 +87,19 @@ class DataConfig:
 class PartitionConfig:
     """Which client owns which example."""
 
-    kind: Literal["iid", "dirichlet"] = "iid"
-    """iid: equal shares at random; dirichlet: class shares drawn from Dirichlet(beta)."""
+    kind: Literal["iid", "dirichlet", "shared"] = "iid"
+    """iid: equal shares at random; dirichlet: class shares drawn from Dirichlet(beta); shared: every client draws its
+    own examples from all, so that any number of clients can be had."""
     clients: AtLeast1 = 10
     """Clients in the population."""
     beta: Positive = 0.5
     """dirichlet only: concentration; smaller is more skewed."""
     allow_empty: bool = False
     """Let clients end up without data (they then never report)."""
+    examples_per_client: AtLeast1 = 100
+    """shared only: examples of a client, the median where sizes differ."""
+    size_sigma: NonNegative = 0.0
+    """shared only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
 
 
 @dataclass(frozen=True)
@@ -189,11 +194,15 @@ class RuntimeConfig:
     seed: Seed = 0
     """Seed of everything random."""
     lanes: AtLeast0 = 0
-    """Clients trained side by side under vmap; 0 chooses by device."""
+    """Clients trained side by side over all devices; 0 chooses by device."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of encoder and heads; parameters, losses and averages are float32."""
+    """Type of the matrix products' factors; their sums, parameters, losses and averages are float32."""
     remat: bool = False
-    """Recompute each trainable block's activations in the backward pass: less memory, more operations."""
+    """Keep only each trainable block's input and recompute it in the backward pass: less memory, more operations;
+    on a CPU also faster."""
+    feed: Literal["auto", "resident", "streamed"] = "auto"
+    """resident: all images on the device; streamed: those of the next steps, while these run; auto: resident if they
+    fit."""
 
 
 @dataclass(frozen=True)

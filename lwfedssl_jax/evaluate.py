@@ -1,6 +1,5 @@
 """How good an encoder is: linear probe and kNN on frozen features, without heads."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lwfedssl_jax import tree
 from lwfedssl_jax.augment import normalise
 from lwfedssl_jax.client import Task
 from lwfedssl_jax.config import ConfigError, EvaluationConfig
 from lwfedssl_jax.data.sources import Dataset
-from lwfedssl_jax.models.vit import EVERY_STAGE
 from lwfedssl_jax.tree import Tree
 
 BATCH = 256  # images encoded at once
@@ -48,26 +45,20 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
         )
 
 
-def make_encode(task: Task, layers: Tree) -> Encode:
-    """``(params, images_NxHxWxC, depth) -> features_NxD`` of layers L1..L_depth and the final norm.
+def make_encode(task: Task) -> Encode:
+    """``(params, images_NxHxWxC, depth) -> features_NxD`` of layers L1..L_depth and the final norm."""
 
-    Args:
-      task: static.
-      layers: layer number of each encoder parameter.
-    """
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def encode_batch(params: Tree, images_BxHxWxC: jax.Array, depth: int) -> jax.Array:
-        norm = jax.tree.map(lambda n: n == EVERY_STAGE, layers)
-        frozen = jax.tree.map(lambda n: (n != EVERY_STAGE) & (n <= depth), layers)
+    @jax.jit
+    def encode_batch(params: Tree, images_BxHxWxC: jax.Array, depth: jax.Array) -> jax.Array:
+        norm = {name: part if name == "norm" else None for name, part in params.items()}
         images = normalise(images_BxHxWxC, task.recipe).astype(task.dtype)
-        x = task.encoder.frozen_forward(tree.take(params, frozen), images)
-        return task.encoder.trainable_forward(tree.take(params, norm), x)
+        x = task.encoder.frozen_forward(params, images, depth)
+        return task.encoder.trainable_forward(norm, x, 0)
 
     def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int) -> np.ndarray:
         n = len(images_NxHxWxC)
         padded = np.pad(images_NxHxWxC, [(0, -n % BATCH)] + [(0, 0)] * 3)
-        parts = [encode_batch(params["encoder"], padded[i : i + BATCH], depth) for i in range(0, n, BATCH)]
+        parts = [encode_batch(params["encoder"], padded[i : i + BATCH], np.int32(depth)) for i in range(0, n, BATCH)]
         return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
 
     return encode

@@ -1,11 +1,13 @@
 """Which client runs in which lane at which step: queues of clients, filled longest-first.
 
 Clients of a cohort have unequal data. Padding each to the longest wastes most of the
-work; here W lanes each work through a queue of clients, one client after the other.
+work; here W lanes each work through a queue of clients, one client after the other. A
+client's batches are drawn when its turn comes, so memory grows with the lanes and not
+with the cohort.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,55 +61,82 @@ def batches(
     return np.stack(rows).reshape(-1, batch_size), counts.reshape(-1)
 
 
+class Round(NamedTuple):
+    """A round's work, laid out in lanes.
+
+    Attributes:
+      length: steps of the longest lane.
+      steps: steps of all clients.
+      calls: the plan in pieces of one shape, each with the number of its steps that count;
+        made one by one, and only once.
+    """
+
+    length: int
+    steps: int
+    calls: Iterator[tuple[Plan, int]]
+
+
 def plan_round(
     clients: Sequence[int],
     examples: Sequence[np.ndarray],
+    sizes_K: Sequence[int],
     lanes: int,
     batch_size: int,
     epochs: int,
+    call_steps: int,
     seed: tuple[int, ...],
-) -> Plan:
-    """The whole round's plan, as many steps as its longest lane.
+) -> Round:
+    """Lay a cohort out in lanes.
 
     Args:
-      clients: numbers of the clients that report, each with at least one example.
-      examples: every client's example indices.
+      clients: numbers of the K clients that report, each with at least one example.
+      examples: client i's example indices are ``examples[i]``.
+      sizes_K: how many each of ``clients`` has.
       lanes: W.
       batch_size: B.
       epochs: E.
+      call_steps: C, steps of a call.
       seed: of the round; a client's batches depend on it and on the client alone.
     """
-    todo = [batches(examples[c], batch_size, epochs, np.random.default_rng([*seed, c])) for c in clients]
-    lanes_of = queues([len(counts) for _, counts in todo], lanes)
-    length = max(sum(len(todo[i][1]) for i in lane) for lane in lanes_of)
-    plan = Plan(
-        examples=np.zeros((length, lanes, batch_size), np.int32),
-        real=np.full((length, lanes), batch_size, np.int32),
-        client=np.zeros((length, lanes), np.int32),
-        step=np.zeros((length, lanes), np.int32),
-        weight=np.zeros((length, lanes), np.float32),
-        busy=np.zeros((length, lanes), bool),
+    steps_K = [epochs * -(-n // batch_size) for n in sizes_K]
+    lanes_of = queues(steps_K, lanes)
+    length = max(sum(steps_K[i] for i in lane) for lane in lanes_of)
+
+    def client_steps(i: int) -> Plan:
+        """A client's T steps, without a lane axis."""
+        rng = np.random.default_rng([*seed, clients[i]])
+        rows, real = batches(examples[clients[i]], batch_size, epochs, rng)
+        weight = np.zeros(len(real), np.float32)
+        weight[-1] = sizes_K[i]
+        ones = np.ones(len(real), np.int32)
+        return Plan(rows, real, clients[i] * ones, np.arange(len(real)), weight, ones > 0)
+
+    def calls() -> Iterator[tuple[Plan, int]]:
+        waiting = [iter(lane) for lane in lanes_of]
+        current: list[Plan | None] = [next((client_steps(i) for i in lane), None) for lane in waiting]
+        for start in range(0, length, call_steps):
+            plan = empty_plan(call_steps, lanes, batch_size)
+            for w, lane in enumerate(waiting):
+                c = 0
+                while (client := current[w]) is not None and c < call_steps:
+                    count = min(call_steps - c, len(client.busy))
+                    for array, values in zip(plan, client, strict=True):
+                        array[c : c + count, w] = values[:count]
+                    c += count
+                    rest = Plan(*(values[count:] for values in client))
+                    current[w] = rest if len(rest.busy) else next((client_steps(i) for i in lane), None)
+            yield plan, min(call_steps, length - start)
+
+    return Round(length, sum(steps_K), calls())
+
+
+def empty_plan(steps: int, lanes: int, batch_size: int) -> Plan:
+    """A plan of idle lanes."""
+    return Plan(
+        examples=np.zeros((steps, lanes, batch_size), np.int32),
+        real=np.full((steps, lanes), batch_size, np.int32),
+        client=np.zeros((steps, lanes), np.int32),
+        step=np.zeros((steps, lanes), np.int32),
+        weight=np.zeros((steps, lanes), np.float32),
+        busy=np.zeros((steps, lanes), bool),
     )
-    for w, lane in enumerate(lanes_of):
-        start = 0
-        for i in lane:
-            rows, counts = todo[i]
-            here = slice(start, start + len(counts)), w
-            plan.examples[here], plan.real[here] = rows, counts
-            plan.client[here], plan.step[here] = clients[i], np.arange(len(counts))
-            plan.weight[start + len(counts) - 1, w] = len(examples[clients[i]])
-            plan.busy[here] = True
-            start += len(counts)
-    return plan
-
-
-def chunks(plan: Plan, steps: int) -> list[tuple[Plan, int]]:
-    """The plan cut into calls of ``steps`` steps, the last one padded, each with its real number of steps."""
-    length = len(plan.busy)
-    result = []
-    for start in range(0, length, steps):
-        real = min(steps, length - start)
-        pad = [(0, steps - real)]
-        part = Plan(*(np.pad(x[start : start + real], pad + [(0, 0)] * (x.ndim - 1)) for x in plan))
-        result.append((part, real))
-    return result

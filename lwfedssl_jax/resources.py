@@ -8,15 +8,26 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.client import Task, client_init, client_step, embed, init_params, make_task, param_layers
+from lwfedssl_jax.client import (
+    ClientState,
+    Sent,
+    Task,
+    client_init,
+    client_step,
+    embed,
+    init_params,
+    make_task,
+    param_layers,
+)
 from lwfedssl_jax.config import Config, StrategyName, override
+from lwfedssl_jax.devices import program_memory
 from lwfedssl_jax.stages import Stage, make_stages
 from lwfedssl_jax.tree import Tree
 
@@ -41,11 +52,11 @@ def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: N
     configs = {name: c for name, c in configs.items() if c.stages <= c.federation.rounds}
     ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
     if memory:
-        programs = {name: [lower_step(c, *part) for part in stage_parts(c)] for name, c in configs.items()}
-        peaks = peak_memory([p for of_strategy in programs.values() for p in of_strategy], notify)
+        programs = {name: [lower_step(c, part) for part in stage_parts(c)] for name, c in configs.items()}
+        peaks = peak_memory([p for of_strategy in programs.values() for p, _ in of_strategy], notify)
         for name, result in ledgers.items():
-            for row, program in zip(result["per_stage"], programs[name], strict=True):
-                row["peak_memory_bytes"] = peaks[program.as_text()]
+            for row, (program, unseen) in zip(result["per_stage"], programs[name], strict=True):
+                row["peak_memory_bytes"] = peaks[program.as_text()] + unseen
             result["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in result["per_stage"])
     return ledgers
 
@@ -64,14 +75,18 @@ def ledger(config: Config) -> Ledger:
       * ``flops_executed``: all matrix products of the training step as traced: both views,
         the target branch, the loss's logits, the backward pass with its recomputation. A
         sample's share of a full batch: what padding of short batches adds is not in it.
+      * ``flops_recomputed``: what of ``flops_executed`` the backward pass recomputes (``runtime.remat``).
     """
     task = make_task(config)
-    params, stages = _shapes_and_stages(config, task)
+    keeping = override(config, {"runtime.remat": False})
     per_stage: list[dict[str, Any]] = []
     worst_case = 0
-    for stage, (trainable, frozen) in zip(stages, stage_parts(config), strict=True):
+    for part in stage_parts(config):
+        stage, trainable = part.stage, part.trainable
         exchanged = BYTES_PER_PARAMETER * tree.size(trainable) * stage.rounds
-        present = jax.eval_shape(lambda p, m=stage.present: tree.take(p, m), params)
+        present = (trainable, part.frozen)
+        executed = executed_operations(config, part)
+        recomputed = executed - executed_operations(keeping, part) if config.runtime.remat else 0
         worst_case += BYTES_PER_PARAMETER * tree.size(present) * stage.rounds + exchanged
         samples = config.federation.local_epochs * stage.rounds
         per_stage.append(
@@ -82,14 +97,15 @@ def ledger(config: Config) -> Ledger:
                 "trainable_parameters": tree.size(trainable),
                 "download_bytes": exchanged,
                 "upload_bytes": exchanged,
-                "flops_paper_rule": samples * paper_operations(task, trainable, frozen),
-                "flops_executed": round(samples * executed_operations(config, trainable, frozen)),
+                "flops_paper_rule": samples * paper_operations(task, part),
+                "flops_executed": round(samples * executed),
+                "flops_recomputed": round(samples * recomputed),
                 "peak_memory_bytes": None,
             }
         )
     totals = {
         key: sum(row[key] for row in per_stage)
-        for key in ("download_bytes", "upload_bytes", "flops_paper_rule", "flops_executed")
+        for key in ("download_bytes", "upload_bytes", "flops_paper_rule", "flops_executed", "flops_recomputed")
     }
     return {
         "download_bytes": totals["download_bytes"],
@@ -98,46 +114,76 @@ def ledger(config: Config) -> Ledger:
         "worst_case_total_bytes": worst_case,
         "flops_paper_rule": totals["flops_paper_rule"],
         "flops_executed": totals["flops_executed"],
+        "flops_recomputed": totals["flops_recomputed"],
         "peak_memory_bytes": None,
         "per_stage": per_stage,
     }
 
 
-def stage_parts(config: Config) -> list[tuple[Tree, Tree]]:
-    """Shapes of each stage's trainable parameters and of its frozen encoder part."""
-    params, stages = _shapes_and_stages(config, make_task(config))
-    take = lambda mask: jax.eval_shape(lambda p: tree.take(p, mask), params)  # noqa: E731
-    return [(take(stage.trainable), take(stage.frozen)["encoder"]) for stage in stages]
+class StagePart(NamedTuple):
+    """Shapes of what a client has in a stage.
+
+    Attributes:
+      stage: the stage.
+      trainable: its trainable parameters.
+      frozen: its frozen encoder part.
+    """
+
+    stage: Stage
+    trainable: Tree
+    frozen: Tree
 
 
-def _shapes_and_stages(config: Config, task: Task) -> tuple[Tree, list[Stage]]:
+def stage_parts(config: Config) -> list[StagePart]:
+    """What a client has in each stage of a (resolved) config."""
+    task = make_task(config)
     params = jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
-    return params, make_stages(config, param_layers(task, params))
+    take = lambda mask: jax.eval_shape(lambda p: tree.take(p, tree.rows(mask)), params)  # noqa: E731
+    stages = make_stages(config, param_layers(task, params))
+    return [StagePart(stage, take(stage.trainable), take(stage.frozen)["encoder"]) for stage in stages]
 
 
-def paper_operations(task: Task, trainable: Tree, frozen: Tree) -> int:
+def paper_operations(task: Task, part: StagePart) -> int:
     """Multiply-adds of one training sample by the paper's rule (see ``ledger``)."""
     image = jax.ShapeDtypeStruct((1, *task.image_shape), task.dtype)
-    x = jax.eval_shape(task.encoder.frozen_forward, frozen, image)
+    frozen_depth, depth = part.stage.frozen_depth, part.stage.trainable_depth
+    frozen_forward = lambda frozen, image: task.encoder.frozen_forward(frozen, image, frozen_depth)  # noqa: E731
+    x = jax.eval_shape(frozen_forward, part.frozen, image)
 
     def online(trainable: Tree, x: jax.Array) -> jax.Array:
-        return embed(task, trainable, x, jnp.ones(1, bool), list(task.heads))
+        return embed(task, trainable, x, jnp.ones(1, bool), depth, list(task.heads))
 
-    frozen_once = count(jax.make_jaxpr(task.encoder.frozen_forward)(frozen, image), LAYER_NORM_OPERATIONS)
-    trainable_once = count(jax.make_jaxpr(online)(trainable, x), LAYER_NORM_OPERATIONS)
+    frozen_once = count(jax.make_jaxpr(frozen_forward)(part.frozen, image), LAYER_NORM_OPERATIONS)
+    trainable_once = count(jax.make_jaxpr(online)(part.trainable, x), LAYER_NORM_OPERATIONS)
     return task.objective.paper_views * (frozen_once + 3 * trainable_once)
 
 
-def executed_operations(config: Config, trainable: Tree, frozen: Tree) -> float:
+def executed_operations(config: Config, part: StagePart) -> float:
     """Multiply-adds of the traced training step per sample of a full batch (see ``ledger``)."""
-    step, arguments = _step(config, trainable, frozen)
-    return count(jax.make_jaxpr(step)(*arguments)) / config.optimizer.batch_size
+    step, (state, sent, *data) = _step(config, part.trainable, part.frozen)
+    depth, frozen_depth = part.stage.trainable_depth, part.stage.frozen_depth
+
+    def with_loops_of_known_length(state: ClientState, sent: Sent, *data: jax.Array) -> Any:
+        return step(state, sent._replace(depth=depth, frozen_depth=frozen_depth), *data)
+
+    return count(jax.make_jaxpr(with_loops_of_known_length)(state, sent, *data)) / config.optimizer.batch_size
 
 
-def lower_step(config: Config, trainable: Tree, frozen: Tree) -> jax.stages.Lowered:
-    """One client's training step at the config's batch size, its state donated as in the round."""
-    step, arguments = _step(config, trainable, frozen)
-    return jax.jit(step, donate_argnums=0).lower(*arguments)
+def lower_step(config: Config, part: StagePart) -> tuple[jax.stages.Lowered, int]:
+    """One client's training step at the config's batch size, its state donated as in the round.
+
+    Returns:
+      The program, with a single row of each stacked frozen leaf, and the bytes of the other rows:
+      frozen layers are arguments that a loop reads one by one, so all stages can share it.
+    """
+    stacked = lambda m, x: m.ndim and x is not None  # noqa: E731
+    one_row = jax.tree.map(
+        lambda m, x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) if stacked(m, x) else x,
+        part.stage.frozen["encoder"],
+        part.frozen,
+    )
+    step, arguments = _step(config, part.trainable, one_row)
+    return jax.jit(step, donate_argnums=0).lower(*arguments), tree.nbytes(part.frozen) - tree.nbytes(one_row)
 
 
 def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[str, int]:
@@ -150,8 +196,7 @@ def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[
     def peak(item: tuple[int, jax.stages.Lowered]) -> int:
         number, program = item
         notify(f"one client's step for its peak memory, program {number} of {len(distinct)}")
-        m: Any = program.compile().memory_analysis()
-        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        return program_memory(program.compile())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(distinct, pool.map(peak, enumerate(distinct.values(), 1)), strict=True))
@@ -198,9 +243,10 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 
 def _step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     task, b = make_task(config), config.optimizer.batch_size
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
     return lambda *arguments: client_step(task, *arguments), (
         jax.eval_shape(lambda t: client_init(task, t), trainable),
-        frozen,
+        Sent(trainable, jax.tree.map(lambda _: jax.ShapeDtypeStruct((), bool), trainable), frozen, number, number),
         jax.ShapeDtypeStruct((b, *task.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((b,), bool),
         jax.eval_shape(lambda: jax.random.key(0)),

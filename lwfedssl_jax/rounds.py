@@ -1,18 +1,26 @@
-"""The round: lanes of clients under ``vmap``, and the weighted average.
+"""The round: lanes of clients side by side, over one device or many, and the streaming average.
 
-A call runs a number of steps of the plan in all lanes; results stream into per-lane sums,
-so memory grows with the lanes, not with the cohort.
+A call runs a number of steps of the plan in all lanes; what clients contribute streams into
+a sum per lane, so memory grows with the lanes, not with the cohort. Lanes are the one axis
+that is split over devices and hosts; nothing crosses it before the round's end.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.client import ClientState, Task, client_init, client_step
+from lwfedssl_jax.aggregation import Aggregator
+from lwfedssl_jax.client import ClientState, Sent, Task, client_init, client_step
 from lwfedssl_jax.packing import Plan
 from lwfedssl_jax.tree import Tree
+
+LANES = "lanes"  # the mesh's only axis
+ALL, BY_LANE = PartitionSpec(), PartitionSpec(LANES)
+PLAN_BY_LANE = PartitionSpec(None, LANES)
 
 
 class Carry(NamedTuple):
@@ -20,7 +28,7 @@ class Carry(NamedTuple):
 
     Attributes:
       client: state of the client each lane is training.
-      total: ``sum of n_i * trainable_i`` over the lane's finished clients.
+      total: the aggregator's contributions, summed over the lane's finished clients.
       loss, samples: loss summed over real samples, and their number.
     """
 
@@ -30,20 +38,22 @@ class Carry(NamedTuple):
     samples: jax.Array
 
 
-def start_round(task: Task, trainable: Tree, lanes: int) -> Carry:
-    """An empty round from the global model's trainable part."""
-    client = client_init(task, trainable)
+def start_round(task: Task, aggregator: Aggregator, sent: Sent, lanes: int) -> Carry:
+    """An empty round."""
+    client = client_init(task, sent.trainable)
     wide = lambda x: jnp.broadcast_to(x, (lanes, *x.shape))  # noqa: E731
-    zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), trainable)
+    total = jax.eval_shape(aggregator.add, sent.trainable, sent.trainable, jnp.zeros((), jnp.float32))
+    zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), total)
     return Carry(jax.tree.map(wide, client), zeros, jnp.zeros(lanes, jnp.float32), jnp.zeros(lanes, jnp.int32))
 
 
 def run_steps(
     task: Task,
+    aggregator: Aggregator,
+    mesh: Mesh,
     carry: Carry,
-    frozen: Tree,
-    trainable: Tree,
-    images_NxHxWxC: jax.Array,
+    sent: Sent,
+    images_GxNxHxWxC: jax.Array,
     plan: Plan,
     steps: jax.Array,
     round_key: jax.Array,
@@ -51,42 +61,64 @@ def run_steps(
     """Run the first ``steps`` steps of ``plan`` in every lane.
 
     Args:
-      task: static.
+      task, aggregator: static.
+      mesh: the devices the lanes are split over, evenly.
       carry: from ``start_round`` or the call before; may be donated.
-      frozen, trainable: the global model's parts, one copy for all lanes.
-      images_NxHxWxC: all training images, uint8.
+      sent: one copy for all lanes.
+      images_GxNxHxWxC: uint8, what ``plan.examples`` counts in: one pool for all lanes (G = 1)
+        or one for each (G = W).
       plan: C steps; of these ``steps`` are run, so calls of any length share a program.
       round_key: ``fold_in(seed, round)``; client and step are folded in here.
     """
-    batch = jnp.arange(plan.examples.shape[-1])
+    batch_size = plan.examples.shape[-1]
+    shared_pool = len(images_GxNxHxWxC) == 1
 
-    def lane_step(lane: Carry, row: Plan) -> Carry:
-        state = tree.where(row.step == 0, client_init(task, trainable), lane.client)
-        key = jax.random.fold_in(jax.random.fold_in(round_key, row.client), row.step)
-        images_BxHxWxC = images_NxHxWxC[row.examples]
-        state, loss = client_step(task, state, frozen, images_BxHxWxC, batch < row.real, key)
-        # `where`, not a product with 0: an unfinished client's NaN must not reach the sum.
-        add = jax.tree.map(lambda s, x: s + row.weight.astype(x.dtype) * x, lane.total, state.trainable)
-        samples = jnp.where(row.busy, row.real, 0)
-        return Carry(
-            state,
-            tree.where(row.weight > 0, add, lane.total),
-            lane.loss + jnp.where(samples > 0, loss.astype(jnp.float32) * samples.astype(jnp.float32), 0),
-            lane.samples + samples,
-        )
+    def on_device(
+        carry: Carry, sent: Sent, images: jax.Array, plan: Plan, steps: jax.Array, round_key: jax.Array
+    ) -> Carry:
+        def lane_step(lane: Carry, row: Plan, pool_NxHxWxC: jax.Array) -> Carry:
+            state = tree.where(row.step == 0, client_init(task, sent.trainable), lane.client)
+            key = jax.random.fold_in(jax.random.fold_in(round_key, row.client), row.step)
+            mask_B = jnp.arange(batch_size) < row.real
+            state, loss = client_step(task, state, sent, pool_NxHxWxC[row.examples], mask_B, key)
+            contribution = aggregator.add(sent.trainable, state.trainable, jnp.asarray(row.weight))
+            # `where`, not a product with 0: an unfinished client's NaN must not reach the sum.
+            total = tree.where(row.weight > 0, jax.tree.map(jnp.add, lane.total, contribution), lane.total)
+            samples = jnp.where(row.busy, row.real, 0)
+            loss = jnp.where(samples > 0, loss.astype(jnp.float32) * samples.astype(jnp.float32), 0)
+            return Carry(state, total, lane.loss + loss, lane.samples + samples)
 
-    def body(c: jax.Array, carry: Carry) -> Carry:
-        return jax.vmap(lane_step)(carry, jax.tree.map(lambda x: x[c], plan))
+        def body(c: jax.Array, carry: Carry) -> Carry:
+            row = jax.tree.map(lambda x: x[c], plan)
+            if shared_pool:
+                return over_lanes(lambda lane, row: lane_step(lane, row, images[0]), carry, row)
+            return over_lanes(lane_step, carry, row, images)
 
-    return jax.lax.fori_loop(0, steps, body, carry)
+        return jax.lax.fori_loop(0, steps, body, carry)
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(BY_LANE, ALL, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL),
+        out_specs=BY_LANE,
+        check_vma=False,  # nothing is reduced over lanes here; the check would sum what is not to be summed
+    )(carry, sent, images_GxNxHxWxC, plan, steps, round_key)
 
 
-def finish_round(carry: Carry, examples: jax.Array) -> tuple[Tree, jax.Array]:
-    """The weighted average ``sum of n_i * trainable_i / sum of n_i``, and the mean loss of a sample.
+def over_lanes(f: Callable[..., Carry], *lanes: Tree) -> Carry:
+    """``f`` for every lane of this device: by ``vmap``, but on a CPU one after the other.
 
-    Args:
-      carry: after all calls.
-      examples: ``sum of n_i`` over the clients that reported, above 0.
+    There a product with different weights for every lane is slower than one product a lane.
     """
-    average = jax.tree.map(lambda x: x.sum(0) / examples.astype(x.dtype), carry.total)
-    return average, carry.loss.sum() / carry.samples.sum().astype(carry.loss.dtype)
+    if len(jax.tree.leaves(lanes)[0]) == 1:
+        one = f(*jax.tree.map(lambda x: x[0], lanes))
+        return jax.tree.map(lambda x: x[None], one)
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda lane: f(*lane), lanes)
+    return jax.vmap(f)(*lanes)
+
+
+def finish_round(aggregator: Aggregator, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, jax.Array]:
+    """The server's state and trainable part after the round, and the mean loss of a sample."""
+    state, trainable = aggregator.finish(state, sent.trainable, jax.tree.map(lambda x: x.sum(0), carry.total))
+    return state, trainable, carry.loss.sum() / carry.samples.sum().astype(carry.loss.dtype)

@@ -2,29 +2,32 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwfedssl_jax import evaluate, report, resources, tree
+from lwfedssl_jax.aggregation import WEIGHTED_MEAN, Aggregator
 from lwfedssl_jax.checkpoint import WorkDir
-from lwfedssl_jax.client import Task, init_params, make_task, param_layers
-from lwfedssl_jax.config import Config
-from lwfedssl_jax.data import sources
-from lwfedssl_jax.data.partition import partition
+from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
+from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.data import feed, sources
+from lwfedssl_jax.data.partition import Population, partition
 from lwfedssl_jax.data.sources import Dataset
-from lwfedssl_jax.packing import Plan, chunks, plan_round
-from lwfedssl_jax.rounds import Carry, finish_round, run_steps, start_round
+from lwfedssl_jax.devices import is_first_process, lanes_and_mesh, memory_limit, placer, program_memory
+from lwfedssl_jax.packing import Plan, Round, empty_plan, plan_round
+from lwfedssl_jax.rounds import ALL, BY_LANE, LANES, PLAN_BY_LANE, Carry, finish_round, run_steps, start_round
 from lwfedssl_jax.stages import Stage, make_stages
 from lwfedssl_jax.tree import Tree
 
 CALL_STEPS = 32  # steps of one call of the round: progress is seen after each
 SECONDS_BETWEEN_CHECKPOINTS = 60
-CPU_LANES = 1
-SAMPLES_AT_ONCE = 2048  # of all lanes together, elsewhere
+GIB = 2**30
+RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before they are streamed
 
 # Streams of the seed; clients add round, client and step to theirs.
 INIT_STREAM, ROUND_STREAM = 0, 1
@@ -58,32 +61,35 @@ class Run(NamedTuple):
 
     config: Config
     dataset: Dataset
-    clients: list[np.ndarray]
+    clients: Population
     task: Task
     stages: list[Stage]
     lanes: int
+    mesh: Mesh
     encode: evaluate.Encode
+    aggregator: Aggregator = WEIGHTED_MEAN
 
 
 class Program(NamedTuple):
-    """A stage's compiled programs.
+    """The compiled programs of a stage, and of all stages of the same shapes.
 
     Attributes:
-      start: ``params -> (trainable, frozen, empty carry)``.
-      steps: ``(carry, frozen, trainable, images, plan, steps, round_key) -> carry``.
-      finish: ``(params, carry, examples) -> (params with the average put in, mean loss)``.
+      start: ``(params, rows, depth, frozen_depth) -> (sent, empty carry)``.
+      steps: ``(carry, sent, images, plan, steps, round_key) -> carry``.
+      finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, mean loss)``.
     """
 
-    start: Callable[[Tree], tuple[Tree, Tree, Carry]]
-    steps: Callable[[Carry, Tree, Tree, jax.Array, Plan, jax.Array, jax.Array], Carry]
-    finish: Callable[[Tree, Carry, jax.Array], tuple[Tree, jax.Array]]
+    start: jax.stages.Compiled
+    steps: jax.stages.Compiled
+    finish: jax.stages.Compiled
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
     """Load the data, deal it out, lay out the stages; nothing is compiled.
 
     Args:
       config: resolved.
+      devices: to be used; by default all.
 
     Raises:
       ConfigError: the data set is not installed or does not serve the partition or a protocol.
@@ -94,22 +100,170 @@ def prepare(config: Config) -> Run:
     task = make_task(config)
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
-    encode = evaluate.make_encode(task, layers["encoder"])
-    return Run(config, dataset, clients, task, stages, choose_lanes(config), encode)
+    lanes, mesh = lanes_and_mesh(config, LANES, devices)
+    return Run(config, dataset, clients, task, stages, lanes, mesh, evaluate.make_encode(task))
 
 
-def choose_lanes(config: Config) -> int:
-    """``runtime.lanes``, or what the device suggests, never more than the cohort.
+class Simulator:
+    """A run on its devices: where the images are, and the programs compiled so far.
 
-    On a CPU batched matrix products with per-client weights are slower than one client at a time.
+    Attributes:
+      run: the run, with as many lanes as fit the device's memory.
+      feed: brings a round's images to the device.
+
+    Raises:
+      ConfigError: the lanes that the user asks for, or a single one, do not fit.
     """
-    elsewhere = max(1, SAMPLES_AT_ONCE // config.optimizer.batch_size)
-    default = CPU_LANES if jax.default_backend() == "cpu" else elsewhere
-    return min(config.runtime.lanes or default, config.cohort_size)
+
+    def __init__(self, run: Run, listener: Listener | None = None) -> None:
+        self.run = run
+        self._listener = listener or Listener()
+        self._programs: dict[str, Program] = {}
+        limit = memory_limit(run.mesh.local_devices[0])
+        images, kind = run.dataset.train_images, run.config.runtime.feed
+        if kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * limit):
+            self.feed = feed.resident(images, placer(run.mesh, ALL))
+        else:
+            self.feed = feed.streamed(images, placer(run.mesh, BY_LANE))
+        # The last stage needs the most memory.
+        while (needed := program_memory(self.program(run.stages[-1]).steps)) > limit:
+            self.run = self.run._replace(lanes=fewer_lanes(self.run, needed, limit))
+            self._programs = {}
+
+    def place(self, x: Tree) -> Tree:
+        """Arrays on all devices, the same on each."""
+        return jax.tree.map(placer(self.run.mesh, ALL), x)
+
+    def program(self, stage: Stage) -> Program:
+        """The programs of a stage, compiled once for all stages of the same shapes."""
+        key = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
+        if key not in self._programs:
+            self._listener.compiling("the round")
+            self._programs[key] = compile_stage(self.run, stage, self.feed)
+        return self._programs[key]
+
+    def run_round(self, stage: Stage, params: Tree, state: Tree, number: int) -> tuple[Tree, Tree, dict[str, Any]]:
+        """One round: draw the cohort, train the clients that report, aggregate what they trained.
+
+        Args:
+          stage: that the round is in.
+          params: the global parameters, as ``place`` gives them.
+          state: the aggregator's; None in a stage's first round.
+          number: of the round, from 1.
+
+        Returns:
+          The new global parameters (the old ones if nobody reports), the aggregator's state, and
+          the round's metrics line.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
+        began = time.monotonic()
+        run, program = self.run, self.program(stage)
+        cohort, reporting = draw_cohort(run, number)
+        rows = self.place(stage.rows)
+        depths = self.place((np.int32(stage.trainable_depth), np.int32(stage.frozen_depth)))
+        sent, carry = program.start(params, rows, *depths)
+        state = run.aggregator.init(sent.trainable) if state is None else state
+        exchanged = tree.nbytes(jax.eval_shape(lambda p: tree.take(p, tree.rows(stage.trainable)), params))
+        line: dict[str, Any] = {
+            "round": number,
+            "stage": stage.number,
+            "loss": None,
+            "clients": len(reporting),
+            "dropped": len(cohort) - len(reporting),
+            "examples": 0,
+            "steps": 0,
+            "download_bytes": len(cohort) * exchanged,
+            "upload_bytes": len(reporting) * exchanged,
+            "lane_utilisation": 0.0,
+        }
+        if len(reporting):
+            work = lay_out(run, reporting, number)
+            key = self.place(np.asarray(jax.random.key_data(round_key(run.config.runtime.seed, number))))
+            put_plan = placer(run.mesh, PLAN_BY_LANE)
+            done = 0
+            calls = self.feed(work.calls)
+            call = next(calls, None)
+            while call is not None:
+                images, plan, steps = call
+                plan = jax.tree.map(put_plan, plan)
+                carry = program.steps(carry, sent, images, plan, self.place(np.int32(steps)), key)
+                call = next(calls, None)  # made while the device works on the one before
+                jax.block_until_ready(carry)
+                done += steps
+                self._listener.steps(number, done, work.length)
+            params, state, loss = program.finish(params, rows, state, sent, carry)
+            line |= {
+                "loss": float(loss),
+                "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
+                "steps": work.steps,
+                "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
+            }
+            check_finite(run.config, f"the loss is {line['loss']}", number, line["loss"])
+        return params, state, line | {"seconds": round(time.monotonic() - began, 4)}
+
+
+def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
+    """Compile a stage's programs ahead of time: they refuse other shapes instead of recompiling."""
+
+    def start(params: Tree, rows: Tree, depth: jax.Array, frozen_depth: jax.Array) -> tuple[Sent, Carry]:
+        frozen = jax.tree.map(lambda m, x: x if np.any(m) else None, stage.frozen["encoder"], params["encoder"])
+        sent = Sent(tree.take(params, rows), tree.present(params, rows), frozen, depth, frozen_depth)
+        return sent, start_round(run.task, run.aggregator, sent, run.lanes)
+
+    def steps(carry: Carry, sent: Sent, images: jax.Array, plan: Plan, count: jax.Array, key: jax.Array) -> Carry:
+        key = jax.random.wrap_key_data(key)
+        return run_steps(run.task, run.aggregator, run.mesh, carry, sent, images, plan, count, key)
+
+    def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, jax.Array]:
+        state, trainable, loss = finish_round(run.aggregator, state, sent, carry)
+        return tree.put(params, rows, trainable), state, loss
+
+    def shapes(x: Tree, spec: PartitionSpec) -> Tree:
+        sharding = NamedSharding(run.mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), x)
+
+    everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, BY_LANE)
+    params, rows = shapes(jax.eval_shape(lambda: initial_params(run)), ALL), shapes(stage.rows, ALL)
+    number = shapes(jax.ShapeDtypeStruct((), np.int32), ALL)
+    key = shapes(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), ALL)
+    sent, carry = jax.eval_shape(start, params, rows, number, number)
+    sent, carry = shapes(sent, ALL), shapes(carry, BY_LANE)
+    state = shapes(jax.eval_shape(run.aggregator.init, sent.trainable), ALL)
+    idle = empty_plan(CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
+    images, plan, _ = next(feed(iter([(idle, 0)])))
+    return Program(
+        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, number, number).compile(),
+        steps=jax.jit(steps, donate_argnums=0)
+        .lower(carry, sent, images, shapes(plan, PLAN_BY_LANE), number, key)
+        .compile(),
+        finish=jax.jit(finish, out_shardings=everywhere).lower(params, rows, state, sent, carry).compile(),
+    )
+
+
+def fewer_lanes(run: Run, needed: int, limit: int) -> int:
+    """Lanes that should fit where a program needs more bytes than there are.
+
+    Raises:
+      ConfigError: the user has asked for so many, or not even one a device fits.
+    """
+    devices = run.mesh.size
+    fit = min(run.lanes - 1, run.lanes * limit // needed) // devices * devices
+    if fit and not run.config.runtime.lanes:
+        return fit
+    fewer = f"at most about {fit} lanes, " if fit else ""
+    raise ConfigError(
+        f"runtime.lanes: {run.lanes} need {needed / GIB:.3g} GiB on each device, which has {limit / GIB:.3g} GiB; "
+        f"accepted: {fewer}a smaller optimizer.batch_size, runtime.remat True, or runtime.precision bfloat16"
+    )
 
 
 def train(config: Config, workdir: WorkDir, listener: Listener | None = None) -> dict[str, Any]:
     """Run the experiment, or what is left of it, and write the work directory.
+
+    Of several processes (``jax.distributed``) the first one writes, and alone needs the
+    work directory to be what it was before.
 
     Args:
       config: resolved.
@@ -117,129 +271,57 @@ def train(config: Config, workdir: WorkDir, listener: Listener | None = None) ->
       listener: hears of progress.
 
     Returns:
-      The content of ``summary.json``.
+      The content of ``summary.json``; nothing in processes but the first.
 
     Raises:
-      ConfigError: see ``prepare``; the work directory cannot be written.
+      ConfigError: see ``prepare``; the work directory cannot be written; the device's memory is too small.
       FloatingPointError: the loss, or what the encoder gives, is not finite.
       KeyboardInterrupt: passed on after the last finished round has been saved.
     """
     listener = listener or Listener()
-    if workdir.summary is not None:
-        return workdir.summary
+    if from_first(np.array(workdir.summary is not None)):
+        return workdir.summary or {}
     run = prepare(config)
-    workdir.open(run.lanes)
-    report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
+    first = is_first_process()
     params = initial_params(run)
-    done, params = workdir.restore(params) or (0, params)
-    listener.start(run, done)
-    if not done:
+    restored = workdir.restore(params) if first else None
+    done, params = from_first(restored or (0, params))
+    done = int(done)
+    simulator = Simulator(run, listener)
+    run = simulator.run
+    if first:
+        workdir.open(run.lanes, run.mesh.size)
+        report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
+        listener.start(run, done)
+    if not done and first:
         log_evaluation(run, workdir, listener, config.model.depth, 0, params)
-    images = jnp.asarray(run.dataset.train_images)
+    params, state = simulator.place(params), None
     saved = time.monotonic()
     try:
         for stage in run.stages:
             last = stage.first_round + stage.rounds
             if done >= last:
                 continue
-            listener.compiling(f"stage {stage.number} of {len(run.stages)}")
-            program = compile_stage(run, stage, params, images)
+            simulator.program(stage)
             listener.stage(stage)
+            state = None
             for number in range(max(done, stage.first_round) + 1, last + 1):
-                new_params, line = run_round(run, stage, program, params, images, number, listener)
-                workdir.append(line)
-                listener.round(line)
-                if number == last or (config.evaluation.every and number % config.evaluation.every == 0):
+                new_params, state, line = simulator.run_round(stage, params, state, number)
+                if first:
+                    workdir.append(line)
+                    listener.round(line)
+                due = config.evaluation.every and number % config.evaluation.every == 0
+                if first and (number == last or due):
                     log_evaluation(run, workdir, listener, stage.depth, number, new_params)
                 params, done = new_params, number
-                if number == last or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                if first and (number == last or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS):
                     workdir.save(done, params)
                     saved = time.monotonic()
     except KeyboardInterrupt:
-        if done:
+        if first and done:
             workdir.save(done, params)
         raise
-    return finish(run, workdir, params, listener)
-
-
-def initial_params(run: Run) -> Tree:
-    """The seed's fresh parameters of all layers; a layer keeps them until its stage begins."""
-    key = jax.random.fold_in(jax.random.key(run.config.runtime.seed), INIT_STREAM)
-    return jax.jit(functools.partial(init_params, run.task))(key)
-
-
-def compile_stage(run: Run, stage: Stage, params: Tree, images: jax.Array) -> Program:
-    """Compile a stage's round, once: compiled programs refuse other shapes instead of recompiling."""
-
-    def start(params: Tree) -> tuple[Tree, Tree, Carry]:
-        trainable = tree.take(params, stage.trainable)
-        frozen = tree.take(params, stage.frozen)["encoder"]
-        return trainable, frozen, start_round(run.task, trainable, run.lanes)
-
-    def finish(params: Tree, carry: Carry, examples: jax.Array) -> tuple[Tree, jax.Array]:
-        average, loss = finish_round(carry, examples)
-        return tree.put(params, stage.trainable, average), loss
-
-    trainable, frozen, carry = jax.eval_shape(start, params)
-    # Any cohort's plan, cut into calls, has this shape.
-    first = run.clients[int(np.argmax([len(c) for c in run.clients]))]
-    plan = chunks(make_plan(run, [0], [first], 0), CALL_STEPS)[0][0]
-    steps = jax.jit(functools.partial(run_steps, run.task), donate_argnums=0)
-    count = jnp.array(0, jnp.int32)
-    return Program(
-        start=jax.jit(start).lower(params).compile(),
-        steps=steps.lower(carry, frozen, trainable, images, plan, count, jax.random.key(0)).compile(),
-        finish=jax.jit(finish).lower(params, carry, count).compile(),
-    )
-
-
-def run_round(
-    run: Run, stage: Stage, program: Program, params: Tree, images: jax.Array, number: int, listener: Listener
-) -> tuple[Tree, dict[str, Any]]:
-    """One round: draw the cohort, train the clients that report, average what they trained.
-
-    Returns:
-      The new global parameters (the old ones if nobody reports) and the round's metrics line.
-
-    Raises:
-      FloatingPointError: the loss is not finite.
-    """
-    began = time.monotonic()
-    cohort, reporting = draw_cohort(run, number)
-    trainable, frozen, carry = program.start(params)
-    exchanged = tree.nbytes(trainable)
-    line: dict[str, Any] = {
-        "round": number,
-        "stage": stage.number,
-        "loss": None,
-        "clients": len(reporting),
-        "dropped": len(cohort) - len(reporting),
-        "examples": 0,
-        "steps": 0,
-        "download_bytes": len(cohort) * exchanged,
-        "upload_bytes": len(reporting) * exchanged,
-        "lane_utilisation": 0.0,
-    }
-    if reporting:
-        plan = make_plan(run, reporting, run.clients, number)
-        key = jax.random.fold_in(jax.random.key(run.config.runtime.seed), ROUND_STREAM)
-        key = jax.random.fold_in(key, number)
-        steps_done = 0
-        for part, steps in chunks(plan, CALL_STEPS):
-            carry = program.steps(carry, frozen, trainable, images, part, jnp.array(steps, jnp.int32), key)
-            jax.block_until_ready(carry)
-            steps_done += steps
-            listener.steps(number, steps_done, len(plan.busy))
-        weight = sum(len(run.clients[c]) for c in reporting)
-        params, loss = program.finish(params, carry, jnp.array(weight, jnp.int32))
-        line |= {
-            "loss": float(loss),
-            "examples": weight * run.config.federation.local_epochs,
-            "steps": int(plan.busy.sum()),
-            "lane_utilisation": round(float(plan.busy.mean()), 4),
-        }
-        check_finite(run.config, f"the loss is {line['loss']}", number, line["loss"])
-    return params, line | {"seconds": round(time.monotonic() - began, 4)}
+    return finish(run, workdir, params, listener) if first else {}
 
 
 def check_finite(config: Config, what: str, number: int, values: Any) -> None:
@@ -256,25 +338,43 @@ def draw_cohort(run: Run, number: int) -> tuple[list[int], list[int]]:
     rng = np.random.default_rng([run.config.runtime.seed, SAMPLING_STREAM, number])
     cohort = np.sort(rng.choice(run.config.partition.clients, run.config.cohort_size, replace=False))
     stays = rng.random(len(cohort)) >= run.config.federation.dropout
-    has_data = np.array([len(run.clients[c]) > 0 for c in cohort])
+    has_data = run.clients.sizes[cohort] > 0
     return cohort[has_data].tolist(), cohort[has_data & stays].tolist()
 
 
-def make_plan(run: Run, clients: list[int], examples: list[np.ndarray], number: int) -> Plan:
-    """The plan of these clients' round."""
+def round_key(seed: int, number: int) -> jax.Array:
+    """The key of a round, from which those of its clients and steps come."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUND_STREAM), number)
+
+
+def lay_out(run: Run, clients: list[int], number: int) -> Round:
+    """The work of these clients in a round, in the run's lanes."""
     return plan_round(
         clients,
-        examples,
+        run.clients,
+        run.clients.sizes[clients].tolist(),
         run.lanes,
         run.config.optimizer.batch_size,
         run.config.federation.local_epochs,
+        CALL_STEPS,
         seed=(run.config.runtime.seed, BATCHES_STREAM, number),
     )
 
 
+def initial_params(run: Run) -> Tree:
+    """The seed's fresh parameters of all layers; a layer keeps them until its stage begins."""
+    key = jax.random.fold_in(jax.random.key(run.config.runtime.seed), INIT_STREAM)
+    return jax.jit(functools.partial(init_params, run.task))(key)
+
+
+def from_first(x: Tree) -> Tree:
+    """The first process's value in all of them."""
+    return multihost_utils.broadcast_one_to_all(x) if jax.process_count() > 1 else x
+
+
 def log_evaluation(run: Run, workdir: WorkDir, listener: Listener, depth: int, number: int, params: Tree) -> None:
     """Judge layers L1..L_depth by every protocol and write a line a protocol."""
-    listener.compiling(f"evaluation of {depth} layers" if number else "evaluation of the untrained encoder")
+    params = jax.device_get(params)  # on the mesh, every device would repeat the work
     features = [run.encode(params, images, depth) for images in (run.dataset.train_images, run.dataset.test_images)]
     for x in features:
         check_finite(run.config, "the encoder's features are not finite", number, x)

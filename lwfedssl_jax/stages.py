@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.models.vit import EVERY_STAGE
 from lwfedssl_jax.tree import Tree
@@ -18,21 +19,25 @@ class Stage(NamedTuple):
       first_round: rounds of the run before this stage.
       rounds: rounds of this stage.
       depth: layers L1..L_depth exist.
+      frozen_depth: of these, L1..L_frozen_depth are frozen.
       trainable: mask (see tree.py): receives gradients, is averaged and exchanged.
       frozen: mask: exists, but is only run forward.
+      rows: where the trainable leaves are, of one shape in as many stages as can share a program.
     """
 
     number: int
     first_round: int
     rounds: int
     depth: int
+    frozen_depth: int
     trainable: Tree
     frozen: Tree
+    rows: Tree
 
     @property
-    def present(self) -> Tree:
-        """Mask of all parameters that exist in this stage."""
-        return jax.tree.map(np.logical_or, self.trainable, self.frozen)
+    def trainable_depth(self) -> int:
+        """Number of layers that are trained."""
+        return self.depth - self.frozen_depth
 
 
 def make_stages(config: Config, layers: Tree) -> list[Stage]:
@@ -54,7 +59,8 @@ def make_stages(config: Config, layers: Tree) -> list[Stage]:
         first = s * added + 1 if config.strategy.name == "layerwise" else 1
         trainable = jax.tree.map(lambda n, lo=first, hi=last: (n == EVERY_STAGE) | ((lo <= n) & (n <= hi)), layers)
         frozen = jax.tree.map(lambda n, lo=first: (n != EVERY_STAGE) & (n < lo), layers)
-        stages.append(Stage(s + 1, sum(rounds_S[:s]), rounds_S[s], last, trainable, frozen))
+        rows = tree.rows(trainable, added if config.strategy.name == "layerwise" else depth)
+        stages.append(Stage(s + 1, sum(rounds_S[:s]), rounds_S[s], last, first - 1, trainable, frozen, rows))
     return stages
 
 

@@ -1,9 +1,9 @@
 """Pytrees of parameters: taking and putting what a mask names, averages, bytes.
 
 A mask has the parameters' structure. Its leaves are booleans, or, where a parameter is
-stacked over layers, boolean vectors over that leading axis. Masks are NumPy values, so
-they are static under ``jit``. What a mask leaves out is ``None``, which JAX treats as an
-empty subtree.
+stacked over layers, boolean vectors over that leading axis. ``rows`` turns it into
+indices, whose shapes alone decide which program runs: equal shapes share one. What a mask
+leaves out is ``None``, which JAX treats as an empty subtree.
 """
 
 from typing import Any
@@ -16,29 +16,59 @@ from jax.typing import ArrayLike
 Tree = Any  # a pytree; JAX has no static type for "same structure as"
 
 
-def take(tree: Tree, mask: Tree) -> Tree:
-    """The part of ``tree`` that ``mask`` names: rows of stacked leaves, ``None`` where nothing is left."""
+def rows(mask: Tree, length: int | None = None) -> Tree:
+    """Where the leaves that ``mask`` names are, for ``take`` and ``put``; plain data, which may be traced.
 
-    def leaf(m: np.ndarray, x: jax.Array) -> jax.Array | None:
-        if not np.any(m):
-            return None
-        return x if np.all(m) else x[np.flatnonzero(m)]
-
-    return jax.tree.map(leaf, mask, tree)
-
-
-def put(tree: Tree, mask: Tree, part: Tree) -> Tree:
-    """``tree`` with what ``mask`` names replaced by ``part``; the inverse of ``take``.
-
-    All that the mask does not name is passed through untouched, bit for bit.
+    A named leaf becomes 0; a stacked one the indices of its named rows, filled up to ``length``
+    with one past the last row; a leaf without any becomes None.
     """
 
-    def leaf(m: np.ndarray, x: jax.Array, new: jax.Array | None) -> jax.Array:
-        if new is None:
-            return x
-        return new if np.all(m) else x.at[np.flatnonzero(m)].set(new)
+    def leaf(m: np.ndarray) -> np.ndarray | None:
+        if not np.any(m):
+            return None
+        if not np.ndim(m):
+            return np.zeros((), np.int32)
+        named = np.flatnonzero(m)
+        return np.pad(named, (0, (length or len(named)) - len(named)), constant_values=len(m)).astype(np.int32)
 
-    return jax.tree.map(leaf, mask, tree, part)
+    return jax.tree.map(leaf, mask)
+
+
+def take(tree: Tree, where: Tree) -> Tree:
+    """The part of ``tree`` that ``where`` (from ``rows``) names; rows past the end repeat the last one."""
+
+    def leaf(at: jax.Array | None, x: jax.Array) -> jax.Array | None:
+        if at is None:
+            return None
+        return x.at[at].get(mode="clip") if at.ndim else x
+
+    return jax.tree.map(leaf, where, tree, is_leaf=lambda at: at is None)
+
+
+def put(tree: Tree, where: Tree, part: Tree) -> Tree:
+    """``tree`` with what ``where`` names replaced by ``part``; the inverse of ``take``.
+
+    All else is passed through untouched, bit for bit; what ``part`` has for rows past the end
+    is dropped.
+    """
+
+    def leaf(at: jax.Array | None, x: jax.Array, new: jax.Array | None) -> jax.Array | None:
+        if at is None:
+            return x
+        return x.at[at].set(new, mode="drop") if at.ndim else new
+
+    return jax.tree.map(leaf, where, tree, part, is_leaf=lambda at: at is None)
+
+
+def present(tree: Tree, where: Tree) -> Tree:
+    """For each leaf of ``take(tree, where)``: True, or a vector of which of its rows are not past the end."""
+
+    def leaf(at: jax.Array | None, x: jax.Array) -> jax.Array | None:
+        if at is None:
+            return None
+        return at < len(x) if at.ndim else jnp.array(True)
+
+    return jax.tree.map(leaf, where, tree, is_leaf=lambda at: at is None)
 
 
 def ema(target: Tree, online: Tree, momentum: float) -> Tree:

@@ -36,6 +36,8 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+jax.config.update("jax_num_cpu_devices", 4)
+
 SMALL: dict[str, Any] = {
     "data.name": "synthetic",
     "data.image_size": 8,

@@ -33,7 +33,7 @@ def encode(config: Config, params: Params, images: jax.Array, depth: int) -> jax
     for layer in range(depth):
         block = jax.tree.map(lambda p, i=layer: p[i], params["blocks"])
         x = Block(config.model.heads, **types).apply({"params": block}, x)
-    x = LayerNorm(**types).apply({"params": params["norm"]}, x)
+    x = LayerNorm(images.dtype).apply({"params": params["norm"]}, x)
     return x.mean(axis=1)
 
 

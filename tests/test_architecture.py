@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 ORDER = [
     ["config"],
     ["tree"],
-    ["augment", "data.sources", "data.partition", "models.vit", "models.heads", "objectives", "packing"],
+    ["augment", "data.sources", "data.partition", "models.dense", "objectives", "packing", "aggregation", "devices"],
+    ["models.vit", "models.heads", "data.feed"],
     ["stages"],
     ["client"],
     ["rounds", "evaluate", "resources"],

@@ -3,17 +3,31 @@
 import numpy as np
 import pytest
 
-from lwfedssl_jax.packing import batches, chunks, plan_round, queues
+from lwfedssl_jax.packing import Plan, batches, plan_round, queues
 
 
 def disjoint(sizes: list[int]) -> list[np.ndarray]:
     return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
 
+def whole(
+    clients: list[int], examples: list[np.ndarray], lanes: int, batch: int, epochs: int, seed: int, c: int = 5
+) -> Plan:
+    """A round's plan in one piece, from calls of ``c`` steps."""
+    sizes = [len(examples[i]) for i in clients]
+    work = plan_round(clients, examples, sizes, lanes, batch, epochs, c, seed=(seed,))
+    parts = list(work.calls)
+    assert {p.examples.shape for p, _ in parts} == {(c, lanes, batch)}
+    assert sum(steps for _, steps in parts) == work.length
+    plan = Plan(*(np.concatenate([getattr(p, name)[:steps] for p, steps in parts]) for name in Plan._fields))
+    assert plan.busy.sum() == work.steps
+    return plan
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 3, 6])
 def test_every_client_gets_exactly_its_own_steps_in_order(lanes: int) -> None:
     examples = disjoint([7, 1, 12, 4])
-    plan = plan_round([0, 2, 3], examples, lanes, batch_size=4, epochs=3, seed=(5,))
+    plan = whole([0, 2, 3], examples, lanes, 4, 3, 5)
     seen: dict[int, list] = {}
     for w in range(lanes):
         for c in range(len(plan.busy)):
@@ -33,11 +47,11 @@ def test_every_client_gets_exactly_its_own_steps_in_order(lanes: int) -> None:
 
 def test_a_clients_batches_do_not_depend_on_the_others_or_the_lanes() -> None:
     examples = disjoint([7, 9, 12])
-    alone = plan_round([1], examples, 1, 4, 2, seed=(5,))
-    together = plan_round([0, 1, 2], examples, 2, 4, 2, seed=(5,))
+    alone = whole([1], examples, 1, 4, 2, 5)
+    together = whole([0, 1, 2], examples, 2, 4, 2, 5)
     its_own = together.busy & (together.client == 1)
     np.testing.assert_array_equal(together.examples[its_own], alone.examples[:, 0])
-    other_round = plan_round([1], examples, 1, 4, 2, seed=(6,))
+    other_round = whole([1], examples, 1, 4, 2, 6)
     assert (other_round.examples != alone.examples).any()
 
 
@@ -54,10 +68,24 @@ def test_longest_first_fills_the_lanes() -> None:
     assert sum(loads) / (8 * max(loads)) > 0.99
 
 
-def test_chunks_have_one_shape_and_lose_nothing() -> None:
-    plan = plan_round([0, 1], disjoint([9, 5]), 2, 2, 2, seed=(0,))
-    parts = chunks(plan, 4)
-    assert {p.examples.shape for p, _ in parts} == {(4, 2, 2)}
-    for name in plan._fields:
-        joined = np.concatenate([getattr(p, name)[:steps] for p, steps in parts])
-        np.testing.assert_array_equal(joined, getattr(plan, name))
+@pytest.mark.parametrize("c", [1, 3, 100])
+def test_calls_of_any_length_make_the_same_plan(c: int) -> None:
+    examples = disjoint([9, 5, 2, 2, 14])
+    for found, expected in zip(
+        whole([0, 1, 3, 4], examples, 2, 2, 2, 0, c), whole([0, 1, 3, 4], examples, 2, 2, 2, 0), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_client_is_looked_up_when_its_turn_comes() -> None:
+    seen = []
+
+    class Examples(list):
+        def __getitem__(self, i: int) -> np.ndarray:
+            seen.append(i)
+            return np.arange(4)
+
+    work = plan_round(list(range(100)), Examples(), [4] * 100, 2, 2, 1, 4, seed=(0,))
+    assert (work.length, work.steps) == (100, 200)
+    next(work.calls)
+    assert len(seen) <= 8

@@ -10,9 +10,11 @@ import pytest
 from conftest import small_config
 from reference import train_round
 
-from lwfedssl_jax import simulate, tree
-from lwfedssl_jax.client import client_init, client_step
+from lwfedssl_jax import rounds, simulate, tree
+from lwfedssl_jax.aggregation import WEIGHTED_MEAN, Aggregator
+from lwfedssl_jax.client import Sent, client_init, client_step
 from lwfedssl_jax.config import Config, override
+from lwfedssl_jax.data.partition import Population
 from lwfedssl_jax.stages import Stage
 
 STRATEGIES = ["layerwise", "progressive", "end_to_end"]
@@ -20,16 +22,28 @@ OBJECTIVES = ["simclr", "byol", "mocov3"]
 SIZES = [8, 1, 5, 4]  # unequal, one sample, a short last batch, exactly one batch
 
 
-def prepare(config: Config) -> simulate.Run:
+def prepare(config: Config, devices: int = 1) -> simulate.Run:
     """A run over clients of ``SIZES`` examples."""
-    run = simulate.prepare(override(config, {"optimizer.batch_size": 4}))
-    return run._replace(clients=np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1]))
+    run = simulate.prepare(override(config, {"optimizer.batch_size": 4}), jax.devices()[:devices])
+    return run._replace(clients=Population.disjoint(np.arange(sum(SIZES)), np.array(SIZES)))
 
 
 def fast_round(run: simulate.Run, stage: Stage, params: tree.Tree, number: int) -> tuple[tree.Tree, dict]:
-    images = jnp.asarray(run.dataset.train_images)
-    program = simulate.compile_stage(run, stage, params, images)
-    return simulate.run_round(run, stage, program, params, images, number, simulate.Listener())
+    simulator = simulate.Simulator(run)
+    after, _, line = simulator.run_round(stage, simulator.place(params), None, number)
+    return jax.device_get(after), line
+
+
+def parts(stage: Stage, params: tree.Tree) -> Sent:
+    """What the server sends of ``params``."""
+    frozen = tree.take(params, tree.rows(stage.frozen))["encoder"]
+    return Sent(
+        tree.take(params, stage.rows),
+        tree.present(params, stage.rows),
+        frozen,
+        jnp.int32(stage.trainable_depth),
+        jnp.int32(stage.frozen_depth),
+    )
 
 
 @contextlib.contextmanager
@@ -74,14 +88,59 @@ def test_equals_naive_round(strategy: str, objective: str, monkeypatch: pytest.M
     assert line["lane_utilisation"] < 1
 
 
-def test_lanes_change_rounding_only() -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lanes_devices_and_feed_change_rounding_only(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lane, lanes one after the other, under ``vmap``, over 1, 2 and 4 devices, images streamed."""
     results = []
-    for lanes in (1, 3):
-        with float64():
-            run = prepare(override(small_config(runtime__lanes=lanes), {"runtime.precision": "float64"}))
+    layouts = [(1, 1, "resident"), (3, 1, "streamed"), (4, 4, "streamed"), (4, 2, "resident"), ("vmap", 1, "resident")]
+    for lanes, devices, feed in layouts if strategy == "layerwise" else [layouts[0], layouts[-1], layouts[2]]:
+        with float64(), monkeypatch.context() as patch:
+            if lanes == "vmap":
+                patch.setattr(rounds, "over_lanes", lambda f, *lanes: jax.vmap(f)(*lanes))
+            config = small_config(
+                runtime__lanes=3 if lanes == "vmap" else lanes, runtime__feed=feed, strategy__name=strategy
+            )
+            run = prepare(override(config, {"runtime.precision": "float64"}), devices)
             params = simulate.initial_params(run)
-            results.append(fast_round(run, run.stages[1], params, 1)[0])
-    assert max_difference(*results) < 1e-9
+            results.append(fast_round(run, run.stages[1 % len(run.stages)], params, 1)[0])
+    for other in results[1:]:
+        assert max_difference(results[0], other) < 1e-9
+
+
+def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
+    """Server momentum, and clipped changes, written here as a user would, against the same on the reference clients."""
+
+    def clip(x: jax.Array, by: jax.Array) -> jax.Array:
+        return x * jnp.minimum(1, by / jnp.maximum(jnp.linalg.norm(x), 1e-9))
+
+    def add(sent: tree.Tree, trained: tree.Tree, examples: jax.Array) -> tree.Tree:
+        return {"change": jax.tree.map(lambda s, t: clip(t - s, 0.01), sent, trained), "clients": jnp.sign(examples)}
+
+    def finish(momentum: tree.Tree, sent: tree.Tree, summed: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+        mean = jax.tree.map(lambda x: x / summed["clients"], summed["change"])
+        momentum = jax.tree.map(lambda m, x: 0.5 * m + x, momentum, mean)
+        return momentum, jax.tree.map(jnp.add, sent, momentum)
+
+    clipped = Aggregator(lambda sent: jax.tree.map(jnp.zeros_like, sent), add, finish)
+    run = prepare(small_config(strategy__name="end_to_end", runtime__lanes=2))
+    params = simulate.initial_params(run)
+    simulator = simulate.Simulator(run._replace(aggregator=clipped))
+    stage = run.stages[0]
+    once, state, _ = simulator.run_round(stage, simulator.place(params), None, 1)
+    # The change is the mean of four of norm at most 0.01, and 0.01 itself for leaves that all clients moved alike.
+    norms = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b)), jax.device_get(once), jax.device_get(params))
+    assert 0 < max(jax.tree.leaves(norms)) <= 0.01 + 1e-6
+    _, again, _ = simulator.run_round(stage, simulator.place(params), state, 1)
+    ratio = jax.tree.map(lambda a, b: float(jnp.abs(a - 1.5 * b).max()), again, state)
+    assert max(jax.tree.leaves(ratio)) < 1e-6
+
+    mean, _ = fast_round(run, stage, params, 1)
+    plain = Aggregator(
+        lambda sent: (), lambda sent, trained, n: jax.tree.map(lambda t: t * n, trained),
+        lambda state, sent, summed: (state, jax.tree.map(lambda x: x / sum(SIZES), summed)),
+    )  # fmt: skip
+    assert max_difference(mean, fast_round(run._replace(aggregator=plain), stage, params, 1)[0]) < 1e-6
+    assert run.aggregator is WEIGHTED_MEAN
 
 
 def test_calls_of_any_length_give_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +167,11 @@ def test_one_sample_client_does_not_change_the_others() -> None:
     run = prepare(small_config(objective__name="simclr", runtime__lanes=2))
     task, stage = run.task, run.stages[1]
     params = simulate.initial_params(run)
-    trainable, frozen = tree.take(params, stage.trainable), tree.take(params, stage.frozen)["encoder"]
+    sent = parts(stage, params)
     images = jnp.asarray(run.dataset.train_images[:16]).reshape(2, 8, 8, 8, 3)
-    step = jax.jit(jax.vmap(lambda i, mask, key: client_step(task, client_init(task, trainable), frozen, i, mask, key)))
+    step = jax.jit(
+        jax.vmap(lambda i, mask, key: client_step(task, client_init(task, sent.trainable), sent, i, mask, key))
+    )
     keys = jax.random.split(jax.random.key(0), 2)
     both, one = jnp.ones((2, 8), bool), jnp.ones((2, 8), bool).at[0, 1:].set(False)
     full, loss_full = step(images, both, keys)
@@ -135,7 +196,7 @@ def test_frozen_parameters_are_bit_identical_after_a_round(objective: str) -> No
                 leaf = leaf[key.key]
             rows = leaf.reshape(*mask.shape, -1).all(axis=-1)
             np.testing.assert_array_equal(rows[~mask], True, err_msg=jax.tree_util.keystr(path))
-        moved = tree.take(same, stage.trainable)
+        moved = tree.take(same, tree.rows(stage.trainable))
         assert sum(bool(x.all()) for x in jax.tree.leaves(moved)) == 0
         params = after
 
@@ -144,13 +205,14 @@ def test_frozen_parameters_get_no_gradient() -> None:
     run = prepare(small_config())
     task, stage = run.task, run.stages[1]
     params = simulate.initial_params(run)
-    trainable, frozen = tree.take(params, stage.trainable), tree.take(params, stage.frozen)["encoder"]
+    sent = parts(stage, params)
     images, key = jnp.asarray(run.dataset.train_images[:8]), jax.random.key(0)
 
     def loss(trainable: tree.Tree, frozen: tree.Tree) -> jax.Array:
-        return client_step(task, client_init(task, trainable), frozen, images, jnp.ones(8, bool), key)[1]
+        now = sent._replace(trainable=trainable, frozen=frozen)
+        return client_step(task, client_init(task, trainable), now, images, jnp.ones(8, bool), key)[1]
 
-    of_trainable, of_frozen = jax.jit(jax.grad(loss, argnums=(0, 1)))(trainable, frozen)
+    of_trainable, of_frozen = jax.jit(jax.grad(loss, argnums=(0, 1)))(sent.trainable, sent.frozen)
     assert all((x == 0).all() for x in jax.tree.leaves(of_frozen))
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(of_trainable)) > 0
 
@@ -159,7 +221,7 @@ def test_frozen_parameters_have_no_optimizer_state() -> None:
     run = prepare(small_config())
     for stage in run.stages:
         params = jax.eval_shape(lambda: simulate.initial_params(run))
-        trainable = jax.eval_shape(lambda p, s=stage: tree.take(p, s.trainable), params)
+        trainable = jax.eval_shape(lambda p, s=stage: tree.take(p, tree.rows(s.trainable)), params)
         state = jax.eval_shape(lambda t: client_init(run.task, t), trainable)
         moments = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.opt_state) if x.ndim)
         assert moments == 2 * tree.size(trainable) < 2 * tree.size(params)

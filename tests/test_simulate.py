@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import resources, simulate
+from lwfedssl_jax import resources, simulate, tree
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import Config, resolve
 
@@ -84,11 +83,10 @@ def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
     config = small_config(strategy__name=strategy)
     run = simulate.prepare(config)
     params = simulate.initial_params(run)
-    images = jnp.asarray(run.dataset.train_images)
+    simulator = simulate.Simulator(run)
     for stage, row in zip(run.stages, resources.ledger(config)["per_stage"], strict=True):
-        program = simulate.compile_stage(run, stage, params, images)
-        sent = sum(np.asarray(x).nbytes for x in jax.tree.leaves(program.start(params)[0]))
-        after, line = simulate.run_round(run, stage, program, params, images, stage.number, simulate.Listener())
+        sent = sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree.take(params, tree.rows(stage.trainable))))
+        after, _, line = simulator.run_round(stage, simulator.place(params), None, stage.number)
         changed = sum(
             int((np.asarray(a) != np.asarray(b)).reshape(n, -1).any(axis=1).sum()) * (np.asarray(a).nbytes // n)
             for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True)
@@ -101,14 +99,22 @@ def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
         params = after
 
 
-def test_one_compilation_per_stage(tmp_path: Path, compiled: list[str]) -> None:
-    """Cohorts of any size and a round without reporters included."""
-    config = small_config(federation__rounds=8, federation__clients_per_round=2, federation__dropout=0.4)
+@pytest.mark.parametrize(("strategy", "programs"), [("layerwise", 2), ("progressive", 1), ("end_to_end", 1)])
+def test_one_program_for_all_stages(strategy: str, programs: int, tmp_path: Path, compiled: list[str]) -> None:
+    """And a second one for the embedding of layerwise's first stage; cohorts of any size, a round without reporters."""
+    config = small_config(
+        strategy__name=strategy,
+        federation__rounds=8,
+        federation__clients_per_round=2,
+        federation__dropout=0.4,
+        model__depth=5,
+        strategy__layers_per_stage=2,
+    )
     train(config, tmp_path / "run")
     clients = {line["clients"] for line in WorkDir(tmp_path / "run", config).metrics() if "event" not in line}
     assert len(clients) > 1
-    for name in ("run_steps", "start", "finish"):
-        assert compiled.count(f"jit({name})") == 3
+    for name in ("steps", "start", "finish"):
+        assert compiled.count(f"jit({name})") == programs
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, Path], tmp_path: Path) -> None:
@@ -184,9 +190,16 @@ def test_bfloat16_and_remat_run(tmp_path: Path) -> None:
 
 
 def test_lanes_default_to_what_the_device_suggests_within_the_cohort() -> None:
-    assert simulate.choose_lanes(small_config()) == 1
-    assert simulate.choose_lanes(small_config(runtime__lanes=3)) == 3
-    assert simulate.choose_lanes(small_config(runtime__lanes=9)) == 4
+    def choose(lanes: int, devices: int) -> tuple[int, int]:
+        run = simulate.prepare(small_config(runtime__lanes=lanes), jax.devices()[:devices])
+        return run.lanes, run.mesh.size
+
+    assert choose(0, 1) == (1, 1)
+    assert choose(0, 4) == (4, 4)
+    assert choose(3, 1) == (3, 1)
+    assert choose(3, 2) == (4, 2)
+    assert choose(2, 4) == (2, 2)
+    assert choose(9, 1) == (4, 1)
 
 
 def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> None:

@@ -11,7 +11,7 @@ MASK = {"a": np.array([False, True, False]), "b": np.array(True), "c": np.array(
 
 
 def test_take_keeps_named_rows_and_drops_the_rest() -> None:
-    part = tree.take(PARAMS, MASK)
+    part = tree.take(PARAMS, tree.rows(MASK))
     np.testing.assert_array_equal(part["a"], [[2, 3]])
     np.testing.assert_array_equal(part["b"], PARAMS["b"])
     assert part["c"] is None
@@ -20,8 +20,8 @@ def test_take_keeps_named_rows_and_drops_the_rest() -> None:
 
 
 def test_put_replaces_named_rows_and_nothing_else() -> None:
-    part = jax.tree.map(lambda x: x + 100, tree.take(PARAMS, MASK))
-    after = tree.put(PARAMS, MASK, part)
+    part = jax.tree.map(lambda x: x + 100, tree.take(PARAMS, tree.rows(MASK)))
+    after = tree.put(PARAMS, tree.rows(MASK), part)
     np.testing.assert_array_equal(after["a"], [[0, 1], [102, 103], [4, 5]])
     np.testing.assert_array_equal(after["b"], PARAMS["b"] + 100)
     assert after["c"] is PARAMS["c"]
@@ -30,8 +30,19 @@ def test_put_replaces_named_rows_and_nothing_else() -> None:
 def test_parts_by_a_mask_and_its_opposite_make_the_whole() -> None:
     opposite = jax.tree.map(np.logical_not, MASK)
     blank = jax.tree.map(jnp.zeros_like, PARAMS)
-    whole = tree.put(tree.put(blank, MASK, tree.take(PARAMS, MASK)), opposite, tree.take(PARAMS, opposite))
+    one, other = tree.rows(MASK), tree.rows(opposite)
+    whole = tree.put(tree.put(blank, one, tree.take(PARAMS, one)), other, tree.take(PARAMS, other))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), whole, PARAMS))
+
+
+def test_rows_past_the_end_are_there_for_the_shape_only() -> None:
+    where = tree.rows(MASK, 2)
+    part = tree.take(PARAMS, where)
+    assert part["a"].shape == (2, 2)
+    assert tree.present(PARAMS, where)["a"].tolist() == [True, False]
+    assert tree.present(PARAMS, where)["c"] is None
+    after = tree.put(PARAMS, where, jax.tree.map(lambda x: x + 100, part))
+    np.testing.assert_array_equal(after["a"], [[0, 1], [102, 103], [4, 5]])
 
 
 def test_ema_is_exact_where_both_are_equal() -> None:

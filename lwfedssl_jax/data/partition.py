@@ -1,41 +1,82 @@
-"""Which client owns which training example."""
+"""Which client owns which training example.
+
+A client costs a few integers: its number of examples, and where they begin in one common
+order, or nothing where they are drawn from its number when they are needed.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lwfedssl_jax.config import ConfigError, PartitionConfig
 
 
-def partition(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Each client's example indices; every example is on exactly one client.
+class Population(Sequence[np.ndarray]):
+    """The clients: ``population[i]`` are client i's example indices.
+
+    Attributes:
+      sizes: N, number of examples of each client.
+    """
+
+    def __init__(self, sizes_N: np.ndarray, examples: Callable[[int], np.ndarray]) -> None:
+        self.sizes = sizes_N
+        self._examples = examples
+
+    @classmethod
+    def disjoint(cls, order: np.ndarray, sizes_N: np.ndarray) -> "Population":
+        """Each client owns the next ``sizes_N[i]`` entries of ``order``."""
+        ends = np.cumsum(sizes_N)
+        return cls(sizes_N, lambda i: order[ends[i] - sizes_N[i] : ends[i]])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]  # single clients only
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._examples(i)
+
+
+def partition(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
+    """The clients of a config.
 
     ``iid`` deals a random permutation out evenly. ``dirichlet`` gives each class to the
     clients in shares drawn from Dirichlet(beta) (Hsu et al., 2019, arXiv 1909.06335, by
     class); clients left empty then take one example from the largest client, unless
-    ``allow_empty``.
+    ``allow_empty``. Both leave every example on exactly one client. ``shared`` lets every
+    client draw its own from all examples, so that there may be more clients than examples.
 
     Raises:
-      ConfigError: more clients than examples, unless ``allow_empty``.
+      ConfigError: more clients than examples, unless ``allow_empty`` or ``shared``; ``shared``
+        clients of more examples than there are.
     """
-    if config.clients > len(labels_N) and not config.allow_empty:
+    examples = len(labels_N)
+    if config.kind == "shared" and config.examples_per_client > examples:
         raise ConfigError(
-            f"partition.clients: {config.clients} clients cannot share {len(labels_N)} examples; "
-            f"accepted: 1 to {len(labels_N)}, or partition.allow_empty"
+            f"partition.examples_per_client: {config.examples_per_client} is more than the data set has; "
+            f"accepted: 1 to {examples}"
         )
-    rng = np.random.default_rng([seed, 0])
-    clients = PARTITIONS[config.kind](rng, labels_N, config)
-    if not config.allow_empty:
-        _fill_empty(clients)
-    return clients
+    if config.kind != "shared" and config.clients > examples and not config.allow_empty:
+        raise ConfigError(
+            f"partition.clients: {config.clients} clients cannot share {examples} examples; "
+            f"accepted: 1 to {examples}, or partition.allow_empty, or partition.kind shared"
+        )
+    return PARTITIONS[config.kind](config, labels_N, seed)
 
 
-def iid(rng: np.random.Generator, labels_N: np.ndarray, config: PartitionConfig) -> list[np.ndarray]:
+def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     """Equal shares (to within one example) of a random permutation."""
-    return np.array_split(rng.permutation(len(labels_N)), config.clients)
+    n, clients = len(labels_N), config.clients
+    sizes = np.full(clients, n // clients, np.int32)
+    sizes[: n % clients] += 1
+    return Population.disjoint(np.random.default_rng([seed, 0]).permutation(n), sizes)
 
 
-def dirichlet(rng: np.random.Generator, labels_N: np.ndarray, config: PartitionConfig) -> list[np.ndarray]:
+def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     """Every class split over the clients in shares drawn from a symmetric Dirichlet(beta)."""
-    parts: list[list[np.ndarray]] = [[] for _ in range(config.clients)]
+    rng = np.random.default_rng([seed, 0])
+    orders, owners = [], []
     for label in np.unique(labels_N):
         members = rng.permutation(np.flatnonzero(labels_N == label))
         # Gamma draws in log space: with a tiny beta the plain Dirichlet underflows to NaN.
@@ -43,16 +84,43 @@ def dirichlet(rng: np.random.Generator, labels_N: np.ndarray, config: PartitionC
         log_gamma += np.log(rng.uniform(size=config.clients)) / config.beta
         shares = np.exp(log_gamma - log_gamma.max())
         cuts = np.round(np.cumsum(shares / shares.sum())[:-1] * len(members)).astype(int)
-        for part, chunk in zip(parts, np.split(members, cuts), strict=True):
-            part.append(chunk)
-    return [np.concatenate(part) for part in parts]
+        orders.append(members)
+        owners.append(np.searchsorted(cuts, np.arange(len(members)), side="right"))
+    owner = np.concatenate(owners)
+    by_client = np.argsort(owner, kind="stable")
+    order, owner = np.concatenate(orders)[by_client], owner[by_client]
+    if not config.allow_empty:
+        _fill_empty(owner, config.clients)
+    return Population.disjoint(
+        order[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=config.clients).astype(np.int32)
+    )
 
 
-def _fill_empty(clients: list[np.ndarray]) -> None:
-    for i, examples in enumerate(clients):
-        if len(examples) == 0:
-            donor = int(np.argmax([len(c) for c in clients]))
-            clients[i], clients[donor] = clients[donor][-1:], clients[donor][:-1]
+def _fill_empty(owner: np.ndarray, clients: int) -> None:
+    """Give each client without examples the last one of the then largest client, in place; ``owner`` is sorted."""
+    sizes = np.bincount(owner, minlength=clients)
+    last = np.cumsum(sizes) - 1
+    largest = [(-size, client) for client, size in enumerate(sizes.tolist())]
+    heapq.heapify(largest)
+    for empty in np.flatnonzero(sizes == 0):
+        size, donor = heapq.heappop(largest)
+        owner[last[donor]] = empty
+        last[donor] -= 1
+        heapq.heappush(largest, (size + 1, donor))
 
 
-PARTITIONS = {"iid": iid, "dirichlet": dirichlet}
+def shared(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
+    """Client i draws its examples from all, without repeats, by its own number: nothing is stored but sizes.
+
+    Sizes are log-normal around ``examples_per_client`` (their median) with ``size_sigma``.
+    """
+    spread = np.exp(config.size_sigma * np.random.default_rng([seed, 0]).standard_normal(config.clients))
+    sizes = np.clip(np.round(config.examples_per_client * spread), 1, len(labels_N)).astype(np.int32)
+
+    def examples(i: int) -> np.ndarray:
+        return np.random.default_rng([seed, 0, i]).choice(len(labels_N), sizes[i], replace=False)
+
+    return Population(sizes, examples)
+
+
+PARTITIONS = {"iid": iid, "dirichlet": dirichlet, "shared": shared}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lwfedssl_jax.models.dense import Dense
 from lwfedssl_jax.tree import Tree
 
 
@@ -34,13 +35,13 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxD: jax.Array, mask_B: jax.Array) -> jax.Array:
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        wide: dict[str, Any] = {"dtype": self.param_dtype, "param_dtype": self.param_dtype}
         x = x_BxD
         for _ in range(self.layers - 1):
-            x = nn.Dense(self.hidden_dim, use_bias=False, **types)(x)
-            x = nn.BatchNorm(use_running_average=False, use_fast_variance=False, **types)(x, mask=mask_B[:, None])
+            x = Dense(self.hidden_dim, self.dtype, self.param_dtype, use_bias=False)(x)
+            x = nn.BatchNorm(use_running_average=False, use_fast_variance=False, **wide)(x, mask=mask_B[:, None])
             x = nn.relu(x)
-        return nn.Dense(self.output_dim, use_bias=False, **types)(x)
+        return Dense(self.output_dim, self.dtype, self.param_dtype, use_bias=False)(x)
 
 
 def mlp_head(layers: int, input_dim: int, hidden_dim: int, output_dim: int, dtype: DTypeLike) -> Head:
@@ -48,7 +49,7 @@ def mlp_head(layers: int, input_dim: int, hidden_dim: int, output_dim: int, dtyp
     mlp = MLP(layers, hidden_dim, output_dim, dtype, np.promote_types(dtype, jnp.float32))
 
     def init(key: jax.Array) -> Tree:
-        return mlp.init(key, jnp.zeros((2, input_dim), dtype), jnp.ones(2, bool))["params"]
+        return mlp.init(key, jnp.zeros((2, input_dim), mlp.param_dtype), jnp.ones(2, bool))["params"]
 
     def apply(params: Tree, x_BxD: jax.Array, mask_B: jax.Array) -> jax.Array:
         # Linen insists on running averages; they are made and dropped in the same call.

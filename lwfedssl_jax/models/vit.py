@@ -3,8 +3,11 @@
 Pre-norm blocks, learned position embedding, tokens mean-pooled, no class token
 (METHOD: arXiv 2401.11647 on ViT-Tiny). Layer 1 owns the patch and position embedding;
 the final normalisation belongs to no layer and is trained in every stage.
+
+How many of the stacked blocks run is an argument, so one program serves all stages.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -15,9 +18,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lwfedssl_jax.config import ModelConfig
+from lwfedssl_jax.models.dense import XAVIER, Dense, contract
 from lwfedssl_jax.tree import Tree
 
 EVERY_STAGE = 0  # layer number of parameters that every stage trains
+CPU_CHUNK = 2**17  # elements of a block's widest activation that stay in a core's cache
+
+Depth = int | jax.Array  # number of leading rows of the stacked blocks that run
 
 
 class Encoder(NamedTuple):
@@ -27,37 +34,38 @@ class Encoder(NamedTuple):
       init: ``key -> params`` with all L layers.
       layers: ``params -> tree`` of each parameter's layer number 1..L, or ``EVERY_STAGE``;
         a vector where a parameter is stacked over layers.
-      frozen_forward: ``(frozen, images_BxHxWxC) -> x``, the layers before the trainable
-        ones; the images themselves where nothing is frozen.
-      trainable_forward: ``(trainable, x) -> features_BxD`` from what ``frozen_forward`` gave.
+      frozen_forward: ``(frozen, images_BxHxWxC, depth) -> x``, the first ``depth`` frozen
+        layers; the images themselves where nothing is frozen.
+      trainable_forward: ``(trainable, x, depth) -> features_BxD``, from what
+        ``frozen_forward`` gave, through the first ``depth`` trainable layers.
+
+    A depth may be traced; it must be the same for all that are batched by ``vmap``.
     """
 
     init: Callable[[jax.Array], Tree]
     layers: Callable[[Tree], Tree]
-    frozen_forward: Callable[[Tree, jax.Array], jax.Array]
-    trainable_forward: Callable[[Tree, jax.Array], jax.Array]
+    frozen_forward: Callable[[Tree, jax.Array, Depth], jax.Array]
+    trainable_forward: Callable[[Tree, jax.Array, Depth], jax.Array]
 
 
 @jax.jit  # the name marks it for the operation count in resources.py; XLA inlines it
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """``(x - mean) / sqrt(var + 1e-6) * scale + bias`` over the last axis, statistics in float32 or wider."""
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    """``(x - mean) / sqrt(var + 1e-6) * scale + bias`` over the last axis."""
     # The variance in two passes: E[x^2] - E[x]^2 cancels where the mean is large.
-    wide = jax.nn.standardize(wide, axis=-1, epsilon=1e-6, variance=wide.var(-1, keepdims=True))
-    return wide.astype(x.dtype) * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
+    x = jax.nn.standardize(x, axis=-1, epsilon=1e-6, variance=x.var(-1, keepdims=True))
+    return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with learned scale and bias, computed in ``dtype``."""
+    """Layer normalisation with learned scale and bias."""
 
-    dtype: DTypeLike
     param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-        return layer_norm(x, scale.astype(self.dtype), bias.astype(self.dtype))
+        return layer_norm(x, scale, bias)
 
 
 class Embedding(nn.Module):
@@ -74,11 +82,11 @@ class Embedding(nn.Module):
         p = self.patch_size
         x = images_BxHxWxC.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(-1, p * p * c)
-        dense = nn.Dense(self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=XAVIER, name="patch")
         position_PxD = self.param(
             "position", nn.initializers.normal(0.02), (h * w // p**2, self.width), self.param_dtype
         )
-        return dense(x).reshape(b, -1, self.width) + position_PxD.astype(self.dtype)[None]
+        dense = Dense(self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=XAVIER, name="patch")
+        return dense(x).reshape(b, -1, self.width) + position_PxD[None]
 
 
 class Block(nn.Module):
@@ -95,23 +103,27 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BxPxD: jax.Array) -> jax.Array:
         b, p, d = x_BxPxD.shape
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": XAVIER}
+        norm = functools.partial(LayerNorm, self.param_dtype)
         x = x_BxPxD.reshape(b * p, d)
 
-        qkv = nn.Dense(3 * d, kernel_init=XAVIER, name="qkv", **types)(LayerNorm(name="norm1", **types)(x))
+        qkv = Dense(3 * d, name="qkv", **types)(norm(name="norm1")(x))
         q, k, v = qkv.reshape(b, p, 3, self.heads, d // self.heads).transpose(2, 0, 3, 1, 4)
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * (d // self.heads) ** -0.5
-        weights = nn.softmax(scores.astype(np.promote_types(self.dtype, np.float32))).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+        scores = contract("bhqd,bhkd->bhqk", self.dtype, q * (d // self.heads) ** -0.5, k)
+        # Softmax with its division last, where there are fewest numbers to divide.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        mixed = contract("bhqk,bhkd->bhqd", self.dtype, weights, v) / weights.sum(-1, keepdims=True)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(b * p, d)
-        x = x + nn.Dense(d, kernel_init=XAVIER, name="proj", **types)(mixed)
+        x = x + Dense(d, name="proj", **types)(mixed)
 
-        hidden = nn.Dense(4 * d, kernel_init=XAVIER, name="fc1", **types)(LayerNorm(name="norm2", **types)(x))
-        x = x + nn.Dense(d, kernel_init=XAVIER, name="fc2", **types)(nn.gelu(hidden, approximate=False))
+        hidden = Dense(4 * d, name="fc1", **types)(norm(name="norm2")(x))
+        x = x + Dense(d, name="fc2", **types)(gelu(hidden))
         return x.reshape(b, p, d)
 
 
-XAVIER = nn.initializers.xavier_uniform()
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, ``x * Phi(x)``; flax's goes through erfc, twice the work on a CPU."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
 def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False) -> Encoder:
@@ -120,22 +132,23 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
     Args:
       config: resolved sizes (no zeros).
       image_shape: height, width, channels.
-      dtype: compute type; parameters are kept in it, or in float32 if that is wider.
-      remat: recompute each trainable block's activations in the backward pass.
+      dtype: of the matrix products' factors; everything else is in it or in float32, if that is wider.
+      remat: keep only each trainable block's input for the backward pass and recompute the
+        rest; otherwise all matrix products are kept, and only what lies between is recomputed.
     """
-    types: Any = {"dtype": dtype, "param_dtype": np.promote_types(dtype, jnp.float32)}
-    embedding = Embedding(config.patch_size, config.width, **types)
-    block = Block(config.heads, **types)
-    norm = LayerNorm(**types)
+    wide = np.promote_types(dtype, jnp.float32)
+    tokens = image_shape[0] * image_shape[1] // config.patch_size**2
+    embedding = Embedding(config.patch_size, config.width, dtype, wide)
+    block = Block(config.heads, dtype, wide)
+    norm = LayerNorm(wide)
 
     def init(key: jax.Array) -> Tree:
-        image = jnp.zeros((1, *image_shape), dtype)
-        tokens = jnp.zeros((1, image_shape[0] * image_shape[1] // config.patch_size**2, config.width), dtype)
+        image, x = jnp.zeros((1, *image_shape), wide), jnp.zeros((1, tokens, config.width), wide)
         embedding_key, blocks_key, norm_key = jax.random.split(key, 3)
         return {
             "embedding": embedding.init(embedding_key, image)["params"],
-            "blocks": jax.vmap(lambda k: block.init(k, tokens)["params"])(jax.random.split(blocks_key, config.depth)),
-            "norm": norm.init(norm_key, tokens)["params"],
+            "blocks": jax.vmap(lambda k: block.init(k, x)["params"])(jax.random.split(blocks_key, config.depth)),
+            "norm": norm.init(norm_key, x)["params"],
         }
 
     def layers(params: Tree) -> Tree:
@@ -146,26 +159,112 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
         }
 
     def apply(module: nn.Module, params: Tree, x: jax.Array) -> jax.Array:
-        return cast(jax.Array, module.apply({"params": params}, x.astype(dtype)))
+        return cast(jax.Array, module.apply({"params": params}, x))
 
-    def run_blocks(params_L: Tree, x: jax.Array, *, unroll: bool, remat: bool) -> jax.Array:
-        def body(x: jax.Array, params: Tree) -> tuple[jax.Array, None]:
-            return apply(block, params, x), None
+    policy = None if remat else jax.checkpoint_policies.dots_saveable
+    run_block = jax.checkpoint(functools.partial(apply, block), policy=policy)
+    chunk = chunk_samples(tokens * 4 * config.width)
+    run_trainable = dynamic_scan(lambda params, x: in_chunks(functools.partial(run_block, params), x, chunk))
 
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params_L, unroll=unroll)[0]
-
-    def frozen_forward(frozen: Tree, images: jax.Array) -> jax.Array:
+    def frozen_forward(frozen: Tree, images: jax.Array, depth: Depth) -> jax.Array:
         if not jax.tree.leaves(frozen):
             return images
-        return run_blocks(frozen["blocks"], apply(embedding, frozen["embedding"], images), unroll=False, remat=False)
 
-    def trainable_forward(trainable: Tree, x: jax.Array) -> jax.Array:
+        def through(x: jax.Array) -> jax.Array:
+            row = lambda i: jax.tree.map(lambda p: p[i], frozen["blocks"])  # noqa: E731
+            return jax.lax.fori_loop(0, depth, lambda i, x: apply(block, row(i), x), x)
+
+        return in_chunks(through, apply(embedding, frozen["embedding"], images), chunk)
+
+    def trainable_forward(trainable: Tree, x: jax.Array, depth: Depth) -> jax.Array:
         if jax.tree.leaves(trainable["embedding"]):
             x = apply(embedding, trainable["embedding"], x)
         if jax.tree.leaves(trainable["blocks"]):
-            # Unrolled, XLA keeps fewer copies of the activations; rematerialisation needs the loop,
-            # because on unrolled code XLA merges the recomputation with the original.
-            x = run_blocks(trainable["blocks"], x, unroll=not remat, remat=remat)
+            x = run_trainable(trainable["blocks"], x, depth)
         return apply(norm, trainable["norm"], x).mean(axis=1)
 
     return Encoder(init, layers, frozen_forward, trainable_forward)
+
+
+def chunk_samples(elements: int) -> int | None:
+    """Samples that go through a block at once, if one sample's widest activation has so many elements.
+
+    On a CPU so many that they stay in a core's cache; elsewhere all of them (None).
+    """
+    return max(1, CPU_CHUNK // elements) if jax.default_backend() == "cpu" else None
+
+
+def in_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array, chunk: int | None) -> jax.Array:
+    """``f(x)`` for an ``f`` that treats samples (the first axis) one by one, about ``chunk`` at a time."""
+    n = len(x)
+    if chunk is None or chunk >= n:
+        return f(x)
+    size = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: max(d / chunk, chunk / d))
+    return jax.lax.map(f, x.reshape(n // size, size, *x.shape[1:])).reshape(x.shape)
+
+
+def dynamic_scan(f: Callable[[Tree, jax.Array], jax.Array]) -> Callable[[Tree, jax.Array, Depth], jax.Array]:
+    """``(params_L, x, depth) -> f(params[depth - 1], ... f(params[0], x))``, differentiable.
+
+    JAX cannot reverse a loop of traced length. Here what each step's pullback has saved goes
+    into a buffer of L rows, and the backward pass loops over them. Rows from ``depth`` on get
+    zero gradients. ``x`` must keep its shape.
+    """
+
+    def row(params_L: Tree, i: Depth) -> Tree:
+        return jax.tree.map(lambda p: p[i], params_L)
+
+    def forward(params_L: Tree, x: jax.Array, depth: Depth) -> tuple[jax.Array, Tree]:
+        form: list[tuple[Any, list[int | None]]] = []  # of the pullback: structure, which parameter a leaf is
+
+        def with_saved(params: Tree, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+            x, pullback = jax.vjp(f, params, x)
+            leaves, structure = jax.tree.flatten(pullback)
+            known = jax.tree.leaves(params)
+            source = [next((j for j, p in enumerate(known) if p is leaf), None) for leaf in leaves]
+            form.append((structure, source))
+            return x, [leaf for leaf, j in zip(leaves, source, strict=True) if j is None]
+
+        def step(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+            x, saved_L = carry
+            x, saved = with_saved(row(params_L, i), x)
+            return x, [all_.at[i].set(one) for all_, one in zip(saved_L, saved, strict=True)]
+
+        length = len(jax.tree.leaves(params_L)[0])
+        shapes = jax.eval_shape(lambda p, x: with_saved(row(p, 0), x)[1], params_L, x)
+        buffers = [jnp.zeros((length, *s.shape), s.dtype) for s in shapes]
+        x, saved_L = jax.lax.fori_loop(0, depth, step, (x, buffers))
+        return x, jax.tree_util.Partial(functools.partial(pull, *form[0]), params_L, saved_L)
+
+    def pull(
+        structure: Any, source: list[int | None], params_L: Tree, saved_L: list[jax.Array], i: Depth, g: jax.Array
+    ) -> tuple[Tree, jax.Array]:
+        known, saved = jax.tree.leaves(row(params_L, i)), iter(row(saved_L, i))
+        pullback = jax.tree.unflatten(structure, [next(saved) if j is None else known[j] for j in source])
+        return cast(tuple[Tree, jax.Array], pullback(g))
+
+    def backward(depth: Depth, pull_row: Any, g: jax.Array) -> tuple[Tree, jax.Array]:
+        def step(i: Depth, carry: tuple[Tree, jax.Array]) -> tuple[Tree, jax.Array]:
+            grads_L, g = carry
+            grads, g = pull_row(depth - 1 - i, g)
+            return jax.tree.map(lambda all_, one: all_.at[depth - 1 - i].set(one), grads_L, grads), g
+
+        params_L = pull_row.args[0]
+        return jax.lax.fori_loop(0, depth, step, (jax.tree.map(jnp.zeros_like, params_L), g))
+
+    def run(params_L: Tree, x: jax.Array, depth: Depth) -> jax.Array:
+        return forward(params_L, x, depth)[0]
+
+    def traced_forward(params_L: Tree, x: jax.Array, depth: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+        x, saved = forward(params_L, x, depth)
+        return x, (depth, saved)
+
+    def traced_backward(saved: tuple[jax.Array, Tree], g: jax.Array) -> tuple[Tree, jax.Array, None]:
+        return *backward(*saved, g), None
+
+    # A depth known when traced stays known, for the loops' lengths to be counted (resources.py).
+    known = jax.custom_vjp(run, nondiff_argnums=(2,))
+    known.defvjp(forward, backward)
+    traced = jax.custom_vjp(run)
+    traced.defvjp(traced_forward, traced_backward)
+    return lambda params_L, x, depth: (known if isinstance(depth, int) else traced)(params_L, x, depth)

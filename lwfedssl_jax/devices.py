@@ -1,0 +1,130 @@
+"""The devices a run uses: set-up before JAX starts, the mesh of lanes, placing arrays, memory."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lwfedssl_jax.config import Config, ConfigError
+
+SAMPLES_AT_ONCE = 2048  # of all lanes of one accelerator together
+MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
+
+
+def set_up_cpu() -> None:
+    """Make each CPU core a device of its own, unless ``XLA_FLAGS`` or ``JAX_NUM_CPU_DEVICES`` say otherwise.
+
+    Clients side by side on a core each are faster than the products of one client split over
+    the cores. Must be called before JAX starts its backends.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def set_up_cache(folder: str | None) -> None:
+    """Keep compiled programs on disk for the next run.
+
+    Args:
+      folder: where; ``off`` for nowhere; None for ``JAX_COMPILATION_CACHE_DIR``, or the
+        user's cache folder.
+    """
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lwfedssl_jax"
+    folder = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--compilation-cache: {folder} cannot be made ({error.strerror}); accepted: a folder, or off"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes of a run over several hosts; does nothing if no option is given.
+
+    Args:
+      coordinator: HOST:PORT of process 0; ``auto`` where JAX finds out by itself (SLURM, TPU pods).
+      processes, process: how many there are, and which one this is.
+
+    Raises:
+      ConfigError: some of the three are missing, or the others cannot be reached.
+    """
+    if coordinator is None and processes is None and process is None:
+        return
+    known = coordinator is not None and processes is not None and process is not None
+    if not known and coordinator != "auto":
+        raise ConfigError(
+            "--coordinator: --coordinator, --processes and --process belong together; "
+            "accepted: all three, or --coordinator auto alone"
+        )
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ConfigError(f"--process: {process} of {processes} processes; accepted: 0 to {processes - 1}")
+    try:
+        jax.distributed.initialize(*(() if coordinator == "auto" else (coordinator, processes, process)))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: HOST:PORT that process 0 can open"
+        ) from error
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and prints."""
+    return jax.process_index() == 0
+
+
+def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = None) -> tuple[int, Mesh]:
+    """How many lanes there are, and the devices they are split over, evenly.
+
+    ``runtime.lanes``, or by device: one lane a device on CPUs, where batched products with
+    per-client weights do not pay; elsewhere as many as make ``SAMPLES_AT_ONCE``. Never more
+    than the cohort can fill, but a multiple of the devices.
+
+    Args:
+      config: resolved.
+      axis: the mesh's name for the lanes.
+      devices: to be used; by default all.
+    """
+    devices = list(devices or jax.devices())
+    each = 1 if devices[0].platform == "cpu" else max(1, SAMPLES_AT_ONCE // config.optimizer.batch_size)
+    wanted = min(config.runtime.lanes or each * len(devices), config.cohort_size)
+    if jax.process_count() == 1:
+        devices = devices[:wanted]
+    lanes = -(-wanted // len(devices)) * len(devices)
+    return lanes, Mesh(np.array(devices), (axis,))
+
+
+def placer(mesh: Mesh, spec: PartitionSpec) -> Callable[[np.ndarray], jax.Array]:
+    """A function that puts a host array on the mesh; every process must give it the same array."""
+    sharding = NamedSharding(mesh, spec)
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return put
+
+
+def memory_limit(device: Any) -> int:
+    """Bytes one program may use on a device; on a CPU its share of the machine's memory."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] * MEMORY_SHARE)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(machine * MEMORY_SHARE / jax.local_device_count())
+
+
+def program_memory(program: jax.stages.Compiled) -> int:
+    """Bytes of a program on one device by its compiler: arguments + outputs + temporaries - aliased."""
+    m: Any = program.memory_analysis()
+    return int(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes)

@@ -1,0 +1,66 @@
+"""Matrix products in a chosen type, accumulated in float32, and the linear layer made of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+XAVIER = nn.initializers.xavier_uniform()
+
+
+def contract(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``jnp.einsum(spec, a, b)`` with factors rounded to ``dtype`` and a sum in float32 or wider.
+
+    Both products of the backward pass are rounded and summed alike: left to automatic
+    differentiation they would mix types, and the matrix units would idle. Every index of
+    ``spec`` must be in two of its three terms.
+    """
+    if np.promote_types(dtype, np.float32) == dtype:
+        return jnp.einsum(spec, a, b)
+    return _narrow_contract(spec, dtype, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow_contract(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) -> jax.Array:
+    a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _forward(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _narrow_contract(spec, dtype, a, b), (a, b)
+
+
+def _backward(
+    spec: str, dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    a, b = saved
+    factors, result = spec.split("->")
+    of_a, of_b = factors.split(",")
+    return (
+        _narrow_contract(f"{result},{of_b}->{of_a}", dtype, g, b),
+        _narrow_contract(f"{of_a},{result}->{of_b}", dtype, a, g),
+    )
+
+
+_narrow_contract.defvjp(_forward, _backward)
+
+
+class Dense(nn.Module):
+    """``x_NxD @ kernel + bias``, the product by ``contract``, the result in the parameters' type."""
+
+    features: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x_NxD: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x_NxD.shape[-1], self.features), self.param_dtype)
+        y = contract("nd,de->ne", self.dtype, x_NxD, kernel)
+        if not self.use_bias:
+            return y
+        return y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None]
