@@ -81,6 +81,12 @@ class WorkDir:
                 f"--workdir: {self.path} cannot be written ({error.strerror}); accepted: a directory you can write to"
             ) from error
 
+    def record(self, **entries: Any) -> None:
+        """Replace entries of ``config.json`` that turned out different."""
+        before = json.loads((self.path / "config.json").read_text())
+        if before | entries != before:
+            self.write_json("config.json", before | entries)
+
     def restore(self, like: Tree) -> tuple[int, Tree] | None:
         """``(finished rounds, parameters)`` of the last checkpoint; later metrics lines are dropped.
 
@@ -148,10 +154,13 @@ class WorkDir:
     def _manager(self) -> Any:
         import orbax.checkpoint as ocp
 
+        folder = (self.path / "checkpoints").absolute()
+        folder.mkdir(exist_ok=True)
         return ocp.CheckpointManager(
-            (self.path / "checkpoints").absolute(),
+            folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=KEPT_CHECKPOINTS,
+                create=False,
                 # Of several processes the first saves for all.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes={0}, barrier_sync_key_prefix="first"

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from lwfedssl_jax import config as configs
 from lwfedssl_jax.config import Config, ConfigError
 
 USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
+ADVICE = "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, or --runtime.feed streamed"
 EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -33,6 +35,14 @@ class Train:
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     workdir: Path | None = None
     """Where the run lives; by default runs/CONFIG-HASH, one directory for each config and overrides."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    coordinator: str | None = None
+    """Several processes: HOST:PORT of process 0, or auto where JAX finds the others by itself (SLURM, TPU pods)."""
+    processes: int | None = None
+    """Several processes: how many there are."""
+    process: int | None = None
+    """Several processes: which one this is, from 0."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class Resources:
     """Print JSON instead of a table."""
     memory: bool = True
     """Compile one client's training step of each stage to learn its peak memory."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
 Options = TypeVar("Options", Train, Resources)
@@ -68,30 +80,58 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"COMMAND: unknown {argv[0]!r}; accepted: {', '.join(close)}")
     except SystemExit:  # tyro's way out of --help
         return 0
-    except ConfigError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        return explain(error)
+    return 0
+
+
+def explain(error: BaseException) -> int:
+    """Print what went wrong, in one line if it was foreseen, and return the exit code."""
+    if isinstance(error, ConfigError):
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted; `train` continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
+    if "RESOURCE_EXHAUSTED" in str(error):
+        print(f"error: out of memory ({str(error).splitlines()[0]}); {ADVICE}", file=sys.stderr)
+    elif isinstance(error, FloatingPointError | OSError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return EXIT_FAILURE
 
 
 def train(arguments: list[str]) -> None:
     """The ``train`` command."""
     options = parse(Train, arguments)
+    from lwfedssl_jax import devices, simulate
+
+    config = configs.resolve(options.config)
+    devices.set_up_cpu()
+    devices.set_up_cache(options.compilation_cache)
+    devices.connect(options.coordinator, options.processes, options.process)
+    try:
+        if devices.is_first_process():
+            train_and_print(config, options.workdir or default_workdir(options.config_name, config))
+        else:
+            simulate.train(config, workdir=None)
+    except (Exception, KeyboardInterrupt) as error:
+        if devices.is_one_of_several():
+            devices.leave(explain(error))
+        raise
+
+
+def train_and_print(config: Config, path: Path) -> None:
+    """Train in a work directory, with progress on standard error and the summary on standard output."""
     from lwfedssl_jax import report, simulate
     from lwfedssl_jax.checkpoint import WorkDir
     from lwfedssl_jax.progress import ConsoleProgress
 
-    config = configs.resolve(options.config)
-    workdir = WorkDir(options.workdir or default_workdir(options.config_name, config), config)
-    out = Console()
+    workdir, out = WorkDir(path, config), Console()
     if workdir.summary is not None:
-        out.print(f"{workdir.path} holds this run, finished; this is its summary (--workdir DIR starts another)")
+        simulate.train(config, workdir)
+        out.print(f"{path} holds this run, finished; this is its summary (--workdir DIR starts another)")
         out.print(report.summary_tables(workdir.summary))
         return
     began = time.monotonic()
@@ -100,17 +140,18 @@ def train(arguments: list[str]) -> None:
     out.print(report.summary_tables(summary))
     out.print(
         f"{summary['seconds']:.0f} s of training, {time.monotonic() - began:.0f} s in all; "
-        f"metrics, plots and encoder are in {workdir.path}"
+        f"metrics, plots and encoder are in {path}"
     )
 
 
 def resources(arguments: list[str]) -> None:
     """The ``resources`` command."""
     options = parse(Resources, arguments)
-    from lwfedssl_jax import report
+    from lwfedssl_jax import devices, report
     from lwfedssl_jax import resources as ledgers
 
     config = configs.resolve(options.config)
+    devices.set_up_cache(options.compilation_cache)
     for name in ledgers.STRATEGIES:  # all three must be able to run
         configs.resolve(configs.override(config, {"strategy.name": name}))
     progress = Console(stderr=True)

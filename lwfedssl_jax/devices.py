@@ -1,6 +1,7 @@
 """The devices a run uses: set-up before JAX starts, the mesh of lanes, placing arrays, memory."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,26 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         )
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ConfigError(f"--process: {process} of {processes} processes; accepted: 0 to {processes - 1}")
+    address = () if coordinator == "auto" else (coordinator, processes, process)
     try:
-        jax.distributed.initialize(*(() if coordinator == "auto" else (coordinator, processes, process)))
+        # The first process evaluates and writes when the others are done; they wait for it.
+        jax.distributed.initialize(*address, shutdown_timeout_seconds=24 * 3600)  # type: ignore[misc]
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: HOST:PORT that process 0 can open"
         ) from error
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    return bool(jax.distributed.is_initialized())
+
+
+def leave(code: int) -> None:
+    """End this process at once: the others would wait for it."""
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_first_process() -> bool:

@@ -27,8 +27,8 @@ class ConsoleProgress(Listener):
         self._printed = 0.0
         self._status = ""
         self._training = 0.0  # seconds of rounds so far
-        self._compiling: list[float] = []  # seconds of each stage's compilation
-        self._since = time.monotonic()
+        self._left = [1.0]
+        self._number = 0
 
     def __enter__(self) -> "ConsoleProgress":
         return self
@@ -43,13 +43,14 @@ class ConsoleProgress(Listener):
 
     def start(self, run: Run, finished_rounds: int) -> None:
         self._run, self._number = run, finished_rounds
-        config, sizes = run.config, [len(c) for c in run.clients]
+        config, sizes = run.config, run.clients.sizes
         if self._console.is_terminal:
             self._bar.start()
         self.say(
             f"{config.strategy.name}, {config.objective.name}: {len(run.stages)} stages, {config.federation.rounds} "
-            f"rounds, {len(sizes)} clients with {min(sizes)} to {max(sizes)} examples, "
-            f"{run.lanes} lane{'s' * (run.lanes > 1)} on {jax.devices()[0].device_kind}"
+            f"rounds, {len(sizes):,} clients with {sizes.min()} to {sizes.max()} examples, "
+            f"{run.lanes} lane{'s' * (run.lanes > 1)} on {run.mesh.size} {jax.devices()[0].device_kind}"
+            f" device{'s' * (run.mesh.size > 1)}"
         )
         if finished_rounds:
             self.say(f"continuing after round {finished_rounds}")
@@ -60,13 +61,10 @@ class ConsoleProgress(Listener):
         self._left_at_start = self._left[finished_rounds]
 
     def compiling(self, what: str) -> None:
-        self._since = time.monotonic()
         self._show(f"compiling {what}", always=True)
 
     def stage(self, stage: Stage) -> None:
         self._stage = stage
-        self._compiling.append(time.monotonic() - self._since)
-        self._since = time.monotonic()
         self._status = f"stage {stage.number}/{len(self._run.stages)}"
 
     def steps(self, round_number: int, done: int, total: int) -> None:
@@ -91,7 +89,6 @@ class ConsoleProgress(Listener):
     def _time_left(self) -> str:
         done = self._left_at_start - self._left[self._number]
         seconds = self._training / done * self._left[self._number]
-        seconds += (len(self._run.stages) - self._stage.number) * sum(self._compiling) / len(self._compiling)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     def _show(self, text: str, *, always: bool = False) -> None:

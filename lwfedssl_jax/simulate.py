@@ -18,7 +18,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.data import feed, sources
 from lwfedssl_jax.data.partition import Population, partition
 from lwfedssl_jax.data.sources import Dataset
-from lwfedssl_jax.devices import is_first_process, lanes_and_mesh, memory_limit, placer, program_memory
+from lwfedssl_jax.devices import lanes_and_mesh, memory_limit, placer, program_memory
 from lwfedssl_jax.packing import Plan, Round, empty_plan, plan_round
 from lwfedssl_jax.rounds import ALL, BY_LANE, LANES, PLAN_BY_LANE, Carry, finish_round, run_steps, start_round
 from lwfedssl_jax.stages import Stage, make_stages
@@ -108,38 +108,42 @@ class Simulator:
     """A run on its devices: where the images are, and the programs compiled so far.
 
     Attributes:
-      run: the run, with as many lanes as fit the device's memory.
+      run: the run; it gets fewer lanes where they do not fit the device's memory.
       feed: brings a round's images to the device.
-
-    Raises:
-      ConfigError: the lanes that the user asks for, or a single one, do not fit.
     """
 
     def __init__(self, run: Run, listener: Listener | None = None) -> None:
         self.run = run
         self._listener = listener or Listener()
         self._programs: dict[str, Program] = {}
-        limit = memory_limit(run.mesh.local_devices[0])
+        self._limit = memory_limit(run.mesh.local_devices[0])
         images, kind = run.dataset.train_images, run.config.runtime.feed
-        if kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * limit):
+        if kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * self._limit):
             self.feed = feed.resident(images, placer(run.mesh, ALL))
         else:
             self.feed = feed.streamed(images, placer(run.mesh, BY_LANE))
-        # The last stage needs the most memory.
-        while (needed := program_memory(self.program(run.stages[-1]).steps)) > limit:
-            self.run = self.run._replace(lanes=fewer_lanes(self.run, needed, limit))
-            self._programs = {}
 
     def place(self, x: Tree) -> Tree:
         """Arrays on all devices, the same on each."""
         return jax.tree.map(placer(self.run.mesh, ALL), x)
 
     def program(self, stage: Stage) -> Program:
-        """The programs of a stage, compiled once for all stages of the same shapes."""
+        """The programs of a stage, compiled once for all stages of the same shapes.
+
+        Lanes that were not asked for become fewer where the program needs more memory than there is.
+
+        Raises:
+          ConfigError: the lanes that the user asks for, or a single one a device, do not fit.
+        """
         key = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
-        if key not in self._programs:
-            self._listener.compiling("the round")
-            self._programs[key] = compile_stage(self.run, stage, self.feed)
+        while key not in self._programs:
+            self._listener.compiling(f"the round, {self.run.lanes} lane{'s' * (self.run.lanes > 1)}")
+            program = compile_stage(self.run, stage, self.feed)
+            if (needed := program_memory(program.steps)) <= self._limit:
+                self._programs[key] = program
+            else:
+                self.run = self.run._replace(lanes=fewer_lanes(self.run, needed, self._limit))
+                self._programs = {}
         return self._programs[key]
 
     def run_round(self, stage: Stage, params: Tree, state: Tree, number: int) -> tuple[Tree, Tree, dict[str, Any]]:
@@ -259,19 +263,16 @@ def fewer_lanes(run: Run, needed: int, limit: int) -> int:
     )
 
 
-def train(config: Config, workdir: WorkDir, listener: Listener | None = None) -> dict[str, Any]:
+def train(config: Config, workdir: WorkDir | None, listener: Listener | None = None) -> dict[str, Any]:
     """Run the experiment, or what is left of it, and write the work directory.
-
-    Of several processes (``jax.distributed``) the first one writes, and alone needs the
-    work directory to be what it was before.
 
     Args:
       config: resolved.
-      workdir: belongs to this config.
+      workdir: belongs to this config; None in every process but the first of several.
       listener: hears of progress.
 
     Returns:
-      The content of ``summary.json``; nothing in processes but the first.
+      The content of ``summary.json``; nothing where there is no work directory.
 
     Raises:
       ConfigError: see ``prepare``; the work directory cannot be written; the device's memory is too small.
@@ -279,22 +280,26 @@ def train(config: Config, workdir: WorkDir, listener: Listener | None = None) ->
       KeyboardInterrupt: passed on after the last finished round has been saved.
     """
     listener = listener or Listener()
-    if from_first(np.array(workdir.summary is not None)):
-        return workdir.summary or {}
+    finished = workdir.summary if workdir else None
+    if from_first(np.array(finished is not None)):
+        return finished or {}
     run = prepare(config)
-    first = is_first_process()
+    if workdir:
+        workdir.open(run.lanes, run.mesh.size)
     params = initial_params(run)
-    restored = workdir.restore(params) if first else None
+    restored = workdir.restore(params) if workdir else None
     done, params = from_first(restored or (0, params))
     done = int(done)
     simulator = Simulator(run, listener)
-    run = simulator.run
-    if first:
-        workdir.open(run.lanes, run.mesh.size)
+    if done < config.federation.rounds:
+        simulator.program(next(s for s in run.stages if done < s.first_round + s.rounds))
+    run = simulator.run  # with lanes that fit
+    if workdir:
+        workdir.record(lanes=run.lanes)
         report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
         listener.start(run, done)
-    if not done and first:
-        log_evaluation(run, workdir, listener, config.model.depth, 0, params)
+        if not done:
+            log_evaluation(run, workdir, listener, config.model.depth, 0, params)
     params, state = simulator.place(params), None
     saved = time.monotonic()
     try:
@@ -307,21 +312,21 @@ def train(config: Config, workdir: WorkDir, listener: Listener | None = None) ->
             state = None
             for number in range(max(done, stage.first_round) + 1, last + 1):
                 new_params, state, line = simulator.run_round(stage, params, state, number)
-                if first:
+                if workdir:
                     workdir.append(line)
                     listener.round(line)
                 due = config.evaluation.every and number % config.evaluation.every == 0
-                if first and (number == last or due):
+                if workdir and (number == last or due):
                     log_evaluation(run, workdir, listener, stage.depth, number, new_params)
                 params, done = new_params, number
-                if first and (number == last or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS):
+                if workdir and (number == last or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS):
                     workdir.save(done, params)
                     saved = time.monotonic()
     except KeyboardInterrupt:
-        if first and done:
+        if workdir and done:
             workdir.save(done, params)
         raise
-    return finish(run, workdir, params, listener) if first else {}
+    return finish(run, workdir, params, listener) if workdir else {}
 
 
 def check_finite(config: Config, what: str, number: int, values: Any) -> None:

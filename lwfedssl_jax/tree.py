@@ -40,7 +40,7 @@ def take(tree: Tree, where: Tree) -> Tree:
     def leaf(at: jax.Array | None, x: jax.Array) -> jax.Array | None:
         if at is None:
             return None
-        return x.at[at].get(mode="clip") if at.ndim else x
+        return jnp.take(x, at, axis=0, mode="clip") if at.ndim else x
 
     return jax.tree.map(leaf, where, tree, is_leaf=lambda at: at is None)
 

@@ -1,5 +1,6 @@
 """Strict numerics for every test: no silent promotion of types or ranks."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 
 from lwfedssl_jax.config import Config, override, resolve
 
+# Four devices; and less time on code that is run for a moment only.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests share what they compile, within a session."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -35,8 +40,6 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
-
-jax.config.update("jax_num_cpu_devices", 4)
 
 SMALL: dict[str, Any] = {
     "data.name": "synthetic",

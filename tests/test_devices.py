@@ -1,0 +1,102 @@
+"""Caches, memory, and runs over several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+from safetensors.numpy import load_file
+
+from lwfedssl_jax import devices, simulate
+from lwfedssl_jax.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--model.width", "8", "--model.heads", "2", "--model.depth", "2", "--data.image-size", "8",
+    "--objective.hidden-dim", "8", "--objective.output-dim", "4", "--federation.rounds", "2",
+    "--federation.local-epochs", "1", "--partition.clients", "7", "--evaluation.labels-per-class", "5",
+    "--runtime.feed", "streamed",
+]  # fmt: skip
+
+
+def start(workdir: Path, cache: Path, local_devices: int, *options: str) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={local_devices} --xla_backend_optimization_level=0"
+    command = [sys.executable, ROOT / "run.py", "train", "quickstart", *TINY, "--workdir", workdir, *options]
+    environment = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.Popen(
+        [*map(str, command), "--compilation-cache", str(cache)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_two_processes_train_what_one_process_with_two_devices_does(tmp_path: Path) -> None:
+    """Lanes over hosts, on the loopback address: the same encoder, written once, by the first process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    cache = tmp_path / "cache"
+    both = [
+        start(tmp_path / "two", cache, 1, "--coordinator", address, "--processes", "2", "--process", str(i))
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=400) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    alone = start(tmp_path / "one", cache, 2)
+    _, err = alone.communicate(timeout=400)
+    assert alone.returncode == 0, err
+    assert "trained %" in outputs[0][0]
+    assert "trained %" not in outputs[1][0]
+    one, two = (load_file(tmp_path / name / "encoder.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    written = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert (written["lanes"], written["devices"]) == (2, 2)
+    assert any(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("127.0.0.1:1", None, None), "belong together"),
+        ((None, 2, 0), "belong together"),
+        (("127.0.0.1:1", 2, 2), "--process: 2 of 2 processes; accepted: 0 to 1"),
+    ],
+)
+def test_incomplete_processes_are_refused(options: tuple[str | None, int | None, int | None], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        devices.connect(*options)
+    devices.connect(None, None, None)
+
+
+def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--compilation-cache: .*accepted: a folder, or off"):
+        devices.set_up_cache(str(tmp_path / "file" / "cache"))
+
+
+def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = simulate.prepare(small_config(partition__clients=8), jax.devices()[:1])._replace(lanes=8)
+    stage = run.stages[0]
+    needed = {n: _bytes(run._replace(lanes=n), stage) for n in (1, 8)}
+    limit = (needed[1] + needed[8]) // 2
+    monkeypatch.setattr(simulate, "memory_limit", lambda device: limit)
+    simulator = simulate.Simulator(run)
+    program = simulator.program(stage)
+    assert 1 <= simulator.run.lanes < 8
+    assert devices.program_memory(program.steps) <= limit
+    asked = simulate.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:1])
+    with pytest.raises(ConfigError, match=r"runtime\.lanes: 8 need .* GiB; accepted: at most about \d lanes"):
+        simulate.Simulator(asked).program(stage)
+    monkeypatch.setattr(simulate, "memory_limit", lambda device: needed[1] // 2)
+    with pytest.raises(ConfigError, match=r"accepted: a smaller optimizer\.batch_size, runtime\.remat"):
+        simulate.Simulator(run).program(stage)
+
+
+def _bytes(run: simulate.Run, stage: simulate.Stage) -> int:
+    return devices.program_memory(simulate.Simulator(run).program(stage).steps)
