@@ -1,4 +1,4 @@
-"""Seconds of a round by number of lanes, one after the other on each core and under vmap: what to choose on a device."""
+"""Seconds of a round by number of lanes, one after the other on each core and under vmap."""
 
 from typing import Any
 

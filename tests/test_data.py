@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -141,6 +142,38 @@ def test_every_example_is_on_exactly_one_client(config: PartitionConfig) -> None
     again, other = partition(config, LABELS, seed=3), partition(config, LABELS, seed=4)
     assert all(np.array_equal(a, b) for a, b in zip(clients, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(clients, other, strict=True))
+
+
+def test_shared_clients_draw_their_own_examples_and_may_outnumber_them() -> None:
+    config = PartitionConfig(kind="shared", clients=5000, examples_per_client=20, size_sigma=0.5)
+    clients = partition(config, LABELS, seed=3)
+    assert len(clients) == 5000
+    assert np.median(clients.sizes) == 20
+    assert np.std(np.log(clients.sizes)) == pytest.approx(0.5, rel=0.05)
+    for i in (0, 77, 4999):
+        assert len(set(clients[i].tolist())) == clients.sizes[i]
+        np.testing.assert_array_equal(clients[i], partition(config, LABELS, seed=3)[i])
+        assert set(clients[i].tolist()) != set(partition(config, LABELS, seed=4)[i].tolist())
+    counts = np.bincount(np.concatenate([clients[i] for i in range(1000)]), minlength=1000)
+    assert 0.5 < counts.mean() / counts.std() / np.sqrt(counts.mean()) < 2  # as if drawn uniformly
+    with pytest.raises(IndexError):
+        clients[5000]
+
+
+def test_shared_clients_of_more_examples_than_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.examples_per_client: 1001 .*accepted: 1 to 1000"):
+        partition(PartitionConfig(kind="shared", examples_per_client=1001), LABELS, seed=0)
+
+
+def test_a_million_clients_cost_a_few_integers_each() -> None:
+    tracemalloc.start()
+    clients = partition(PartitionConfig(kind="shared", clients=10**6, size_sigma=1.0), LABELS, seed=0)
+    many = partition(PartitionConfig(kind="iid", clients=10**6, allow_empty=True), LABELS, seed=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(clients) == len(many) == 10**6
+    assert peak < 50e6
+    assert sum(len(many[i]) for i in range(0, 10**6, 1000)) == many.sizes[::1000].sum()
 
 
 def test_beta_sets_the_skew() -> None:
