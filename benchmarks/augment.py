@@ -8,7 +8,6 @@ import common
 def main() -> None:
     options = common.arguments(__doc__ or "", batch={"type": int, "default": 64})
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from lwfedssl_jax.augment import RECIPES, two_views
@@ -38,7 +37,6 @@ def main() -> None:
         for name, values in seconds.items()
     ]
     common.publish("augment", f"Two views of {options.batch} images of 32x32", rows)
-    assert jnp.isfinite(seconds["ours, natural"][0])
 
 
 def step_program(batch: int) -> Any:
@@ -48,7 +46,7 @@ def step_program(batch: int) -> Any:
     import numpy as np
 
     from lwfedssl_jax import resources
-    from lwfedssl_jax.client import make_task
+    from lwfedssl_jax.client import Sent, client_init, make_task
     from lwfedssl_jax.config import Config, override, resolve
 
     config = resolve(
@@ -65,13 +63,12 @@ def step_program(batch: int) -> Any:
     program = resources.lower_step(config, part)[0].compile()
     task = make_task(config)
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
-    from lwfedssl_jax.client import Sent, client_init
-
     trainable = jax.tree.map(zeros, part.trainable)
     sent = Sent(trainable, jax.tree.map(lambda _: jnp.array(True), trainable), part.frozen, jnp.int32(6), jnp.int32(0))
     images = jnp.asarray(np.zeros((batch, 32, 32, 3), np.uint8))
     mask, key = jnp.ones(batch, bool), jax.random.key(0)
-    return lambda: jax.block_until_ready(program(client_init(task, trainable), sent, images, mask, key))
+    fresh = lambda: client_init(task, jax.tree.map(jnp.copy, trainable))  # the program takes its state over  # noqa: E731
+    return lambda: jax.block_until_ready(program(fresh(), sent, images, mask, key))
 
 
 if __name__ == "__main__":

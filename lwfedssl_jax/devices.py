@@ -24,8 +24,9 @@ def set_up_cpu() -> None:
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and jax.config.jax_num_cpu_devices != cores:
+        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def set_up_cache(folder: str | None) -> None:

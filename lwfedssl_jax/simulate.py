@@ -163,7 +163,7 @@ class Simulator:
           FloatingPointError: the loss is not finite.
         """
         began = time.monotonic()
-        run, program = self.run, self.program(stage)
+        program, run = self.program(stage), self.run
         cohort, reporting = draw_cohort(run, number)
         rows = self.place(stage.rows)
         depths = self.place((np.int32(stage.trainable_depth), np.int32(stage.frozen_depth)))
