@@ -25,7 +25,8 @@ def set_up_cpu() -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if "JAX_NUM_CPU_DEVICES" not in os.environ and jax.config.read("jax_num_cpu_devices") != cores:
+    now = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and now != cores:
         jax.config.update("jax_num_cpu_devices", cores)
 
 
