@@ -160,10 +160,11 @@ def vmap_side(work: str, simulator: Any, options: argparse.Namespace) -> Any:
     import torch
     from peers_torch import simclr_loss, two_views
     from torch.func import functional_call, grad, vmap
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     model = torch_model(work, simulator, options)
     images, clients, rate = work_of(simulator, options)
+    for block in model.blocks:
+        block.fused = False
     trained = {id(p) for p in model.trainable()}
     names = [name for name, p in model.named_parameters() if id(p) in trained]
     fixed = {name: p.detach() for name, p in model.named_parameters() if id(p) not in trained}
@@ -180,9 +181,7 @@ def vmap_side(work: str, simulator: Any, options: argparse.Namespace) -> Any:
         optimizer = torch.optim.AdamW(list(many.values()), lr=rate, weight_decay=1e-5, fused=True)
         for rows in batches:
             views = two_views(images[rows.flatten()]).unflatten(1, (options.clients, BATCH)).transpose(0, 1)
-            with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no batching rule
-                found = gradients(many, views)
-            for name, g in found.items():
+            for name, g in gradients(many, views).items():
                 many[name].grad = g
             optimizer.step()
         for value in many.values():

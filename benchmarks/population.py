@@ -64,11 +64,12 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
         override(
             Config(),
             {
-                "data.name": "synthetic", "data.image_size": 16, "data.synthetic_examples": 5000,
-                "partition.kind": "shared", "partition.clients": clients, "partition.examples_per_client": 64,
+                "data.name": "synthetic", "data.image_size": 8, "data.synthetic_examples": 5000,
+                "partition.kind": "shared", "partition.clients": clients, "partition.examples_per_client": 24,
                 "partition.size_sigma": 0.5, "federation.clients_per_round": cohort, "model.name": "vit_micro",
-                "model.depth": 2, "objective.name": "simclr", "objective.temperature": 0.2, "federation.rounds": 2,
-                "federation.local_epochs": 1, "optimizer.batch_size": 32, "runtime.remat": True,
+                "model.width": 32, "model.heads": 2, "model.depth": 2, "objective.hidden_dim": 64,
+                "objective.output_dim": 32, "objective.name": "simclr", "objective.temperature": 0.2,
+                "federation.rounds": 2, "federation.local_epochs": 1, "optimizer.batch_size": 16, "runtime.remat": True,
             },
         )
     )  # fmt: skip

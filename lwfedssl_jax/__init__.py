@@ -6,7 +6,7 @@ The method is arXiv 2401.11647. Array names carry their axes as a suffix
 ========  ==========================================================
 letter    axis
 ========  ==========================================================
-W         lanes: clients that are trained side by side under ``vmap``
+W         lanes: clients that are trained side by side
 B         local batch
 2         the two views of an image
 H, W, C   image height, width and channels (after B: never lanes)

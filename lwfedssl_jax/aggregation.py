@@ -14,7 +14,7 @@ class Aggregator(NamedTuple):
 
     Attributes:
       init: ``sent -> state``, the server's own state over the rounds of a stage (momentum, a
-        random key; ``()`` if it has none).
+        random key; ``()`` if it has none). A run that continues starts it anew.
       add: ``(sent, trained, examples) -> contribution``, a pytree; the contributions of all
         clients that report are summed.
       finish: ``(state, sent, summed) -> (state, trainable)``, after the round.

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.devices import can_hold
 from lwfedssl_jax.tree import Tree
 
 KEPT_CHECKPOINTS = 3
@@ -49,7 +49,7 @@ class WorkDir:
                     raise ConfigError(
                         f"--workdir: {summary} is no run's summary; accepted: remove it to continue the run"
                     )
-            if self.summary is None and not _can_hold(path):
+            if self.summary is None and not can_hold(path):
                 raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(
@@ -186,8 +186,3 @@ class WorkDir:
                         f"--workdir: {self.path} holds another config's run: {section}.{name} is {before!r} there, "
                         f"{value!r} here; accepted: the same config, or another directory"
                     )
-
-
-def _can_hold(path: Path) -> bool:
-    nearest = next(p for p in [path, *path.absolute().parents] if p.exists())
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)

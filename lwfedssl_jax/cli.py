@@ -93,7 +93,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; `train` continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         print(f"error: out of memory ({str(error).splitlines()[0]}); {ADVICE}", file=sys.stderr)
     elif isinstance(error, FloatingPointError | OSError):
         print(f"error: {error}", file=sys.stderr)

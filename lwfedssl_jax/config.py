@@ -194,12 +194,12 @@ class RuntimeConfig:
     seed: Seed = 0
     """Seed of everything random."""
     lanes: AtLeast0 = 0
-    """Clients trained side by side over all devices; 0 chooses by device."""
+    """Clients trained side by side over all devices, rounded up to a multiple of these; 0 chooses by device."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products' factors; their sums, parameters, losses and averages are float32."""
     remat: bool = False
     """Keep only each trainable block's input and recompute it in the backward pass: less memory, more operations;
-    on a CPU also faster."""
+    on a CPU also a little faster."""
     feed: Literal["auto", "resident", "streamed"] = "auto"
     """resident: all images on the device; streamed: those of the next steps, while these run; auto: resident if they
     fit."""

@@ -1,6 +1,7 @@
 """The devices a run uses: set-up before JAX starts, the mesh of lanes, placing arrays, memory."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwfedssl_jax.config import Config, ConfigError
@@ -35,21 +37,28 @@ def set_up_cache(folder: str | None) -> None:
 
     Args:
       folder: where; ``off`` for nowhere; None for ``JAX_COMPILATION_CACHE_DIR``, or the
-        user's cache folder.
+        user's cache folder if it can be written.
+
+    Raises:
+      ConfigError: the folder cannot be written.
     """
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lwfedssl_jax"
-    folder = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default)
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--compilation-cache: {folder} cannot be made ({error.strerror}); accepted: a folder, or off"
-        ) from error
-    jax.config.update("jax_compilation_cache_dir", folder)
+    asked = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not can_hold(Path(asked or default)):
+        if asked:
+            raise ConfigError(f"--compilation-cache: {asked} cannot be written; accepted: a folder, or off")
+        return
+    jax.config.update("jax_compilation_cache_dir", asked or str(default))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def can_hold(path: Path) -> bool:
+    """Whether a folder is there, or can be made, and be written to."""
+    nearest = next(p for p in [path, *path.absolute().parents] if p.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -70,6 +79,10 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
             "--coordinator: --coordinator, --processes and --process belong together; "
             "accepted: all three, or --coordinator auto alone"
         )
+    if coordinator != "auto" and not re.fullmatch(r".+:\d+", coordinator or ""):
+        raise ConfigError(f"--coordinator: {coordinator!r} is no address; accepted: HOST:PORT, or auto")
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes: {processes} is out of range; accepted: at least 1")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ConfigError(f"--process: {process} of {processes} processes; accepted: 0 to {processes - 1}")
     address = () if coordinator == "auto" else (coordinator, processes, process)
@@ -78,9 +91,8 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         jax.distributed.initialize(*address, shutdown_timeout_seconds=24 * 3600)  # type: ignore[misc]
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: HOST:PORT that process 0 can open"
-        ) from error
+        accepted = "SLURM or a TPU pod" if coordinator == "auto" else "HOST:PORT that process 0 can open"
+        raise ConfigError(f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: {accepted}") from error
 
 
 def is_one_of_several() -> bool:
@@ -104,7 +116,8 @@ def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = No
 
     ``runtime.lanes``, or by device: one lane a device on CPUs, where batched products with
     per-client weights do not pay; elsewhere as many as make ``SAMPLES_AT_ONCE``. Never more
-    than the cohort can fill, but a multiple of the devices.
+    than the cohort can fill; rounded up to a multiple of the devices, of which no more are used
+    than there are lanes.
 
     Args:
       config: resolved.
@@ -131,13 +144,23 @@ def placer(mesh: Mesh, spec: PartitionSpec) -> Callable[[np.ndarray], jax.Array]
     return put
 
 
-def memory_limit(device: Any) -> int:
-    """Bytes one program may use on a device; on a CPU its share of the machine's memory."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"] * MEMORY_SHARE)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(machine * MEMORY_SHARE / jax.local_device_count())
+def memory_limit(mesh: Mesh) -> int:
+    """Bytes one program may use on each device of the mesh, the least over all hosts.
+
+    CPU devices share the machine's memory.
+    """
+    stats = mesh.local_devices[0].memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    limit = int(stats.get("bytes_limit", machine) * MEMORY_SHARE)
+    return min(from_all(limit))
+
+
+def from_all(number: int) -> list[int]:
+    """Every process's number, below 2^62."""
+    if jax.process_count() == 1:
+        return [number]
+    halves = multihost_utils.process_allgather(np.array([number >> 31, number & (2**31 - 1)], np.int32))
+    return [(int(high) << 31) + int(low) for high, low in halves]
 
 
 def program_memory(program: jax.stages.Compiled) -> int:

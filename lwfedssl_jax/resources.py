@@ -65,13 +65,13 @@ def ledger(config: Config) -> Ledger:
     """Traffic and operations of one client that takes part in every round of a (resolved) config.
 
     Returns:
-      The contract's dictionary of one strategy, without peak memory, which needs compilations
+      What `resources --json` prints of one strategy, without peak memory, which needs compilations
       (``all_strategies``). Bytes and operations of ``per_stage`` are totals of that stage.
       Operations are multiply-adds for one training sample, times local epochs and rounds:
 
       * ``flops_paper_rule``: one forward pass (matrix products, layer norms at 5 an element);
         frozen layers once, trainable ones three times; two views for simclr, one for the
-        others; no target branch (METHOD.md, arXiv 2401.11647).
+        others; no target branch (arXiv 2401.11647).
       * ``flops_executed``: all matrix products of the training step as traced: both views,
         the target branch, the loss's logits, the backward pass with its recomputation. A
         sample's share of a full batch: what padding of short batches adds is not in it.

@@ -55,10 +55,11 @@ def run_steps(
     sent: Sent,
     images_GxNxHxWxC: jax.Array,
     plan: Plan,
+    first: jax.Array,
     steps: jax.Array,
     round_key: jax.Array,
 ) -> Carry:
-    """Run the first ``steps`` steps of ``plan`` in every lane.
+    """Run ``steps`` steps of ``plan``, from its row ``first`` on, in every lane.
 
     Args:
       task, aggregator: static.
@@ -67,14 +68,20 @@ def run_steps(
       sent: one copy for all lanes.
       images_GxNxHxWxC: uint8, what ``plan.examples`` counts in: one pool for all lanes (G = 1)
         or one for each (G = W).
-      plan: C steps; of these ``steps`` are run, so calls of any length share a program.
+      plan: C steps, of which any part can be run: calls of all lengths share a program.
       round_key: ``fold_in(seed, round)``; client and step are folded in here.
     """
     batch_size = plan.examples.shape[-1]
     shared_pool = len(images_GxNxHxWxC) == 1
 
     def on_device(
-        carry: Carry, sent: Sent, images: jax.Array, plan: Plan, steps: jax.Array, round_key: jax.Array
+        carry: Carry,
+        sent: Sent,
+        images: jax.Array,
+        plan: Plan,
+        first: jax.Array,
+        steps: jax.Array,
+        round_key: jax.Array,
     ) -> Carry:
         def lane_step(lane: Carry, row: Plan, pool_NxHxWxC: jax.Array) -> Carry:
             state = tree.where(row.step == 0, client_init(task, sent.trainable), lane.client)
@@ -94,15 +101,15 @@ def run_steps(
                 return over_lanes(lambda lane, row: lane_step(lane, row, images[0]), carry, row)
             return over_lanes(lane_step, carry, row, images)
 
-        return jax.lax.fori_loop(0, steps, body, carry)
+        return jax.lax.fori_loop(first, first + steps, body, carry)
 
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(BY_LANE, ALL, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL),
+        in_specs=(BY_LANE, ALL, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL, ALL),
         out_specs=BY_LANE,
         check_vma=False,  # nothing is reduced over lanes here; the check would sum what is not to be summed
-    )(carry, sent, images_GxNxHxWxC, plan, steps, round_key)
+    )(carry, sent, images_GxNxHxWxC, plan, first, steps, round_key)
 
 
 def over_lanes(f: Callable[..., Carry], *lanes: Tree) -> Carry:

@@ -1,6 +1,7 @@
 """A whole run: data, stages x rounds, evaluation, work directory. The only module that sees everything."""
 
 import functools
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,17 +15,18 @@ from lwfedssl_jax import evaluate, report, resources, tree
 from lwfedssl_jax.aggregation import WEIGHTED_MEAN, Aggregator
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
-from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.data import feed, sources
 from lwfedssl_jax.data.partition import Population, partition
 from lwfedssl_jax.data.sources import Dataset
-from lwfedssl_jax.devices import lanes_and_mesh, memory_limit, placer, program_memory
+from lwfedssl_jax.devices import from_all, lanes_and_mesh, memory_limit, placer, program_memory
 from lwfedssl_jax.packing import Plan, Round, empty_plan, plan_round
 from lwfedssl_jax.rounds import ALL, BY_LANE, LANES, PLAN_BY_LANE, Carry, finish_round, run_steps, start_round
 from lwfedssl_jax.stages import Stage, make_stages
 from lwfedssl_jax.tree import Tree
 
-CALL_STEPS = 32  # steps of one call of the round: progress is seen after each
+CALL_STEPS = 32  # steps that are laid out, and at most run, at once
+SECONDS_OF_A_CALL = 5.0  # progress is seen after each call
 SECONDS_BETWEEN_CHECKPOINTS = 60
 GIB = 2**30
 RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before they are streamed
@@ -44,7 +46,7 @@ class Listener:
         """A compilation begins."""
 
     def stage(self, stage: Stage) -> None:
-        """A stage's program is ready and its rounds begin."""
+        """A stage's rounds begin."""
 
     def steps(self, round_number: int, done: int, total: int) -> None:
         """So many of a round's steps are done."""
@@ -75,7 +77,7 @@ class Program(NamedTuple):
 
     Attributes:
       start: ``(params, rows, depth, frozen_depth) -> (sent, empty carry)``.
-      steps: ``(carry, sent, images, plan, steps, round_key) -> carry``.
+      steps: ``(carry, sent, images, plan, first, steps, round_key) -> carry``.
       finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, mean loss)``.
     """
 
@@ -107,43 +109,51 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
 class Simulator:
     """A run on its devices: where the images are, and the programs compiled so far.
 
+    Args:
+      run: what is to be run.
+      stages: what is compiled now; by default nothing is before it is needed. Lanes that were
+        not asked for become fewer where these need more memory than there is.
+      listener: hears of compilations and steps.
+
     Attributes:
-      run: the run; it gets fewer lanes where they do not fit the device's memory.
-      feed: brings a round's images to the device.
+      run: the run, with as many lanes and devices as are used.
+
+    Raises:
+      ConfigError: the lanes that the user asks for, or a single one, do not fit the memory.
     """
 
-    def __init__(self, run: Run, listener: Listener | None = None) -> None:
+    def __init__(self, run: Run, stages: Sequence[Stage] = (), listener: Listener | None = None) -> None:
         self.run = run
         self._listener = listener or Listener()
+        # Steps of a call; several processes must make the same calls.
+        self._pace = 1 if jax.process_count() == 1 else CALL_STEPS
+        self._set_up()
+        while (needed := max((self._needed(stage) for stage in stages), default=0)) > self._limit:
+            self.run = with_fewer_lanes(self.run, needed, self._limit)
+            self._set_up()
+
+    def _set_up(self) -> None:
         self._programs: dict[str, Program] = {}
-        self._limit = memory_limit(run.mesh.local_devices[0])
-        images, kind = run.dataset.train_images, run.config.runtime.feed
+        mesh, images, kind = self.run.mesh, self.run.dataset.train_images, self.run.config.runtime.feed
+        self._limit = memory_limit(mesh)
         if kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * self._limit):
-            self.feed = feed.resident(images, placer(run.mesh, ALL))
+            self._feed = feed.resident(images, placer(mesh, ALL))
         else:
-            self.feed = feed.streamed(images, placer(run.mesh, BY_LANE))
+            self._feed = feed.streamed(images, placer(mesh, BY_LANE))
+
+    def _needed(self, stage: Stage) -> int:
+        return program_memory(self.program(stage).steps)
 
     def place(self, x: Tree) -> Tree:
         """Arrays on all devices, the same on each."""
         return jax.tree.map(placer(self.run.mesh, ALL), x)
 
     def program(self, stage: Stage) -> Program:
-        """The programs of a stage, compiled once for all stages of the same shapes.
-
-        Lanes that were not asked for become fewer where the program needs more memory than there is.
-
-        Raises:
-          ConfigError: the lanes that the user asks for, or a single one a device, do not fit.
-        """
+        """The programs of a stage, compiled once for all stages of the same shapes."""
         key = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
-        while key not in self._programs:
+        if key not in self._programs:
             self._listener.compiling(f"the round, {self.run.lanes} lane{'s' * (self.run.lanes > 1)}")
-            program = compile_stage(self.run, stage, self.feed)
-            if (needed := program_memory(program.steps)) <= self._limit:
-                self._programs[key] = program
-            else:
-                self.run = self.run._replace(lanes=fewer_lanes(self.run, needed, self._limit))
-                self._programs = {}
+            self._programs[key] = compile_stage(self.run, stage, self._feed)
         return self._programs[key]
 
     def run_round(self, stage: Stage, params: Tree, state: Tree, number: int) -> tuple[Tree, Tree, dict[str, Any]]:
@@ -187,16 +197,25 @@ class Simulator:
             key = self.place(np.asarray(jax.random.key_data(round_key(run.config.runtime.seed, number))))
             put_plan = placer(run.mesh, PLAN_BY_LANE)
             done = 0
-            calls = self.feed(work.calls)
-            call = next(calls, None)
-            while call is not None:
-                images, plan, steps = call
+            pieces = self._feed(work.calls)
+            piece = next(pieces, None)
+            while piece is not None:
+                images, plan, steps = piece
                 plan = jax.tree.map(put_plan, plan)
-                carry = program.steps(carry, sent, images, plan, self.place(np.int32(steps)), key)
-                call = next(calls, None)  # made while the device works on the one before
-                jax.block_until_ready(carry)
-                done += steps
-                self._listener.steps(number, done, work.length)
+                first, piece = 0, None
+                while first < steps:
+                    count = min(self._pace, steps - first)
+                    asked = time.monotonic()
+                    carry = program.steps(
+                        carry, sent, images, plan, *self.place((np.int32(first), np.int32(count))), key
+                    )
+                    if first + count == steps:
+                        piece = next(pieces, None)  # made while the device works
+                    jax.block_until_ready(carry)
+                    first, done = first + count, done + count
+                    if jax.process_count() == 1:
+                        self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
+                    self._listener.steps(number, done, work.length)
             params, state, loss = program.finish(params, rows, state, sent, carry)
             line |= {
                 "loss": float(loss),
@@ -216,9 +235,11 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
         sent = Sent(tree.take(params, rows), tree.present(params, rows), frozen, depth, frozen_depth)
         return sent, start_round(run.task, run.aggregator, sent, run.lanes)
 
-    def steps(carry: Carry, sent: Sent, images: jax.Array, plan: Plan, count: jax.Array, key: jax.Array) -> Carry:
+    def steps(
+        carry: Carry, sent: Sent, images: jax.Array, plan: Plan, first: jax.Array, count: jax.Array, key: jax.Array
+    ) -> Carry:
         key = jax.random.wrap_key_data(key)
-        return run_steps(run.task, run.aggregator, run.mesh, carry, sent, images, plan, count, key)
+        return run_steps(run.task, run.aggregator, run.mesh, carry, sent, images, plan, first, count, key)
 
     def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, jax.Array]:
         state, trainable, loss = finish_round(run.aggregator, state, sent, carry)
@@ -240,27 +261,42 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     return Program(
         start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, number, number).compile(),
         steps=jax.jit(steps, donate_argnums=0)
-        .lower(carry, sent, images, shapes(plan, PLAN_BY_LANE), number, key)
+        .lower(carry, sent, images, shapes(plan, PLAN_BY_LANE), number, number, key)
         .compile(),
         finish=jax.jit(finish, out_shardings=everywhere).lower(params, rows, state, sent, carry).compile(),
     )
 
 
-def fewer_lanes(run: Run, needed: int, limit: int) -> int:
-    """Lanes that should fit where a program needs more bytes than there are.
+def with_fewer_lanes(run: Run, needed: int, limit: int) -> Run:
+    """The run with lanes that should fit, where a program needs more bytes on a device than there are.
 
     Raises:
-      ConfigError: the user has asked for so many, or not even one a device fits.
+      ConfigError: the user has asked for so many, or there is one only.
     """
-    devices = run.mesh.size
-    fit = min(run.lanes - 1, run.lanes * limit // needed) // devices * devices
+    fit = min(run.lanes - 1, run.lanes * limit // needed)
+    # Fewer CPU devices leave each more of the machine's memory; else every device keeps a lane.
+    fewer_devices = run.mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
+    if fit >= run.mesh.size or not fewer_devices:
+        fit = fit // run.mesh.size * run.mesh.size
     if fit and not run.config.runtime.lanes:
-        return fit
+        lanes, mesh = lanes_and_mesh(override(run.config, {"runtime.lanes": fit}), LANES, list(run.mesh.devices.flat))
+        return run._replace(lanes=lanes, mesh=mesh)
     fewer = f"at most about {fit} lanes, " if fit else ""
     raise ConfigError(
         f"runtime.lanes: {run.lanes} need {needed / GIB:.3g} GiB on each device, which has {limit / GIB:.3g} GiB; "
         f"accepted: {fewer}a smaller optimizer.batch_size, runtime.remat True, or runtime.precision bfloat16"
     )
+
+
+def check_same_config(config: Config) -> None:
+    """Refuse processes of one run with different configs.
+
+    Raises:
+      ConfigError: in all of them.
+    """
+    digest = hashlib.sha256(repr(config).encode()).digest()
+    if len(set(from_all(int.from_bytes(digest[:7], "big")))) > 1:
+        raise ConfigError("--processes: they have different configs; accepted: the same CONFIG and options for each")
 
 
 def train(config: Config, workdir: WorkDir | None, listener: Listener | None = None) -> dict[str, Any]:
@@ -280,6 +316,7 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
       KeyboardInterrupt: passed on after the last finished round has been saved.
     """
     listener = listener or Listener()
+    check_same_config(config)
     finished = workdir.summary if workdir else None
     if from_first(np.array(finished is not None)):
         return finished or {}
@@ -290,12 +327,10 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     restored = workdir.restore(params) if workdir else None
     done, params = from_first(restored or (0, params))
     done = int(done)
-    simulator = Simulator(run, listener)
-    if done < config.federation.rounds:
-        simulator.program(next(s for s in run.stages if done < s.first_round + s.rounds))
+    simulator = Simulator(run, [s for s in run.stages if done < s.first_round + s.rounds], listener)
     run = simulator.run  # with lanes that fit
     if workdir:
-        workdir.record(lanes=run.lanes)
+        workdir.record(lanes=run.lanes, devices=run.mesh.size)
         report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
         listener.start(run, done)
         if not done:
@@ -307,7 +342,6 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
             last = stage.first_round + stage.rounds
             if done >= last:
                 continue
-            simulator.program(stage)
             listener.stage(stage)
             state = None
             for number in range(max(done, stage.first_round) + 1, last + 1):

@@ -12,7 +12,7 @@ from lwfedssl_jax.tree import Tree
 
 
 class Stage(NamedTuple):
-    """An ordinary federated run on a grown encoder (METHOD.md "Stages").
+    """An ordinary federated run on a grown encoder (arXiv 2401.11647).
 
     Attributes:
       number: 1..S.

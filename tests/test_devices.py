@@ -35,16 +35,21 @@ def start(workdir: Path, cache: Path, local_devices: int, *options: str) -> subp
     )  # fmt: skip
 
 
-def test_two_processes_train_what_one_process_with_two_devices_does(tmp_path: Path) -> None:
-    """Lanes over hosts, on the loopback address: the same encoder, written once, by the first process."""
+def address() -> str:
+    """A free one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    cache = tmp_path / "cache"
-    both = [
-        start(tmp_path / "two", cache, 1, "--coordinator", address, "--processes", "2", "--process", str(i))
-        for i in range(2)
-    ]
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def join(coordinator: str, process: int) -> list[str]:
+    return ["--coordinator", coordinator, "--processes", "2", "--process", str(process)]
+
+
+def test_two_processes_train_what_one_process_with_two_devices_does(tmp_path: Path) -> None:
+    """Lanes over hosts, on the loopback address: the same encoder, written once, by the first process."""
+    cache, where = tmp_path / "cache", address()
+    both = [start(tmp_path / "two", cache, 1, *join(where, i)) for i in range(2)]
     outputs = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     alone = start(tmp_path / "one", cache, 2)
@@ -65,6 +70,8 @@ def test_two_processes_train_what_one_process_with_two_devices_does(tmp_path: Pa
     [
         (("127.0.0.1:1", None, None), "belong together"),
         ((None, 2, 0), "belong together"),
+        (("nonsense", 2, 0), "--coordinator: 'nonsense' is no address; accepted: HOST:PORT, or auto"),
+        (("127.0.0.1:1", 0, 0), "--processes: 0 is out of range"),
         (("127.0.0.1:1", 2, 2), "--process: 2 of 2 processes; accepted: 0 to 1"),
     ],
 )
@@ -76,26 +83,38 @@ def test_incomplete_processes_are_refused(options: tuple[str | None, int | None,
 
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--compilation-cache: .*accepted: a folder, or off"):
+    with pytest.raises(ConfigError, match=r"--compilation-cache: .*cannot be written; accepted: a folder, or off"):
         devices.set_up_cache(str(tmp_path / "file" / "cache"))
 
 
-def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = simulate.prepare(small_config(partition__clients=8), jax.devices()[:1])._replace(lanes=8)
+def test_processes_of_different_configs_are_refused(tmp_path: Path) -> None:
+    where = address()
+    both = [start(tmp_path / "run", tmp_path / "cache", 1, "--runtime.seed", str(i), *join(where, i)) for i in range(2)]
+    errors = [process.communicate(timeout=400)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], errors
+    assert all("--processes: they have different configs" in error for error in errors)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("devices_used", [1, 4])
+def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(
+    devices_used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several CPU devices fewer are used, each with more of the machine's memory."""
+    run = simulate.prepare(small_config(partition__clients=8), jax.devices()[:devices_used])
+    run = run._replace(lanes=8)
     stage = run.stages[0]
-    needed = {n: _bytes(run._replace(lanes=n), stage) for n in (1, 8)}
-    limit = (needed[1] + needed[8]) // 2
-    monkeypatch.setattr(simulate, "memory_limit", lambda device: limit)
-    simulator = simulate.Simulator(run)
-    program = simulator.program(stage)
+    each = _bytes(run, stage)
+    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
+    simulator = simulate.Simulator(run, [stage])
     assert 1 <= simulator.run.lanes < 8
-    assert devices.program_memory(program.steps) <= limit
-    asked = simulate.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:1])
+    assert devices.program_memory(simulator.program(stage).steps) <= 0.7 * each * devices_used / simulator.run.mesh.size
+    asked = simulate.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:devices_used])
     with pytest.raises(ConfigError, match=r"runtime\.lanes: 8 need .* GiB; accepted: at most about \d lanes"):
-        simulate.Simulator(asked).program(stage)
-    monkeypatch.setattr(simulate, "memory_limit", lambda device: needed[1] // 2)
+        simulate.Simulator(asked, [stage])
+    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: 1000)
     with pytest.raises(ConfigError, match=r"accepted: a smaller optimizer\.batch_size, runtime\.remat"):
-        simulate.Simulator(run).program(stage)
+        simulate.Simulator(run, [stage])
 
 
 def _bytes(run: simulate.Run, stage: simulate.Stage) -> int:

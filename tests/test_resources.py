@@ -8,7 +8,7 @@ from conftest import small_config
 from lwfedssl_jax import resources
 from lwfedssl_jax.config import Config, DataConfig, ObjectiveConfig, resolve
 
-PAPER = {  # METHOD.md: traffic ratios to end_to_end, and the paper's FLOPs in G
+PAPER = {  # arXiv 2401.11647: traffic ratios to end_to_end, and the paper's FLOPs in G
     "mocov3": ({"layerwise": 0.198, "progressive": 0.60}, {"end_to_end": 586, "layerwise": 139, "progressive": 318}),
     "byol": ({"layerwise": 0.198, "progressive": 0.60}, {"end_to_end": 586, "layerwise": 139, "progressive": 318}),
     "simclr": ({"layerwise": 0.16, "progressive": 0.58}, {"end_to_end": 1169, "layerwise": 278, "progressive": 635}),

@@ -1,7 +1,7 @@
 """Vision transformer with stacked blocks, split into a frozen and a trainable part.
 
 Pre-norm blocks, learned position embedding, tokens mean-pooled, no class token
-(METHOD: arXiv 2401.11647 on ViT-Tiny). Layer 1 owns the patch and position embedding;
+(arXiv 2401.11647 on ViT-Tiny). Layer 1 owns the patch and position embedding;
 the final normalisation belongs to no layer and is trained in every stage.
 
 How many of the stacked blocks run is an argument, so one program serves all stages.
@@ -209,6 +209,10 @@ def dynamic_scan(f: Callable[[Tree, jax.Array], jax.Array]) -> Callable[[Tree, j
     JAX cannot reverse a loop of traced length. Here what each step's pullback has saved goes
     into a buffer of L rows, and the backward pass loops over them. Rows from ``depth`` on get
     zero gradients. ``x`` must keep its shape.
+
+    A pullback (what ``jax.vjp`` returns) is a pytree: its leaves are the arrays it has saved, its
+    structure is the same for every step. Leaves that are parameters are not saved again, but
+    taken from ``params_L`` when the pullback is put together for the backward pass.
     """
 
     def row(params_L: Tree, i: Depth) -> Tree:
