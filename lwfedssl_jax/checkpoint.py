@@ -134,11 +134,11 @@ class WorkDir:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def save_encoder(self, encoder: Tree) -> None:
-        """The encoder's parameters as ``encoder.safetensors``, names joined by dots."""
+    def save_encoder(self, params: Tree) -> None:
+        """Parameters as ``encoder.safetensors``, names joined by dots."""
         flat = {
             ".".join(str(k.key) for k in path): np.ascontiguousarray(jax.device_get(x))
-            for path, x in jax.tree.leaves_with_path(encoder)
+            for path, x in jax.tree.leaves_with_path(params)
         }
         self._replace("encoder.safetensors", lambda path: save_file(flat, path))
 

@@ -149,11 +149,12 @@ def resources(arguments: list[str]) -> None:
     options = parse(Resources, arguments)
     from lwfedssl_jax import devices, report
     from lwfedssl_jax import resources as ledgers
+    from lwfedssl_jax.stages import STRATEGIES, stage_depths
 
     config = configs.resolve(options.config)
     devices.set_up_cache(options.compilation_cache)
-    for name in ledgers.STRATEGIES:  # all three must be able to run
-        configs.resolve(configs.override(config, {"strategy.name": name}))
+    for name in STRATEGIES:  # all must be able to run
+        stage_depths(configs.override(config, {"strategy.name": name}))
     progress = Console(stderr=True)
     with progress.status("tracing") as status:
         strategies = ledgers.all_strategies(

@@ -5,6 +5,7 @@ The frozen part is run forward once a view, for both branches: the target's froz
 equal the online ones at all times, an average of equals.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,18 +16,22 @@ import optax
 from jax.typing import DTypeLike
 
 from lwfedssl_jax import tree
+from lwfedssl_jax.additions import Local, Term, kept_layers, terms_of
 from lwfedssl_jax.augment import RECIPES, Recipe, two_views
-from lwfedssl_jax.config import Config
+from lwfedssl_jax.config import MODELS, Config, VitSize, choose
 from lwfedssl_jax.data import sources
+from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import Head, mlp_head
-from lwfedssl_jax.models.vit import EVERY_STAGE, Depth, Encoder, vit
+from lwfedssl_jax.models.resnet import resnet
+from lwfedssl_jax.models.vit import vit
 from lwfedssl_jax.objectives import OBJECTIVES, Objective
 from lwfedssl_jax.tree import Tree
 
 
 class Task(NamedTuple):
     """Everything static that local training needs; parameters are
-    ``{"encoder": F, "projection": H, "prediction": Q}``, Q only where the objective has it.
+    ``{"encoder": F, "statistics": F's running averages, "projection": H, "prediction": Q}``,
+    Q only where the objective has it.
     """
 
     encoder: Encoder
@@ -38,7 +43,12 @@ class Task(NamedTuple):
     recipe: Recipe
     dtype: DTypeLike
     image_shape: tuple[int, int, int]
-    feature_dim: int
+    layers: int
+    depth_dropout: float
+    terms: tuple[tuple[Term, float], ...]
+
+
+Route = tuple[Depth, jax.Array | None]  # how many layers run, and which (see Encoder)
 
 
 class Sent(NamedTuple):
@@ -47,8 +57,9 @@ class Sent(NamedTuple):
     Attributes:
       trainable: the trainable parameters; rows of stacked leaves past the stage's are idle.
       present: for each of its leaves, which rows are not idle (``tree.present``).
-      frozen: the encoder's frozen part.
+      frozen: the encoder's frozen part and its statistics.
       depth, frozen_depth: how many trainable and frozen layers there are.
+      droppable: how many of all these, the first ones, depth dropout may skip.
     """
 
     trainable: Tree
@@ -56,6 +67,7 @@ class Sent(NamedTuple):
     frozen: Tree
     depth: Depth
     frozen_depth: Depth
+    droppable: Depth
 
 
 class ClientState(NamedTuple):
@@ -74,19 +86,21 @@ def make_task(config: Config) -> Task:
     """The task of a resolved config.
 
     Raises:
-      ConfigError: unknown data set.
+      ConfigError: unknown data set, objective or term of the loss.
     """
     source = sources.find(config.data)
     recipe_name = source.views if config.data.views == "auto" else config.data.views
     dtype = jnp.dtype(config.runtime.precision)
     image_shape = (config.data.image_size, config.data.image_size, source.channels)
-    objective = OBJECTIVES[config.objective.name]
+    objective = choose("objective.name", config.objective.name, OBJECTIVES)
     hidden, output = config.objective.hidden_dim, config.objective.output_dim
-    heads = {"projection": mlp_head(3, config.model.width, hidden, output, dtype)}
+    make_encoder = vit if isinstance(MODELS[config.model.name], VitSize) else resnet
+    encoder = make_encoder(config.model, image_shape, dtype, remat=config.runtime.remat)
+    heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
     if objective.has_prediction:
         heads["prediction"] = mlp_head(2, output, hidden, output, dtype)
     return Task(
-        encoder=vit(config.model, image_shape, dtype, remat=config.runtime.remat),
+        encoder=encoder,
         heads=heads,
         objective=objective,
         temperature=config.objective.temperature,
@@ -95,7 +109,9 @@ def make_task(config: Config) -> Task:
         recipe=RECIPES[recipe_name],
         dtype=np.promote_types(dtype, jnp.float32),
         image_shape=image_shape,
-        feature_dim=config.model.width,
+        layers=config.model.depth,
+        depth_dropout=config.additions.depth_dropout,
+        terms=terms_of(config),
     )
 
 
@@ -103,22 +119,24 @@ def init_params(task: Task, key: jax.Array) -> Tree:
     """Fresh parameters of all layers and heads."""
     keys = jax.random.split(key, 1 + len(task.heads))
     heads = {name: head.init(k) for k, (name, head) in zip(keys[1:], task.heads.items(), strict=True)}
-    return {"encoder": task.encoder.init(keys[0]), **heads}
+    return task.encoder.init(keys[0]) | heads
 
 
 def param_layers(task: Task, params: Tree) -> Tree:
     """Layer number of every parameter; heads are trained in every stage."""
-    heads = {name: params[name] for name in task.heads}
-    return {
-        "encoder": task.encoder.layers(params["encoder"]),
-        **jax.tree.map(lambda _: np.array(EVERY_STAGE), heads),
-    }
+    heads: Tree = {name: jax.tree.map(lambda _: np.array(EVERY_STAGE), params[name]) for name in task.heads}
+    return task.encoder.layers(params) | heads
+
+
+def weights_of(trainable: Tree) -> Tree:
+    """What of the trainable parameters gets a gradient: all but the statistics."""
+    return {k: v for k, v in trainable.items() if k != "statistics"}
 
 
 def client_init(task: Task, trainable: Tree) -> ClientState:
     """State at the start of a round, from what the server sent."""
     target = {k: trainable[k] for k in ("encoder", "projection")} if task.objective.has_target else {}
-    return ClientState(trainable, task.optimizer.init(trainable), target)
+    return ClientState(trainable, task.optimizer.init(weights_of(trainable)), target)
 
 
 def client_step(
@@ -138,14 +156,27 @@ def client_step(
       The new state and the batch's loss.
     """
     views = two_views(key, images_BxHxWxC, task.recipe, task.dtype)
-    x = task.encoder.frozen_forward(sent.frozen, views.reshape(-1, *views.shape[2:]), sent.frozen_depth)
+    route, frozen_route = routes(task, sent, key)
+    x = task.encoder.frozen_forward(sent.frozen, views.reshape(-1, *views.shape[2:]), *frozen_route)
     x = jax.lax.stop_gradient(x)
-    loss, grads = jax.value_and_grad(_loss, argnums=1)(task, state.trainable, state.target, x, mask_B, sent.depth)
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.trainable)
-    updates = jax.tree.map(_keep_present, sent.present, updates)
-    trainable = optax.apply_updates(state.trainable, updates)
-    target = tree.ema(state.target, {k: trainable[k] for k in state.target}, task.momentum)
-    return ClientState(trainable, opt_state, target), loss
+    weights = weights_of(state.trainable)
+    gradient = jax.value_and_grad(_loss, argnums=1, has_aux=True)
+    (loss, statistics), grads = gradient(task, weights, state, sent, x, mask_B, route)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, weights)
+    updates = jax.tree.map(_keep_present, weights_of(sent.present), updates)
+    weights = optax.apply_updates(weights, updates)
+    target = tree.ema(state.target, {k: weights[k] for k in state.target}, task.momentum)
+    return ClientState(weights | {"statistics": statistics}, opt_state, target), loss
+
+
+def routes(task: Task, sent: Sent, key: jax.Array) -> tuple[Route, Route]:
+    """Which trainable and which frozen layers a step runs: all, or those that depth dropout keeps."""
+    if not task.depth_dropout:
+        return (sent.depth, None), (sent.frozen_depth, None)
+    kept = functools.partial(kept_layers, key, task.depth_dropout, sent.droppable, layers=task.layers)
+    order, count = kept(sent.frozen_depth, sent.depth)
+    frozen_order, frozen_count = kept(0, sent.frozen_depth)
+    return (count, order), (frozen_count, frozen_order)
 
 
 def _keep_present(present: jax.Array, update: jax.Array) -> jax.Array:
@@ -153,25 +184,38 @@ def _keep_present(present: jax.Array, update: jax.Array) -> jax.Array:
     return jnp.where(present.reshape(-1, *[1] * (update.ndim - 1)) if present.ndim else present, update, 0)
 
 
-def _loss(task: Task, trainable: Tree, target: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth) -> jax.Array:
-    online = embed(task, trainable, x, mask_B, depth, list(task.heads))
-    goal = jax.lax.stop_gradient(embed(task, target, x, mask_B, depth, ["projection"])) if target else online
-    return task.objective.loss(online, goal, mask_B, task.temperature)
+def _loss(
+    task: Task, weights: Tree, state: ClientState, sent: Sent, x: jax.Array, mask_B: jax.Array, route: Route
+) -> tuple[jax.Array, Tree]:
+    statistics = {"statistics": state.trainable["statistics"]}
+    outputs, new_statistics = embed(task, weights | statistics, x, mask_B, route, list(task.heads))
+    projection, online = outputs[0], outputs[-1]
+
+    def project(weights: Tree) -> jax.Array:
+        return embed(task, weights | statistics, x, mask_B, route, ["projection"])[0][0]
+
+    goal = jax.lax.stop_gradient(project(state.target)) if state.target else online
+    loss = task.objective.loss(online, goal, mask_B, task.temperature)
+    received = weights_of(sent.trainable)
+    local = Local(weights, received, weights_of(sent.present), projection, lambda: project(received), mask_B)
+    for term, weight in task.terms:
+        loss += weight * term(local)
+    return loss, new_statistics
 
 
 def embed(
-    task: Task, trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, heads: Sequence[str]
-) -> jax.Array:
-    """All views (one after the other in ``x``'s first axis) through encoder and heads: ``z_VxBxO``.
+    task: Task, trainable: Tree, x: jax.Array, mask_B: jax.Array, route: Route, heads: Sequence[str]
+) -> tuple[list[jax.Array], Tree]:
+    """All views (one after the other in ``x``'s first axis) through encoder and heads.
 
-    Each view has its own batch statistics in the heads.
+    Returns:
+      ``z_VxBxO`` after each head, each view with its own batch statistics there, and the
+      encoder's running averages after this batch.
     """
-    z_BxD = task.encoder.trainable_forward(trainable["encoder"], x, depth)
-    z_VxBxD = z_BxD.reshape(-1, len(mask_B), task.feature_dim)
-
-    def apply_heads(z_BxD: jax.Array) -> jax.Array:
-        for name in heads:
-            z_BxD = task.heads[name].apply(trainable[name], z_BxD, mask_B)
-        return z_BxD
-
-    return jax.vmap(apply_heads)(z_VxBxD)
+    z_BxD, statistics = task.encoder.trainable_forward(trainable, x, mask_B, *route)
+    z = z_BxD.reshape(-1, len(mask_B), task.encoder.feature_dim)
+    outputs = []
+    for name in heads:
+        z = jax.vmap(task.heads[name].apply, in_axes=(None, 0, None))(trainable[name], z, mask_B)
+        outputs.append(z)
+    return outputs, statistics

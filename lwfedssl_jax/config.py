@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 # In a checkout the named configs lie beside the package, in a wheel inside it.
 CONFIG_DIR = next(
@@ -29,19 +29,22 @@ class ConfigError(ValueError):
 
 
 class Range(NamedTuple):
-    """Closed interval a number must lie in; ``above`` excludes the lower end."""
+    """Closed interval a number must lie in; ``above`` and ``below`` exclude its ends."""
 
     low: float
     high: float = float("inf")
     above: bool = False
+    below: bool = False
 
     def __contains__(self, value: object) -> bool:
         assert isinstance(value, int | float)
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        at_open_end = (self.above and value == self.low) or (self.below and value == self.high)
+        return self.low <= value <= self.high and not at_open_end
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above else f"at least {self.low}"
-        return low if self.high == float("inf") else f"{low} and at most {self.high}"
+        high = f"below {self.high}" if self.below else f"at most {self.high}"
+        return low if self.high == float("inf") else f"{low} and {high}"
 
 
 AtLeast1 = Annotated[int, Range(1)]
@@ -58,12 +61,22 @@ class VitSize(NamedTuple):
     width: int
     depth: int
     heads: int
+    patch_size: int = 4
 
 
-MODELS = {
+class ResNetSize(NamedTuple):
+    """Sizes of a named residual network; ``width`` is that of its first stage, ``depth`` its stages."""
+
+    width: int
+    depth: int
+    stem: str = "imagenet"
+
+
+MODELS: dict[str, VitSize | ResNetSize] = {
     "vit_micro": VitSize(64, 6, 4),
     "vit_tiny": VitSize(192, 12, 3),
     "vit_small": VitSize(384, 12, 6),
+    "resnet18": ResNetSize(64, 4),
 }
 
 
@@ -87,7 +100,7 @@ class DataConfig:
 class PartitionConfig:
     """Which client owns which example."""
 
-    kind: Literal["iid", "dirichlet", "shared"] = "iid"
+    kind: str = "iid"
     """iid: equal shares at random; dirichlet: class shares drawn from Dirichlet(beta); shared: every client draws its
     own examples from all, so that any number of clients can be had."""
     clients: AtLeast1 = 10
@@ -100,29 +113,33 @@ class PartitionConfig:
     """shared only: examples of a client, the median where sizes differ."""
     size_sigma: NonNegative = 0.0
     """shared only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
+    server_share: Fraction = 0.0
+    """Share of the training images that the server holds, without labels, and no client owns."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The encoder. Sizes of 0 stand for the named model's own."""
 
-    name: Literal["vit_micro", "vit_tiny", "vit_small"] = "vit_tiny"
-    """Named size: vit_micro 64 wide, 6 deep; vit_tiny 192, 12; vit_small 384, 12."""
-    patch_size: AtLeast1 = 4
-    """Patch height and width in pixels."""
+    name: Literal["vit_micro", "vit_tiny", "vit_small", "resnet18"] = "vit_tiny"
+    """Named size: vit_micro 64 wide, 6 deep; vit_tiny 192, 12; vit_small 384, 12; resnet18 64, 4 stages."""
+    patch_size: AtLeast0 = 0
+    """vit only: patch height and width in pixels (4)."""
     width: AtLeast0 = 0
-    """Embedding width D."""
+    """Embedding width D; resnet: channels of the first stage, doubled by each later one."""
     depth: AtLeast0 = 0
-    """Layers L (transformer blocks)."""
+    """Layers L: transformer blocks; resnet: stages of two residual blocks, at most 4."""
     heads: AtLeast0 = 0
-    """Attention heads."""
+    """vit only: attention heads."""
+    stem: Literal["auto", "imagenet", "small"] = "auto"
+    """resnet only: imagenet (7x7 stride 2, then max pool; auto) or small (3x3)."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The self-supervised objective and its heads."""
 
-    name: Literal["simclr", "byol", "mocov3"] = "mocov3"
+    name: str = "mocov3"
     """simclr, byol or mocov3."""
     temperature: Positive = 0.05
     """Softmax temperature of simclr and mocov3; byol has none."""
@@ -134,14 +151,11 @@ class ObjectiveConfig:
     """Output width of the heads."""
 
 
-StrategyName = Literal["layerwise", "progressive", "end_to_end"]
-
-
 @dataclass(frozen=True)
 class StrategyConfig:
     """How the encoder is trained over the rounds."""
 
-    name: StrategyName = "layerwise"
+    name: str = "layerwise"
     """layerwise (LW-FedSSL), progressive (Prog-FedSSL) or end_to_end (FedSSL)."""
     layers_per_stage: AtLeast1 = 1
     """Layers a stage adds; the last stage takes the remainder. end_to_end has one stage of all layers."""
@@ -159,6 +173,30 @@ class FederationConfig:
     """Clients drawn each round; 0 draws all."""
     dropout: Fraction = 0.0
     """Probability that a drawn client never reports back."""
+    aggregator: str = "fedavg"
+    """What the server makes of the clients' models: fedavg, fedavgm, fedadam or ldawa."""
+    server_learning_rate: Positive = 1.0
+    """fedavgm, fedadam: step size on the averaged change; 1 is the average itself for fedavgm without momentum."""
+    server_momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
+    """fedavgm: momentum; fedadam: decay of the first moment."""
+    server_epsilon: Positive = 1e-3
+    """fedadam: added to the root of the second moment."""
+    client_start: str = "global"
+    """How a client takes the global model in: global (as it is), fedu or fedema, which keep a model on each client."""
+    divergence: Positive = 0.4
+    """fedu: distance below which a client takes the global predictor; fedema: the autoscaler's tau (0.7 there)."""
+
+
+@dataclass(frozen=True)
+class AdditionsConfig:
+    """What can be added to each stage; all off by default."""
+
+    depth_dropout: Fraction = 0.0
+    """Probability that a step skips a layer that an earlier stage has trained (Guo et al., 2023)."""
+    terms: tuple[str, ...] = ()
+    """Terms of the local loss as NAME=WEIGHT: proximal (FedProx), alignment (to the global model's representations)."""
+    calibration_steps: AtLeast0 = 0
+    """Steps that the server trains L1..Ls end to end after averaging, on its own images (partition.server_share)."""
 
 
 @dataclass(frozen=True)
@@ -215,21 +253,10 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    additions: AdditionsConfig = field(default_factory=AdditionsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-
-    @property
-    def layers_per_stage(self) -> int:
-        """Layers each stage adds, with ``end_to_end`` as one stage of all layers."""
-        if self.strategy.name == "end_to_end":
-            return self.model.depth
-        return self.strategy.layers_per_stage
-
-    @property
-    def stages(self) -> int:
-        """Number of stages S = ceil(L / layers_per_stage)."""
-        return -(-self.model.depth // self.layers_per_stage)
 
     @property
     def cohort_size(self) -> int:
@@ -240,6 +267,20 @@ class Config:
     def learning_rate(self) -> float:
         """Learning rate the optimizer runs at: base * batch_size / 256."""
         return self.optimizer.learning_rate * self.optimizer.batch_size / 256
+
+
+Entry = TypeVar("Entry")
+
+
+def choose(field: str, name: str, entries: Mapping[str, Entry]) -> Entry:
+    """The entry that a field names.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    if name not in entries:
+        raise ConfigError(f"{field}: unknown {name!r}; accepted: {', '.join(entries)}")
+    return entries[name]
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -269,7 +310,11 @@ def resolve(config: Config) -> Config:
     for name, value, hint in _fields_with_hints(config):
         _check_value(name, value, hint)
     size = MODELS[config.model.name]._asdict()
-    chosen = {k: getattr(config.model, k) or default for k, default in size.items()}
+    for name, unset in (("patch_size", 0), ("heads", 0), ("stem", "auto")):
+        if name not in size and (value := getattr(config.model, name)) != unset:
+            raise ConfigError(f"model.{name}: {config.model.name} has none, found {value!r}; accepted: leave it out")
+    given = {k: getattr(config.model, k) for k in size}
+    chosen = {k: default if given[k] in (0, "auto") else given[k] for k, default in size.items()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **chosen))
     _check_together(config)
     return config
@@ -342,7 +387,7 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name}: unknown {value!r}; accepted: {', '.join(get_args(hint))}")
     elif get_origin(hint) is tuple:
         if not isinstance(value, tuple):
-            raise ConfigError(f"{name}: {value!r} is not a tuple; accepted: a tuple of whole numbers")
+            raise ConfigError(f"{name}: {value!r} is not a tuple; accepted: a tuple of {get_args(hint)[0]}")
         for item in value:
             _check_value(name, item, get_args(hint)[0])
     else:
@@ -354,12 +399,15 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
 
 def _check_together(config: Config) -> None:
     data, model = config.data, config.model
-    if data.image_size % model.patch_size:
+    if isinstance(MODELS[model.name], ResNetSize):
+        if model.depth > MODELS[model.name].depth:
+            raise ConfigError(f"model.depth: {model.depth} is more than {model.name} has; accepted: 1 to 4")
+    elif data.image_size % model.patch_size:
         raise ConfigError(
             f"model.patch_size: {model.patch_size} does not divide data.image_size {data.image_size}; "
             f"accepted: one of {', '.join(map(str, _divisors(data.image_size)))}"
         )
-    if model.width % model.heads:
+    elif model.width % model.heads:
         raise ConfigError(
             f"model.heads: {model.heads} does not divide model.width {model.width}; "
             f"accepted: one of {', '.join(map(str, _divisors(model.width)))}"
@@ -373,11 +421,6 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"strategy.layers_per_stage: {config.strategy.layers_per_stage} is more than the encoder has; "
             f"accepted: 1 to model.depth {model.depth}"
-        )
-    if config.stages > config.federation.rounds:
-        raise ConfigError(
-            f"federation.rounds: {config.federation.rounds} rounds cannot hold {config.stages} stages; "
-            f"accepted: at least {config.stages}, or a larger strategy.layers_per_stage"
         )
     if config.federation.clients_per_round > config.partition.clients:
         raise ConfigError(

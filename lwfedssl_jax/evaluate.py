@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -14,6 +15,7 @@ from lwfedssl_jax.augment import normalise
 from lwfedssl_jax.client import Task
 from lwfedssl_jax.config import ConfigError, EvaluationConfig
 from lwfedssl_jax.data.sources import Dataset
+from lwfedssl_jax.models.encoder import EVERY_STAGE
 from lwfedssl_jax.tree import Tree
 
 BATCH = 256  # images encoded at once
@@ -49,16 +51,21 @@ def make_encode(task: Task) -> Encode:
     """``(params, images_NxHxWxC, depth) -> features_NxD`` of layers L1..L_depth and the final norm."""
 
     @jax.jit
-    def encode_batch(params: Tree, images_BxHxWxC: jax.Array, depth: jax.Array) -> jax.Array:
-        norm = {name: part if name == "norm" else None for name, part in params.items()}
+    def encode_batch(frozen: Tree, rest: Tree, images_BxHxWxC: jax.Array, depth: jax.Array) -> jax.Array:
         images = normalise(images_BxHxWxC, task.recipe).astype(task.dtype)
-        x = task.encoder.frozen_forward(params, images, depth)
-        return task.encoder.trainable_forward(norm, x, 0)
+        x = task.encoder.frozen_forward(frozen, images, depth, None)
+        return task.encoder.trainable_forward(rest, x, jnp.ones(len(images), bool), 0, None)[0]
 
     def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int) -> np.ndarray:
         n = len(images_NxHxWxC)
         padded = np.pad(images_NxHxWxC, [(0, -n % BATCH)] + [(0, 0)] * 3)
-        parts = [encode_batch(params["encoder"], padded[i : i + BATCH], np.int32(depth)) for i in range(0, n, BATCH)]
+        layers = task.encoder.layers(params)
+        encoder = {name: params[name] for name in layers}
+        # Frozen as in the stage after; what exists in one stage only is left out.
+        frozen = jax.tree.map(lambda n, x: x if np.any((n > 0) & (n <= depth)) else None, layers, encoder)
+        rest = jax.tree.map(lambda n, x: x if np.all(n == EVERY_STAGE) else None, layers, encoder)
+        batches = [padded[i : i + BATCH] for i in range(0, n, BATCH)]
+        parts = [encode_batch(frozen, rest, batch, np.int32(depth)) for batch in batches]
         return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
 
     return encode

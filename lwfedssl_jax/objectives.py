@@ -50,13 +50,14 @@ def mocov3_loss(online_2xBxD: jax.Array, target_2xBxD: jax.Array, mask_B: jax.Ar
 
     ``nce(q, k)`` is the cross entropy of ``q @ k.T / t`` against the diagonal.
     """
-    q, k = normalise(online_2xBxD), normalise(target_2xBxD)
-    diagonal = jnp.arange(mask_B.shape[0])
+    q, k = online_2xBxD, target_2xBxD
+    return nce(q[0], k[1], mask_B, temperature) + nce(q[1], k[0], mask_B, temperature)
 
-    def nce(q: jax.Array, k: jax.Array) -> jax.Array:
-        return _masked_mean(_cross_entropy(q @ k.T / temperature, mask_B[None, :], diagonal), mask_B)
 
-    return nce(q[0], k[1]) + nce(q[1], k[0])
+def nce(q_BxD: jax.Array, k_BxD: jax.Array, mask_B: jax.Array, temperature: float) -> jax.Array:
+    """Mean cross entropy of ``q @ k.T / temperature`` (both l2-normalised) against the diagonal."""
+    logits = normalise(q_BxD) @ normalise(k_BxD).T / temperature
+    return _masked_mean(_cross_entropy(logits, mask_B[None, :], jnp.arange(len(mask_B))), mask_B)
 
 
 def byol_loss(online_2xBxD: jax.Array, target_2xBxD: jax.Array, mask_B: jax.Array, temperature: float) -> jax.Array:

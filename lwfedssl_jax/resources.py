@@ -26,14 +26,13 @@ from lwfedssl_jax.client import (
     make_task,
     param_layers,
 )
-from lwfedssl_jax.config import Config, StrategyName, override
+from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.devices import program_memory
-from lwfedssl_jax.stages import Stage, make_stages
+from lwfedssl_jax.stages import STRATEGIES, Stage, make_stages
 from lwfedssl_jax.tree import Tree
 
 BYTES_PER_PARAMETER = 4
 LAYER_NORM_OPERATIONS = 5  # an element, fvcore's convention
-STRATEGIES: tuple[StrategyName, ...] = ("end_to_end", "layerwise", "progressive")
 
 Ledger = dict[str, Any]
 Notify = Callable[[str], None]
@@ -49,7 +48,11 @@ def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: N
       notify: told what is being compiled.
     """
     configs: dict[str, Config] = {name: override(config, {"strategy.name": name}) for name in STRATEGIES}
-    configs = {name: c for name, c in configs.items() if c.stages <= c.federation.rounds}
+    configs = {
+        name: c
+        for name, c in configs.items()
+        if len(STRATEGIES[name](c.model.depth, c.strategy.layers_per_stage)) <= c.federation.rounds
+    }
     ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
     if memory:
         programs = {name: [lower_step(c, part) for part in stage_parts(c)] for name, c in configs.items()}
@@ -126,7 +129,7 @@ class StagePart(NamedTuple):
     Attributes:
       stage: the stage.
       trainable: its trainable parameters.
-      frozen: its frozen encoder part.
+      frozen: what it has frozen.
     """
 
     stage: Stage
@@ -140,18 +143,30 @@ def stage_parts(config: Config) -> list[StagePart]:
     params = jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
     take = lambda mask: jax.eval_shape(lambda p: tree.take(p, tree.rows(mask)), params)  # noqa: E731
     stages = make_stages(config, param_layers(task, params))
-    return [StagePart(stage, take(stage.trainable), take(stage.frozen)["encoder"]) for stage in stages]
+    return [StagePart(stage, take(stage.trainable), take(stage.frozen)) for stage in stages]
+
+
+def expected(config: Config, part: StagePart, operations: Callable[[StagePart], float]) -> float:
+    """``operations`` under depth dropout: layers are skipped one by one, so its mean lies between all and none."""
+    before, rate = part.stage.trained_before, config.additions.depth_dropout
+    if not rate or not before:
+        return operations(part)
+    in_frozen = min(before, part.stage.frozen_depth)
+    stage = part.stage._replace(
+        depth=part.stage.depth - before, frozen_depth=part.stage.frozen_depth - in_frozen, trained_before=0
+    )
+    return (1 - rate) * operations(part) + rate * operations(part._replace(stage=stage))
 
 
 def paper_operations(task: Task, part: StagePart) -> int:
     """Multiply-adds of one training sample by the paper's rule (see ``ledger``)."""
     image = jax.ShapeDtypeStruct((1, *task.image_shape), task.dtype)
     frozen_depth, depth = part.stage.frozen_depth, part.stage.trainable_depth
-    frozen_forward = lambda frozen, image: task.encoder.frozen_forward(frozen, image, frozen_depth)  # noqa: E731
+    frozen_forward = lambda frozen, image: task.encoder.frozen_forward(frozen, image, frozen_depth, None)  # noqa: E731
     x = jax.eval_shape(frozen_forward, part.frozen, image)
 
     def online(trainable: Tree, x: jax.Array) -> jax.Array:
-        return embed(task, trainable, x, jnp.ones(1, bool), depth, list(task.heads))
+        return embed(task, trainable, x, jnp.ones(1, bool), (depth, None), list(task.heads))[0][-1]
 
     frozen_once = count(jax.make_jaxpr(frozen_forward)(part.frozen, image), LAYER_NORM_OPERATIONS)
     trainable_once = count(jax.make_jaxpr(online)(part.trainable, x), LAYER_NORM_OPERATIONS)
@@ -160,7 +175,9 @@ def paper_operations(task: Task, part: StagePart) -> int:
 
 def executed_operations(config: Config, part: StagePart) -> float:
     """Multiply-adds of the traced training step per sample of a full batch (see ``ledger``)."""
-    step, (state, sent, *data) = _step(config, part.trainable, part.frozen)
+    # Depth dropout's loops have no known length; `expected` counts them.
+    plain = override(config, {"additions.depth_dropout": 0.0})
+    step, (state, sent, *data) = _step(plain, part.trainable, part.frozen)
     depth, frozen_depth = part.stage.trainable_depth, part.stage.frozen_depth
 
     def with_loops_of_known_length(state: ClientState, sent: Sent, *data: jax.Array) -> Any:
@@ -179,7 +196,7 @@ def lower_step(config: Config, part: StagePart) -> tuple[jax.stages.Lowered, int
     stacked = lambda m, x: m.ndim and x is not None  # noqa: E731
     one_row = jax.tree.map(
         lambda m, x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) if stacked(m, x) else x,
-        part.stage.frozen["encoder"],
+        part.stage.frozen,
         part.frozen,
     )
     step, arguments = _step(config, part.trainable, one_row)
@@ -203,7 +220,7 @@ def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[
 
 
 def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:
-    """Multiply-adds of all matrix products in a traced program, plus so many for an element of each layer norm.
+    """Multiply-adds of a traced program: its matrix products, convolutions, and so many an element of a layer norm.
 
     Loops count as often as they run; of a ``cond``'s branches the dearest counts.
 
@@ -216,6 +233,11 @@ def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:
 
     def visit_equation(eqn: Any) -> int:
         name = eqn.primitive.name
+        if name == "conv_general_dilated":
+            numbers, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
+            taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            # Of a dilated input most elements are zeros.
+            return tree.size(eqn.outvars[0].aval) * taps // math.prod(eqn.params["lhs_dilation"])
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
@@ -246,7 +268,9 @@ def _step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., 
     number: Any = jax.ShapeDtypeStruct((), jnp.int32)
     return lambda *arguments: client_step(task, *arguments), (
         jax.eval_shape(lambda t: client_init(task, t), trainable),
-        Sent(trainable, jax.tree.map(lambda _: jax.ShapeDtypeStruct((), bool), trainable), frozen, number, number),
+        Sent(
+            trainable, jax.tree.map(lambda _: jax.ShapeDtypeStruct((), bool), trainable), frozen, number, number, number
+        ),
         jax.ShapeDtypeStruct((b, *task.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((b,), bool),
         jax.eval_shape(lambda: jax.random.key(0)),

@@ -5,6 +5,7 @@ a sum per lane, so memory grows with the lanes, not with the cohort. Lanes are t
 that is split over devices and hosts; nothing crosses it before the round's end.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.aggregation import Aggregator
-from lwfedssl_jax.client import ClientState, Sent, Task, client_init, client_step
+from lwfedssl_jax.client import ClientState, Sent, Task, client_init, client_step, routes, weights_of
 from lwfedssl_jax.packing import Plan
 from lwfedssl_jax.tree import Tree
 
@@ -28,23 +29,56 @@ class Carry(NamedTuple):
 
     Attributes:
       client: state of the client each lane is training.
-      total: the aggregator's contributions, summed over the lane's finished clients.
+      total: sums over the lane's finished clients.
       loss, samples: loss summed over real samples, and their number.
+      layers: layers run, summed over the steps.
     """
 
     client: ClientState
-    total: Tree
+    total: "Total"
     loss: jax.Array
     samples: jax.Array
+    layers: jax.Array
+
+
+class Total(NamedTuple):
+    """What finished clients add up to, n_i examples each.
+
+    Attributes:
+      examples: sum of n_i.
+      weighted: sum of ``n_i * w_i``.
+      squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
+      summed: the aggregator's contributions.
+    """
+
+    examples: jax.Array
+    weighted: Tree
+    squares: jax.Array
+    summed: Tree
+
+
+def contribution(aggregator: Aggregator, sent: Sent, trained: Tree, examples: jax.Array) -> Total:
+    """What one client adds."""
+    weighted = jax.tree.map(lambda x: examples.astype(x.dtype) * x, trained)
+    squares = examples * squared_distance(trained, sent.trainable)
+    return Total(examples, weighted, squares, aggregator.add(sent, trained, examples))
+
+
+def squared_distance(a: Tree, b: Tree) -> jax.Array:
+    """``||a - b||^2`` over all weights, float32."""
+    of_leaves = jax.tree.map(lambda x, y: jnp.square(x - y).sum().astype(jnp.float32), weights_of(a), weights_of(b))
+    return jnp.stack(jax.tree.leaves(of_leaves)).sum()
 
 
 def start_round(task: Task, aggregator: Aggregator, sent: Sent, lanes: int) -> Carry:
     """An empty round."""
     client = client_init(task, sent.trainable)
     wide = lambda x: jnp.broadcast_to(x, (lanes, *x.shape))  # noqa: E731
-    total = jax.eval_shape(aggregator.add, sent.trainable, sent.trainable, jnp.zeros((), jnp.float32))
+    add = functools.partial(contribution, aggregator)
+    total = jax.eval_shape(add, sent, sent.trainable, jnp.zeros((), jnp.float32))
     zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), total)
-    return Carry(jax.tree.map(wide, client), zeros, jnp.zeros(lanes, jnp.float32), jnp.zeros(lanes, jnp.int32))
+    loss, count = jnp.zeros(lanes, jnp.float32), jnp.zeros(lanes, jnp.int32)
+    return Carry(jax.tree.map(wide, client), zeros, loss, count, count)
 
 
 def run_steps(
@@ -88,12 +122,14 @@ def run_steps(
             key = jax.random.fold_in(jax.random.fold_in(round_key, row.client), row.step)
             mask_B = jnp.arange(batch_size) < row.real
             state, loss = client_step(task, state, sent, pool_NxHxWxC[row.examples], mask_B, key)
-            contribution = aggregator.add(sent.trainable, state.trainable, jnp.asarray(row.weight))
+            added = contribution(aggregator, sent, state.trainable, jnp.asarray(row.weight))
             # `where`, not a product with 0: an unfinished client's NaN must not reach the sum.
-            total = tree.where(row.weight > 0, jax.tree.map(jnp.add, lane.total, contribution), lane.total)
+            total = tree.where(row.weight > 0, jax.tree.map(jnp.add, lane.total, added), lane.total)
             samples = jnp.where(row.busy, row.real, 0)
             loss = jnp.where(samples > 0, loss.astype(jnp.float32) * samples.astype(jnp.float32), 0)
-            return Carry(state, total, lane.loss + loss, lane.samples + samples)
+            layers = sum(count for count, _ in routes(task, sent, key))
+            layers = lane.layers + jnp.where(row.busy, layers, 0)
+            return Carry(state, total, lane.loss + loss, lane.samples + samples, layers)
 
         def body(c: jax.Array, carry: Carry) -> Carry:
             row = jax.tree.map(lambda x: x[c], plan)
@@ -125,7 +161,25 @@ def over_lanes(f: Callable[..., Carry], *lanes: Tree) -> Carry:
     return jax.vmap(f)(*lanes)
 
 
-def finish_round(aggregator: Aggregator, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, jax.Array]:
-    """The server's state and trainable part after the round, and the mean loss of a sample."""
-    state, trainable = aggregator.finish(state, sent.trainable, jax.tree.map(lambda x: x.sum(0), carry.total))
-    return state, trainable, carry.loss.sum() / carry.samples.sum().astype(carry.loss.dtype)
+def finish_round(
+    aggregator: Aggregator, state: Tree, sent: Sent, carry: Carry
+) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+    """The round's end on the server.
+
+    Returns:
+      The server's state; the trainable part after the round; ``loss``, the mean of a sample,
+      ``client_distance``, the clients' weighted root mean squared distance from their mean, and
+      ``layers``, run in all steps.
+    """
+    total = jax.tree.map(lambda x: x.sum(0), carry.total)
+    examples = jnp.maximum(total.examples, 1)
+    mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), total.weighted)
+    state, trainable = aggregator.finish(state, sent, mean, total.summed)
+    # The variance by its two moments, both around what was sent, near which all clients are.
+    variance = total.squares / examples - squared_distance(mean, sent.trainable)
+    measured = {
+        "loss": carry.loss.sum() / carry.samples.sum().astype(carry.loss.dtype),
+        "client_distance": jnp.sqrt(jnp.maximum(variance, 0)),
+        "layers": carry.layers.sum(),
+    }
+    return state, trainable, measured

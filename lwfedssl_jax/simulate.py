@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwfedssl_jax import evaluate, report, resources, tree
-from lwfedssl_jax.aggregation import WEIGHTED_MEAN, Aggregator
+from lwfedssl_jax.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
 from lwfedssl_jax.config import Config, ConfigError, override
@@ -69,16 +69,16 @@ class Run(NamedTuple):
     lanes: int
     mesh: Mesh
     encode: evaluate.Encode
-    aggregator: Aggregator = WEIGHTED_MEAN
+    aggregator: Aggregator
 
 
 class Program(NamedTuple):
     """The compiled programs of a stage, and of all stages of the same shapes.
 
     Attributes:
-      start: ``(params, rows, depth, frozen_depth) -> (sent, empty carry)``.
+      start: ``(params, rows, depths) -> (sent, empty carry)``.
       steps: ``(carry, sent, images, plan, first, steps, round_key) -> carry``.
-      finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, mean loss)``.
+      finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, measured)``.
     """
 
     start: jax.stages.Compiled
@@ -103,7 +103,7 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
-    return Run(config, dataset, clients, task, stages, lanes, mesh, evaluate.make_encode(task))
+    return Run(config, dataset, clients, task, stages, lanes, mesh, evaluate.make_encode(task), make_aggregator(config))
 
 
 class Simulator:
@@ -176,14 +176,15 @@ class Simulator:
         program, run = self.program(stage), self.run
         cohort, reporting = draw_cohort(run, number)
         rows = self.place(stage.rows)
-        depths = self.place((np.int32(stage.trainable_depth), np.int32(stage.frozen_depth)))
-        sent, carry = program.start(params, rows, *depths)
-        state = run.aggregator.init(sent.trainable) if state is None else state
+        depths = self.place(stage.depths)
+        sent, carry = program.start(params, rows, depths)
+        state = run.aggregator.init(sent) if state is None else state
         exchanged = tree.nbytes(jax.eval_shape(lambda p: tree.take(p, tree.rows(stage.trainable)), params))
         line: dict[str, Any] = {
             "round": number,
             "stage": stage.number,
             "loss": None,
+            "client_distance": None,
             "clients": len(reporting),
             "dropped": len(cohort) - len(reporting),
             "examples": 0,
@@ -216,9 +217,10 @@ class Simulator:
                     if jax.process_count() == 1:
                         self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
                     self._listener.steps(number, done, work.length)
-            params, state, loss = program.finish(params, rows, state, sent, carry)
+            params, state, measured = program.finish(params, rows, state, sent, carry)
             line |= {
-                "loss": float(loss),
+                "loss": float(measured["loss"]),
+                "client_distance": float(measured["client_distance"]),
                 "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
                 "steps": work.steps,
                 "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
@@ -230,9 +232,9 @@ class Simulator:
 def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     """Compile a stage's programs ahead of time: they refuse other shapes instead of recompiling."""
 
-    def start(params: Tree, rows: Tree, depth: jax.Array, frozen_depth: jax.Array) -> tuple[Sent, Carry]:
-        frozen = jax.tree.map(lambda m, x: x if np.any(m) else None, stage.frozen["encoder"], params["encoder"])
-        sent = Sent(tree.take(params, rows), tree.present(params, rows), frozen, depth, frozen_depth)
+    def start(params: Tree, rows: Tree, depths: tuple[jax.Array, ...]) -> tuple[Sent, Carry]:
+        frozen = jax.tree.map(lambda m, x: x if np.any(m) else None, stage.frozen, params)
+        sent = Sent(tree.take(params, rows), tree.present(params, rows), frozen, *depths)
         return sent, start_round(run.task, run.aggregator, sent, run.lanes)
 
     def steps(
@@ -241,9 +243,9 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
         key = jax.random.wrap_key_data(key)
         return run_steps(run.task, run.aggregator, run.mesh, carry, sent, images, plan, first, count, key)
 
-    def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, jax.Array]:
-        state, trainable, loss = finish_round(run.aggregator, state, sent, carry)
-        return tree.put(params, rows, trainable), state, loss
+    def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, Tree]:
+        state, trainable, measured = finish_round(run.aggregator, state, sent, carry)
+        return tree.put(params, rows, trainable), state, measured
 
     def shapes(x: Tree, spec: PartitionSpec) -> Tree:
         sharding = NamedSharding(run.mesh, spec)
@@ -253,13 +255,14 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     params, rows = shapes(jax.eval_shape(lambda: initial_params(run)), ALL), shapes(stage.rows, ALL)
     number = shapes(jax.ShapeDtypeStruct((), np.int32), ALL)
     key = shapes(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), ALL)
-    sent, carry = jax.eval_shape(start, params, rows, number, number)
+    depths = jax.tree.map(lambda _: number, stage.depths)
+    sent, carry = jax.eval_shape(start, params, rows, depths)
     sent, carry = shapes(sent, ALL), shapes(carry, BY_LANE)
-    state = shapes(jax.eval_shape(run.aggregator.init, sent.trainable), ALL)
+    state = shapes(jax.eval_shape(run.aggregator.init, sent), ALL)
     idle = empty_plan(CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
     images, plan, _ = next(feed(iter([(idle, 0)])))
     return Program(
-        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, number, number).compile(),
+        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths).compile(),
         steps=jax.jit(steps, donate_argnums=0)
         .lower(carry, sent, images, shapes(plan, PLAN_BY_LANE), number, number, key)
         .compile(),
@@ -445,7 +448,7 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict
         | {"measured": measured | {"clients": run.config.partition.clients, "scope": "all clients, all rounds"}},
         "strategies": strategies,
     }
-    workdir.save_encoder(params["encoder"])
+    workdir.save_encoder(params["encoder"] | ({"statistics": params["statistics"]} if params["statistics"] else {}))
     report.plot_metrics(lines, workdir.path)
     workdir.write_json("summary.json", summary)
     return summary

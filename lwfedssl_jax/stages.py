@@ -1,13 +1,14 @@
 """Strategies as lists of stages: which layers exist, which are trained, for how many rounds."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.models.vit import EVERY_STAGE
+from lwfedssl_jax.config import Config, ConfigError, choose
+from lwfedssl_jax.models.encoder import EVERY_STAGE
 from lwfedssl_jax.tree import Tree
 
 
@@ -20,6 +21,7 @@ class Stage(NamedTuple):
       rounds: rounds of this stage.
       depth: layers L1..L_depth exist.
       frozen_depth: of these, L1..L_frozen_depth are frozen.
+      trained_before: of these, L1..L_trained_before have been trained in earlier stages; depth dropout may skip them.
       trainable: mask (see tree.py): receives gradients, is averaged and exchanged.
       frozen: mask: exists, but is only run forward.
       rows: where the trainable leaves are, of one shape in as many stages as can share a program.
@@ -30,6 +32,7 @@ class Stage(NamedTuple):
     rounds: int
     depth: int
     frozen_depth: int
+    trained_before: int
     trainable: Tree
     frozen: Tree
     rows: Tree
@@ -38,6 +41,38 @@ class Stage(NamedTuple):
     def trainable_depth(self) -> int:
         """Number of layers that are trained."""
         return self.depth - self.frozen_depth
+
+    @property
+    def depths(self) -> tuple[np.int32, np.int32, np.int32]:
+        """Numbers of trained, frozen and droppable layers."""
+        return np.int32(self.trainable_depth), np.int32(self.frozen_depth), np.int32(self.trained_before)
+
+
+# A strategy: ``(L, layers_per_stage) -> (frozen_depth, depth) of each stage``, both from 0 to L.
+Strategy = Callable[[int, int], list[tuple[int, int]]]
+
+STRATEGIES: dict[str, Strategy] = {
+    "end_to_end": lambda layers, k: [(0, layers)],
+    "layerwise": lambda layers, k: [(first, min(first + k, layers)) for first in range(0, layers, k)],
+    "progressive": lambda layers, k: [(0, min(first + k, layers)) for first in range(0, layers, k)],
+}
+
+
+def stage_depths(config: Config) -> list[tuple[int, int]]:
+    """``(frozen_depth, depth)`` of each stage of the config's strategy.
+
+    Raises:
+      ConfigError: no such strategy, or more stages than rounds.
+    """
+    depths = choose("strategy.name", config.strategy.name, STRATEGIES)(
+        config.model.depth, config.strategy.layers_per_stage
+    )
+    if len(depths) > config.federation.rounds:
+        raise ConfigError(
+            f"federation.rounds: {config.federation.rounds} rounds cannot hold {len(depths)} stages; "
+            f"accepted: at least {len(depths)}, or a larger strategy.layers_per_stage"
+        )
+    return depths
 
 
 def make_stages(config: Config, layers: Tree) -> list[Stage]:
@@ -48,20 +83,31 @@ def make_stages(config: Config, layers: Tree) -> list[Stage]:
       layers: each parameter's layer number (``Encoder.layers``), heads included.
 
     Raises:
-      ConfigError: a parameter's layer number is not among 1..L.
+      ConfigError: see ``stage_depths``; a parameter's layer number is not among 1..L.
     """
-    depth, added = config.model.depth, config.layers_per_stage
-    _check_layers(layers, depth)
-    rounds_S = spread(config.federation.rounds, config.stages)
+    depths = stage_depths(config)
+    _check_layers(layers, config.model.depth)
+    rounds_S = spread(config.federation.rounds, len(depths))
+    longest = max(last - frozen for frozen, last in depths)
     stages = []
-    for s in range(config.stages):
-        last = min((s + 1) * added, depth)
-        first = s * added + 1 if config.strategy.name == "layerwise" else 1
-        trainable = jax.tree.map(lambda n, lo=first, hi=last: (n == EVERY_STAGE) | ((lo <= n) & (n <= hi)), layers)
-        frozen = jax.tree.map(lambda n, lo=first: (n != EVERY_STAGE) & (n < lo), layers)
-        rows = tree.rows(trainable, added if config.strategy.name == "layerwise" else depth)
-        stages.append(Stage(s + 1, sum(rounds_S[:s]), rounds_S[s], last, first - 1, trainable, frozen, rows))
+    for s, (frozen_depth, last) in enumerate(depths):
+        frozen, trainable = freeze(layers, frozen_depth, last)
+        rows = tree.rows(trainable, longest)
+        before = depths[s - 1][1] if s else 0
+        first_round = sum(rounds_S[:s])
+        stages.append(Stage(s + 1, first_round, rounds_S[s], last, frozen_depth, before, trainable, frozen, rows))
     return stages
+
+
+def freeze(layers: Tree, frozen_depth: int, depth: int) -> tuple[Tree, Tree]:
+    """Masks of what is frozen and of what is trainable where L1..L_depth exist.
+
+    A negative layer number is of what exists only while L_depth is the last layer.
+    """
+    every = EVERY_STAGE
+    frozen = jax.tree.map(lambda n: (n > 0) & (n <= frozen_depth), layers)
+    trainable = jax.tree.map(lambda n: (n == every) | (n == -depth) | ((frozen_depth < n) & (n <= depth)), layers)
+    return frozen, trainable
 
 
 def spread(rounds: int, stages: int) -> list[int]:
@@ -71,8 +117,8 @@ def spread(rounds: int, stages: int) -> list[int]:
 
 def _check_layers(layers: Tree, depth: int) -> None:
     for path, numbers in jax.tree.leaves_with_path(layers):
-        if not np.all(np.isin(numbers, np.arange(EVERY_STAGE, depth + 1))):
+        if not np.all(np.isin(numbers, np.arange(-depth, depth + 1))):
             raise ConfigError(
                 f"model: parameter {jax.tree_util.keystr(path)} belongs to layer {numbers}; "
-                f"accepted: {EVERY_STAGE} (every stage) or 1 to {depth}"
+                f"accepted: {EVERY_STAGE} (every stage), 1 to {depth}, or -1 to -{depth} (one stage)"
             )

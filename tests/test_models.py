@@ -9,8 +9,9 @@ import scipy.special
 from lwfedssl_jax import resources, tree
 from lwfedssl_jax.config import ModelConfig
 from lwfedssl_jax.models.dense import contract
+from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import mlp_head
-from lwfedssl_jax.models.vit import EVERY_STAGE, Block, Embedding, Encoder, LayerNorm, in_chunks, layer_norm, vit
+from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm, in_chunks, layer_norm, vit
 
 CONFIG = ModelConfig(name="vit_micro", patch_size=4, width=12, depth=3, heads=3)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -22,6 +23,10 @@ def make(**options: bool) -> tuple[Encoder, tree.Tree]:
     # Away from the neutral initial values of biases and norms, so that each of them counts.
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     return encoder, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+
+
+def forward(encoder: Encoder, trainable: tree.Tree, x: jax.Array, depth: Depth) -> jax.Array:
+    return encoder.trainable_forward(trainable, x, jnp.ones(len(x), bool), depth, None)[0]
 
 
 def numpy_vit(p: tree.Tree, images: np.ndarray) -> np.ndarray:
@@ -52,8 +57,8 @@ def numpy_vit(p: tree.Tree, images: np.ndarray) -> np.ndarray:
 
 def test_vit_equals_numpy() -> None:
     encoder, params = make()
-    expected = numpy_vit(jax.tree.map(np.asarray, params), np.asarray(IMAGES))
-    np.testing.assert_allclose(encoder.trainable_forward(params, IMAGES, CONFIG.depth), expected, atol=1e-5)
+    expected = numpy_vit(jax.tree.map(np.asarray, params["encoder"]), np.asarray(IMAGES))
+    np.testing.assert_allclose(forward(encoder, params, IMAGES, CONFIG.depth), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen_layers", [1, 2, 3])
@@ -62,10 +67,10 @@ def test_frozen_and_trainable_parts_make_the_whole(frozen_layers: int) -> None:
     layers = encoder.layers(params)
     frozen = jax.tree.map(lambda n: (n != EVERY_STAGE) & (n <= frozen_layers), layers)
     rest = jax.tree.map(np.logical_not, frozen)
-    x = encoder.frozen_forward(tree.take(params, tree.rows(frozen)), IMAGES, frozen_layers)
-    whole = encoder.trainable_forward(params, IMAGES, CONFIG.depth)
+    x = encoder.frozen_forward(tree.take(params, tree.rows(frozen)), IMAGES, frozen_layers, None)
+    whole = forward(encoder, params, IMAGES, CONFIG.depth)
     np.testing.assert_allclose(
-        encoder.trainable_forward(tree.take(params, tree.rows(rest)), x, 3 - frozen_layers), whole, atol=1e-5
+        forward(encoder, tree.take(params, tree.rows(rest)), x, 3 - frozen_layers), whole, atol=1e-5
     )
 
 
@@ -73,8 +78,8 @@ def test_frozen_and_trainable_parts_make_the_whole(frozen_layers: int) -> None:
 def test_depth_may_be_traced_and_idle_rows_get_no_gradient(remat: bool) -> None:
     """Values and gradients of the first two blocks, with the third idle, against a program of two blocks."""
     encoder, params = make(remat=remat)
-    loss = lambda p, depth: (encoder.trainable_forward(p, IMAGES, depth) ** 2).sum()  # noqa: E731
-    two = params | {"blocks": jax.tree.map(lambda x: x[:2], params["blocks"])}
+    loss = lambda p, depth: (forward(encoder, p, IMAGES, depth) ** 2).sum()  # noqa: E731
+    two = params["encoder"] | {"blocks": jax.tree.map(lambda x: x[:2], params["encoder"]["blocks"])}
 
     def plain_loss(p: tree.Tree) -> jax.Array:
         x = IMAGES
@@ -87,6 +92,7 @@ def test_depth_may_be_traced_and_idle_rows_get_no_gradient(remat: bool) -> None:
     value, expected = jax.value_and_grad(plain_loss)(two)
     for depth in (2, jnp.int32(2)):
         found, grads = jax.jit(jax.value_and_grad(lambda p, d=depth: loss(p, d)))(params)
+        grads = grads["encoder"]
         np.testing.assert_allclose(found, value, rtol=1e-5)
         assert max(float(jnp.abs(x[2]).max()) for x in jax.tree.leaves(grads["blocks"])) == 0
         grads["blocks"] = jax.tree.map(lambda x: x[:2], grads["blocks"])
@@ -120,7 +126,7 @@ def test_bfloat16_products_are_summed_in_float32_both_ways() -> None:
 def test_remat_recomputes_each_block_and_changes_no_result() -> None:
     plain, params = make()
     remat, _ = make(remat=True)
-    loss = lambda encoder: lambda p: (encoder.trainable_forward(p, IMAGES, 3) ** 2).sum()  # noqa: E731
+    loss = lambda encoder: lambda p: (forward(encoder, p, IMAGES, 3) ** 2).sum()  # noqa: E731
     a, b = jax.grad(loss(plain))(params), jax.grad(loss(remat))(params)
     assert jax.tree.all(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-4, atol=1e-5), a, b))
     once = resources.count(jax.make_jaxpr(loss(plain))(params))
@@ -135,10 +141,10 @@ def test_bfloat16_computes_near_float32_with_float32_parameters() -> None:
     encoder, params = make()
     half = vit(CONFIG, (8, 8, 3), jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(jax.jit(half.init)(jax.random.key(0)))} == {jnp.dtype(jnp.float32)}
-    features = half.trainable_forward(params, IMAGES, CONFIG.depth)
+    features = forward(half, params, IMAGES, CONFIG.depth)
     assert features.dtype == jnp.float32
     np.testing.assert_allclose(
-        features.astype(jnp.float32), encoder.trainable_forward(params, IMAGES, CONFIG.depth), rtol=0.1, atol=0.1
+        features.astype(jnp.float32), forward(encoder, params, IMAGES, CONFIG.depth), rtol=0.1, atol=0.1
     )
 
 

@@ -36,14 +36,8 @@ def fast_round(run: simulate.Run, stage: Stage, params: tree.Tree, number: int) 
 
 def parts(stage: Stage, params: tree.Tree) -> Sent:
     """What the server sends of ``params``."""
-    frozen = tree.take(params, tree.rows(stage.frozen))["encoder"]
-    return Sent(
-        tree.take(params, stage.rows),
-        tree.present(params, stage.rows),
-        frozen,
-        jnp.int32(stage.trainable_depth),
-        jnp.int32(stage.frozen_depth),
-    )
+    frozen = tree.take(params, tree.rows(stage.frozen))
+    return Sent(tree.take(params, stage.rows), tree.present(params, stage.rows), frozen, *map(jnp.int32, stage.depths))
 
 
 @contextlib.contextmanager
@@ -113,15 +107,16 @@ def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
     def clip(x: jax.Array, by: jax.Array) -> jax.Array:
         return x * jnp.minimum(1, by / jnp.maximum(jnp.linalg.norm(x), 1e-9))
 
-    def add(sent: tree.Tree, trained: tree.Tree, examples: jax.Array) -> tree.Tree:
-        return {"change": jax.tree.map(lambda s, t: clip(t - s, 0.01), sent, trained), "clients": jnp.sign(examples)}
+    def add(sent: Sent, trained: tree.Tree, examples: jax.Array) -> tree.Tree:
+        change = jax.tree.map(lambda s, t: clip(t - s, 0.01), sent.trainable, trained)
+        return {"change": change, "clients": jnp.sign(examples)}
 
-    def finish(momentum: tree.Tree, sent: tree.Tree, summed: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
-        mean = jax.tree.map(lambda x: x / summed["clients"], summed["change"])
-        momentum = jax.tree.map(lambda m, x: 0.5 * m + x, momentum, mean)
-        return momentum, jax.tree.map(jnp.add, sent, momentum)
+    def finish(momentum: tree.Tree, sent: Sent, mean: tree.Tree, summed: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+        change = jax.tree.map(lambda x: x / summed["clients"], summed["change"])
+        momentum = jax.tree.map(lambda m, x: 0.5 * m + x, momentum, change)
+        return momentum, jax.tree.map(jnp.add, sent.trainable, momentum)
 
-    clipped = Aggregator(lambda sent: jax.tree.map(jnp.zeros_like, sent), add, finish)
+    clipped = Aggregator(lambda sent: jax.tree.map(jnp.zeros_like, sent.trainable), add, finish)
     run = prepare(small_config(strategy__name="end_to_end", runtime__lanes=2))
     params = simulate.initial_params(run)
     simulator = simulate.Simulator(run._replace(aggregator=clipped))
@@ -137,7 +132,7 @@ def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
     mean, _ = fast_round(run, stage, params, 1)
     plain = Aggregator(
         lambda sent: (), lambda sent, trained, n: jax.tree.map(lambda t: t * n, trained),
-        lambda state, sent, summed: (state, jax.tree.map(lambda x: x / sum(SIZES), summed)),
+        lambda state, sent, mean, summed: (state, jax.tree.map(lambda x: x / sum(SIZES), summed)),
     )  # fmt: skip
     assert max_difference(mean, fast_round(run._replace(aggregator=plain), stage, params, 1)[0]) < 1e-6
     assert run.aggregator is WEIGHTED_MEAN

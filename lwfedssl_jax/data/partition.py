@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lwfedssl_jax.config import ConfigError, PartitionConfig
+from lwfedssl_jax.config import ConfigError, PartitionConfig, choose
 
 
 class Population(Sequence[np.ndarray]):
@@ -48,10 +48,10 @@ def partition(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
     client draw its own from all examples, so that there may be more clients than examples.
 
     Raises:
-      ConfigError: more clients than examples, unless ``allow_empty`` or ``shared``; ``shared``
+      ConfigError: no such kind; more clients than examples, unless ``allow_empty`` or ``shared``; ``shared``
         clients of more examples than there are.
     """
-    examples = len(labels_N)
+    kind, examples = choose("partition.kind", config.kind, PARTITIONS), len(labels_N)
     if config.kind == "shared" and config.examples_per_client > examples:
         raise ConfigError(
             f"partition.examples_per_client: {config.examples_per_client} is more than the data set has; "
@@ -62,7 +62,7 @@ def partition(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
             f"partition.clients: {config.clients} clients cannot share {examples} examples; "
             f"accepted: 1 to {examples}, or partition.allow_empty, or partition.kind shared"
         )
-    return PARTITIONS[config.kind](config, labels_N, seed)
+    return kind(config, labels_N, seed)
 
 
 def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:

@@ -9,7 +9,7 @@ How many of the stacked blocks run is an argument, so one program serves all sta
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -19,33 +19,10 @@ from jax.typing import DTypeLike
 
 from lwfedssl_jax.config import ModelConfig
 from lwfedssl_jax.models.dense import XAVIER, Dense, contract
+from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.tree import Tree
 
-EVERY_STAGE = 0  # layer number of parameters that every stage trains
 CPU_CHUNK = 2**17  # elements of a block's widest activation that stay in a core's cache
-
-Depth = int | jax.Array  # number of leading rows of the stacked blocks that run
-
-
-class Encoder(NamedTuple):
-    """Pure functions of an encoder F.
-
-    Attributes:
-      init: ``key -> params`` with all L layers.
-      layers: ``params -> tree`` of each parameter's layer number 1..L, or ``EVERY_STAGE``;
-        a vector where a parameter is stacked over layers.
-      frozen_forward: ``(frozen, images_BxHxWxC, depth) -> x``, the first ``depth`` frozen
-        layers; the images themselves where nothing is frozen.
-      trainable_forward: ``(trainable, x, depth) -> features_BxD``, from what
-        ``frozen_forward`` gave, through the first ``depth`` trainable layers.
-
-    A depth may be traced; it must be the same for all that are batched by ``vmap``.
-    """
-
-    init: Callable[[jax.Array], Tree]
-    layers: Callable[[Tree], Tree]
-    frozen_forward: Callable[[Tree, jax.Array, Depth], jax.Array]
-    trainable_forward: Callable[[Tree, jax.Array, Depth], jax.Array]
 
 
 @jax.jit  # the name marks it for the operation count in resources.py; XLA inlines it
@@ -145,18 +122,17 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
     def init(key: jax.Array) -> Tree:
         image, x = jnp.zeros((1, *image_shape), wide), jnp.zeros((1, tokens, config.width), wide)
         embedding_key, blocks_key, norm_key = jax.random.split(key, 3)
-        return {
+        weights = {
             "embedding": embedding.init(embedding_key, image)["params"],
             "blocks": jax.vmap(lambda k: block.init(k, x)["params"])(jax.random.split(blocks_key, config.depth)),
             "norm": norm.init(norm_key, x)["params"],
         }
+        return {"encoder": weights, "statistics": {}}
 
     def layers(params: Tree) -> Tree:
-        return {
-            "embedding": jax.tree.map(lambda _: np.array(1), params["embedding"]),
-            "blocks": jax.tree.map(lambda _: np.arange(1, config.depth + 1), params["blocks"]),
-            "norm": jax.tree.map(lambda _: np.array(EVERY_STAGE), params["norm"]),
-        }
+        numbers = {"embedding": np.array(1), "blocks": np.arange(1, config.depth + 1), "norm": np.array(EVERY_STAGE)}
+        weights = {part: jax.tree.map(lambda _, n=n: n, params["encoder"][part]) for part, n in numbers.items()}
+        return {"encoder": weights, "statistics": {}}
 
     def apply(module: nn.Module, params: Tree, x: jax.Array) -> jax.Array:
         return cast(jax.Array, module.apply({"params": params}, x))
@@ -166,24 +142,28 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
     chunk = chunk_samples(tokens * 4 * config.width)
     run_trainable = dynamic_scan(lambda params, x: in_chunks(functools.partial(run_block, params), x, chunk))
 
-    def frozen_forward(frozen: Tree, images: jax.Array, depth: Depth) -> jax.Array:
-        if not jax.tree.leaves(frozen):
+    def frozen_forward(frozen: Tree, images: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
+        weights = frozen["encoder"]
+        if not jax.tree.leaves(weights):
             return images
 
         def through(x: jax.Array) -> jax.Array:
-            row = lambda i: jax.tree.map(lambda p: p[i], frozen["blocks"])  # noqa: E731
-            return jax.lax.fori_loop(0, depth, lambda i, x: apply(block, row(i), x), x)
+            return jax.lax.fori_loop(0, depth, lambda i, x: apply(block, row(weights["blocks"], i, order), x), x)
 
-        return in_chunks(through, apply(embedding, frozen["embedding"], images), chunk)
+        return in_chunks(through, apply(embedding, weights["embedding"], images), chunk)
 
-    def trainable_forward(trainable: Tree, x: jax.Array, depth: Depth) -> jax.Array:
-        if jax.tree.leaves(trainable["embedding"]):
-            x = apply(embedding, trainable["embedding"], x)
-        if jax.tree.leaves(trainable["blocks"]):
-            x = run_trainable(trainable["blocks"], x, depth)
-        return apply(norm, trainable["norm"], x).mean(axis=1)
+    def trainable_forward(
+        trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
+    ) -> tuple[jax.Array, Tree]:
+        del mask_B  # samples do not see each other
+        weights = trainable["encoder"]
+        if jax.tree.leaves(weights["embedding"]):
+            x = apply(embedding, weights["embedding"], x)
+        if jax.tree.leaves(weights["blocks"]):
+            x = run_trainable(weights["blocks"], x, depth, order)
+        return apply(norm, weights["norm"], x).mean(axis=1), {}
 
-    return Encoder(init, layers, frozen_forward, trainable_forward)
+    return Encoder(init, layers, frozen_forward, trainable_forward, config.width)
 
 
 def chunk_samples(elements: int) -> int | None:
@@ -203,11 +183,19 @@ def in_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array, chunk: int | No
     return jax.lax.map(f, x.reshape(n // size, size, *x.shape[1:])).reshape(x.shape)
 
 
-def dynamic_scan(f: Callable[[Tree, jax.Array], jax.Array]) -> Callable[[Tree, jax.Array, Depth], jax.Array]:
-    """``(params_L, x, depth) -> f(params[depth - 1], ... f(params[0], x))``, differentiable.
+def row(params_L: Tree, i: Depth, order: jax.Array | None = None) -> Tree:
+    """The ``i``-th layer to run: row i of each leaf, or row ``order[i]``."""
+    at = i if order is None else order[i]
+    return jax.tree.map(lambda p: p[at], params_L)
+
+
+def dynamic_scan(
+    f: Callable[[Tree, jax.Array], jax.Array],
+) -> Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]:
+    """``(params_L, x, depth, order) -> f(params[depth - 1], ... f(params[0], x))``, differentiable.
 
     JAX cannot reverse a loop of traced length. Here what each step's pullback has saved goes
-    into a buffer of L rows, and the backward pass loops over them. Rows from ``depth`` on get
+    into a buffer of L rows, and the backward pass loops over them. Rows that are not run get
     zero gradients. ``x`` must keep its shape.
 
     A pullback (what ``jax.vjp`` returns) is a pytree: its leaves are the arrays it has saved, its
@@ -215,10 +203,7 @@ def dynamic_scan(f: Callable[[Tree, jax.Array], jax.Array]) -> Callable[[Tree, j
     taken from ``params_L`` when the pullback is put together for the backward pass.
     """
 
-    def row(params_L: Tree, i: Depth) -> Tree:
-        return jax.tree.map(lambda p: p[i], params_L)
-
-    def forward(params_L: Tree, x: jax.Array, depth: Depth) -> tuple[jax.Array, Tree]:
+    def forward(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None = None) -> tuple[jax.Array, Tree]:
         form: list[tuple[Any, list[int | None]]] = []  # of the pullback: structure, which parameter a leaf is
 
         def with_saved(params: Tree, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -231,44 +216,60 @@ def dynamic_scan(f: Callable[[Tree, jax.Array], jax.Array]) -> Callable[[Tree, j
 
         def step(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
             x, saved_L = carry
-            x, saved = with_saved(row(params_L, i), x)
+            x, saved = with_saved(row(params_L, i, order), x)
             return x, [all_.at[i].set(one) for all_, one in zip(saved_L, saved, strict=True)]
 
         length = len(jax.tree.leaves(params_L)[0])
         shapes = jax.eval_shape(lambda p, x: with_saved(row(p, 0), x)[1], params_L, x)
         buffers = [jnp.zeros((length, *s.shape), s.dtype) for s in shapes]
         x, saved_L = jax.lax.fori_loop(0, depth, step, (x, buffers))
-        return x, jax.tree_util.Partial(functools.partial(pull, *form[0]), params_L, saved_L)
+        return x, jax.tree_util.Partial(functools.partial(pull, *form[0]), params_L, saved_L, order)
 
     def pull(
-        structure: Any, source: list[int | None], params_L: Tree, saved_L: list[jax.Array], i: Depth, g: jax.Array
+        structure: Any,
+        source: list[int | None],
+        params_L: Tree,
+        saved_L: list[jax.Array],
+        order: jax.Array | None,
+        i: Depth,
+        g: jax.Array,
     ) -> tuple[Tree, jax.Array]:
-        known, saved = jax.tree.leaves(row(params_L, i)), iter(row(saved_L, i))
+        known, saved = jax.tree.leaves(row(params_L, i, order)), iter(row(saved_L, i))
         pullback = jax.tree.unflatten(structure, [next(saved) if j is None else known[j] for j in source])
         return cast(tuple[Tree, jax.Array], pullback(g))
 
     def backward(depth: Depth, pull_row: Any, g: jax.Array) -> tuple[Tree, jax.Array]:
+        params_L, _, order = pull_row.args
+
         def step(i: Depth, carry: tuple[Tree, jax.Array]) -> tuple[Tree, jax.Array]:
             grads_L, g = carry
             grads, g = pull_row(depth - 1 - i, g)
-            return jax.tree.map(lambda all_, one: all_.at[depth - 1 - i].set(one), grads_L, grads), g
+            at = depth - 1 - i if order is None else order[depth - 1 - i]
+            return jax.tree.map(lambda all_, one: all_.at[at].set(one), grads_L, grads), g
 
-        params_L = pull_row.args[0]
         return jax.lax.fori_loop(0, depth, step, (jax.tree.map(jnp.zeros_like, params_L), g))
 
-    def run(params_L: Tree, x: jax.Array, depth: Depth) -> jax.Array:
-        return forward(params_L, x, depth)[0]
+    def run(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
+        return forward(params_L, x, depth, order)[0]
 
-    def traced_forward(params_L: Tree, x: jax.Array, depth: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
-        x, saved = forward(params_L, x, depth)
+    def traced_forward(
+        params_L: Tree, x: jax.Array, depth: jax.Array, order: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+        x, saved = forward(params_L, x, depth, order)
         return x, (depth, saved)
 
-    def traced_backward(saved: tuple[jax.Array, Tree], g: jax.Array) -> tuple[Tree, jax.Array, None]:
-        return *backward(*saved, g), None
+    def traced_backward(saved: tuple[jax.Array, Tree], g: jax.Array) -> tuple[Tree, jax.Array, None, None]:
+        return *backward(*saved, g), None, None
 
     # A depth known when traced stays known, for the loops' lengths to be counted (resources.py).
-    known = jax.custom_vjp(run, nondiff_argnums=(2,))
+    known = jax.custom_vjp(lambda params_L, x, depth: run(params_L, x, depth), nondiff_argnums=(2,))
     known.defvjp(forward, backward)
     traced = jax.custom_vjp(run)
     traced.defvjp(traced_forward, traced_backward)
-    return lambda params_L, x, depth: (known if isinstance(depth, int) else traced)(params_L, x, depth)
+
+    def scan(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None) -> jax.Array:
+        if isinstance(depth, int) and order is None:
+            return known(params_L, x, depth)
+        return traced(params_L, x, jnp.asarray(depth), order)
+
+    return scan

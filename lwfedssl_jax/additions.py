@@ -1,0 +1,111 @@
+"""What can be added to a stage's local training: terms of the loss, and depth dropout. All off by default."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.models.encoder import Depth
+from lwfedssl_jax.objectives import nce
+from lwfedssl_jax.tree import Tree
+
+DROPOUT_STREAM = 2**32 - 1  # of a step's key; its samples take 0 to B - 1
+ALIGNMENT_TEMPERATURE = 0.5  # MOON's
+
+
+class Local(NamedTuple):
+    """What a term of the local loss may look at.
+
+    Attributes:
+      weights: what is being trained.
+      received: the same, as the server sent it.
+      present: for each leaf, which rows are not idle (``tree.present``).
+      projection_2xBxD: the projection head's output for both views.
+      received_projection: gives the same from the received weights, for one more forward pass.
+      mask_B: True for real samples.
+    """
+
+    weights: Tree
+    received: Tree
+    present: Tree
+    projection_2xBxD: jax.Array
+    received_projection: Callable[[], jax.Array]
+    mask_B: jax.Array
+
+
+Term = Callable[[Local], jax.Array]
+
+
+def proximal(local: Local) -> jax.Array:
+    """``1/2 * ||w - w_global||^2`` over the trainable weights (FedProx; Li et al., 2020, arXiv 1812.06127, eq. 2).
+
+    The weight is FedProx's mu.
+    """
+
+    def squares(w: jax.Array, received: jax.Array, present: jax.Array) -> jax.Array:
+        mask = present.reshape(present.shape + (1,) * (w.ndim - present.ndim))
+        return jnp.where(mask, jnp.square(w - received), 0).sum()
+
+    return jnp.stack(jax.tree.leaves(jax.tree.map(squares, local.weights, local.received, local.present))).sum() / 2
+
+
+def alignment(local: Local) -> jax.Array:
+    """Pulls local projections to the global model's of the same view (arXiv 2401.11647 v3; after MOON, 2103.16257).
+
+    The mean of both views' ``nce(z, z_global)``, other samples' global projections as negatives, temperature 0.5.
+    """
+    z, goal = local.projection_2xBxD, jax.lax.stop_gradient(local.received_projection())
+    return (
+        nce(z[0], goal[0], local.mask_B, ALIGNMENT_TEMPERATURE)
+        + nce(z[1], goal[1], local.mask_B, ALIGNMENT_TEMPERATURE)
+    ) / 2
+
+
+TERMS: dict[str, Term] = {"proximal": proximal, "alignment": alignment}
+
+
+def terms_of(config: Config) -> tuple[tuple[Term, float], ...]:
+    """The terms that ``additions.terms`` names, with their weights; one of weight 0 is left out.
+
+    Raises:
+      ConfigError: not NAME=WEIGHT, no such term, twice the same, or a negative weight.
+    """
+    found: dict[str, float] = {}
+    for text in config.additions.terms:
+        name, _, number = text.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if name not in TERMS or name in found or not 0 <= weight < float("inf"):
+            raise ConfigError(
+                f"additions.terms: {text!r} is not valid; accepted: NAME=WEIGHT, each NAME once of {', '.join(TERMS)}, "
+                "a finite WEIGHT of at least 0"
+            )
+        found[name] = weight
+    return tuple((TERMS[name], weight) for name, weight in found.items() if weight)
+
+
+def kept_layers(
+    key: jax.Array, rate: float, droppable: Depth, first: Depth, depth: Depth, layers: int
+) -> tuple[jax.Array, jax.Array]:
+    """Depth dropout: which of ``depth`` layers a step's forward passes run (Guo et al., 2023).
+
+    Args:
+      key: of the step.
+      rate: probability that a layer is skipped.
+      droppable: the first so many layers of the encoder can be.
+      first: layers of the encoder before these.
+      depth: how many there are of these.
+      layers: L.
+
+    Returns:
+      Numbers of the layers that run, counted from ``first``, in order and before all others; how
+      many they are.
+    """
+    skipped_L = jax.random.uniform(jax.random.fold_in(key, DROPOUT_STREAM), (layers,)) < rate
+    number_L = jnp.arange(layers) + first
+    runs_L = (number_L < first + depth) & ~(jnp.take(skipped_L, number_L, mode="clip") & (number_L < droppable))
+    return jnp.argsort(~runs_L, stable=True).astype(jnp.int32), runs_L.sum(dtype=jnp.int32)

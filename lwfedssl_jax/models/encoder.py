@@ -1,0 +1,43 @@
+"""What an encoder is to the rest of the package, whatever its architecture."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from lwfedssl_jax.tree import Tree
+
+EVERY_STAGE = 0  # layer number of parameters that every stage trains
+
+Depth = int | jax.Array  # number of leading layers that run
+
+
+class Encoder(NamedTuple):
+    """Pure functions of an encoder F.
+
+    Parameters are ``{"encoder": weights, "statistics": running averages of batch normalisation}``,
+    the latter empty where an architecture keeps none. They are averaged and exchanged like weights,
+    but get no gradient. A *part* is a tree of the same form with None for what is not in it.
+
+    Attributes:
+      init: ``key -> params`` with all L layers.
+      layers: ``params -> tree`` of each leaf's layer number: 1..L, ``EVERY_STAGE``, or ``-s`` for
+        what exists in the stage that ends with layer s and in no other; a vector where a leaf is
+        stacked over layers.
+      frozen_forward: ``(frozen part, images_BxHxWxC, depth, order) -> x``, the first ``depth`` frozen
+        layers on stored statistics; the images themselves where nothing is frozen.
+      trainable_forward: ``(trainable part, x, mask_B, depth, order) -> (features, statistics)``, from
+        what ``frozen_forward`` gave for V views one after the other (V * B samples) through the first
+        ``depth`` trainable layers: ``features_VBxD``, and the part's running averages after this batch,
+        of which only the samples that ``mask_B`` names count.
+      feature_dim: D.
+
+    A depth may be traced; it must be the same for all that are batched by ``vmap``. ``order``, if not
+    None, has the numbers (from 0) of the layers that run, ``depth`` of them, at its front.
+    """
+
+    init: Callable[[jax.Array], Tree]
+    layers: Callable[[Tree], Tree]
+    frozen_forward: Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]
+    trainable_forward: Callable[[Tree, jax.Array, jax.Array, Depth, jax.Array | None], tuple[jax.Array, Tree]]
+    feature_dim: int

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def resnet(*a, **k):
+    raise NotImplementedError
