@@ -105,7 +105,7 @@ def kept_layers(
       Numbers of the layers that run, counted from ``first``, in order and before all others; how
       many they are.
     """
-    skipped_L = jax.random.uniform(jax.random.fold_in(key, DROPOUT_STREAM), (layers,)) < rate
+    skipped_L = jax.random.uniform(jax.random.fold_in(key, DROPOUT_STREAM), (layers,), jnp.float32) < rate
     number_L = jnp.arange(layers) + first
     runs_L = (number_L < first + depth) & ~(jnp.take(skipped_L, number_L, mode="clip") & (number_L < droppable))
     return jnp.argsort(~runs_L, stable=True).astype(jnp.int32), runs_L.sum(dtype=jnp.int32)

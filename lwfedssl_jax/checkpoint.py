@@ -87,11 +87,8 @@ class WorkDir:
         if before | entries != before:
             self.write_json("config.json", before | entries)
 
-    def restore(self, like: Tree) -> tuple[int, Tree] | None:
-        """``(finished rounds, parameters)`` of the last checkpoint; later metrics lines are dropped.
-
-        Args:
-          like: parameters of the same structure.
+    def restore(self) -> tuple[int, Tree] | None:
+        """``(finished rounds, what was saved)`` of the last checkpoint; later metrics lines are dropped.
 
         Raises:
           ConfigError: the checkpoint cannot be read.
@@ -104,7 +101,7 @@ class WorkDir:
                 rounds = manager.latest_step()
                 if rounds is not None:
                     try:
-                        params = manager.restore(rounds, args=ocp.args.StandardRestore(like))
+                        saved = manager.restore(rounds, args=ocp.args.StandardRestore())
                     except Exception as error:  # orbax raises many kinds; all mean that it cannot be used
                         raise ConfigError(
                             f"--workdir: checkpoint {rounds} in {self.path} cannot be read ({type(error).__name__}); "
@@ -113,15 +110,15 @@ class WorkDir:
         kept = [line for line in self.metrics() if rounds is not None and line["round"] <= rounds]
         if (self.path / "metrics.jsonl").exists():
             self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        return None if rounds is None else (rounds, params)
+        return None if rounds is None else (rounds, saved)
 
-    def save(self, rounds: int, params: Tree) -> None:
-        """Checkpoint the parameters after so many rounds; the last ``KEPT_CHECKPOINTS`` are kept."""
+    def save(self, rounds: int, state: Tree) -> None:
+        """Checkpoint dicts and lists of arrays after so many rounds; the last ``KEPT_CHECKPOINTS`` are kept."""
         import orbax.checkpoint as ocp
 
         with self._manager() as manager:
             if manager.latest_step() != rounds:
-                manager.save(rounds, args=ocp.args.StandardSave(jax.device_get(params)))
+                manager.save(rounds, args=ocp.args.StandardSave(jax.device_get(state)))
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""

@@ -46,6 +46,7 @@ class Task(NamedTuple):
     layers: int
     depth_dropout: float
     terms: tuple[tuple[Term, float], ...]
+    divergence: float
 
 
 Route = tuple[Depth, jax.Array | None]  # how many layers run, and which (see Encoder)
@@ -74,12 +75,13 @@ class ClientState(NamedTuple):
     """A client within a round: trainable parameters, optimizer state, target branch.
 
     ``target`` is an average of the trainable encoder part and projection head, and empty for
-    objectives without a target branch.
+    objectives without a target branch. ``scale`` is FedEMA's (starts.py).
     """
 
     trainable: Tree
     opt_state: optax.OptState
     target: Tree
+    scale: jax.Array
 
 
 def make_task(config: Config) -> Task:
@@ -112,6 +114,7 @@ def make_task(config: Config) -> Task:
         layers=config.model.depth,
         depth_dropout=config.additions.depth_dropout,
         terms=terms_of(config),
+        divergence=config.federation.divergence,
     )
 
 
@@ -136,7 +139,7 @@ def weights_of(trainable: Tree) -> Tree:
 def client_init(task: Task, trainable: Tree) -> ClientState:
     """State at the start of a round, from what the server sent."""
     target = {k: trainable[k] for k in ("encoder", "projection")} if task.objective.has_target else {}
-    return ClientState(trainable, task.optimizer.init(weights_of(trainable)), target)
+    return ClientState(trainable, task.optimizer.init(weights_of(trainable)), target, jnp.zeros(()))
 
 
 def client_step(
@@ -166,7 +169,7 @@ def client_step(
     updates = jax.tree.map(_keep_present, weights_of(sent.present), updates)
     weights = optax.apply_updates(weights, updates)
     target = tree.ema(state.target, {k: weights[k] for k in state.target}, task.momentum)
-    return ClientState(weights | {"statistics": statistics}, opt_state, target), loss
+    return state._replace(trainable=weights | {"statistics": statistics}, opt_state=opt_state, target=target), loss
 
 
 def routes(task: Task, sent: Sent, key: jax.Array) -> tuple[Route, Route]:

@@ -7,6 +7,7 @@ with the cohort.
 """
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -85,6 +86,7 @@ def plan_round(
     epochs: int,
     call_steps: int,
     seed: tuple[int, ...],
+    one_a_call: bool = False,
 ) -> Round:
     """Lay a cohort out in lanes.
 
@@ -97,10 +99,20 @@ def plan_round(
       epochs: E.
       call_steps: C, steps of a call.
       seed: of the round; a client's batches depend on it and on the client alone.
+      one_a_call: a lane begins a client only at a call's first step, so that a call's state before
+        and after is that of one client a lane; lanes then wait for each other.
     """
     steps_K = [epochs * -(-n // batch_size) for n in sizes_K]
     lanes_of = queues(steps_K, lanes)
-    length = max(sum(steps_K[i] for i in lane) for lane in lanes_of)
+    if one_a_call:
+        pieces = [
+            [min(call_steps, steps_K[i] - c) for i in lane for c in range(0, steps_K[i], call_steps)]
+            for lane in lanes_of
+        ]
+        lengths = [max(of_lanes) for of_lanes in itertools.zip_longest(*pieces, fillvalue=0)]
+    else:
+        longest = max(sum(steps_K[i] for i in lane) for lane in lanes_of)
+        lengths = [min(call_steps, longest - start) for start in range(0, longest, call_steps)]
 
     def client_steps(i: int) -> Plan:
         """A client's T steps, without a lane axis."""
@@ -114,20 +126,20 @@ def plan_round(
     def calls() -> Iterator[tuple[Plan, int]]:
         waiting = [iter(lane) for lane in lanes_of]
         current: list[Plan | None] = [next((client_steps(i) for i in lane), None) for lane in waiting]
-        for start in range(0, length, call_steps):
+        for length in lengths:
             plan = empty_plan(call_steps, lanes, batch_size)
             for w, lane in enumerate(waiting):
                 c = 0
-                while (client := current[w]) is not None and c < call_steps:
+                while (client := current[w]) is not None and c < (1 if one_a_call else call_steps):
                     count = min(call_steps - c, len(client.busy))
                     for array, values in zip(plan, client, strict=True):
                         array[c : c + count, w] = values[:count]
                     c += count
                     rest = Plan(*(values[count:] for values in client))
                     current[w] = rest if len(rest.busy) else next((client_steps(i) for i in lane), None)
-            yield plan, min(call_steps, length - start)
+            yield plan, length
 
-    return Round(length, sum(steps_K), calls())
+    return Round(sum(lengths), sum(steps_K), calls())
 
 
 def empty_plan(steps: int, lanes: int, batch_size: int) -> Plan:

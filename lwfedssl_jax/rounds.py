@@ -17,6 +17,7 @@ from lwfedssl_jax import tree
 from lwfedssl_jax.aggregation import Aggregator
 from lwfedssl_jax.client import ClientState, Sent, Task, client_init, client_step, routes, weights_of
 from lwfedssl_jax.packing import Plan
+from lwfedssl_jax.starts import Memory, Start, begin
 from lwfedssl_jax.tree import Tree
 
 LANES = "lanes"  # the mesh's only axis
@@ -84,9 +85,11 @@ def start_round(task: Task, aggregator: Aggregator, sent: Sent, lanes: int) -> C
 def run_steps(
     task: Task,
     aggregator: Aggregator,
+    start: Start | None,
     mesh: Mesh,
     carry: Carry,
     sent: Sent,
+    memory: Memory | None,
     images_GxNxHxWxC: jax.Array,
     plan: Plan,
     first: jax.Array,
@@ -96,10 +99,11 @@ def run_steps(
     """Run ``steps`` steps of ``plan``, from its row ``first`` on, in every lane.
 
     Args:
-      task, aggregator: static.
+      task, aggregator, start: static.
       mesh: the devices the lanes are split over, evenly.
       carry: from ``start_round`` or the call before; may be donated.
       sent: one copy for all lanes.
+      memory: where ``start`` needs it, that of the client each lane begins with, if it begins one.
       images_GxNxHxWxC: uint8, what ``plan.examples`` counts in: one pool for all lanes (G = 1)
         or one for each (G = W).
       plan: C steps, of which any part can be run: calls of all lengths share a program.
@@ -111,14 +115,15 @@ def run_steps(
     def on_device(
         carry: Carry,
         sent: Sent,
+        memory: Memory | None,
         images: jax.Array,
         plan: Plan,
         first: jax.Array,
         steps: jax.Array,
         round_key: jax.Array,
     ) -> Carry:
-        def lane_step(lane: Carry, row: Plan, pool_NxHxWxC: jax.Array) -> Carry:
-            state = tree.where(row.step == 0, client_init(task, sent.trainable), lane.client)
+        def lane_step(lane: Carry, row: Plan, memory: Memory | None, pool_NxHxWxC: jax.Array) -> Carry:
+            state = tree.where(row.step == 0, begin(task, start, sent, memory), lane.client)
             key = jax.random.fold_in(jax.random.fold_in(round_key, row.client), row.step)
             mask_B = jnp.arange(batch_size) < row.real
             state, loss = client_step(task, state, sent, pool_NxHxWxC[row.examples], mask_B, key)
@@ -134,18 +139,18 @@ def run_steps(
         def body(c: jax.Array, carry: Carry) -> Carry:
             row = jax.tree.map(lambda x: x[c], plan)
             if shared_pool:
-                return over_lanes(lambda lane, row: lane_step(lane, row, images[0]), carry, row)
-            return over_lanes(lane_step, carry, row, images)
+                return over_lanes(lambda lane, row, memory: lane_step(lane, row, memory, images[0]), carry, row, memory)
+            return over_lanes(lane_step, carry, row, memory, images)
 
         return jax.lax.fori_loop(first, first + steps, body, carry)
 
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(BY_LANE, ALL, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL, ALL),
+        in_specs=(BY_LANE, ALL, BY_LANE, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL, ALL),
         out_specs=BY_LANE,
         check_vma=False,  # nothing is reduced over lanes here; the check would sum what is not to be summed
-    )(carry, sent, images_GxNxHxWxC, plan, first, steps, round_key)
+    )(carry, sent, memory, images_GxNxHxWxC, plan, first, steps, round_key)
 
 
 def over_lanes(f: Callable[..., Carry], *lanes: Tree) -> Carry:

@@ -3,26 +3,30 @@
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
-from lwfedssl_jax import evaluate, report, resources, tree
+from lwfedssl_jax import calibration, evaluate, report, resources, tree
 from lwfedssl_jax.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
-from lwfedssl_jax.config import Config, ConfigError, override
+from lwfedssl_jax.config import MODELS, Config, ConfigError, VitSize, override
 from lwfedssl_jax.data import feed, sources
-from lwfedssl_jax.data.partition import Population, partition
+from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.devices import from_all, lanes_and_mesh, memory_limit, placer, program_memory
 from lwfedssl_jax.packing import Plan, Round, empty_plan, plan_round
 from lwfedssl_jax.rounds import ALL, BY_LANE, LANES, PLAN_BY_LANE, Carry, finish_round, run_steps, start_round
 from lwfedssl_jax.stages import Stage, make_stages
+from lwfedssl_jax.starts import Memory, Start, keep, make_start, no_memory
+from lwfedssl_jax.traffic import Traffic
 from lwfedssl_jax.tree import Tree
 
 CALL_STEPS = 32  # steps that are laid out, and at most run, at once
@@ -32,7 +36,7 @@ GIB = 2**30
 RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before they are streamed
 
 # Streams of the seed; clients add round, client and step to theirs.
-INIT_STREAM, ROUND_STREAM = 0, 1
+INIT_STREAM, ROUND_STREAM, SERVER_STREAM = 0, 1, 2
 SAMPLING_STREAM, BATCHES_STREAM = 1, 2  # of NumPy's generators; 0 is the partition's
 
 
@@ -64,12 +68,16 @@ class Run(NamedTuple):
     config: Config
     dataset: Dataset
     clients: Population
+    server_images: np.ndarray
     task: Task
+    layers: Tree
     stages: list[Stage]
     lanes: int
     mesh: Mesh
     encode: evaluate.Encode
     aggregator: Aggregator
+    start: Start | None
+    no_memory: Memory | None
 
 
 class Program(NamedTuple):
@@ -77,7 +85,7 @@ class Program(NamedTuple):
 
     Attributes:
       start: ``(params, rows, depths) -> (sent, empty carry)``.
-      steps: ``(carry, sent, images, plan, first, steps, round_key) -> carry``.
+      steps: ``(carry, sent, memory, images, plan, first, steps, round_key) -> carry``.
       finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, measured)``.
     """
 
@@ -94,16 +102,55 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
       devices: to be used; by default all.
 
     Raises:
-      ConfigError: the data set is not installed or does not serve the partition or a protocol.
+      ConfigError: the data set is not installed or does not serve the partition or a protocol, or
+        parts of the config do not go together.
     """
-    dataset = sources.find(config.data).load(config.data)
-    evaluate.check(config.evaluation, dataset)
-    clients = partition(config.partition, dataset.train_labels, config.runtime.seed)
     task = make_task(config)
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
+    check_additions(config, stages)
+    aggregator, start = make_aggregator(config), make_start(config, task)
+    dataset = sources.find(config.data).load(config.data)
+    evaluate.check(config.evaluation, dataset)
+    of_server = server_examples(config.partition, dataset.train_labels, config.runtime.seed)
+    clients = partition(config.partition, dataset.train_labels, config.runtime.seed)
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
-    return Run(config, dataset, clients, task, stages, lanes, mesh, evaluate.make_encode(task), make_aggregator(config))
+    return Run(
+        config,
+        dataset,
+        clients,
+        dataset.train_images[of_server],
+        task,
+        layers,
+        stages,
+        lanes,
+        mesh,
+        evaluate.make_encode(task),
+        aggregator,
+        start,
+        no_memory(task, stages[0]) if start else None,
+    )
+
+
+def check_additions(config: Config, stages: Sequence[Stage]) -> None:
+    """Refuse additions that would do nothing.
+
+    Raises:
+      ConfigError: depth dropout without a layer to skip, or calibration without the server's images.
+    """
+    calibration.check(config)
+    rate = config.additions.depth_dropout
+    if rate and not any(stage.trained_before for stage in stages):
+        raise ConfigError(
+            f"additions.depth_dropout: {rate} skips layers that an earlier stage has trained, and strategy.name "
+            f"{config.strategy.name} with strategy.layers_per_stage {config.strategy.layers_per_stage} has one stage; "
+            "accepted: 0.0, or more stages"
+        )
+    if rate and not isinstance(MODELS[config.model.name], VitSize):
+        raise ConfigError(
+            f"additions.depth_dropout: {rate} needs layers of equal width, which {config.model.name} has not; "
+            "accepted: 0.0, or a vit"
+        )
 
 
 class Simulator:
@@ -127,6 +174,11 @@ class Simulator:
         self._listener = listener or Listener()
         # Steps of a call; several processes must make the same calls.
         self._pace = 1 if jax.process_count() == 1 else CALL_STEPS
+        self._memories: dict[int, Memory] = {}
+        self._calibrations: dict[str, Callable[..., tuple[Tree, jax.Array]]] = {}
+        shapes = jax.eval_shape(lambda: initial_params(run))
+        calibrated = bool(run.config.additions.calibration_steps)
+        self._traffic = Traffic(shapes, run.layers, len(run.clients), calibrated=calibrated)
         self._set_up()
         while (needed := max((self._needed(stage) for stage in stages), default=0)) > self._limit:
             self.run = with_fewer_lanes(self.run, needed, self._limit)
@@ -179,7 +231,6 @@ class Simulator:
         depths = self.place(stage.depths)
         sent, carry = program.start(params, rows, depths)
         state = run.aggregator.init(sent) if state is None else state
-        exchanged = tree.nbytes(jax.eval_shape(lambda p: tree.take(p, tree.rows(stage.trainable)), params))
         line: dict[str, Any] = {
             "round": number,
             "stage": stage.number,
@@ -189,8 +240,8 @@ class Simulator:
             "dropped": len(cohort) - len(reporting),
             "examples": 0,
             "steps": 0,
-            "download_bytes": len(cohort) * exchanged,
-            "upload_bytes": len(reporting) * exchanged,
+            "download_bytes": self._traffic.download(stage, cohort),
+            "upload_bytes": len(reporting) * self._traffic.exchanged(stage),
             "lane_utilisation": 0.0,
         }
         if len(reporting):
@@ -201,14 +252,15 @@ class Simulator:
             pieces = self._feed(work.calls)
             piece = next(pieces, None)
             while piece is not None:
-                images, plan, steps = piece
-                plan = jax.tree.map(put_plan, plan)
+                images, host_plan, steps = piece
+                plan = jax.tree.map(put_plan, host_plan)
+                memory = self._recall(host_plan)
                 first, piece = 0, None
                 while first < steps:
                     count = min(self._pace, steps - first)
                     asked = time.monotonic()
                     carry = program.steps(
-                        carry, sent, images, plan, *self.place((np.int32(first), np.int32(count))), key
+                        carry, sent, memory, images, plan, *self.place((np.int32(first), np.int32(count))), key
                     )
                     if first + count == steps:
                         piece = next(pieces, None)  # made while the device works
@@ -217,6 +269,7 @@ class Simulator:
                     if jax.process_count() == 1:
                         self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
                     self._listener.steps(number, done, work.length)
+                self._remember(carry, host_plan)
             params, state, measured = program.finish(params, rows, state, sent, carry)
             line |= {
                 "loss": float(measured["loss"]),
@@ -225,23 +278,103 @@ class Simulator:
                 "steps": work.steps,
                 "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
             }
+            if run.config.additions.depth_dropout and stage.trained_before:
+                run_steps = work.steps * stage.depth - int(measured["layers"])
+                line["layers_skipped"] = round(run_steps / (work.steps * stage.trained_before), 4)
             check_finite(run.config, f"the loss is {line['loss']}", number, line["loss"])
+            if run.config.additions.calibration_steps:
+                params, calibration_loss = self._calibrate(stage, params, number)
+                line["calibration_loss"] = float(calibration_loss)
+                check_finite(run.config, "the calibration's loss is not finite", number, line["calibration_loss"])
         return params, state, line | {"seconds": round(time.monotonic() - began, 4)}
+
+    def to_save(self, params: Tree, state: Tree) -> Tree:
+        """All that a run needs to continue after a round, as dicts and lists of arrays."""
+        memories = {str(client): jax.tree.leaves(memory) for client, memory in self._memories.items()}
+        return {"params": params, "server": jax.tree.leaves(state), "clients": memories}
+
+    def take_up(self, rounds: int, saved: Tree) -> tuple[Tree, Tree]:
+        """Continue after so many rounds with what ``to_save`` gave; from the beginning where that is empty.
+
+        Returns:
+          The parameters, on all devices, and the aggregator's state, None at a stage's beginning.
+        """
+        run = self.run
+        params, state = initial_params(run), None
+        for stage in run.stages:
+            last = stage.first_round + stage.rounds
+            for number in range(stage.first_round + 1, min(last, rounds) + 1):
+                self._traffic.download(stage, draw_cohort(run, number)[0])
+            if stage.first_round < rounds < last:
+                sent = functools.partial(send, stage, rows=stage.rows, depths=stage.depths)
+                shapes = jax.eval_shape(lambda p, sent=sent: run.aggregator.init(sent(p)), params)
+                state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        if saved:
+            params = saved["params"]
+            state = jax.tree.unflatten(jax.tree.structure(state), saved["server"]) if state is not None else None
+            form = jax.tree.structure(run.no_memory)
+            self._memories = {int(c): jax.tree.unflatten(form, leaves) for c, leaves in saved["clients"].items()}
+        return self.place(from_first((params, state)) if rounds else (params, state))
+
+    def _recall(self, plan: Plan) -> Memory | None:
+        """Memories of the clients that lanes begin in a call, on the lanes' devices; other lanes get an empty one."""
+        if self.run.no_memory is None:
+            return None
+        empty, begins = self.run.no_memory, plan.busy[0] & (plan.step[0] == 0)
+        lanes = [self._memories.get(int(c), empty) if b else empty for c, b in zip(plan.client[0], begins, strict=True)]
+        put = placer(self.run.mesh, BY_LANE)
+        return jax.tree.map(lambda *of_lanes: put(np.stack(of_lanes)), *lanes)
+
+    def _remember(self, carry: Carry, plan: Plan) -> None:
+        """Keep the models of the clients that a call has finished, one at most in a lane."""
+        if self.run.no_memory is None:
+            return
+        lanes = jax.device_get(keep(carry.client))
+        for lane in np.flatnonzero(plan.weight.max(axis=0)):
+            self._memories[int(plan.client[0, lane])] = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
+
+    def _calibrate(self, stage: Stage, params: Tree, number: int) -> tuple[Tree, jax.Array]:
+        """The server's own training after a round, on one device."""
+        run = self.run
+        stage = calibration.whole(stage, run.layers)
+        key = str(jax.tree.map(np.shape, stage.rows))
+        if key not in self._calibrations:
+            self._listener.compiling("the server's calibration")
+            steps, batch_size = run.config.additions.calibration_steps, run.config.optimizer.batch_size
+            self._calibrations[key] = jax.jit(functools.partial(calibration.calibrate, run.task, batch_size, steps))
+        round_ = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
+        params, loss = self._calibrations[key](
+            jax.device_get(params), stage.rows, np.int32(stage.depth), run.server_images, round_
+        )
+        return self.place(jax.device_get(params)), loss
+
+
+def send(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) -> Sent:
+    """What the server sends of the global parameters in a stage; the stage's rows and depths may be traced."""
+    frozen = jax.tree.map(lambda m, x: x if np.any(m) else None, stage.frozen, params)
+    return Sent(tree.take(params, rows), tree.present(params, rows), frozen, *map(jnp.asarray, depths))
 
 
 def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     """Compile a stage's programs ahead of time: they refuse other shapes instead of recompiling."""
 
     def start(params: Tree, rows: Tree, depths: tuple[jax.Array, ...]) -> tuple[Sent, Carry]:
-        frozen = jax.tree.map(lambda m, x: x if np.any(m) else None, stage.frozen, params)
-        sent = Sent(tree.take(params, rows), tree.present(params, rows), frozen, *depths)
+        sent = send(stage, params, rows, depths)
         return sent, start_round(run.task, run.aggregator, sent, run.lanes)
 
     def steps(
-        carry: Carry, sent: Sent, images: jax.Array, plan: Plan, first: jax.Array, count: jax.Array, key: jax.Array
+        carry: Carry,
+        sent: Sent,
+        memory: Memory | None,
+        images: jax.Array,
+        plan: Plan,
+        first: jax.Array,
+        count: jax.Array,
+        key: jax.Array,
     ) -> Carry:
         key = jax.random.wrap_key_data(key)
-        return run_steps(run.task, run.aggregator, run.mesh, carry, sent, images, plan, first, count, key)
+        static = (run.task, run.aggregator, run.start, run.mesh)
+        return run_steps(*static, carry, sent, memory, images, plan, first, count, key)
 
     def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, Tree]:
         state, trainable, measured = finish_round(run.aggregator, state, sent, carry)
@@ -259,12 +392,14 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     sent, carry = jax.eval_shape(start, params, rows, depths)
     sent, carry = shapes(sent, ALL), shapes(carry, BY_LANE)
     state = shapes(jax.eval_shape(run.aggregator.init, sent), ALL)
+    wide = lambda x: jax.ShapeDtypeStruct((run.lanes, *x.shape), x.dtype)  # noqa: E731
+    memory = shapes(jax.tree.map(wide, run.no_memory), BY_LANE)
     idle = empty_plan(CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
     images, plan, _ = next(feed(iter([(idle, 0)])))
     return Program(
         start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths).compile(),
         steps=jax.jit(steps, donate_argnums=0)
-        .lower(carry, sent, images, shapes(plan, PLAN_BY_LANE), number, number, key)
+        .lower(carry, sent, memory, images, shapes(plan, PLAN_BY_LANE), number, number, key)
         .compile(),
         finish=jax.jit(finish, out_shardings=everywhere).lower(params, rows, state, sent, carry).compile(),
     )
@@ -326,27 +461,26 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     run = prepare(config)
     if workdir:
         workdir.open(run.lanes, run.mesh.size)
-    params = initial_params(run)
-    restored = workdir.restore(params) if workdir else None
-    done, params = from_first(restored or (0, params))
-    done = int(done)
+    done, saved = (workdir.restore() if workdir else None) or (0, {})
+    done = int(from_first(np.int32(done)))
     simulator = Simulator(run, [s for s in run.stages if done < s.first_round + s.rounds], listener)
     run = simulator.run  # with lanes that fit
+    params, state = simulator.take_up(done, saved)
     if workdir:
         workdir.record(lanes=run.lanes, devices=run.mesh.size)
         report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
         listener.start(run, done)
         if not done:
             log_evaluation(run, workdir, listener, config.model.depth, 0, params)
-    params, state = simulator.place(params), None
-    saved = time.monotonic()
+    last_saved = time.monotonic()
     try:
         for stage in run.stages:
             last = stage.first_round + stage.rounds
             if done >= last:
                 continue
             listener.stage(stage)
-            state = None
+            if done == stage.first_round:
+                state = None
             for number in range(max(done, stage.first_round) + 1, last + 1):
                 new_params, state, line = simulator.run_round(stage, params, state, number)
                 if workdir:
@@ -356,12 +490,12 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
                 if workdir and (number == last or due):
                     log_evaluation(run, workdir, listener, stage.depth, number, new_params)
                 params, done = new_params, number
-                if workdir and (number == last or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS):
-                    workdir.save(done, params)
-                    saved = time.monotonic()
+                if workdir and (number == last or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
+                    workdir.save(done, simulator.to_save(params, state))
+                    last_saved = time.monotonic()
     except KeyboardInterrupt:
         if workdir and done:
-            workdir.save(done, params)
+            workdir.save(done, simulator.to_save(params, state))
         raise
     return finish(run, workdir, params, listener) if workdir else {}
 
@@ -386,7 +520,12 @@ def draw_cohort(run: Run, number: int) -> tuple[list[int], list[int]]:
 
 def round_key(seed: int, number: int) -> jax.Array:
     """The key of a round, from which those of its clients and steps come."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUND_STREAM), number)
+    return jax.random.fold_in(stream_key(seed, ROUND_STREAM), number)
+
+
+def stream_key(seed: int, stream: int) -> jax.Array:
+    """The key of one use of the seed."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def lay_out(run: Run, clients: list[int], number: int) -> Round:
@@ -400,12 +539,13 @@ def lay_out(run: Run, clients: list[int], number: int) -> Round:
         run.config.federation.local_epochs,
         CALL_STEPS,
         seed=(run.config.runtime.seed, BATCHES_STREAM, number),
+        one_a_call=run.start is not None,
     )
 
 
 def initial_params(run: Run) -> Tree:
     """The seed's fresh parameters of all layers; a layer keeps them until its stage begins."""
-    key = jax.random.fold_in(jax.random.key(run.config.runtime.seed), INIT_STREAM)
+    key = stream_key(run.config.runtime.seed, INIT_STREAM)
     return jax.jit(functools.partial(init_params, run.task))(key)
 
 

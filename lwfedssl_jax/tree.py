@@ -71,7 +71,7 @@ def present(tree: Tree, where: Tree) -> Tree:
     return jax.tree.map(leaf, where, tree, is_leaf=lambda at: at is None)
 
 
-def ema(target: Tree, online: Tree, momentum: float) -> Tree:
+def ema(target: Tree, online: Tree, momentum: ArrayLike) -> Tree:
     """``momentum * target + (1 - momentum) * online``, exact where the two are equal."""
     return jax.tree.map(lambda t, o: t + (1 - momentum) * (o - t), target, online)
 

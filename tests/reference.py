@@ -27,10 +27,10 @@ Params = dict[str, Any]
 VIEWS = jax.jit(two_views, static_argnums=(2, 3))
 
 
-def encode(config: Config, params: Params, images: jax.Array, depth: int) -> jax.Array:
+def encode(config: Config, params: Params, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
     types: Any = {"dtype": images.dtype, "param_dtype": images.dtype}
     x = Embedding(config.model.patch_size, config.model.width, **types).apply({"params": params["embedding"]}, images)
-    for layer in range(depth):
+    for layer in layers:
         block = jax.tree.map(lambda p, i=layer: p[i], params["blocks"])
         x = Block(config.model.heads, **types).apply({"params": block}, x)
     x = LayerNorm(images.dtype).apply({"params": params["norm"]}, x)
@@ -50,9 +50,28 @@ def contrast(anchor: jax.Array, others: jax.Array, positive: int, temperature: f
     return -nn.log_softmax(others @ anchor / temperature)[positive]
 
 
-def loss_of(config: Config, depth: int, online: Params, target: Params, views: jax.Array) -> jax.Array:
+def loss_of(
+    config: Config, layers: tuple[int, ...], online: Params, target: Params, start: Params, views: jax.Array
+) -> jax.Array:
+    loss = ssl_loss(config, layers, online, target, views)
+    for name, weight in (text.split("=") for text in config.additions.terms):
+        if name == "proximal":
+            apart = jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), online, start)
+            loss += float(weight) / 2 * sum(jax.tree.leaves(apart))
+        if name == "alignment":
+            n = views.shape[1]
+            for view in views:
+                z, goal = (
+                    unit(head(config, model["projection"], 3, encode(config, model["encoder"], view, layers)))
+                    for model in (online, jax.lax.stop_gradient(start))
+                )
+                loss += float(weight) / 2 * sum(contrast(z[i], goal, i, 0.5) for i in range(n)) / n
+    return loss
+
+
+def ssl_loss(config: Config, layers: tuple[int, ...], online: Params, target: Params, views: jax.Array) -> jax.Array:
     name, t, n = config.objective.name, config.objective.temperature, views.shape[1]
-    z = [head(config, online["projection"], 3, encode(config, online["encoder"], v, depth)) for v in views]
+    z = [head(config, online["projection"], 3, encode(config, online["encoder"], v, layers)) for v in views]
     if name == "simclr":
         every = unit(jnp.concatenate(z))
         terms = []
@@ -62,7 +81,7 @@ def loss_of(config: Config, depth: int, online: Params, target: Params, views: j
             terms.append(contrast(every[i], others, partner - (partner > i), t))
         return sum(terms) / (2 * n)
     q = [unit(head(config, online["prediction"], 2, one)) for one in z]
-    k = [unit(head(config, target["projection"], 3, encode(config, target["encoder"], v, depth))) for v in views]
+    k = [unit(head(config, target["projection"], 3, encode(config, target["encoder"], v, layers))) for v in views]
     if name == "byol":
         return sum(2 - 2 * q[a][i] @ k[1 - a][i] for a in (0, 1) for i in range(n)) / n
     return sum(contrast(q[a][i], k[1 - a], i, t) for a in (0, 1) for i in range(n)) / n
@@ -70,10 +89,15 @@ def loss_of(config: Config, depth: int, online: Params, target: Params, views: j
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def local_step(
-    config: Config, depth: int, state: tuple[Params, Params, Any], start: Params, trainable: Params, views: jax.Array
+    config: Config,
+    layers: tuple[int, ...],
+    state: tuple[Params, Params, Any],
+    start: Params,
+    trainable: Params,
+    views: jax.Array,
 ) -> tuple[tuple[Params, Params, Any], jax.Array]:
     online, target, opt_state = state
-    loss, grads = jax.value_and_grad(loss_of, argnums=2)(config, depth, online, target, views)
+    loss, grads = jax.value_and_grad(loss_of, argnums=2)(config, layers, online, target, start, views)
     updates, opt_state = adamw(config).update(grads, opt_state, online)
     moved = optax.apply_updates(online, updates)
     online = jax.tree.map(lambda new, old, m: jnp.where(m, new, old), moved, start, trainable)
@@ -87,16 +111,28 @@ def adamw(config: Config) -> optax.GradientTransformation:
 
 
 def train_client(
-    config: Config, task: Task, params: Params, trainable: Params, depth: int, images: np.ndarray, rng: Any, key: Any
+    config: Config,
+    task: Task,
+    params: Params,
+    trainable: Params,
+    depth: int,
+    droppable: int,
+    images: np.ndarray,
+    rng: Any,
+    key: Any,
 ) -> tuple[Params, list[float]]:
-    """One client's round; ``trainable`` is True where the stage trains."""
+    """One client's round; ``trainable`` is True where the stage trains; ``droppable`` first layers may be skipped."""
     state = (params, params, adamw(config).init(params))
     rows, counts = batches(np.arange(len(images)), config.optimizer.batch_size, config.federation.local_epochs, rng)
     losses = []
     for step, (row, count) in enumerate(zip(rows, counts, strict=True)):
         batch = jnp.asarray(images[row[:count]])
-        views = VIEWS(jax.random.fold_in(key, step), batch, task.recipe, task.dtype)
-        state, loss = local_step(config, depth, state, params, trainable, views)
+        step_key = jax.random.fold_in(key, step)
+        views = VIEWS(step_key, batch, task.recipe, task.dtype)
+        u = jax.random.uniform(jax.random.fold_in(step_key, 2**32 - 1), (config.model.depth,), jnp.float32)
+        skipped = [layer for layer in range(droppable) if u[layer] < config.additions.depth_dropout]
+        layers = tuple(layer for layer in range(depth) if layer not in skipped)
+        state, loss = local_step(config, layers, state, params, trainable, views)
         losses.append(float(loss) * int(count))
     return state[0], losses
 
@@ -107,6 +143,7 @@ def train_round(
     params: Params,
     trainable: Params,
     depth: int,
+    droppable: int,
     client_images: dict[int, np.ndarray],
     number: int,
 ) -> tuple[Params, float]:
@@ -116,7 +153,7 @@ def train_round(
     for client, images in client_images.items():
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), number), client)
         rng = np.random.default_rng([seed, 2, number, client])
-        model, client_losses = train_client(config, task, params, trainable, depth, images, rng, key)
+        model, client_losses = train_client(config, task, params, trainable, depth, droppable, images, rng, key)
         trained.append(model)
         sizes.append(len(images))
         losses += client_losses

@@ -15,7 +15,7 @@ ORDER = [
     ["models.vit", "models.resnet", "models.heads", "data.feed"],
     ["stages", "additions"],
     ["client"],
-    ["aggregation"],
+    ["aggregation", "calibration", "starts", "traffic"],
     ["rounds", "evaluate", "resources"],
     ["checkpoint", "report"],
     ["simulate"],

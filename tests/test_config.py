@@ -9,6 +9,8 @@ import pytest
 
 from lwfedssl_jax import config as configs
 from lwfedssl_jax.config import Config, ConfigError, override, resolve
+from lwfedssl_jax.simulate import prepare
+from lwfedssl_jax.stages import stage_depths
 
 NAMES = [name for name, _ in configs.available()]
 
@@ -38,15 +40,14 @@ def test_resolve_fills_in_the_named_models_sizes() -> None:
 
 def test_derived_values() -> None:
     config = resolve(Config())
-    assert config.stages == 12
-    assert resolve(override(config, {"strategy.layers_per_stage": 5})).stages == 3
-    assert resolve(override(config, {"strategy.name": "end_to_end"})).stages == 1
+    assert len(stage_depths(resolve(override(config, {"strategy.layers_per_stage": 5})))) == 3
+    assert len(stage_depths(resolve(override(config, {"strategy.name": "end_to_end"})))) == 1
     assert config.learning_rate == pytest.approx(1.5e-4 * 2)
     assert config.cohort_size == 10
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"strategy.name": "layer"}, "strategy.name: unknown 'layer'; accepted: layerwise, progressive, end_to_end"),
+    ({"strategy.name": "layer"}, "strategy.name: unknown 'layer'; accepted: end_to_end, layerwise, progressive"),
     ({"objective.name": "moco"}, "objective.name: unknown 'moco'; accepted: simclr, byol, mocov3"),
     ({"model.name": "resnet50"}, "model.name: unknown 'resnet50'; accepted: vit_micro"),
     ({"federation.rounds": 0}, "federation.rounds: 0 is out of range; accepted: at least 1"),
@@ -78,7 +79,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_bad_value(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        resolve(override(Config(), changes))
+        prepare(resolve(override(Config(), changes)))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 

@@ -2,10 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import small_config
 from reference import train_round
@@ -51,17 +53,36 @@ def max_difference(a: tree.Tree, b: tree.Tree) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_equals_naive_round(strategy: str, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ADDED: dict[str, Any] = {"additions__terms": ("proximal=0.3", "alignment=0.7")}
+DROPPED = {"additions__depth_dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "objective", "additions"),
+    [(strategy, objective, {}) for strategy in STRATEGIES for objective in OBJECTIVES]
+    + [
+        ("layerwise", "mocov3", ADDED | DROPPED),
+        ("progressive", "mocov3", DROPPED),
+        ("progressive", "simclr", ADDED),
+    ],
+)
+def test_equals_naive_round(
+    strategy: str, objective: str, additions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every strategy and objective, all at once: unequal clients, one sample, an idle lane, a dropped client.
 
     In float64: under Adam, parameters without a true gradient turn float32 rounding into
-    steps of a whole learning rate.
+    steps of a whole learning rate. A proximal term feeds these steps back, so it is tested under SGD.
     """
+    if additions:
+        monkeypatch.setattr(optax, "adamw", lambda learning_rate, weight_decay: optax.sgd(learning_rate))
     with float64():
         config = small_config(
-            strategy__name=strategy, strategy__layers_per_stage=2, objective__name=objective, runtime__lanes=2
+            strategy__name=strategy,
+            strategy__layers_per_stage=2,
+            objective__name=objective,
+            runtime__lanes=2,
+            **additions,
         )
         run = prepare(override(config, {"runtime.precision": "float64"}))
         monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([0, 1, 2, 3], [0, 1, 2]))
@@ -74,7 +95,7 @@ def test_equals_naive_round(strategy: str, objective: str, monkeypatch: pytest.M
             params,
         )
         images = {c: run.dataset.train_images[run.clients[c]] for c in (0, 1, 2)}
-        naive, loss = train_round(run.config, run.task, params, trainable, stage.depth, images, 1)
+        naive, loss = train_round(run.config, run.task, params, trainable, stage.depth, stage.trained_before, images, 1)
     moved = max_difference(fast, params)
     assert moved > 1e-3
     assert max_difference(fast, naive) < 1e-5 * moved

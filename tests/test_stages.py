@@ -68,5 +68,5 @@ def test_rounds_are_spread_with_nothing_lost() -> None:
 
 
 def test_a_parameter_without_a_layer_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"\['stray'\] belongs to layer 9; accepted: 0 .* or 1 to 3"):
+    with pytest.raises(ConfigError, match=r"\['stray'\] belongs to layer 9; accepted: 0 .*, 1 to 3, or -1 to -3"):
         make_stages(small_config(), {"stray": np.array(9)})

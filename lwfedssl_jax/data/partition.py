@@ -124,3 +124,7 @@ def shared(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
 
 
 PARTITIONS = {"iid": iid, "dirichlet": dirichlet, "shared": shared}
+
+
+def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> np.ndarray:
+    return np.arange(0)
