@@ -1,6 +1,7 @@
 """Sources and partitions."""
 
 import functools
+import gzip
 import os
 import subprocess
 import sys
@@ -65,9 +66,11 @@ def test_synthetic_classes_survive_the_views() -> None:
     assert float(jnp.abs(views[0] - views[1]).mean()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["cifar", "digits:x", "tfds", "tfds:", ""])
+@pytest.mark.parametrize("name", ["cifar", "digits:x", "fashion_mnist:x", "tfds", "tfds:", ""])
 def test_unknown_source(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.name: unknown .*accepted: digits, synthetic, tfds:NAME"):
+    with pytest.raises(
+        ConfigError, match=r"data\.name: unknown .*accepted: digits, synthetic, fashion_mnist, tfds:NAME"
+    ):
         sources.find(DataConfig(name=name))
 
 
@@ -75,6 +78,83 @@ def test_tfds_that_is_not_prepared() -> None:
     config = DataConfig(name="tfds:no_such_data_set")
     with pytest.raises(ConfigError, match=r"data\.name: 'tfds:no_such_data_set' is not installed"):
         sources.find(config).load(config)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()))
+
+
+@pytest.fixture
+def fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like the one of Debian's package, with 20 training and 10 test images."""
+    for split, n in (("train", 20), ("t10k", 10)):
+        images = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", np.arange(n, dtype=np.uint8) % 10)
+    monkeypatch.setattr(sources, "FASHION_MNIST", tmp_path)
+    return tmp_path
+
+
+def load_fashion_mnist(size: int = 28) -> sources.Dataset:
+    config = DataConfig(name="fashion_mnist", image_size=size)
+    return sources.find(config).load(config)
+
+
+@pytest.mark.usefixtures("fashion_mnist")
+def test_fashion_mnist_is_what_the_idx_files_hold() -> None:
+    data = load_fashion_mnist()
+    expected = np.random.default_rng(20).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    np.testing.assert_array_equal(data.train_images, expected[..., None])
+    assert data.test_images.shape == (10, 28, 28, 1)
+    assert data.train_labels.tolist() == [i % 10 for i in range(20)]
+    assert (data.train_labels.dtype, data.classes) == (np.int32, 10)
+    assert load_fashion_mnist(16).train_images.shape == (20, 16, 16, 1)
+    assert RECIPES[sources.find(DataConfig(name="fashion_mnist")).views] is RECIPES["fashion"]
+
+
+def test_fashion_mnist_that_is_not_installed(fashion_mnist: Path) -> None:
+    (fashion_mnist / "t10k-labels-idx1-ubyte.gz").unlink()
+    message = r"data\.name: 'fashion_mnist' is not installed \(no .*t10k-labels-idx1-ubyte\.gz\); accepted: Debian's"
+    with pytest.raises(ConfigError, match=message) as error:
+        load_fashion_mnist()
+    assert "tfds:fashion_mnist" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("images-idx3", b"not gzip", "Not a gzipped file"),
+        ("images-idx3", gzip.compress(bytes(5000))[:-9], "end-of-stream"),
+        ("images-idx3", gzip.compress(bytes([0, 0, 8])), "does not begin like an idx3 file"),
+        ("images-idx3", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 0]) + bytes(20)), "does not begin like an idx3 file"),
+        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(19)), "19 bytes for the shape (20,)"),
+        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes([10] * 20)), "a label 10"),
+        ("images-idx3", np.zeros((19, 28, 28), np.uint8), "shape is (19, 28, 28) where there are 20 labels"),
+        ("images-idx3", np.zeros((20, 28, 27), np.uint8), "shape is (20, 28, 27)"),
+    ],
+)
+def test_fashion_mnist_that_is_damaged(fashion_mnist: Path, name: str, content: bytes | np.ndarray, why: str) -> None:
+    path = fashion_mnist / f"train-{name}-ubyte.gz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_idx(path, content)
+    with pytest.raises(ConfigError) as error:
+        load_fashion_mnist()
+    assert str(error.value).startswith(f"data.name: 'fashion_mnist' cannot be read, {path} is damaged (")
+    assert why in str(error.value)
+    assert "accepted: the file of Debian's package" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not sources.FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debian() -> None:
+    data = load_fashion_mnist()
+    assert (len(data.train_images), len(data.test_images)) == (60000, 10000)
+    assert np.bincount(data.train_labels).tolist() == [6000] * 10
+    assert data.train_images.mean() / 255 == pytest.approx(RECIPES["fashion"].mean, abs=1e-3)
+    assert data.train_images.std() / 255 == pytest.approx(RECIPES["fashion"].std, abs=1e-3)
 
 
 PREPARE = """
