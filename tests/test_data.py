@@ -1,5 +1,6 @@
 """Sources and partitions."""
 
+import dataclasses
 import functools
 import gzip
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from lwfedssl_jax.augment import RECIPES, normalise, two_views
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import sources
-from lwfedssl_jax.data.partition import partition
+from lwfedssl_jax.data.partition import PARTITIONS, partition, server_examples
 
 LABELS = np.arange(1000) % 10
 
@@ -279,3 +281,60 @@ def test_beta_gives_the_shares_of_a_dirichlet() -> None:
 def test_more_clients_than_examples() -> None:
     with pytest.raises(ConfigError, match=r"partition\.clients: 1500 clients cannot share 1000 examples"):
         partition(PartitionConfig(clients=1500), LABELS, seed=0)
+
+
+KINDS = [
+    PartitionConfig(kind="iid", clients=7),
+    PartitionConfig(kind="iid", clients=850),
+    PartitionConfig(kind="iid", clients=1500, allow_empty=True),
+    PartitionConfig(kind="dirichlet", clients=7, beta=0.5),
+    PartitionConfig(kind="dirichlet", clients=800, beta=0.1),
+    PartitionConfig(kind="dirichlet", clients=50, beta=0.01, allow_empty=True),
+    PartitionConfig(kind="shared", clients=400, examples_per_client=20, size_sigma=0.5),
+]
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.kind}-{c.clients}")
+def test_the_server_and_the_clients_own_everything_once(config: PartitionConfig) -> None:
+    config = dataclasses.replace(config, server_share=0.15)
+    server, clients = server_examples(config, LABELS, seed=3), partition(config, LABELS, seed=3)
+    assert server.tolist() == sorted(set(server.tolist()))
+    assert len(server) == 150
+    assert len(clients) == config.clients
+    assert [len(c) for c in clients] == clients.sizes.tolist()
+    owned = np.concatenate(clients).tolist()
+    assert set(owned) == set(range(1000)) - set(server.tolist())
+    if config.kind != "shared":
+        assert len(owned) == 850
+    np.testing.assert_array_equal(server, server_examples(config, LABELS, seed=3))
+    assert server.tolist() != server_examples(config, LABELS, seed=4).tolist()
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.kind}-{c.clients}")
+def test_without_a_share_the_server_holds_nothing_and_changes_nothing(config: PartitionConfig) -> None:
+    assert server_examples(config, LABELS, seed=3).tolist() == []
+    expected = PARTITIONS[config.kind](config, LABELS, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(partition(config, LABELS, seed=3), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server_share": 1.0}, "partition.server_share: 1.0 gives the server 1000 of 1000 examples; accepted: 0, or"),
+        ({"server_share": 0.9999, "allow_empty": True}, "partition.server_share: 0.9999 gives the server 1000 of"),
+        ({"server_share": 0.001}, "partition.server_share: 0.001 gives the server 1 of 1000 examples; accepted: 0, or"),
+        ({"server_share": 1e-9, "kind": "shared"}, "partition.server_share: 1e-09 gives the server 0 of 1000"),
+        (
+            {"server_share": 0.5, "clients": 501},
+            "partition.clients: 501 clients cannot share 500 examples besides the server's 500; accepted: 1 to 500, or",
+        ),
+        (
+            {"server_share": 0.5, "kind": "shared", "examples_per_client": 501},
+            "partition.examples_per_client: 501 is more than the data set has besides the server's 500; accepted: 1 to",
+        ),
+    ],
+)
+def test_bad_server_share(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        partition(PartitionConfig(**changes), LABELS, seed=0)
+    assert str(error.value).startswith(message)
