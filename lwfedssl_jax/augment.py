@@ -54,6 +54,8 @@ RECIPES = {
     ),
     # Glyphs: nothing that turns one into another (flips) or removes strokes (solarisation).
     "digits": Recipe(rotation=8.0, crop_area=(0.5, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, mean=0.3, std=0.35),
+    # Garments on black: what MoCo-v3's leaves of a gray image, without what removes texture (blur, solarisation).
+    "fashion": Recipe(crop_area=(0.3, 1.0), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, mean=0.286, std=0.353),
 }
 
 

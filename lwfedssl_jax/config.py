@@ -85,10 +85,11 @@ class DataConfig:
     """What the clients' images are."""
 
     name: str = "digits"
-    """digits (scikit-learn's, embedded), synthetic (generated), or tfds:NAME (prepared on this machine)."""
+    """digits (scikit-learn's, embedded), synthetic (generated), fashion_mnist (Debian's dataset-fashion-mnist), or
+    tfds:NAME (prepared on this machine)."""
     image_size: Annotated[int, Range(1, 4096)] = 16
     """Height and width in pixels; images are resized once."""
-    views: Literal["auto", "digits", "natural"] = "auto"
+    views: Literal["auto", "digits", "natural", "fashion"] = "auto"
     """Augmentation recipe; auto takes the data set's own."""
     synthetic_examples: AtLeast1 = 2000
     """synthetic only: training images generated (a quarter as many for testing)."""

@@ -37,7 +37,7 @@ RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before th
 
 # Streams of the seed; clients add round, client and step to theirs.
 INIT_STREAM, ROUND_STREAM, SERVER_STREAM = 0, 1, 2
-SAMPLING_STREAM, BATCHES_STREAM = 1, 2  # of NumPy's generators; 0 is the partition's
+SAMPLING_STREAM, BATCHES_STREAM = 1, 2  # of NumPy's generators; 0 and 3 are the partition's
 
 
 class Listener:

@@ -1,11 +1,14 @@
 """Sources and partitions."""
 
+import dataclasses
 import functools
+import gzip
 import os
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from lwfedssl_jax.augment import RECIPES, normalise, two_views
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import sources
-from lwfedssl_jax.data.partition import partition
+from lwfedssl_jax.data.partition import PARTITIONS, partition, server_examples
 
 LABELS = np.arange(1000) % 10
 
@@ -65,9 +68,11 @@ def test_synthetic_classes_survive_the_views() -> None:
     assert float(jnp.abs(views[0] - views[1]).mean()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["cifar", "digits:x", "tfds", "tfds:", ""])
+@pytest.mark.parametrize("name", ["cifar", "digits:x", "fashion_mnist:x", "tfds", "tfds:", ""])
 def test_unknown_source(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.name: unknown .*accepted: digits, synthetic, tfds:NAME"):
+    with pytest.raises(
+        ConfigError, match=r"data\.name: unknown .*accepted: digits, synthetic, fashion_mnist, tfds:NAME"
+    ):
         sources.find(DataConfig(name=name))
 
 
@@ -75,6 +80,83 @@ def test_tfds_that_is_not_prepared() -> None:
     config = DataConfig(name="tfds:no_such_data_set")
     with pytest.raises(ConfigError, match=r"data\.name: 'tfds:no_such_data_set' is not installed"):
         sources.find(config).load(config)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()))
+
+
+@pytest.fixture
+def fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like the one of Debian's package, with 20 training and 10 test images."""
+    for split, n in (("train", 20), ("t10k", 10)):
+        images = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", np.arange(n, dtype=np.uint8) % 10)
+    monkeypatch.setattr(sources, "FASHION_MNIST", tmp_path)
+    return tmp_path
+
+
+def load_fashion_mnist(size: int = 28) -> sources.Dataset:
+    config = DataConfig(name="fashion_mnist", image_size=size)
+    return sources.find(config).load(config)
+
+
+@pytest.mark.usefixtures("fashion_mnist")
+def test_fashion_mnist_is_what_the_idx_files_hold() -> None:
+    data = load_fashion_mnist()
+    expected = np.random.default_rng(20).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    np.testing.assert_array_equal(data.train_images, expected[..., None])
+    assert data.test_images.shape == (10, 28, 28, 1)
+    assert data.train_labels.tolist() == [i % 10 for i in range(20)]
+    assert (data.train_labels.dtype, data.classes) == (np.int32, 10)
+    assert load_fashion_mnist(16).train_images.shape == (20, 16, 16, 1)
+    assert RECIPES[sources.find(DataConfig(name="fashion_mnist")).views] is RECIPES["fashion"]
+
+
+def test_fashion_mnist_that_is_not_installed(fashion_mnist: Path) -> None:
+    (fashion_mnist / "t10k-labels-idx1-ubyte.gz").unlink()
+    message = r"data\.name: 'fashion_mnist' is not installed \(no .*t10k-labels-idx1-ubyte\.gz\); accepted: Debian's"
+    with pytest.raises(ConfigError, match=message) as error:
+        load_fashion_mnist()
+    assert "tfds:fashion_mnist" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("images-idx3", b"not gzip", "Not a gzipped file"),
+        ("images-idx3", gzip.compress(bytes(5000))[:-9], "end-of-stream"),
+        ("images-idx3", gzip.compress(bytes([0, 0, 8])), "does not begin like an idx3 file"),
+        ("images-idx3", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 0]) + bytes(20)), "does not begin like an idx3 file"),
+        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(19)), "19 bytes for the shape (20,)"),
+        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes([10] * 20)), "a label 10"),
+        ("images-idx3", np.zeros((19, 28, 28), np.uint8), "shape is (19, 28, 28) where there are 20 labels"),
+        ("images-idx3", np.zeros((20, 28, 27), np.uint8), "shape is (20, 28, 27)"),
+    ],
+)
+def test_fashion_mnist_that_is_damaged(fashion_mnist: Path, name: str, content: bytes | np.ndarray, why: str) -> None:
+    path = fashion_mnist / f"train-{name}-ubyte.gz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_idx(path, content)
+    with pytest.raises(ConfigError) as error:
+        load_fashion_mnist()
+    assert str(error.value).startswith(f"data.name: 'fashion_mnist' cannot be read, {path} is damaged (")
+    assert why in str(error.value)
+    assert "accepted: the file of Debian's package" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not sources.FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debian() -> None:
+    data = load_fashion_mnist()
+    assert (len(data.train_images), len(data.test_images)) == (60000, 10000)
+    assert np.bincount(data.train_labels).tolist() == [6000] * 10
+    assert data.train_images.mean() / 255 == pytest.approx(RECIPES["fashion"].mean, abs=1e-3)
+    assert data.train_images.std() / 255 == pytest.approx(RECIPES["fashion"].std, abs=1e-3)
 
 
 PREPARE = """
@@ -199,3 +281,60 @@ def test_beta_gives_the_shares_of_a_dirichlet() -> None:
 def test_more_clients_than_examples() -> None:
     with pytest.raises(ConfigError, match=r"partition\.clients: 1500 clients cannot share 1000 examples"):
         partition(PartitionConfig(clients=1500), LABELS, seed=0)
+
+
+KINDS = [
+    PartitionConfig(kind="iid", clients=7),
+    PartitionConfig(kind="iid", clients=850),
+    PartitionConfig(kind="iid", clients=1500, allow_empty=True),
+    PartitionConfig(kind="dirichlet", clients=7, beta=0.5),
+    PartitionConfig(kind="dirichlet", clients=800, beta=0.1),
+    PartitionConfig(kind="dirichlet", clients=50, beta=0.01, allow_empty=True),
+    PartitionConfig(kind="shared", clients=400, examples_per_client=20, size_sigma=0.5),
+]
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.kind}-{c.clients}")
+def test_the_server_and_the_clients_own_everything_once(config: PartitionConfig) -> None:
+    config = dataclasses.replace(config, server_share=0.15)
+    server, clients = server_examples(config, LABELS, seed=3), partition(config, LABELS, seed=3)
+    assert server.tolist() == sorted(set(server.tolist()))
+    assert len(server) == 150
+    assert len(clients) == config.clients
+    assert [len(c) for c in clients] == clients.sizes.tolist()
+    owned = np.concatenate(clients).tolist()
+    assert set(owned) == set(range(1000)) - set(server.tolist())
+    if config.kind != "shared":
+        assert len(owned) == 850
+    np.testing.assert_array_equal(server, server_examples(config, LABELS, seed=3))
+    assert server.tolist() != server_examples(config, LABELS, seed=4).tolist()
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.kind}-{c.clients}")
+def test_without_a_share_the_server_holds_nothing_and_changes_nothing(config: PartitionConfig) -> None:
+    assert server_examples(config, LABELS, seed=3).tolist() == []
+    expected = PARTITIONS[config.kind](config, LABELS, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(partition(config, LABELS, seed=3), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server_share": 1.0}, "partition.server_share: 1.0 gives the server 1000 of 1000 examples; accepted: 0, or"),
+        ({"server_share": 0.9999, "allow_empty": True}, "partition.server_share: 0.9999 gives the server 1000 of"),
+        ({"server_share": 0.001}, "partition.server_share: 0.001 gives the server 1 of 1000 examples; accepted: 0, or"),
+        ({"server_share": 1e-9, "kind": "shared"}, "partition.server_share: 1e-09 gives the server 0 of 1000"),
+        (
+            {"server_share": 0.5, "clients": 501},
+            "partition.clients: 501 clients cannot share 500 examples besides the server's 500; accepted: 1 to 500, or",
+        ),
+        (
+            {"server_share": 0.5, "kind": "shared", "examples_per_client": 501},
+            "partition.examples_per_client: 501 is more than the data set has besides the server's 500; accepted: 1 to",
+        ),
+    ],
+)
+def test_bad_server_share(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        partition(PartitionConfig(**changes), LABELS, seed=0)
+    assert str(error.value).startswith(message)

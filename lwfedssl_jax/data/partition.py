@@ -11,6 +11,8 @@ import numpy as np
 
 from lwfedssl_jax.config import ConfigError, PartitionConfig, choose
 
+SERVER_STREAM = 3  # of the seed in NumPy's generators; 0 is the clients'
+
 
 class Population(Sequence[np.ndarray]):
     """The clients: ``population[i]`` are client i's example indices.
@@ -46,23 +48,46 @@ def partition(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
     class); clients left empty then take one example from the largest client, unless
     ``allow_empty``. Both leave every example on exactly one client. ``shared`` lets every
     client draw its own from all examples, so that there may be more clients than examples.
+    What the server holds (``server_examples``) is dealt to nobody.
 
     Raises:
       ConfigError: no such kind; more clients than examples, unless ``allow_empty`` or ``shared``; ``shared``
-        clients of more examples than there are.
+        clients of more examples than there are; see ``server_examples``.
     """
-    kind, examples = choose("partition.kind", config.kind, PARTITIONS), len(labels_N)
+    kind, held = choose("partition.kind", config.kind, PARTITIONS), server_examples(config, labels_N, seed)
+    examples = len(labels_N) - len(held)
+    besides = f" besides the server's {len(held)}" if len(held) else ""
     if config.kind == "shared" and config.examples_per_client > examples:
         raise ConfigError(
-            f"partition.examples_per_client: {config.examples_per_client} is more than the data set has; "
+            f"partition.examples_per_client: {config.examples_per_client} is more than the data set has{besides}; "
             f"accepted: 1 to {examples}"
         )
     if config.kind != "shared" and config.clients > examples and not config.allow_empty:
         raise ConfigError(
-            f"partition.clients: {config.clients} clients cannot share {examples} examples; "
+            f"partition.clients: {config.clients} clients cannot share {examples} examples{besides}; "
             f"accepted: 1 to {examples}, or partition.allow_empty, or partition.kind shared"
         )
-    return kind(config, labels_N, seed)
+    if not len(held):
+        return kind(config, labels_N, seed)
+    rest = np.delete(np.arange(len(labels_N)), held)
+    clients = kind(config, labels_N[rest], seed)
+    return Population(clients.sizes, lambda i: rest[clients[i]])
+
+
+def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> np.ndarray:
+    """The examples that the server holds and no client owns: ``server_share`` of all at random, in order.
+
+    Raises:
+      ConfigError: the share leaves nothing to the clients, or is fewer than two examples but not 0.
+    """
+    share, examples = config.server_share, len(labels_N)
+    held = round(share * examples)
+    if share and not 2 <= held < examples:
+        raise ConfigError(
+            f"partition.server_share: {share} gives the server {held} of {examples} examples; "
+            f"accepted: 0, or a share of at least 2 examples that leaves the clients some"
+        )
+    return np.sort(np.random.default_rng([seed, SERVER_STREAM]).choice(examples, held, replace=False))
 
 
 def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
@@ -124,7 +149,3 @@ def shared(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
 
 
 PARTITIONS = {"iid": iid, "dirichlet": dirichlet, "shared": shared}
-
-
-def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> np.ndarray:
-    return np.arange(0)

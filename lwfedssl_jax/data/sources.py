@@ -1,12 +1,19 @@
 """Data sets as uint8 arrays with a fixed train/test split."""
 
+import gzip
+import math
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
+
+# Where Debian's package dataset-fashion-mnist puts its files.
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Dataset(NamedTuple):
@@ -45,7 +52,7 @@ def find(config: DataConfig) -> Source:
     """
     kind, colon, rest = config.name.partition(":")
     if kind not in SOURCES or bool(colon) != (kind == "tfds") or bool(colon) != bool(rest):
-        raise ConfigError(f"data.name: unknown {config.name!r}; accepted: digits, synthetic, tfds:NAME")
+        raise ConfigError(f"data.name: unknown {config.name!r}; accepted: digits, synthetic, fashion_mnist, tfds:NAME")
     return SOURCES[kind]
 
 
@@ -83,6 +90,55 @@ def load_synthetic(config: DataConfig) -> Dataset:
     return Dataset(images[:n], labels[:n], images[n:], labels[n:])
 
 
+def load_fashion_mnist(config: DataConfig) -> Dataset:
+    """Zalando's 70,000 garments (28x28, one channel; arXiv 1708.07747), 10,000 of them for testing, resized."""
+
+    def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
+        paths = [FASHION_MNIST / f"{split}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+        images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+        if images.shape != (len(labels), 28, 28) or not len(labels):
+            raise _damaged(paths[0], f"its shape is {images.shape} where there are {len(labels)} labels of 28x28")
+        if labels.max() > 9:
+            raise _damaged(paths[1], f"it has a label {labels.max()}")
+        return resize(images[..., None], config.image_size), labels.astype(np.int32)
+
+    try:
+        return Dataset(*arrays("train"), *arrays("t10k"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"data.name: 'fashion_mnist' is not installed (no {error.filename}); accepted: Debian's package "
+            f"dataset-fashion-mnist (apt-get install dataset-fashion-mnist), or tfds:fashion_mnist prepared by "
+            f"`tfds build fashion_mnist --file_format=array_record`"
+        ) from error
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array of a gzipped idx file: two zeros, type 8, number of dimensions, big-endian sizes, bytes.
+
+    Raises:
+      ConfigError: the file is damaged.
+      FileNotFoundError: there is none.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, str(error)) from error
+    start = 4 + 4 * dimensions
+    if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
+        raise _damaged(path, f"it does not begin like an idx{dimensions} file of bytes")
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
+    if len(content) != start + math.prod(shape):
+        raise _damaged(path, f"it has {len(content) - start} bytes for the shape {tuple(shape)}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"data.name: 'fashion_mnist' cannot be read, {path} is damaged ({why}); "
+        f"accepted: the file of Debian's package dataset-fashion-mnist"
+    )
+
+
 def load_tfds(config: DataConfig) -> Dataset:
     """A data set that tensorflow-datasets has prepared on this machine, as array_record (needs no TensorFlow).
 
@@ -97,7 +153,8 @@ def load_tfds(config: DataConfig) -> Dataset:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"data.name: {config.name!r} is not installed ({type(error).__name__}: {reason}); accepted: a data set "
-            f"prepared by `tfds build {name} --file_format=array_record`, or digits, synthetic"
+            f"prepared by `tfds build {name} --file_format=array_record`, or digits, synthetic, "
+            "fashion_mnist"
         ) from error
 
     if missing := {"image", "label"} - set(train.dataset_info.features):
@@ -129,5 +186,6 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 SOURCES = {
     "digits": Source(1, "digits", load_digits),
     "synthetic": Source(3, "digits", load_synthetic),
+    "fashion_mnist": Source(1, "fashion", load_fashion_mnist),
     "tfds": Source(3, "natural", load_tfds),
 }
