@@ -22,17 +22,17 @@ class Local(NamedTuple):
       weights: what is being trained.
       received: the same, as the server sent it.
       present: for each leaf, which rows are not idle (``tree.present``).
-      projection_2xBxD: the projection head's output for both views.
+      projection: 2xBxO, the projection head's output for both views.
       received_projection: gives the same from the received weights, for one more forward pass.
-      mask_B: True for real samples.
+      mask: B, True for real samples.
     """
 
     weights: Tree
     received: Tree
     present: Tree
-    projection_2xBxD: jax.Array
+    projection: jax.Array
     received_projection: Callable[[], jax.Array]
-    mask_B: jax.Array
+    mask: jax.Array
 
 
 Term = Callable[[Local], jax.Array]
@@ -56,10 +56,9 @@ def alignment(local: Local) -> jax.Array:
 
     The mean of both views' ``nce(z, z_global)``, other samples' global projections as negatives, temperature 0.5.
     """
-    z, goal = local.projection_2xBxD, jax.lax.stop_gradient(local.received_projection())
+    z, goal = local.projection, jax.lax.stop_gradient(local.received_projection())
     return (
-        nce(z[0], goal[0], local.mask_B, ALIGNMENT_TEMPERATURE)
-        + nce(z[1], goal[1], local.mask_B, ALIGNMENT_TEMPERATURE)
+        nce(z[0], goal[0], local.mask, ALIGNMENT_TEMPERATURE) + nce(z[1], goal[1], local.mask, ALIGNMENT_TEMPERATURE)
     ) / 2
 
 

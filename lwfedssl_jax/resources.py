@@ -4,6 +4,7 @@ Everything is derived from the stages' masks and from the programs themselves; t
 second list of layer sizes.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
+from lwfedssl_jax.calibration import whole
 from lwfedssl_jax.client import (
     ClientState,
     Sent,
@@ -78,6 +80,7 @@ def ledger(config: Config) -> Ledger:
       * ``flops_executed``: all matrix products of the training step as traced: both views,
         the target branch, the loss's logits, the backward pass with its recomputation. A
         sample's share of a full batch: what padding of short batches adds is not in it.
+      * ``server_flops_executed``: of the server's calibration in all, its whole batches counted.
       * ``flops_recomputed``: what of ``flops_executed`` the backward pass recomputes (``runtime.remat``).
     """
     task = make_task(config)
@@ -87,10 +90,11 @@ def ledger(config: Config) -> Ledger:
     for part in stage_parts(config):
         stage, trainable = part.stage, part.trainable
         exchanged = BYTES_PER_PARAMETER * tree.size(trainable) * stage.rounds
-        present = (trainable, part.frozen)
-        executed = executed_operations(config, part)
-        recomputed = executed - executed_operations(keeping, part) if config.runtime.remat else 0
-        worst_case += BYTES_PER_PARAMETER * tree.size(present) * stage.rounds + exchanged
+        everything = BYTES_PER_PARAMETER * tree.size((trainable, part.frozen)) * stage.rounds
+        executed = expected(config, part, functools.partial(executed_operations, config))
+        kept = expected(config, part, functools.partial(executed_operations, keeping))
+        worst_case += everything + exchanged
+        calibrated = config.additions.calibration_steps
         samples = config.federation.local_epochs * stage.rounds
         per_stage.append(
             {
@@ -98,17 +102,25 @@ def ledger(config: Config) -> Ledger:
                 "rounds": stage.rounds,
                 "depth": stage.depth,
                 "trainable_parameters": tree.size(trainable),
-                "download_bytes": exchanged,
+                "download_bytes": everything if calibrated else exchanged,
                 "upload_bytes": exchanged,
-                "flops_paper_rule": samples * paper_operations(task, part),
+                "flops_paper_rule": round(samples * expected(config, part, functools.partial(paper_operations, task))),
                 "flops_executed": round(samples * executed),
-                "flops_recomputed": round(samples * recomputed),
+                "flops_recomputed": round(samples * (executed - kept)),
+                "server_flops_executed": calibrated * stage.rounds * server_operations(config, part),
                 "peak_memory_bytes": None,
             }
         )
     totals = {
         key: sum(row[key] for row in per_stage)
-        for key in ("download_bytes", "upload_bytes", "flops_paper_rule", "flops_executed", "flops_recomputed")
+        for key in (
+            "download_bytes",
+            "upload_bytes",
+            "flops_paper_rule",
+            "flops_executed",
+            "flops_recomputed",
+            "server_flops_executed",
+        )
     }
     return {
         "download_bytes": totals["download_bytes"],
@@ -118,6 +130,7 @@ def ledger(config: Config) -> Ledger:
         "flops_paper_rule": totals["flops_paper_rule"],
         "flops_executed": totals["flops_executed"],
         "flops_recomputed": totals["flops_recomputed"],
+        "server_flops_executed": totals["server_flops_executed"],
         "peak_memory_bytes": None,
         "per_stage": per_stage,
     }
@@ -139,11 +152,25 @@ class StagePart(NamedTuple):
 
 def stage_parts(config: Config) -> list[StagePart]:
     """What a client has in each stage of a (resolved) config."""
+    params, layers = _shapes(config)
+    return [_part(params, stage) for stage in make_stages(config, layers)]
+
+
+def all_trained(config: Config, stage: Stage) -> StagePart:
+    """What the server has in a stage: everything that exists, trainable."""
+    params, layers = _shapes(config)
+    return _part(params, whole(stage, layers))
+
+
+def _shapes(config: Config) -> tuple[Tree, Tree]:
     task = make_task(config)
     params = jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
+    return params, param_layers(task, params)
+
+
+def _part(params: Tree, stage: Stage) -> StagePart:
     take = lambda mask: jax.eval_shape(lambda p: tree.take(p, tree.rows(mask)), params)  # noqa: E731
-    stages = make_stages(config, param_layers(task, params))
-    return [StagePart(stage, take(stage.trainable), take(stage.frozen)) for stage in stages]
+    return StagePart(stage, take(stage.trainable), take(stage.frozen))
 
 
 def expected(config: Config, part: StagePart, operations: Callable[[StagePart], float]) -> float:
@@ -184,6 +211,14 @@ def executed_operations(config: Config, part: StagePart) -> float:
         return step(state, sent._replace(depth=depth, frozen_depth=frozen_depth), *data)
 
     return count(jax.make_jaxpr(with_loops_of_known_length)(state, sent, *data)) / config.optimizer.batch_size
+
+
+def server_operations(config: Config, part: StagePart) -> int:
+    """Multiply-adds of one step of the server's calibration, of a batch as large as a client's."""
+    if not config.additions.calibration_steps:
+        return 0
+    plain = override(config, {"additions.terms": (), "additions.depth_dropout": 0.0})
+    return round(executed_operations(plain, all_trained(config, part.stage)) * config.optimizer.batch_size)
 
 
 def lower_step(config: Config, part: StagePart) -> tuple[jax.stages.Lowered, int]:

@@ -80,6 +80,18 @@ class Run(NamedTuple):
     no_memory: Memory | None
 
 
+class State(NamedTuple):
+    """What lasts from round to round of a stage besides the parameters.
+
+    Attributes:
+      server: the aggregator's state.
+      clients: what clients keep, by their number.
+    """
+
+    server: Tree
+    clients: dict[int, Memory]
+
+
 class Program(NamedTuple):
     """The compiled programs of a stage, and of all stages of the same shapes.
 
@@ -174,7 +186,6 @@ class Simulator:
         self._listener = listener or Listener()
         # Steps of a call; several processes must make the same calls.
         self._pace = 1 if jax.process_count() == 1 else CALL_STEPS
-        self._memories: dict[int, Memory] = {}
         self._calibrations: dict[str, Callable[..., tuple[Tree, jax.Array]]] = {}
         shapes = jax.eval_shape(lambda: initial_params(run))
         calibrated = bool(run.config.additions.calibration_steps)
@@ -208,18 +219,20 @@ class Simulator:
             self._programs[key] = compile_stage(self.run, stage, self._feed)
         return self._programs[key]
 
-    def run_round(self, stage: Stage, params: Tree, state: Tree, number: int) -> tuple[Tree, Tree, dict[str, Any]]:
+    def run_round(
+        self, stage: Stage, params: Tree, state: State | None, number: int
+    ) -> tuple[Tree, State, dict[str, Any]]:
         """One round: draw the cohort, train the clients that report, aggregate what they trained.
 
         Args:
           stage: that the round is in.
           params: the global parameters, as ``place`` gives them.
-          state: the aggregator's; None in a stage's first round.
+          state: as the round before left it; None in a stage's first round.
           number: of the round, from 1.
 
         Returns:
-          The new global parameters (the old ones if nobody reports), the aggregator's state, and
-          the round's metrics line.
+          The new global parameters (the old ones if nobody reports), the new state, and the
+          round's metrics line. What was passed in stays as it was.
 
         Raises:
           FloatingPointError: the loss is not finite.
@@ -230,7 +243,7 @@ class Simulator:
         rows = self.place(stage.rows)
         depths = self.place(stage.depths)
         sent, carry = program.start(params, rows, depths)
-        state = run.aggregator.init(sent) if state is None else state
+        server, clients = (run.aggregator.init(sent), {}) if state is None else (state.server, dict(state.clients))
         line: dict[str, Any] = {
             "round": number,
             "stage": stage.number,
@@ -254,7 +267,7 @@ class Simulator:
             while piece is not None:
                 images, host_plan, steps = piece
                 plan = jax.tree.map(put_plan, host_plan)
-                memory = self._recall(host_plan)
+                memory = self._recall(clients, host_plan)
                 first, piece = 0, None
                 while first < steps:
                     count = min(self._pace, steps - first)
@@ -269,8 +282,8 @@ class Simulator:
                     if jax.process_count() == 1:
                         self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
                     self._listener.steps(number, done, work.length)
-                self._remember(carry, host_plan)
-            params, state, measured = program.finish(params, rows, state, sent, carry)
+                self._remember(clients, carry, host_plan)
+            params, server, measured = program.finish(params, rows, server, sent, carry)
             line |= {
                 "loss": float(measured["loss"]),
                 "client_distance": float(measured["client_distance"]),
@@ -286,21 +299,16 @@ class Simulator:
                 params, calibration_loss = self._calibrate(stage, params, number)
                 line["calibration_loss"] = float(calibration_loss)
                 check_finite(run.config, "the calibration's loss is not finite", number, line["calibration_loss"])
-        return params, state, line | {"seconds": round(time.monotonic() - began, 4)}
+        return params, State(server, clients), line | {"seconds": round(time.monotonic() - began, 4)}
 
-    def to_save(self, params: Tree, state: Tree) -> Tree:
-        """All that a run needs to continue after a round, as dicts and lists of arrays."""
-        memories = {str(client): jax.tree.leaves(memory) for client, memory in self._memories.items()}
-        return {"params": params, "server": jax.tree.leaves(state), "clients": memories}
-
-    def take_up(self, rounds: int, saved: Tree) -> tuple[Tree, Tree]:
+    def take_up(self, rounds: int, saved: Tree) -> tuple[Tree, State | None]:
         """Continue after so many rounds with what ``to_save`` gave; from the beginning where that is empty.
 
         Returns:
-          The parameters, on all devices, and the aggregator's state, None at a stage's beginning.
+          The parameters, on all devices, and the state, None at a stage's beginning.
         """
         run = self.run
-        params, state = initial_params(run), None
+        params, server, clients = initial_params(run), None, {}
         for stage in run.stages:
             last = stage.first_round + stage.rounds
             for number in range(stage.first_round + 1, min(last, rounds) + 1):
@@ -308,30 +316,33 @@ class Simulator:
             if stage.first_round < rounds < last:
                 sent = functools.partial(send, stage, rows=stage.rows, depths=stage.depths)
                 shapes = jax.eval_shape(lambda p, sent=sent: run.aggregator.init(sent(p)), params)
-                state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+                server = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         if saved:
             params = saved["params"]
-            state = jax.tree.unflatten(jax.tree.structure(state), saved["server"]) if state is not None else None
-            form = jax.tree.structure(run.no_memory)
-            self._memories = {int(c): jax.tree.unflatten(form, leaves) for c, leaves in saved["clients"].items()}
-        return self.place(from_first((params, state)) if rounds else (params, state))
+            form, no_memory = jax.tree.structure(server), jax.tree.structure(run.no_memory)
+            server = jax.tree.unflatten(form, saved["server"]) if server is not None else None
+            clients = {int(c): jax.tree.unflatten(no_memory, leaves) for c, leaves in saved["clients"].items()}
+        if rounds:
+            params, server = from_first((params, server))
+        params, server = self.place((params, server))
+        return params, None if server is None else State(server, clients)
 
-    def _recall(self, plan: Plan) -> Memory | None:
+    def _recall(self, clients: dict[int, Memory], plan: Plan) -> Memory | None:
         """Memories of the clients that lanes begin in a call, on the lanes' devices; other lanes get an empty one."""
         if self.run.no_memory is None:
             return None
         empty, begins = self.run.no_memory, plan.busy[0] & (plan.step[0] == 0)
-        lanes = [self._memories.get(int(c), empty) if b else empty for c, b in zip(plan.client[0], begins, strict=True)]
+        lanes = [clients.get(int(c), empty) if b else empty for c, b in zip(plan.client[0], begins, strict=True)]
         put = placer(self.run.mesh, BY_LANE)
         return jax.tree.map(lambda *of_lanes: put(np.stack(of_lanes)), *lanes)
 
-    def _remember(self, carry: Carry, plan: Plan) -> None:
+    def _remember(self, clients: dict[int, Memory], carry: Carry, plan: Plan) -> None:
         """Keep the models of the clients that a call has finished, one at most in a lane."""
         if self.run.no_memory is None:
             return
         lanes = jax.device_get(keep(carry.client))
         for lane in np.flatnonzero(plan.weight.max(axis=0)):
-            self._memories[int(plan.client[0, lane])] = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
+            clients[int(plan.client[0, lane])] = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
 
     def _calibrate(self, stage: Stage, params: Tree, number: int) -> tuple[Tree, jax.Array]:
         """The server's own training after a round, on one device."""
@@ -347,6 +358,13 @@ class Simulator:
             jax.device_get(params), stage.rows, np.int32(stage.depth), run.server_images, round_
         )
         return self.place(jax.device_get(params)), loss
+
+
+def to_save(params: Tree, state: State | None) -> Tree:
+    """All that a run needs to continue after a round, as dicts and lists of arrays."""
+    server, clients = state or ((), {})
+    kept = {str(client): jax.tree.leaves(memory) for client, memory in clients.items()}
+    return {"params": params, "server": jax.tree.leaves(server), "clients": kept}
 
 
 def send(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) -> Sent:
@@ -482,20 +500,20 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
             if done == stage.first_round:
                 state = None
             for number in range(max(done, stage.first_round) + 1, last + 1):
-                new_params, state, line = simulator.run_round(stage, params, state, number)
+                new_params, new_state, line = simulator.run_round(stage, params, state, number)
                 if workdir:
                     workdir.append(line)
                     listener.round(line)
                 due = config.evaluation.every and number % config.evaluation.every == 0
                 if workdir and (number == last or due):
                     log_evaluation(run, workdir, listener, stage.depth, number, new_params)
-                params, done = new_params, number
+                params, state, done = new_params, new_state, number
                 if workdir and (number == last or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
-                    workdir.save(done, simulator.to_save(params, state))
+                    workdir.save(done, to_save(params, state))
                     last_saved = time.monotonic()
     except KeyboardInterrupt:
         if workdir and done:
-            workdir.save(done, simulator.to_save(params, state))
+            workdir.save(done, to_save(params, state))
         raise
     return finish(run, workdir, params, listener) if workdir else {}
 

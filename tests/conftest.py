@@ -28,17 +28,20 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All of ours runs under strict promotion; optax's bias correction is not written for it."""
-    adamw = optax.adamw
 
-    def lenient_adamw(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
-        def update(*args: Any) -> Any:
-            with jax.numpy_dtype_promotion("standard"):
-                return inner.update(*args)
+    def lenient(optimizer: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+            def update(*args: Any) -> Any:
+                with jax.numpy_dtype_promotion("standard"):
+                    return inner.update(*args)
 
-        inner = adamw(*args, **kwargs)
-        return optax.GradientTransformation(inner.init, update)
+            inner = optimizer(*args, **kwargs)
+            return optax.GradientTransformation(inner.init, update)
 
-    monkeypatch.setattr(optax, "adamw", lenient_adamw)
+        return make
+
+    for name in ("adam", "adamw"):
+        monkeypatch.setattr(optax, name, lenient(getattr(optax, name)))
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 

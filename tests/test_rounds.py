@@ -147,7 +147,7 @@ def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
     norms = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b)), jax.device_get(once), jax.device_get(params))
     assert 0 < max(jax.tree.leaves(norms)) <= 0.01 + 1e-6
     _, again, _ = simulator.run_round(stage, simulator.place(params), state, 1)
-    ratio = jax.tree.map(lambda a, b: float(jnp.abs(a - 1.5 * b).max()), again, state)
+    ratio = jax.tree.map(lambda a, b: float(jnp.abs(a - 1.5 * b).max()), again.server, state.server)
     assert max(jax.tree.leaves(ratio)) < 1e-6
 
     mean, _ = fast_round(run, stage, params, 1)

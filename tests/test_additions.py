@@ -1,0 +1,188 @@
+"""Additions to a stage: off changes nothing, on does what it says, and the ledger prices it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from test_rounds import fast_round, max_difference, parts, prepare
+
+from lwfedssl_jax import resources, simulate, tree
+from lwfedssl_jax.additions import TERMS, kept_layers
+from lwfedssl_jax.client import client_init, client_step
+from lwfedssl_jax.config import override
+from lwfedssl_jax.stages import Stage, freeze
+
+
+def two_steps(run: simulate.Run, stage: Stage, params: tree.Tree | None = None) -> tuple[tree.Tree, jax.Array]:
+    """A client's trainable part and loss after two steps in a stage."""
+    sent = parts(stage, params or simulate.initial_params(run))
+    images, mask = jnp.asarray(run.dataset.train_images[:8]), jnp.arange(8) < 7
+
+    @jax.jit
+    def train(sent: Any) -> Any:
+        state = client_init(run.task, sent.trainable)
+        for i in range(2):
+            state, loss = client_step(run.task, state, sent, images, mask, jax.random.key(i))
+        return state.trainable, loss
+
+    return jax.device_get(train(sent))
+
+
+def with_task(run: simulate.Run, **changes: Any) -> simulate.Run:
+    return run._replace(task=run.task._replace(**changes))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_of_zero_weight_changes_nothing_bit_for_bit(name: str) -> None:
+    run = prepare(small_config())
+    plain, loss = two_steps(run, run.stages[1])
+    zero, zero_loss = two_steps(with_task(run, terms=((TERMS[name], 0.0),)), run.stages[1])
+    assert loss == zero_loss
+    assert max_difference(plain, zero) == 0
+    some, _ = two_steps(with_task(run, terms=((TERMS[name], 0.5),)), run.stages[1])
+    assert max_difference(plain, some) > 1e-6
+
+
+def test_a_strong_proximal_term_keeps_clients_near_the_global_model() -> None:
+    free, held = (prepare(small_config(additions__terms=terms)) for terms in ((), ("proximal=1000",)))
+    moved = [
+        fast_round(run, run.stages[0], simulate.initial_params(run), 1)[1]["client_distance"] for run in (free, held)
+    ]
+    assert moved[1] < 0.8 * moved[0]
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "progressive"])
+def test_depth_dropout_at_rate_0_changes_nothing_and_at_rate_1_skips_exactly_the_droppable(strategy: str) -> None:
+    run = prepare(small_config(strategy__name=strategy))
+    stage = run.stages[2]
+    plain, loss = two_steps(run, stage)
+    tiny, tiny_loss = two_steps(with_task(run, depth_dropout=1e-30), stage)  # the machinery runs, and drops nothing
+    assert loss == tiny_loss
+    assert max_difference(plain, tiny) == 0
+
+    everything, _ = two_steps(with_task(run, depth_dropout=1.0), stage)
+    # The same without layers 1 and 2, which earlier stages trained: layer 3 directly on the embedding.
+    params = simulate.initial_params(run)
+    if strategy == "progressive":
+        blocks = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), params["encoder"]["blocks"])
+        params = params | {"encoder": params["encoder"] | {"blocks": blocks}}
+    expected, _ = two_steps(run, stage._replace(depth=1, frozen_depth=0, trained_before=0), params)
+    if strategy == "progressive":
+        last = jax.tree.map(lambda x: x[2], everything["encoder"]["blocks"])
+        first = jax.tree.map(lambda x: x[0], expected["encoder"]["blocks"])
+        assert max_difference(last, first) < 1e-6
+        # Layers that no step ran have not moved at all but by weight decay, 1e-5 of a step of 0.1 each.
+        start = simulate.initial_params(run)["encoder"]["blocks"]["qkv"]["kernel"]
+        np.testing.assert_allclose(everything["encoder"]["blocks"]["qkv"]["kernel"][:2], start[:2], rtol=1e-5)
+    else:
+        assert max_difference(everything, expected) < 1e-6
+
+
+def test_layers_are_skipped_at_the_asked_rate_and_only_where_allowed() -> None:
+    def draw(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return kept_layers(jax.random.key(i), 0.3, droppable=4, first=1, depth=5, layers=8)
+
+    order, count = jax.vmap(draw)(jnp.arange(4000))
+    runs = np.zeros((4000, 8), bool)
+    for i in range(4000):
+        kept = np.asarray(order[i][: count[i]])
+        assert np.all(np.diff(kept) > 0)
+        runs[i, kept] = True
+    assert runs[:, 3:5].all()  # layers 5 and 6 of the encoder: not among its first four
+    assert not runs[:, 5:].any()
+    np.testing.assert_allclose(runs[:, :3].mean(axis=0), 0.7, atol=0.03)
+
+
+def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
+    config = small_config(additions__depth_dropout=0.5, federation__rounds=6, federation__local_epochs=3)
+    plain = resources.ledger(override(config, {"additions.depth_dropout": 0.0}))["per_stage"]
+    half = resources.ledger(config)["per_stage"]
+    all_ = resources.ledger(override(config, {"additions.depth_dropout": 1.0}))["per_stage"]
+    for key in ("flops_paper_rule", "flops_executed"):
+        assert half[0][key] == plain[0][key]
+        assert half[2][key] == pytest.approx((plain[2][key] + all_[2][key]) / 2, abs=1)
+        # Two blocks are skipped; the block that trains costs three times as much and more, the heads besides.
+        assert 0.2 * plain[2][key] < plain[2][key] - all_[2][key] < plain[2][key]
+    run = prepare(config)
+    params = simulate.initial_params(run)
+    lines = [fast_round(run, run.stages[2], params, number)[1] for number in range(1, 7)]
+    assert np.mean([line["layers_skipped"] for line in lines]) == pytest.approx(0.5, abs=0.1)
+    assert "layers_skipped" not in fast_round(run, run.stages[0], params, 1)[1]
+
+
+def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced() -> None:
+    config = small_config(
+        additions__calibration_steps=3, partition__server_share=0.2, objective__name="mocov3", objective__momentum=0.5
+    )
+    run = prepare(config)
+    stage, params = run.stages[1], simulate.initial_params(run)
+    after, line = fast_round(run, stage, params, 4)
+    plain, _ = fast_round(prepare(override(config, {"additions.calibration_steps": 0})), stage, params, 4)
+
+    # The reference: the clients' average, then the objective's step on everything that exists, batch by batch.
+    whole = stage._replace(frozen_depth=0, trained_before=0)
+    frozen, trainable = freeze(run.layers, 0, stage.depth)
+    sent = parts(whole._replace(trainable=trainable, frozen=frozen, rows=tree.rows(trainable)), plain)
+    state = client_init(run.task, sent.trainable)
+    server_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.runtime.seed), 2), 4)
+    losses = []
+    for i in range(3):
+        key = jax.random.fold_in(server_key, i)
+        batch = min(run.config.optimizer.batch_size, len(run.server_images))
+        drawn = jax.random.choice(jax.random.fold_in(key, 1), len(run.server_images), (batch,), replace=False)
+        images = jnp.asarray(run.server_images)[drawn]
+        step = jax.jit(lambda s, x, k: client_step(run.task, s, sent, x, jnp.ones(len(x), bool), k))
+        state, loss = step(state, images, jax.random.fold_in(key, 2))
+        losses.append(float(loss))
+    expected = tree.put(plain, tree.rows(trainable), state.trainable)
+    assert max_difference(after, jax.device_get(expected)) < 2e-4
+    assert line["calibration_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    moved = np.abs(after["encoder"]["blocks"]["qkv"]["kernel"] - plain["encoder"]["blocks"]["qkv"]["kernel"]).max(
+        (1, 2)
+    )
+    assert np.all(moved[:2] > 1e-4)
+    assert moved[2] == 0
+    assert len(run.server_images) == 12
+    assert sum(run.clients.sizes) <= 48
+
+    ledgers = [resources.ledger(override(config, {"additions.calibration_steps": n})) for n in (0, 3)]
+    for row, calibrated in zip(*(ledger["per_stage"] for ledger in ledgers), strict=True):
+        frozen_bytes = 4 * tree.size(resources.stage_parts(config)[row["stage"] - 1].frozen) * row["rounds"]
+        assert calibrated["download_bytes"] == row["download_bytes"] + frozen_bytes
+        assert calibrated["upload_bytes"] == row["upload_bytes"]
+    assert ledgers[0]["server_flops_executed"] == 0
+    assert ledgers[1]["server_flops_executed"] > 0
+    assert ledgers[1]["total_bytes"] <= ledgers[1]["worst_case_total_bytes"] == ledgers[0]["worst_case_total_bytes"]
+
+
+def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A joiner fetches all layers, a returner those finished since, all fetch the last stage's when a stage begins."""
+    run = prepare(small_config())
+    cohorts = {1: [0, 1], 2: [0, 1], 3: [0, 2], 4: [0, 1, 2, 3]}
+    stages = {1: run.stages[0], 2: run.stages[1], 3: run.stages[1], 4: run.stages[2]}
+    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
+    simulator = simulate.Simulator(run)
+    params = simulator.place(simulate.initial_params(run))
+    size = {n: 0 for n in range(4)}
+    for x, n in zip(jax.tree.leaves(params), jax.tree.leaves(run.layers), strict=True):
+        for number in np.ravel(n):
+            size[int(number)] += x.nbytes // n.size
+    for number, lacking in ((1, []), (2, [1, 1]), (3, [1]), (4, [2, 1, 2, 2, 1, 2])):
+        stage = stages[number]
+        line = simulator.run_round(stage, params, None, number)[2]
+        trained = size[0] + size[stage.number]
+        assert line["upload_bytes"] == trained
+        assert line["download_bytes"] == len(cohorts[number]) * trained + sum(size[layer] for layer in lacking)
+
+    resumed = simulate.Simulator(
+        run._replace(
+            stages=[
+                s._replace(first_round=f, rounds=r) for s, f, r in zip(run.stages, (0, 1, 3), (1, 2, 1), strict=True)
+            ]
+        )
+    )
+    resumed.take_up(3, {})
+    assert resumed.run_round(run.stages[2], params, None, 4)[2]["download_bytes"] == line["download_bytes"]

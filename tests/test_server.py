@@ -1,0 +1,229 @@
+"""What the server does after a round, and what clients keep between rounds, against plain loops."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from test_rounds import SIZES, max_difference, prepare
+
+from lwfedssl_jax import simulate, tree
+from lwfedssl_jax.aggregation import AGGREGATORS, WEIGHTED_MEAN
+from lwfedssl_jax.checkpoint import WorkDir
+from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.starts import distance
+from lwfedssl_jax.tree import Tree
+
+
+class Probe:
+    """An aggregator's ``add`` that hands every client's trained model out to the test."""
+
+    def __init__(self, aggregator: Any) -> None:
+        self.models: list[Tree] = []
+
+        def add(sent: Any, trained: Tree, examples: jax.Array) -> Tree:
+            jax.debug.callback(self._take, trained, examples, ordered=False)
+            return aggregator.add(sent, trained, examples)
+
+        self.aggregator = aggregator._replace(add=add)
+
+    def _take(self, trained: Tree, examples: np.ndarray) -> None:
+        if examples > 0:
+            self.models.append((jax.tree.map(np.array, trained), float(examples)))
+
+
+def two_rounds(run: simulate.Run) -> tuple[list[Tree], list[list[tuple[Tree, float]]]]:
+    """Global models before and after each of two rounds, and what the clients made in each."""
+    probe = Probe(run.aggregator)
+    simulator = simulate.Simulator(run._replace(aggregator=probe.aggregator))
+    stage = run.stages[0]
+    models, trained, state = [simulator.place(simulate.initial_params(run))], [], None
+    for number in (1, 2):
+        params, state, _ = simulator.run_round(stage, models[-1], state, number)
+        jax.effects_barrier()
+        models.append(params)
+        trained.append(probe.models)
+        probe.models = []
+    return jax.device_get(models), trained
+
+
+def mean(clients: list[tuple[Tree, float]]) -> Tree:
+    total = sum(n for _, n in clients)
+    return jax.tree.map(
+        lambda *xs: sum(n * x for (_, n), x in zip(clients, xs, strict=True)) / total, *[m for m, _ in clients]
+    )
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam"])
+def test_server_optimizers_equal_their_formulas(name: str) -> None:
+    run = prepare(
+        small_config(
+            strategy__name="end_to_end",
+            objective__name="simclr",
+            federation__aggregator=name,
+            federation__server_learning_rate=0.5,
+            federation__server_momentum=0.6,
+            federation__server_epsilon=1e-2,
+        )
+    )
+    (first, second, third), (one, two) = two_rounds(run)
+    assert sorted(n for _, n in one) == sorted(SIZES)
+    m, v, found = 0.0, 0.0, [second, third]
+    flat = lambda x: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)])  # noqa: E731
+    before = [first, second]
+    for t, clients in enumerate((one, two), 1):
+        change = flat(mean(clients)) - flat(before[t - 1])
+        if name == "fedavg":
+            expected = flat(mean(clients))
+        elif name == "fedavgm":
+            m = 0.6 * m + change
+            expected = flat(before[t - 1]) + 0.5 * m
+        else:
+            m, v = 0.6 * m + 0.4 * change, 0.99 * v + 0.01 * change**2
+            expected = flat(before[t - 1]) + 0.5 * (m / (1 - 0.6**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-2)
+        np.testing.assert_allclose(flat(found[t - 1]), expected, atol=2e-6)
+        assert np.abs(change).max() > 1e-3
+
+
+def test_ldawa_weighs_every_parameter_of_every_layer_by_its_cosine() -> None:
+    run = prepare(small_config(strategy__name="progressive", objective__name="simclr", federation__aggregator="ldawa"))
+    (before, after, _), (clients, _) = two_rounds(run)
+    rows = run.stages[0].rows
+    sent = tree.take(before, rows)
+    kernels = {
+        "stacked, first layer": lambda p: p["encoder"]["blocks"]["qkv"]["kernel"][0],
+        "stacked bias": lambda p: p["encoder"]["blocks"]["fc1"]["bias"][0],
+        "plain": lambda p: p["projection"]["Dense_0"]["kernel"],
+    }
+    for name, part in kernels.items():
+        total, weights = 0.0, 0.0
+        for model, n in clients:
+            w, g = part(model), part(sent)
+            norms = np.linalg.norm(w) * np.linalg.norm(g)
+            cosine = max(float((w * g).sum() / norms), 0) if norms else 1.0
+            total, weights = total + n * cosine * w, weights + n * cosine
+        np.testing.assert_allclose(part(after), total / weights, atol=1e-6, err_msg=name)
+        if name != "stacked bias":
+            assert np.abs(part(after) - part(mean(clients))).max() > 1e-7
+    np.testing.assert_array_equal(
+        after["encoder"]["blocks"]["qkv"]["kernel"][1:], before["encoder"]["blocks"]["qkv"]["kernel"][1:]
+    )
+
+
+def test_every_aggregator_runs_and_has_a_name() -> None:
+    with pytest.raises(ConfigError, match=r"aggregator: unknown 'mean'; accepted: fedavg, fedavgm, fedadam, ldawa"):
+        prepare(small_config(federation__aggregator="mean"))
+    assert AGGREGATORS["fedavg"](small_config()) is WEIGHTED_MEAN
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("name", ["fedu", "fedema"])
+def test_clients_begin_from_their_own_model_as_the_papers_say(
+    name: str, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds two and three without local updates: a client's model after the round is the one it began with."""
+    config = small_config(
+        strategy__name="end_to_end",
+        objective__name="byol",
+        federation__client_start=name,
+        federation__divergence=0.7,
+        runtime__lanes=lanes,
+    )
+    run = prepare(config)
+    monkeypatch.setattr(simulate, "CALL_STEPS", 3)
+    simulator = simulate.Simulator(run)
+    params = simulator.place(simulate.initial_params(run))
+    after, state, _ = simulator.run_round(run.stages[0], params, None, 1)
+    own = state.clients
+    assert sorted(own) == [0, 1, 2, 3]
+    assert all(m.known for m in own.values())
+    models = [(own[c].trainable, SIZES[c]) for c in own]
+    assert max_difference(mean(models), jax.device_get(after)) < 1e-6
+
+    apart = {c: float(distance(jax.device_get(after), own[c].trainable)) for c in own}
+    divergence = 0.7 if name == "fedema" else float(np.median(list(apart.values())))
+    no_update = run.task.optimizer._replace(update=lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), s))
+    still = simulate.Simulator(run._replace(task=run.task._replace(optimizer=no_update, divergence=divergence)))
+    branches = set()
+    for number, grown in ((2, 1.0), (3, 1.1)):
+        received = jax.tree.map(lambda x, by=grown: by * x, jax.device_get(after))
+        before = {c: (memory, float(distance(received, memory.trainable))) for c, memory in state.clients.items()}
+        _, state, _ = still.run_round(run.stages[0], still.place(received), state, number)
+        for c, (memory, apart_now) in before.items():
+            if name == "fedema":
+                mu = min(0.7 / apart[c] * apart_now, 1)  # the scale of the second round, kept
+                expected = tree.ema(memory.trainable, received, mu)
+                assert state.clients[c].scale == pytest.approx(0.7 / apart[c], rel=1e-4)
+                branches.add(mu == 1)
+            else:
+                near = apart_now < divergence
+                expected = received | {"prediction": (received if near else memory.trainable)["prediction"]}
+                branches.add(near)
+            assert max_difference(state.clients[c].trainable, expected) < 1e-5
+    assert branches == {True, False}
+
+
+def test_only_clients_that_took_part_are_kept_and_a_resumed_run_has_them(tmp_path: Path) -> None:
+    from test_simulate import Interrupting, train
+
+    config = small_config(
+        strategy__name="end_to_end",
+        objective__name="byol",
+        federation__client_start="fedema",
+        federation__aggregator="fedavgm",
+        federation__clients_per_round=2,
+        federation__rounds=4,
+        partition__clients=6,
+    )
+    train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", Interrupting(2))
+    _, saved = WorkDir(tmp_path / "parts", config).restore() or (0, {})
+    assert 2 <= len(saved["clients"]) <= 4
+    assert saved["server"]
+    train(config, tmp_path / "parts")
+    whole, parts = ((tmp_path / name / "encoder.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    a, b = (
+        [{k: v for k, v in line.items() if k != "seconds"} for line in WorkDir(tmp_path / n, config).metrics()]
+        for n in ("whole", "parts")
+    )
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"federation__client_start": "fedema"}, "federation.client_start: fedema keeps whole models"),
+        (
+            {"federation__client_start": "fedu", "strategy__name": "end_to_end", "objective__name": "simclr"},
+            "federation.client_start: fedu needs a target branch",
+        ),
+        (
+            {"federation__client_start": "mine"},
+            "federation.client_start: unknown 'mine'; accepted: global",
+        ),
+        ({"additions__calibration_steps": 3}, "additions.calibration_steps: 3 steps need images"),
+        (
+            {"additions__depth_dropout": 0.5, "strategy__name": "end_to_end"},
+            "additions.depth_dropout: 0.5 skips",
+        ),
+        (
+            {"additions__depth_dropout": 0.5, "strategy__layers_per_stage": 3},
+            "additions.depth_dropout: 0.5 skips",
+        ),
+        ({"additions__terms": ("proximal",)}, "additions.terms: 'proximal' is not valid; accepted: NAME=WEIGHT"),
+        ({"additions__terms": ("l1=1",)}, "additions.terms: 'l1=1' is not valid"),
+        ({"additions__terms": ("proximal=1", "proximal=2")}, "additions.terms: 'proximal=2' is not valid"),
+        ({"additions__terms": ("proximal=-1",)}, "additions.terms: 'proximal=-1' is not valid"),
+    ],
+)
+def test_combinations_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        simulate.prepare(small_config(**changes))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert "accepted: " in str(error.value)
