@@ -23,6 +23,7 @@ from lwfedssl_jax.config import Config, ConfigError
 
 USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
 ADVICE = "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, or --runtime.feed streamed"
+PICTURES = (".png", ".pdf", ".svg")
 EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -54,6 +55,8 @@ class Resources:
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     json: bool = False
     """Print JSON instead of a table."""
+    plot: Path | None = None
+    """Also draw it, over the rounds and over numbers of local epochs: a file that ends in .png, .pdf or .svg."""
     memory: bool = True
     """Compile one client's training step of each stage to learn its peak memory."""
     compilation_cache: str | None = None
@@ -152,6 +155,11 @@ def resources(arguments: list[str]) -> None:
     from lwfedssl_jax.stages import STRATEGIES, stage_depths
 
     config = configs.resolve(options.config)
+    if options.plot and (options.plot.suffix not in PICTURES or not options.plot.parent.is_dir()):
+        raise ConfigError(
+            f"--plot: {options.plot} cannot be drawn; accepted: a file in an existing folder, that ends in "
+            f"{', '.join(PICTURES)}"
+        )
     devices.set_up_cache(options.compilation_cache)
     for name in STRATEGIES:  # all must be able to run
         stage_depths(configs.override(config, {"strategy.name": name}))
@@ -160,6 +168,8 @@ def resources(arguments: list[str]) -> None:
         strategies = ledgers.all_strategies(
             config, memory=options.memory, notify=lambda what: status.update(f"compiling {what}")
         )
+    if options.plot:
+        report.plot_resources(strategies, config.federation.local_epochs, options.plot)
     if options.json:
         plain = {
             "config": configs.to_dict(config),
@@ -190,7 +200,7 @@ def print_help() -> None:
     print(USAGE + "\n")
     print("  train CONFIG [--section.field VALUE ...] [--workdir DIR]")
     print("      train, evaluate, write the work directory; continues an unfinished run")
-    print("  resources CONFIG [--section.field VALUE ...] [--json] [--no-memory]")
+    print("  resources CONFIG [--section.field VALUE ...] [--json] [--no-memory] [--plot FILE.png]")
     print("      what one client spends under each strategy; trains nothing")
     print("  list")
     print("      the configs that exist\n")

@@ -1,7 +1,7 @@
 """Plots and tables of runs, for eyes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,61 @@ from rich.table import Table
 
 MIB = 2**20
 SHOWN_CLIENTS = 200
+SHOWN_EPOCHS = 10
+TRAFFIC_LABEL = "traffic of a client drawn every round, both directions (MiB)"
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers also survive a grey print.
+STYLES = [
+    {"color": color, "marker": marker, "markersize": 5}
+    for color, marker in zip(
+        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^v<>", strict=True
+    )
+]
 
 
 def plot_clients(labels_N: np.ndarray, clients: Sequence[np.ndarray], workdir: Path) -> None:
     """``plots/clients.png``: how many examples of each class each client owns (of many clients the first ones)."""
-    shown = range(min(len(clients), SHOWN_CLIENTS))
-    counts_KxC = np.stack([np.bincount(labels_N[clients[i]], minlength=labels_N.max() + 1) for i in shown])
     figure, axes = _figure("Who owns what")
-    image = axes.imshow(counts_KxC.T, aspect="auto", cmap="cividis", interpolation="nearest")
+    image = axes.imshow(_class_counts(labels_N, clients).T, aspect="auto", cmap="cividis", interpolation="nearest")
     figure.colorbar(image, label="examples")
     axes.set(xlabel="client", ylabel="class")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
-    _save(figure, workdir, "clients")
+    _save(figure, workdir / "plots" / "clients.png")
+
+
+def plot_partitions(labels_N: np.ndarray, populations: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
+    """Several partitions of the same data beside each other: each client's classes, and how much it owns.
+
+    Args:
+      labels_N: of all training examples.
+      populations: what each panel shows (of many clients the first ones), by its title.
+      path: of the picture.
+    """
+    counts = {title: _class_counts(labels_N, clients) for title, clients in populations.items()}
+    shares = {title: 100 * c / np.maximum(c.sum(1, keepdims=True), 1) for title, c in counts.items()}
+    figure, axes = _panels(
+        2, len(counts), size=(2.2 * len(counts) + 1.2, 3.6), sharex="col", sharey="row", height_ratios=(1, 3)
+    )
+    for (title, counts_KxC), (top, below) in zip(counts.items(), axes.T, strict=True):
+        top.set_title(title)
+        top.bar(range(len(counts_KxC)), counts_KxC.sum(1), width=0.8, color="0.4")
+        image = below.imshow(
+            shares[title].T,
+            aspect="auto",
+            cmap="Blues",
+            interpolation="nearest",
+            vmin=0,
+            vmax=max(x.max() for x in shares.values()),
+        )
+        below.set(xlabel="client")
+        below.xaxis.get_major_locator().set_params(integer=True)
+        below.yaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set(ylabel="examples")
+    axes[1, 0].set(ylabel="class")
+    figure.align_ylabels(axes[:, 0])
+    figure.colorbar(image, ax=axes, label="share of the client's examples (%)")
+    _save(figure, path)
 
 
 def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
@@ -32,26 +74,140 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     figure, axes = _figure("Training loss")
     trained = [line for line in rounds if line["loss"] is not None]
     axes.plot([line["round"] for line in trained], [line["loss"] for line in trained], color="tab:blue")
-    for before, after in itertools.pairwise(rounds):
-        if before["stage"] != after["stage"]:
-            axes.axvline(before["round"] + 0.5, color="0.7", linestyle=":")
-    axes.set(xlabel="round (dotted: a new stage)", ylabel="mean loss of a sample")
-    _save(figure, workdir, "loss")
+    _mark_stages(axes, rounds)
+    axes.set(ylabel="mean loss of a sample")
+    _save(figure, workdir / "plots" / "loss.png")
 
-    # All that was exchanged so far, over the clients drawn each round.
-    sent = np.cumsum([line["download_bytes"] + line["upload_bytes"] for line in rounds])
-    drawn = rounds[0]["clients"] + rounds[0]["dropped"]
-    traffic = {0: 0.0} | {line["round"]: total / drawn / MIB for line, total in zip(rounds, sent, strict=True)}
+    traffic = traffic_by_round(lines)
     figure, axes = _figure("Accuracy against traffic")
     evaluations = [line for line in lines if line.get("event") == "evaluation"]
     for marker, protocol in zip("osD^v<>*", dict.fromkeys(line["protocol"] for line in evaluations), strict=False):
         points = [line for line in evaluations if line["protocol"] == protocol]
         x, y = [traffic[p["round"]] for p in points], [100 * p["accuracy"] for p in points]
         axes.errorbar(x, y, [100 * p.get("std", 0) for p in points], marker=marker, capsize=3, label=_words(protocol))
-    axes.set(xlabel="traffic of a client drawn every round, both directions (MiB)", ylabel="accuracy (%)")
+    axes.set(xlabel=TRAFFIC_LABEL, ylabel="accuracy (%)")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    _save(figure, workdir, "accuracy")
+    _save(figure, workdir / "plots" / "accuracy.png")
+
+
+def plot_distance(lines: list[dict[str, Any]], path: Path) -> None:
+    """How far the clients' models of a round are apart, over the rounds; rounds without any are left out."""
+    rounds = [line for line in lines if "event" not in line]
+    known = [line for line in rounds if line["client_distance"] is not None]
+    figure, axes = _figure("How far clients' models are apart")
+    axes.plot(
+        [line["round"] for line in known],
+        [line["client_distance"] for line in known],
+        **STYLES[0] | {"markersize": 3},
+    )
+    _mark_stages(axes, rounds)
+    axes.set(ylabel="distance from their mean\n(L2 norm of trained parameters,\nweighted RMS over clients)")
+    axes.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def plot_accuracy_against_traffic(
+    runs: Mapping[str, Sequence[list[dict[str, Any]]]], protocol: str, path: Path
+) -> None:
+    """Accuracy by one protocol against traffic: a line a label, a band of one standard deviation over its runs.
+
+    Args:
+      runs: for each label the lines of ``metrics.jsonl`` of its runs, which differ in the seed; what all of
+        them have evaluated is shown.
+      protocol: such as ``knn`` or ``linear_probe_5``.
+      path: of the picture.
+
+    Raises:
+      ValueError: the protocol has judged the runs of a label at no round that they share.
+    """
+    figure, axes = _figure(f"Accuracy against traffic: {_words(protocol)}")
+    most = 0
+    for style, (label, seeds) in zip(itertools.cycle(STYLES), runs.items(), strict=False):
+        accuracies = [
+            {line["round"]: 100 * line["accuracy"] for line in lines if line.get("protocol") == protocol}
+            for lines in seeds
+        ]
+        rounds = sorted(set.intersection(*map(set, accuracies)))
+        if not rounds:
+            raise ValueError(f"{protocol!r} has judged the runs of {label!r} at no round that they share")
+        traffic = np.mean([[spent[r] for r in rounds] for spent in map(traffic_by_round, seeds)], 0)
+        accuracy_SxR = np.array([[accuracy[r] for r in rounds] for accuracy in accuracies])
+        mean, spread = accuracy_SxR.mean(0), accuracy_SxR.std(0, ddof=1 if len(seeds) > 1 else 0)
+        axes.plot(traffic, mean, label=label, **style)
+        if len(seeds) > 1:
+            axes.fill_between(
+                traffic, mean - spread, np.minimum(mean + spread, 100), color=style["color"], alpha=0.2, linewidth=0
+            )
+        most = max(most, len(seeds))
+    axes.set(xlabel=TRAFFIC_LABEL, ylabel="accuracy (%)")
+    title = "mean ± standard deviation over runs" if most > 1 else None
+    figure.legend(loc="outside lower center", ncols=3, title=title)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, path: Path) -> None:
+    """What a client spends by strategy: over the rounds, and in all for other numbers of local epochs.
+
+    Args:
+      strategies: ledgers as ``resources.all_strategies`` gives them; memory is left out where it is None.
+      local_epochs: that the ledgers hold for.
+      path: of the picture.
+    """
+    memory = all(ledger["peak_memory_bytes"] is not None for ledger in strategies.values())
+    epochs = np.arange(1, max(SHOWN_EPOCHS, local_epochs) + 1)
+    figure, axes = _panels(2, 2 + memory, size=(3.2 * (2 + memory), 5.6))
+    (*_, operations, traffic), (*_, operations_of_e, traffic_of_e) = axes
+    for number, (style, (name, ledger)) in enumerate(zip(itertools.cycle(STYLES), strategies.items(), strict=False)):
+        rounds = [stage["rounds"] for stage in ledger["per_stage"]]
+        line = {**style, "label": name}
+        rule = {**style, "linestyle": "--", "markerfacecolor": "none"}
+        # Lines may coincide: their markers take turns.
+        sparse = {"markevery": (number * (sum(rounds) // 24), max(1, sum(rounds) // 8))}
+        in_turn = {"markevery": (number, len(strategies))}
+
+        executed, by_rule = (_cumulative(ledger, key) / 1e9 for key in ("flops_executed", "flops_paper_rule"))
+        exchanged = (_cumulative(ledger, "download_bytes") + _cumulative(ledger, "upload_bytes")) / MIB
+        operations.plot(executed, **line, **sparse)
+        operations.plot(by_rule, **rule, **sparse)
+        traffic.plot(exchanged, **line, **sparse)
+        operations_of_e.plot(epochs, epochs * executed[-1] / local_epochs, **line, **in_turn)
+        operations_of_e.plot(epochs, epochs * by_rule[-1] / local_epochs, **rule, **in_turn)
+        traffic_of_e.plot(epochs, np.full(len(epochs), exchanged[-1]), **line, **in_turn)
+        if memory:
+            peaks = np.repeat([stage["peak_memory_bytes"] / MIB for stage in ledger["per_stage"]], rounds)
+            axes[0, 0].plot(range(1, len(peaks) + 1), peaks, drawstyle="steps-mid", **line, **sparse)
+            axes[1, 0].plot(epochs, np.full(len(epochs), max(peaks)), **line, **in_turn)
+
+    labels = [("Peak memory of a step", "MiB", "")] * memory + [
+        ("Operations a sample", "10⁹ multiply-adds", " so far"),
+        ("Traffic both ways", "MiB", " so far"),
+    ]
+    for (over, of_e), (label, unit, so_far) in zip(axes.T, labels, strict=True):
+        over.set(xlabel="round", ylabel=f"{label}{so_far}\n({unit})")
+        of_e.set(xlabel="local epochs E", ylabel=f"{label}\n({unit})")
+        of_e.axvline(local_epochs, color="0.3", linestyle=":")
+        for panel in (over, of_e):
+            panel.set_ylim(0, 1.08 * panel.dataLim.y1)
+            panel.grid(alpha=0.3)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_title("By round", loc="left", fontweight="bold")
+    axes[1, 0].set_title("In all, by local epochs", loc="left", fontweight="bold")
+    figure.align_ylabels()
+    traffic_of_e.plot([], [], color="0.3", linestyle="--", label="by the paper's rule")
+    traffic_of_e.plot([], [], color="0.3", linestyle=":", label=f"E = {local_epochs} of this config")
+    figure.legend(*traffic_of_e.get_legend_handles_labels(), loc="outside lower center", ncols=3 + 2 * memory)
+    _save(figure, path)
+
+
+def traffic_by_round(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """MiB that a client drawn every round has exchanged after each round, both directions, from ``metrics.jsonl``."""
+    rounds = [line for line in lines if "event" not in line]
+    # All that was exchanged so far, over the clients drawn each round.
+    sent = np.cumsum([line["download_bytes"] + line["upload_bytes"] for line in rounds])
+    drawn = rounds[0]["clients"] + rounds[0]["dropped"]
+    return {0: 0.0} | {line["round"]: total / drawn / MIB for line, total in zip(rounds, sent, strict=True)}
 
 
 def summary_tables(summary: dict[str, Any]) -> Group:
@@ -103,15 +259,37 @@ def _percent(result: dict[str, Any]) -> str:
     return f"{100 * result['accuracy']:.1f}{spread}"
 
 
+def _cumulative(ledger: dict[str, Any], key: str) -> np.ndarray:
+    """What has been spent after each round, beginning with 0: a stage's rounds cost the same."""
+    a_round = [np.full(stage["rounds"], stage[key] / stage["rounds"]) for stage in ledger["per_stage"]]
+    return np.cumsum(np.concatenate([[0.0], *a_round]))
+
+
+def _class_counts(labels_N: np.ndarray, clients: Sequence[np.ndarray]) -> np.ndarray:
+    shown = range(min(len(clients), SHOWN_CLIENTS))
+    return np.stack([np.bincount(labels_N[clients[i]], minlength=labels_N.max() + 1) for i in shown])
+
+
+def _mark_stages(axes: Any, rounds: list[dict[str, Any]]) -> None:
+    for before, after in itertools.pairwise(rounds):
+        if before["stage"] != after["stage"]:
+            axes.axvline(before["round"] + 0.5, color="0.7", linestyle=":")
+    axes.set(xlabel="round (dotted: a new stage)")
+
+
 def _figure(title: str) -> tuple[Any, Any]:
+    figure, axes = _panels(1, 1, size=(6, 4))
+    axes[0, 0].set_title(title)
+    return figure, axes[0, 0]
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float], **layout: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    return figure, axes
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **layout)
 
 
-def _save(figure: Any, workdir: Path, name: str) -> None:
-    (workdir / "plots").mkdir(exist_ok=True)
-    figure.savefig(workdir / "plots" / f"{name}.png", dpi=120)
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)

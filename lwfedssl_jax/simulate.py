@@ -608,5 +608,8 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict
     }
     workdir.save_encoder(params["encoder"] | ({"statistics": params["statistics"]} if params["statistics"] else {}))
     report.plot_metrics(lines, workdir.path)
+    plots = workdir.path / "plots"
+    report.plot_distance(lines, plots / "client_distance.png")
+    report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
     return summary

@@ -54,6 +54,14 @@ def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_resources_draws_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / f"costs{suffix}"
+    assert cli.main(["resources", "quickstart", *TINY, "--no-memory", "--plot", str(file)]) == 0
+    assert "end_to_end" in capsys.readouterr().out
+    assert file.stat().st_size > 5000
+
+
 def test_train_prints_progress_and_a_table_and_then_only_the_summary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled: list[str]
 ) -> None:
@@ -93,6 +101,8 @@ BAD = [
     (["train", "quickstart", "--data.name", "tfds:nothing_here"], "data.name: 'tfds:nothing_here' is not installed"),
     (["train", "../configs/quickstart"], "CONFIG: no config '../configs/quickstart'"),
     (["resources", "digits/end_to_end_simclr", "--federation.rounds", "1"], "federation.rounds: 1 rounds cannot hold"),
+    (["resources", "quickstart", "--plot", "costs.doc"], "--plot: costs.doc cannot be drawn; accepted: a file in an"),
+    (["resources", "quickstart", "--plot", "no/costs.png"], "--plot: no/costs.png cannot be drawn; accepted: a file"),
     (["resources", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Validation: one clear line for every bad value, before anything is compiled."""
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -25,10 +26,35 @@ def test_the_configs_an_experimenter_expects_exist() -> None:
     digits = {
         f"digits/{s}_{o}" for s in ("layerwise", "progressive", "end_to_end") for o in ("simclr", "byol", "mocov3")
     }
-    assert digits | {"quickstart"} | {f"paper/vit_tiny_{o}" for o in ("simclr", "byol", "mocov3")} <= set(NAMES)
+    paper = {
+        f"paper/vit_tiny_{o}{s}" for o in ("simclr", "byol", "mocov3") for s in ("", "_progressive", "_end_to_end")
+    }
+    assert digits | {"quickstart"} | paper <= set(NAMES)
     for name in digits:
         config = configs.load(name)
         assert f"{config.strategy.name}_{config.objective.name}" == name.removeprefix("digits/")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("paper/")])
+def test_a_paper_config_is_what_its_name_and_header_say(name: str) -> None:
+    header = ast.get_docstring(ast.parse((configs.CONFIG_DIR / f"{name}.py").read_text())) or ""
+    commands = [line.split() for line in header.splitlines() if line.startswith("    python run.py ")]
+    assert ["python", "run.py", "train", name] in commands
+    assert {command[-1] for command in commands} == {name}
+    config = resolve(configs.load(name))
+    # Files named after a baseline say their strategy in the header alone.
+    strategy = next((s for s in ("progressive", "end_to_end", "layerwise") if s in name), None)
+    words = {"layerwise": "LW-FedSSL", "progressive": "Prog-FedSSL", "end_to_end": "FedSSL end to end"}
+    title = header.split("\n")[0]
+    assert f", {words[config.strategy.name]}: " in title or ", centralised: " in title
+    assert strategy in (None, config.strategy.name)
+    assert f"_{config.objective.name}" in name
+    assert config.model.name in name
+
+
+def test_no_two_configs_are_the_same() -> None:
+    resolved = [json.dumps(configs.to_dict(resolve(configs.load(name)))) for name in NAMES]
+    assert len(set(resolved)) == len(NAMES)
 
 
 def test_resolve_fills_in_the_named_models_sizes() -> None:

@@ -51,7 +51,7 @@ def test_work_directory(finished: tuple[Config, Path]) -> None:
     assert written["config"]["federation"]["rounds"] == 5
     assert {"jax", "flax", "python"} <= set(written["versions"])
     assert written["device"].startswith("cpu")
-    for plot in ("clients", "loss", "accuracy"):
+    for plot in ("clients", "loss", "accuracy", "client_distance", "resources"):
         assert (path / "plots" / f"{plot}.png").stat().st_size > 5000
     summary = json.loads((path / "summary.json").read_text())
     assert (summary["strategy"], summary["objective"], summary["rounds"]) == ("layerwise", "mocov3", 5)

@@ -1,0 +1,17 @@
+"""ViT-Tiny with BYOL, FedSSL end to end: L-DAWA's aggregation.
+
+A baseline beside arXiv 2401.11647. No figure is recorded here.
+
+    python run.py resources paper/vit_tiny_byol_ldawa
+    python run.py train paper/vit_tiny_byol_ldawa
+
+The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
+(`tfds build cifar10 --file_format=array_record`).
+"""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("paper/vit_tiny_byol"),
+    {"strategy.name": "end_to_end", "federation.aggregator": "ldawa"},
+)

@@ -1,0 +1,17 @@
+"""ViT-Tiny with MoCo-v3, LW-FedSSL: server-side calibration, 10 steps a round.
+
+arXiv 2401.11647 v3: the server trains all present layers on a tenth of the images. No figure is recorded here.
+
+    python run.py resources paper/vit_tiny_mocov3_layerwise_calibration
+    python run.py train paper/vit_tiny_mocov3_layerwise_calibration
+
+The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
+(`tfds build cifar10 --file_format=array_record`).
+"""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("paper/vit_tiny_mocov3"),
+    {"strategy.name": "layerwise", "partition.server_share": 0.1, "additions.calibration_steps": 10},
+)

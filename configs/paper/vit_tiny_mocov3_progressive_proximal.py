@@ -1,0 +1,17 @@
+"""ViT-Tiny with MoCo-v3, Prog-FedSSL: a proximal term, weight 0.01.
+
+arXiv 2401.11647 with local models kept near the global one (FedProx's term). No figure is recorded here.
+
+    python run.py resources paper/vit_tiny_mocov3_progressive_proximal
+    python run.py train paper/vit_tiny_mocov3_progressive_proximal
+
+The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
+(`tfds build cifar10 --file_format=array_record`).
+"""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("paper/vit_tiny_mocov3"),
+    {"strategy.name": "progressive", "additions.terms": ("proximal=0.01",)},
+)
