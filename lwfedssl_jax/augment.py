@@ -1,11 +1,13 @@
-"""Two random views of each image: pure functions under ``jit``.
+"""Two random views of each image, or one by RandAugment: pure functions under ``jit``.
 
-Operations take one image (HxWxC floats in [0, 1]) and explicit parameters; ``two_views``
-draws the parameters. Sample i of a batch depends on the key and on i alone, so a padded
+Operations take one image (HxWxC floats in [0, 1]) and explicit parameters; ``two_views`` and
+``rand_augment`` draw the parameters. Sample i of a batch depends on the key and on i alone, so a padded
 batch gives the views of the unpadded one.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow's "L"
+
+# RandAugment (arXiv 1909.13719) with torchvision's operations, ranges and defaults.
+OPERATIONS = (
+    "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
+    "sharpness", "posterize", "solarize", "autocontrast", "equalize",
+)  # fmt: skip
+OPERATIONS_DRAWN = 2  # N
+MAGNITUDE, LARGEST_MAGNITUDE = 9, 30  # M, and of how many bins
 
 
 class Recipe(NamedTuple):
@@ -85,6 +95,70 @@ def two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: 
 def normalise(images_BxHxWxC: jax.Array, recipe: Recipe) -> jax.Array:
     """uint8 images as ``two_views`` would give them without any augmentation, float32."""
     return (images_BxHxWxC.astype(jnp.float32) / 255 - recipe.mean) / recipe.std
+
+
+def rand_augment(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: DTypeLike) -> jax.Array:
+    """One view of each image after ``OPERATIONS_DRAWN`` random operations: ``view_BxHxWxC``, normalised, in ``dtype``.
+
+    Args:
+      key: a typed key; sample i uses ``fold_in(key, i)``.
+      images_BxHxWxC: uint8.
+      recipe: only its normalisation is used.
+      dtype: of the result.
+    """
+    wide = np.promote_types(dtype, np.float32)
+
+    def sample(i: jax.Array, image: jax.Array) -> jax.Array:
+        draws = jax.random.uniform(jax.random.fold_in(key, i), (OPERATIONS_DRAWN, 2), wide)
+
+        def step(image: jax.Array, draw: jax.Array) -> tuple[jax.Array, None]:
+            operation = (draw[0] * len(OPERATIONS)).astype(jnp.int32)
+            return operate(image, operation, jnp.where(draw[1] < 0.5, -1, 1).astype(wide)), None
+
+        # A loop, for XLA to keep each operation's result: unrolled, it computes many pixels again and again.
+        return jax.lax.scan(step, image, draws)[0]
+
+    views = jax.vmap(sample)(jnp.arange(len(images_BxHxWxC)), images_BxHxWxC.astype(wide) / 255)
+    return ((views - recipe.mean) / recipe.std).astype(dtype)
+
+
+def operate(
+    image: jax.Array, operation: jax.Array, sign: jax.Array, magnitude: float = MAGNITUDE / LARGEST_MAGNITUDE
+) -> jax.Array:
+    """One of ``OPERATIONS`` by its number.
+
+    Args:
+      image: in levels of 1 / 255, or between these.
+      operation: number of the operation.
+      sign: -1 or 1, the direction of those that have two.
+      magnitude: share of the largest.
+    """
+    h, w = image.shape[:2]
+    factor = 1 + 0.9 * magnitude * sign
+
+    def only(name: str, value: float) -> jax.Array:
+        return jnp.where(operation == OPERATIONS.index(name), value * sign, 0)
+
+    def geometric(image: jax.Array) -> jax.Array:
+        shear = only("shear_y", 0.3 * magnitude), only("shear_x", 0.3 * magnitude)
+        # Whole pixels, which do not blur.
+        shift = only("translate_y", int(150 / 331 * h * magnitude)), only("translate_x", int(150 / 331 * w * magnitude))
+        return warp(image, only("rotate", math.radians(30 * magnitude)), shear, shift)
+
+    branches: list[Callable[[jax.Array], jax.Array]] = [
+        geometric,
+        lambda x: adjust_brightness(x, factor),
+        lambda x: adjust_saturation(x, factor),
+        lambda x: adjust_contrast(x, factor),
+        lambda x: adjust_sharpness(x, factor),
+        lambda x: posterize(x, 8 - round(4 * magnitude)),
+        lambda x: solarize(x, 1 - magnitude),
+        autocontrast,
+        equalize,
+    ]
+    # Batched, every branch runs on every image: all geometric operations, and none, are one of them.
+    first = len(OPERATIONS) - len(branches)
+    return cast(jax.Array, jax.lax.switch(jnp.maximum(operation - first, 0), branches, image))
 
 
 class Draws(NamedTuple):
@@ -170,9 +244,44 @@ def rotate(image: jax.Array, radians: jax.Array) -> jax.Array:
     y, x = jnp.indices((h, w)).astype(image.dtype)
     y, x = y - (h - 1) / 2, x - (w - 1) / 2
     sin, cos = jnp.sin(radians), jnp.cos(radians)
-    at = [cos * y + sin * x + (h - 1) / 2, cos * x - sin * y + (w - 1) / 2]
-    sample = lambda plane: jax.scipy.ndimage.map_coordinates(plane, at, order=1, mode="nearest")  # noqa: E731
-    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
+    return _bilinear(image, cos * y + sin * x + (h - 1) / 2, cos * x - sin * y + (w - 1) / 2)
+
+
+def warp(
+    image: jax.Array, radians: jax.Array, shear: tuple[jax.Array, jax.Array], shift: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """Rotation about the centre, shear about the top left corner and shift, bilinear, black from outside.
+
+    Meant for one of them at a time; with none of them the image stays as it is, bit for bit.
+
+    Args:
+      image: HxWxC.
+      radians: counterclockwise.
+      shear: rows per column, columns per row.
+      shift: in pixels, vertical and horizontal, of where a pixel is taken from.
+    """
+    h, w = image.shape[:2]
+    y, x = jnp.indices((h, w)).astype(image.dtype) + 0.5
+    sin, cos = jnp.sin(radians), jnp.cos(radians)
+    from_y = cos * y + (shear[0] + sin) * x + (shift[0] + h / 2 - (cos * h / 2 + sin * w / 2))
+    from_x = cos * x + (shear[1] - sin) * y + (shift[1] + w / 2 - (cos * w / 2 - sin * h / 2))
+    inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w)
+    return jnp.where(inside[..., None], _bilinear(image, from_y - 0.5, from_x - 0.5), 0)
+
+
+def _bilinear(image: jax.Array, y_HxW: jax.Array, x_HxW: jax.Array) -> jax.Array:
+    """The image between its pixels, edges repeated."""
+    h, w, c = image.shape
+    y, x = jnp.clip(y_HxW, 0, h - 1), jnp.clip(x_HxW, 0, w - 1)
+    top, left = jnp.floor(y), jnp.floor(x)
+    corner = (top * w + left).astype(jnp.int32)
+    right, down = (left < w - 1).astype(jnp.int32), (top < h - 1).astype(jnp.int32) * w
+    pixels = image.reshape(h * w, c)
+    take = lambda at: pixels.at[at].get(mode="promise_in_bounds")  # noqa: E731
+    part_y, part_x = (y - top)[..., None], (x - left)[..., None]
+    upper = take(corner) * (1 - part_x) + take(corner + right) * part_x
+    lower = take(corner + down) * (1 - part_x) + take(corner + down + right) * part_x
+    return upper * (1 - part_y) + lower * part_y
 
 
 def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
@@ -226,6 +335,42 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
     return jnp.einsum("ij,jkc->ikc", weights(h), jnp.einsum("kl,jlc->jkc", weights(w), image))
 
 
-def solarize(image: jax.Array) -> jax.Array:
-    """Pixels of at least half intensity inverted."""
-    return jnp.where(image >= 128 / 255, 1 - image, image)
+def solarize(image: jax.Array, threshold: float = 128 / 255) -> jax.Array:
+    """Pixels of at least this intensity inverted."""
+    return jnp.where(image >= threshold, 1 - image, image)
+
+
+def adjust_sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blend with the image smoothed by a 3x3 kernel of ones around a five, clipped; edges stay."""
+    rows = image[:-2] + image[1:-1] + image[2:]
+    box = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    inner = image[1:-1, 1:-1]
+    smooth = image.at[1:-1, 1:-1].set((box + 4 * inner) / 13)
+    return jnp.clip(factor * image + (1 - factor) * smooth, 0, 1)
+
+
+def posterize(image: jax.Array, bits: int) -> jax.Array:
+    """Only the highest bits of each of 256 levels kept."""
+    step = 2 ** (8 - bits)
+    return jnp.floor(jnp.round(image * 255) / step) * step / 255
+
+
+def autocontrast(image: jax.Array) -> jax.Array:
+    """Each channel stretched to the whole range."""
+    low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
+    flat = low == high
+    return jnp.where(flat, image, (image - low) / jnp.where(flat, 1, high - low))
+
+
+def equalize(image: jax.Array) -> jax.Array:
+    """Each channel's levels spread so that all are about as frequent (Pillow's ``ImageOps.equalize``)."""
+
+    def channel(plane_HxW: jax.Array) -> jax.Array:
+        level = jnp.round(plane_HxW * 255).astype(jnp.int32)
+        count = jnp.zeros(256, jnp.int32).at[level].add(1)
+        step = (level.size - count[level.max()]) // 255
+        safe = jnp.maximum(step, 1)
+        table = jnp.minimum((jnp.cumsum(count) - count + safe // 2) // safe, 255)
+        return jnp.where(step > 0, table[level].astype(image.dtype) / 255, plane_HxW)
+
+    return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)

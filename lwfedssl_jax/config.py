@@ -214,7 +214,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Which protocols judge the frozen encoder, and when."""
+    """Which protocols judge the encoder, and when."""
 
     labels_per_class: tuple[AtLeast0, ...] = (5, 20, 0)
     """Linear probes: labelled training images per class; 0 takes all of them."""
@@ -224,6 +224,16 @@ class EvaluationConfig:
     """kNN: neighbours that vote; 0 leaves kNN out."""
     every: AtLeast0 = 0
     """Evaluate every so many rounds as well as at each stage's end; 0: only there."""
+    fine_tune_epochs: AtLeast0 = 0
+    """Fine-tuning after the last round, all of the encoder with all labels: epochs (the paper: 40); 0 leaves it out."""
+    fine_tune_warmup_epochs: AtLeast0 = 10
+    """Fine-tuning: of these, epochs in which the learning rate rises; then it falls to 0 as a cosine."""
+    fine_tune_learning_rate: Positive = 1e-3
+    """Fine-tuning: AdamW's learning rate after the warm-up."""
+    fine_tune_weight_decay: NonNegative = 1e-5
+    """Fine-tuning: decoupled weight decay."""
+    fine_tune_batch_size: AtLeast1 = 256
+    """Fine-tuning: batch size."""
 
 
 @dataclass(frozen=True)
@@ -428,8 +438,16 @@ def _check_together(config: Config) -> None:
             f"federation.clients_per_round: {config.federation.clients_per_round} is more than the "
             f"population; accepted: 0 to partition.clients {config.partition.clients}"
         )
-    if not config.evaluation.labels_per_class and not config.evaluation.neighbours:
-        raise ConfigError("evaluation: no protocol is left; accepted: labels_per_class or neighbours above 0")
+    judge = config.evaluation
+    if not (judge.labels_per_class or judge.neighbours or judge.fine_tune_epochs):
+        raise ConfigError(
+            "evaluation: no protocol is left; accepted: labels_per_class, neighbours or fine_tune_epochs above 0"
+        )
+    if 0 < judge.fine_tune_epochs <= judge.fine_tune_warmup_epochs:
+        raise ConfigError(
+            f"evaluation.fine_tune_warmup_epochs: {judge.fine_tune_warmup_epochs} leaves none of "
+            f"evaluation.fine_tune_epochs {judge.fine_tune_epochs}; accepted: 0 to {judge.fine_tune_epochs - 1}"
+        )
 
 
 def _divisors(n: int) -> list[int]:

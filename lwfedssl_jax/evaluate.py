@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import precision_recall_fscore_support, recall_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -72,7 +73,7 @@ def make_encode(task: Task) -> Encode:
 
 
 def judge(config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray) -> dict[str, Result]:
-    """``{protocol: {"accuracy": ..., settings}}`` of frozen features, accuracies in [0, 1].
+    """``{protocol: {**scores, settings}}`` of frozen features.
 
     Protocols: ``linear_probe_K`` (K labelled images a class, mean and standard deviation over
     draws that are the same for every run), ``linear_probe_all``, ``knn``.
@@ -85,21 +86,37 @@ def judge(config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, tes
     return results
 
 
+def scores(true_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
+    """Accuracy, and means over classes of accuracy, precision, recall and F1, all in [0, 1].
+
+    As usual, the latter three count a class that is only ever predicted, the mean accuracy does not.
+    """
+    shared = {"average": "macro", "zero_division": 0}
+    precision, recall, f1, _ = precision_recall_fscore_support(true_N, predicted_N, **shared)
+    return {
+        "accuracy": float(np.mean(true_N == predicted_N)),
+        "mean_per_class_accuracy": float(recall_score(true_N, predicted_N, labels=np.unique(true_N), **shared)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+    }
+
+
 def linear_probe(
     dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, labels_per_class: int, draws: int
 ) -> Result:
     """Multinomial logistic regression (L2, C = 1) on standardised features; 0 labels a class means all."""
-    scores = []
+    drawn = []
     for draw in range(draws if labels_per_class else 1):
         chosen = _draw(dataset.train_labels, labels_per_class, draw)
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=PROBE_ITERATIONS))
         probe.fit(train_NxD[chosen], dataset.train_labels[chosen])
-        scores.append(probe.score(test_NxD, dataset.test_labels))
+        drawn.append(scores(dataset.test_labels, probe.predict(test_NxD)))
     return {
-        "accuracy": float(np.mean(scores)),
-        "std": float(np.std(scores)),
+        **{name: float(np.mean([of_draw[name] for of_draw in drawn])) for name in drawn[0]},
+        "std": float(np.std([of_draw["accuracy"] for of_draw in drawn])),
         "labels_per_class": labels_per_class or "all",
-        "draws": len(scores),
+        "draws": len(drawn),
         "classifier": "logistic regression (L2, C = 1) on standardised features",
         "max_iterations": PROBE_ITERATIONS,
     }
@@ -112,7 +129,7 @@ def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbour
     )
     classifier.fit(train_NxD, dataset.train_labels)
     return {
-        "accuracy": float(classifier.score(test_NxD, dataset.test_labels)),
+        **scores(dataset.test_labels, classifier.predict(test_NxD)),
         "neighbours": neighbours,
         "classifier": f"votes exp(cosine / {KNN_TEMPERATURE})",
     }

@@ -82,8 +82,12 @@ class ConsoleProgress(Listener):
         )
         self._show(self._status, always=self._number == self._stage.first_round + self._stage.rounds)
 
+    def fine_tuning(self, what: str) -> None:
+        self._show(what)
+
     def evaluation(self, line: dict[str, Any]) -> None:
-        where = f"round {line['round']}, {line['depth']} layers" if line["round"] else "untrained"
+        start = "from scratch" if "baseline" in line else "untrained"
+        where = f"round {line['round']}, {line['depth']} layers" if line["round"] else start
         self.say(f"  {where}: {line['protocol']} {100 * line['accuracy']:.1f} %")
 
     def _time_left(self) -> str:

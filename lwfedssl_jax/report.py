@@ -83,8 +83,10 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     evaluations = [line for line in lines if line.get("event") == "evaluation"]
     for marker, protocol in zip("osD^v<>*", dict.fromkeys(line["protocol"] for line in evaluations), strict=False):
         points = [line for line in evaluations if line["protocol"] == protocol]
+        points.sort(key=lambda p: int(p["round"]))  # training from scratch is written last
         x, y = [traffic[p["round"]] for p in points], [100 * p["accuracy"] for p in points]
-        axes.errorbar(x, y, [100 * p.get("std", 0) for p in points], marker=marker, capsize=3, label=_words(protocol))
+        label = _words(protocol) + (" (at 0: from scratch)" if any("baseline" in p for p in points) else "")
+        axes.errorbar(x, y, [100 * p.get("std", 0) for p in points], marker=marker, capsize=3, label=label)
     axes.set(xlabel=TRAFFIC_LABEL, ylabel="accuracy (%)")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
@@ -211,15 +213,22 @@ def traffic_by_round(lines: list[dict[str, Any]]) -> dict[int, float]:
 
 
 def summary_tables(summary: dict[str, Any]) -> Group:
-    """A finished run as two tables: accuracies against the untrained encoder, costs against the other strategies."""
-    accuracy = Table(title=f"Frozen encoder after {summary['rounds']} rounds of {summary['strategy']}")
+    """A finished run as two tables: accuracies against the untrained encoder, costs against the other strategies.
+
+    Fine-tuning stands against training from scratch, which is fine-tuning the untrained encoder.
+    """
+    accuracy = Table(title=f"Encoder after {summary['rounds']} rounds of {summary['strategy']}")
     accuracy.add_column("protocol")
     accuracy.add_column("untrained %", justify="right")
     accuracy.add_column("trained %", justify="right")
     accuracy.add_column("settings")
     for protocol, result in summary["evaluation"].items():
-        untrained = summary["baselines"]["untrained"][protocol]
-        accuracy.add_row(_words(protocol), _percent(untrained), _percent(result), _settings(result))
+        baselines = summary["baselines"]
+        if protocol in baselines["untrained"]:
+            untrained = _percent(baselines["untrained"][protocol])
+        else:
+            untrained = f"{_percent(baselines['scratch'][protocol])} (scratch)"
+        accuracy.add_row(_words(protocol), untrained, _percent(result), _settings(result))
     return Group(accuracy, resource_table(summary["strategies"], summary["strategy"]))
 
 
@@ -243,11 +252,15 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
 
 
 def _words(protocol: str) -> str:
+    if protocol == "fine_tune":
+        return "fine-tuning"
     kind, _, labels = protocol.rpartition("_")
     return f"linear probe, {labels} labels{'' if labels == 'all' else ' a class'}" if kind else "kNN"
 
 
 def _settings(result: dict[str, Any]) -> str:
+    if "epochs" in result:
+        return f"{result['epochs']} epochs of AdamW at {result['learning_rate']}, {result['views']}"
     if "neighbours" in result:
         return f"k = {result['neighbours']}, {result['classifier']}"
     draws = f"mean of {result['draws']} draws, " if result["draws"] > 1 else ""

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from lwfedssl_jax import calibration, evaluate, report, resources, tree
+from lwfedssl_jax import calibration, evaluate, finetune, report, resources, tree
 from lwfedssl_jax.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
@@ -34,6 +34,8 @@ SECONDS_OF_A_CALL = 5.0  # progress is seen after each call
 SECONDS_BETWEEN_CHECKPOINTS = 60
 GIB = 2**30
 RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before they are streamed
+
+FINE_TUNE = "fine_tune"  # the protocol's name
 
 # Streams of the seed; clients add round, client and step to theirs.
 INIT_STREAM, ROUND_STREAM, SERVER_STREAM = 0, 1, 2
@@ -57,6 +59,9 @@ class Listener:
 
     def round(self, line: dict[str, Any]) -> None:
         """A round's line of ``metrics.jsonl``."""
+
+    def fine_tuning(self, what: str) -> None:
+        """An epoch of fine-tuning begins."""
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """An evaluation's line of ``metrics.jsonl``."""
@@ -584,15 +589,41 @@ def log_evaluation(run: Run, workdir: WorkDir, listener: Listener, depth: int, n
         listener.evaluation(line)
 
 
+def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, params: Tree) -> None:
+    """Fine-tune the trained encoder, and from scratch the initial one; write a line for each that is not there yet."""
+    config, depth = run.config, run.config.model.depth
+    written = [line["round"] for line in workdir.metrics() if line.get("protocol") == FINE_TUNE]
+    scratch = {"baseline": "scratch"}
+    for number, start, baseline in ((config.federation.rounds, params, {}), (0, initial_params(run), scratch)):
+        if number in written:
+            continue
+        say = (lambda what: listener.fine_tuning(f"from scratch: {what}")) if baseline else listener.fine_tuning
+        result = finetune.fine_tune(
+            run.task,
+            run.encode,
+            config.evaluation,
+            run.dataset,
+            jax.device_get(start),  # on the mesh, every device would repeat the work
+            depth,
+            config.runtime.seed,
+            say,
+        )
+        line = {"event": "evaluation", "round": number, "depth": depth, "protocol": FINE_TUNE, **baseline, **result}
+        workdir.append(line)
+        listener.evaluation(line)
+
+
 def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict[str, Any]:
     """Write the encoder, the summary and the plots of a run whose rounds are done."""
+    if run.config.evaluation.fine_tune_epochs:
+        log_fine_tuning(run, workdir, listener, params)
     lines = workdir.metrics()
     rounds = [line for line in lines if "event" not in line]
-    results: dict[int, dict[str, Any]] = {}
+    results: dict[int | str, dict[str, Any]] = {}  # by round, or by the baseline's name
     for line in lines:
         if line.get("event") == "evaluation":
-            result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol")}
-            results.setdefault(line["round"], {})[line["protocol"]] = result
+            result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol", "baseline")}
+            results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
     strategies = resources.all_strategies(run.config, memory=True, notify=listener.compiling)
     measured = {key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")}
     summary = {
@@ -600,8 +631,8 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict
         "objective": run.config.objective.name,
         "rounds": len(rounds),
         "seconds": round(measured["seconds"], 2),
-        "evaluation": results[max(results)],
-        "baselines": {"untrained": results[0]},
+        "evaluation": results[len(rounds)],
+        "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
         "resources": strategies[run.config.strategy.name]
         | {"measured": measured | {"clients": run.config.partition.clients, "scope": "all clients, all rounds"}},
         "strategies": strategies,

@@ -17,7 +17,7 @@ ORDER = [
     ["client"],
     ["aggregation", "calibration", "starts", "traffic"],
     ["rounds", "evaluate", "resources"],
-    ["checkpoint", "report"],
+    ["finetune", "checkpoint", "report"],
     ["simulate"],
     ["progress"],
     ["cli"],

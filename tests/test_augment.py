@@ -10,7 +10,7 @@ import scipy.ndimage
 from PIL import Image, ImageEnhance, ImageOps
 
 from lwfedssl_jax import augment
-from lwfedssl_jax.augment import RECIPES, Draws, Recipe, two_views
+from lwfedssl_jax.augment import OPERATIONS, RECIPES, Draws, Recipe, rand_augment, two_views
 
 RNG = np.random.default_rng(0)
 UINT8 = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -147,3 +147,73 @@ def test_views_differ_in_blur_and_solarisation_as_moco_v3_asks() -> None:
     assert float(blurred.std()) < 0.5 * float(sharp.std())
     changed = (jnp.abs(solarized - sharp) > 1e-3).any(axis=(1, 2, 3))
     assert 0.1 < float(changed.mean()) < 0.3
+
+
+OPERATE = jax.jit(augment.operate)
+
+
+def by_pillow(image: Image.Image, name: str, sign: int) -> Image.Image:
+    """RandAugment's operations at magnitude 9 of 30, as torchvision has them."""
+    w, h = image.size
+    factor = 1 + 0.27 * sign
+    affine = {
+        "shear_x": (1, 0.09 * sign, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, 0.09 * sign, 1, 0),
+        "translate_x": (1, 0, sign * int(150 / 331 * w * 0.3), 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, sign * int(150 / 331 * h * 0.3)),
+    }
+    enhance = {
+        "brightness": ImageEnhance.Brightness,
+        "color": ImageEnhance.Color,
+        "contrast": ImageEnhance.Contrast,
+        "sharpness": ImageEnhance.Sharpness,
+    }
+    if name in affine:
+        return image.transform(image.size, Image.Transform.AFFINE, affine[name], Image.Resampling.BILINEAR)
+    if name in enhance:
+        return enhance[name](image).enhance(factor)
+    return {
+        "identity": lambda: image,
+        "rotate": lambda: image.rotate(9 * sign, Image.Resampling.BILINEAR),
+        "posterize": lambda: ImageOps.posterize(image, 7),
+        "solarize": lambda: ImageOps.solarize(image, 179),
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+    }[name]()
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment_operations(name: str, sign: int, channels: int) -> None:
+    # Large enough for Pillow to equalize, and not using all levels.
+    levels = np.round(RNG.beta(2, 5, (30, 26, channels)) * 220 + 20).astype(np.uint8)
+    pillow = Image.fromarray(levels[..., 0] if channels == 1 else levels)
+    image = jnp.asarray(levels, jnp.float32) / 255
+    ours = OPERATE(image, jnp.int32(OPERATIONS.index(name)), jnp.float32(sign))
+    assert (name == "identity" or (name, channels) == ("color", 1)) == np.allclose(ours, image, atol=1e-6)
+    exact = name in ("identity", "posterize", "solarize", "equalize", "translate_x", "translate_y")
+    close(ours if channels == 3 else ours[..., 0], by_pillow(pillow, name, sign), 1e-6 if exact else ROUNDING)
+
+
+def test_a_flat_image_stays_as_it_is_under_autocontrast_and_equalize() -> None:
+    flat = jnp.full((20, 20, 3), 0.4)
+    np.testing.assert_array_equal(augment.autocontrast(flat), flat)
+    np.testing.assert_array_equal(augment.equalize(flat), flat)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment(channels: int) -> None:
+    """Reproducible, the same for an image whatever batch it comes in, within the range, different for each image."""
+    images = jnp.tile(jnp.asarray(RNG.integers(0, 256, (1, 8, 8, channels), dtype=np.uint8)), (40, 1, 1, 1))
+    recipe = Recipe(mean=0.5, std=0.25)
+    make = jax.jit(rand_augment, static_argnums=(2, 3))
+    views = make(jax.random.key(0), images, recipe, jnp.float32)
+    assert views.shape == images.shape
+    np.testing.assert_array_equal(views, make(jax.random.key(0), images, recipe, jnp.float32))
+    np.testing.assert_allclose(views[:5], make(jax.random.key(0), images[:5], recipe, jnp.float32), atol=1e-5)
+    assert float(jnp.abs(views - make(jax.random.key(1), images, recipe, jnp.float32)).max()) > 0.1
+    assert len(np.unique(np.asarray(views).reshape(40, -1), axis=0)) > 25
+    raw = views * 0.25 + 0.5
+    assert float(raw.min()) > -1e-6
+    assert float(raw.max()) < 1 + 1e-6

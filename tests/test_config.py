@@ -91,6 +91,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"evaluation.labels_per_class": 5}, "evaluation.labels_per_class: 5 is not a tuple"),
     ({"evaluation.labels_per_class": (), "evaluation.neighbours": 0}, "evaluation: no protocol is left"),
     (
+        {"evaluation.fine_tune_epochs": 5},
+        "evaluation.fine_tune_warmup_epochs: 10 leaves none of evaluation.fine_tune_epochs 5; accepted: 0 to 4",
+    ),
+    (
         {"data.name": "synthetic", "data.synthetic_examples": 9},
         "data.synthetic_examples: 9 cannot show all classes; accepted: at least data.synthetic_classes 10",
     ),
