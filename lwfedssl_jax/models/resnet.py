@@ -1,5 +1,193 @@
-"""stub"""
+"""Residual networks of basic blocks (He et al., 2016, arXiv 1512.03385), split into a frozen and a trainable part.
+
+ResNet-18 as torchvision has it, channels last: a stem and up to four stages of two blocks.
+Stages are the layers; the stem belongs to layer 1. As widths differ, what a stage adds to
+differs in shape, so each training stage has a program of its own, and which layers run is decided by
+which have parameters, not by a depth.
+"""
+
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from lwfedssl_jax.config import ModelConfig
+from lwfedssl_jax.models.dense import Dense
+from lwfedssl_jax.models.encoder import Depth, Encoder
+from lwfedssl_jax.tree import Tree
+
+FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's kaiming_normal_
 
 
-def resnet(*a, **k):
-    raise NotImplementedError
+class ConvNorm(nn.Module):
+    """Convolution without bias, then batch normalisation, its result in the parameters' type.
+
+    Padding keeps the size, or divides it by the stride and rounds up.
+    """
+
+    features: int
+    size: int
+    stride: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, mask_Bx1x1x1: jax.Array | None) -> jax.Array:
+        wide = self.param_dtype
+        x = nn.Conv(
+            self.features,
+            (self.size, self.size),
+            self.stride,
+            padding=self.size // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=wide,
+            kernel_init=FAN_OUT,
+            name="conv",
+        )(x_BxHxWxC)
+        norm = nn.BatchNorm(
+            use_running_average=mask_Bx1x1x1 is None,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=wide,
+            param_dtype=wide,
+            use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
+            force_float32_reductions=False,  # all is float32 or wider as it is
+            name="norm",
+        )
+        return norm(x.astype(wide), mask=mask_Bx1x1x1)
+
+
+class Stem(nn.Module):
+    """Images to the first feature map: ``imagenet`` at a quarter of their size, ``small`` at all of it."""
+
+    kind: str
+    features: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, mask_Bx1x1x1: jax.Array | None) -> jax.Array:
+        size, stride = (7, 2) if self.kind == "imagenet" else (3, 1)
+        convolve = ConvNorm(self.features, size, stride, self.dtype, self.param_dtype, name="conv1")
+        x = nn.relu(convolve(x_BxHxWxC, mask_Bx1x1x1))
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.kind == "imagenet" else x
+
+
+class Block(nn.Module):
+    """Basic block: two 3x3 convolutions beside the identity, or beside a 1x1 one where the shape changes."""
+
+    features: int
+    stride: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, mask_Bx1x1x1: jax.Array | None) -> jax.Array:
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = ConvNorm(self.features, 3, self.stride, name="conv1", **types)(x_BxHxWxC, mask_Bx1x1x1)
+        y = ConvNorm(self.features, 3, 1, name="conv2", **types)(nn.relu(y), mask_Bx1x1x1)
+        x = x_BxHxWxC
+        if self.stride > 1:
+            x = ConvNorm(self.features, 1, self.stride, name="downsample", **types)(x, mask_Bx1x1x1)
+        return nn.relu(x + y)
+
+
+class Layer(nn.Module):
+    """Two basic blocks, the first of them with the stride."""
+
+    features: int
+    stride: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, mask_Bx1x1x1: jax.Array | None) -> jax.Array:
+        block = nn.remat(Block) if self.remat else Block
+        x = x_BxHxWxC
+        for i, stride in enumerate((self.stride, 1), 1):
+            x = block(self.features, stride, self.dtype, self.param_dtype, name=f"block{i}")(x, mask_Bx1x1x1)
+        return x
+
+
+def resnet(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False) -> Encoder:
+    """A residual network of the config's size for images of shape (H, W, C).
+
+    Features are the last layer's, averaged over the image. Where a layer before the last ends
+    the encoder while it is trained, a linear layer of that stage alone brings them to the
+    whole encoder's width D.
+
+    Args:
+      config: resolved sizes (no zeros, no auto).
+      image_shape: height, width, channels.
+      dtype: of the convolutions' and products' factors; everything else is in it or in float32, if that is wider.
+      remat: keep only each trainable block's input for the backward pass and recompute the rest.
+    """
+    wide = np.promote_types(dtype, jnp.float32)
+    widths = [config.width * 2**s for s in range(config.depth)]
+    modules: dict[str, nn.Module] = {"stem": Stem(config.stem, config.width, dtype, wide)}
+    for s, width in enumerate(widths, 1):
+        modules[f"layer{s}"] = Layer(width, 1 if s == 1 else 2, dtype, wide, remat)
+    reshape = Dense(widths[-1], dtype, wide)
+    numbers = {"stem": 1} | {f"layer{s}": s for s in range(1, config.depth + 1)}
+    numbers |= {f"reshape{s}": -s for s in range(1, config.depth)}
+
+    def init(key: jax.Array) -> Tree:
+        keys = dict(zip(numbers, jax.random.split(key, len(numbers)), strict=True))
+        encoder, statistics = {}, {}
+        x = jnp.zeros((1, *image_shape), wide)
+        for name, module in modules.items():
+            x, variables = module.init_with_output(keys[name], x, None)
+            encoder[name], statistics[name] = variables["params"], variables["batch_stats"]
+        for s, width in enumerate(widths[:-1], 1):
+            encoder[f"reshape{s}"] = reshape.init(keys[f"reshape{s}"], jnp.zeros((1, width), wide))["params"]
+        return {"encoder": encoder, "statistics": statistics}
+
+    def layers(params: Tree) -> Tree:
+        return {
+            kind: {name: jax.tree.map(lambda _, n=numbers[name]: np.array(n), part) for name, part in parts.items()}
+            for kind, parts in params.items()
+            if kind in ("encoder", "statistics")
+        }
+
+    def present(part: Tree) -> dict[str, nn.Module]:
+        return {name: module for name, module in modules.items() if jax.tree.leaves(part["encoder"][name])}
+
+    def variables(part: Tree, name: str) -> Tree:
+        return {"params": part["encoder"][name], "batch_stats": part["statistics"][name]}
+
+    def frozen_forward(frozen: Tree, images: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
+        del depth, order  # what is there runs
+        x = images
+        for name, module in present(frozen).items():
+            x = cast(jax.Array, module.apply(variables(frozen, name), x, None))
+        return x
+
+    def trainable_forward(
+        trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
+    ) -> tuple[jax.Array, Tree]:
+        del depth, order
+
+        def of_view(x_BxHxWxC: jax.Array) -> tuple[jax.Array, Tree]:
+            mask = mask_B[:, None, None, None]
+            # Padding repeats a real sample: another's distance from the mean would overflow, layer by layer,
+            # where real ones do not vary.
+            x = jnp.where(mask, x_BxHxWxC, jax.lax.dynamic_index_in_dim(x_BxHxWxC, mask_B.argmax()))
+            statistics = {}
+            for name, module in present(trainable).items():
+                x, updated = module.apply(variables(trainable, name), x, mask, mutable=["batch_stats"])
+                statistics[name] = updated["batch_stats"]
+            return x.mean(axis=(1, 2)), statistics
+
+        z_VxBxD, statistics_V = jax.vmap(of_view)(x.reshape(-1, len(mask_B), *x.shape[1:]))
+        z = z_VxBxD.reshape(-1, z_VxBxD.shape[-1])
+        for s in range(1, config.depth):
+            if jax.tree.leaves(trainable["encoder"][f"reshape{s}"]):
+                z = cast(jax.Array, reshape.apply({"params": trainable["encoder"][f"reshape{s}"]}, z))
+        return z, trainable["statistics"] | jax.tree.map(lambda x: x.mean(0), statistics_V)
+
+    return Encoder(init, layers, frozen_forward, trainable_forward, widths[-1])
