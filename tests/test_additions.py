@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import small_config
 from test_rounds import fast_round, max_difference, parts, prepare
@@ -113,9 +114,14 @@ def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
     assert "layers_skipped" not in fast_round(run, run.stages[0], params, 1)[1]
 
 
-def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced() -> None:
+def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    # AdamW would turn rounding into steps where there is no true gradient.
+    monkeypatch.setattr(optax, "adamw", lambda learning_rate, weight_decay: optax.sgd(learning_rate))
     config = small_config(
-        additions__calibration_steps=3, partition__server_share=0.2, objective__name="mocov3", objective__momentum=0.5
+        additions__calibration_steps=3,
+        partition__server_share=0.2,
+        objective__momentum=0.5,
+        optimizer__learning_rate=3.0,
     )
     run = prepare(config)
     stage, params = run.stages[1], simulate.initial_params(run)
@@ -138,7 +144,7 @@ def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced() -> 
         state, loss = step(state, images, jax.random.fold_in(key, 2))
         losses.append(float(loss))
     expected = tree.put(jax.tree.map(jnp.asarray, plain), tree.rows(trainable), state.trainable)
-    assert max_difference(after, jax.device_get(expected)) < 2e-4
+    assert max_difference(after, jax.device_get(expected)) < 5e-5
     assert line["calibration_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     moved = np.abs(after["encoder"]["blocks"]["qkv"]["kernel"] - plain["encoder"]["blocks"]["qkv"]["kernel"]).max(
         (1, 2)

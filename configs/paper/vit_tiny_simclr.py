@@ -10,7 +10,15 @@ The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
 (`tfds build cifar10 --file_format=array_record`).
 """
 
-from lwfedssl_jax.config import Config, DataConfig, FederationConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from lwfedssl_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    FederationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 
 config = Config(
     data=DataConfig(name="tfds:cifar10", image_size=32),
@@ -18,5 +26,5 @@ config = Config(
     objective=ObjectiveConfig(name="simclr", temperature=0.05),
     federation=FederationConfig(rounds=180, local_epochs=3),
     optimizer=OptimizerConfig(batch_size=512, learning_rate=1.5e-4, weight_decay=1e-5),
-    # evaluation=EvaluationConfig(fine_tune_epochs=40),
+    evaluation=EvaluationConfig(fine_tune_epochs=40),
 )
