@@ -104,10 +104,14 @@ def by_name(part: tree.Tree) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("stem", "frozen_depth", "depth"), [("imagenet", 0, 3), ("small", 1, 2), ("imagenet", 1, 3), ("small", 2, 2)]
+    ("stem", "frozen_depth", "depth", "backend"),
+    [("imagenet", 0, 3, "cpu"), ("small", 1, 2, "cpu"), ("imagenet", 1, 3, "gpu"), ("small", 2, 2, "cpu")],
 )
-def test_frozen_and_trainable_parts_equal_numpy(stem: str, frozen_depth: int, depth: int) -> None:
+def test_frozen_and_trainable_parts_equal_numpy(
+    stem: str, frozen_depth: int, depth: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stored statistics below, each view's own above, new averages of these; reshaped where a stage ends early."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # which way of convolving
     with jax.enable_x64(True):
         encoder, params = make(3, stem, jnp.float64)
         x = images(2, np.float64)
@@ -203,9 +207,10 @@ def test_bfloat16_computes_near_float32_with_float32_parameters() -> None:
     assert_near(statistics_half, statistics, 0.05)
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_parameters_and_operations_of_the_full_size(stem: str) -> None:
+@pytest.mark.parametrize(("stem", "backend"), [("imagenet", "cpu"), ("imagenet", "gpu"), ("small", "cpu")])
+def test_parameters_and_operations_of_the_full_size(stem: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters are torchvision's without the classifier; operations are counted by hand."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # both ways of convolving count alike
     parameters, operations = {}, {}
     for remat in (False, True):
         config = ModelConfig(name="resnet18", width=64, depth=4, stem=stem)  # type: ignore[arg-type]

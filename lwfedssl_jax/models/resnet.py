@@ -6,6 +6,7 @@ differs in shape, so each training stage has a program of its own, and which lay
 which have parameters, not by a depth.
 """
 
+import functools
 from typing import Any, cast
 
 import flax.linen as nn
@@ -15,18 +16,62 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lwfedssl_jax.config import ModelConfig
-from lwfedssl_jax.models.dense import Dense
+from lwfedssl_jax.models.dense import Dense, contract
 from lwfedssl_jax.models.encoder import Depth, Encoder
 from lwfedssl_jax.tree import Tree
 
 FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's kaiming_normal_
 
 
-class ConvNorm(nn.Module):
-    """Convolution without bias, then batch normalisation, its result in the parameters' type.
+def convolve(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeLike) -> jax.Array:
+    """Convolution by ``kernel`` (k, k, C, D), factors rounded to ``dtype``, the result in the kernel's type.
 
     Padding keeps the size, or divides it by the stride and rounds up.
     """
+    # On a CPU inside a loop, as a round's steps are, gradients of XLA's convolutions take up to 70 times as long.
+    if jax.default_backend() == "cpu":
+        return convolve_as_product(x_BxHxWxC, kernel, stride, dtype)
+    pad = len(kernel) // 2
+    y = jax.lax.conv_general_dilated(
+        x_BxHxWxC.astype(dtype),
+        kernel.astype(dtype),
+        (stride, stride),
+        [(pad, pad)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y.astype(kernel.dtype)
+
+
+# Otherwise the backward pass would keep the input once for each of the kernel's pixels.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def convolve_as_product(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeLike) -> jax.Array:
+    """``convolve`` as one matrix product, of what the kernel sees from each place and the kernel."""
+    _, h, w, _ = x_BxHxWxC.shape
+    k, pad = len(kernel), len(kernel) // 2
+    x = jnp.pad(x_BxHxWxC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    x = jnp.concatenate([x[:, :, j : j + w : stride] for j in range(k)], axis=-1)
+    x = jnp.concatenate([x[:, i : i + h : stride] for i in range(k)], axis=-1)
+    y = contract("nd,de->ne", dtype, x.reshape(-1, x.shape[-1]), kernel.reshape(x.shape[-1], -1))
+    return y.reshape(*x.shape[:3], -1)
+
+
+class Conv(nn.Module):
+    """Convolution with a square kernel and no bias."""
+
+    features: int
+    size: int
+    stride: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x_BxHxWxC.shape[-1], self.features)
+        return convolve(x_BxHxWxC, self.param("kernel", FAN_OUT, shape, self.param_dtype), self.stride, self.dtype)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, then batch normalisation: on running averages, or on those of the samples a mask names."""
 
     features: int
     size: int
@@ -36,29 +81,18 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, mask_Bx1x1x1: jax.Array | None) -> jax.Array:
-        wide = self.param_dtype
-        x = nn.Conv(
-            self.features,
-            (self.size, self.size),
-            self.stride,
-            padding=self.size // 2,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=wide,
-            kernel_init=FAN_OUT,
-            name="conv",
-        )(x_BxHxWxC)
+        wide: dict[str, Any] = {"dtype": self.param_dtype, "param_dtype": self.param_dtype}
+        conv = Conv(self.features, self.size, self.stride, self.dtype, self.param_dtype, name="conv")
         norm = nn.BatchNorm(
             use_running_average=mask_Bx1x1x1 is None,
             momentum=0.9,
             epsilon=1e-5,
-            dtype=wide,
-            param_dtype=wide,
             use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
             force_float32_reductions=False,  # all is float32 or wider as it is
             name="norm",
+            **wide,
         )
-        return norm(x.astype(wide), mask=mask_Bx1x1x1)
+        return norm(conv(x_BxHxWxC), mask=mask_Bx1x1x1)
 
 
 class Stem(nn.Module):
