@@ -64,7 +64,14 @@ def step_program(batch: int) -> Any:
     task = make_task(config)
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
     trainable = jax.tree.map(zeros, part.trainable)
-    sent = Sent(trainable, jax.tree.map(lambda _: jnp.array(True), trainable), part.frozen, jnp.int32(6), jnp.int32(0))
+    sent = Sent(
+        trainable,
+        jax.tree.map(lambda _: jnp.array(True), trainable),
+        part.frozen,
+        jnp.int32(6),
+        jnp.int32(0),
+        jnp.int32(0),
+    )
     images = jnp.asarray(np.zeros((batch, 32, 32, 3), np.uint8))
     mask, key = jnp.ones(batch, bool), jax.random.key(0)
     fresh = lambda: client_init(task, jax.tree.map(jnp.copy, trainable))  # the program takes its state over  # noqa: E731

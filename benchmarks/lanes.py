@@ -10,13 +10,12 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lwfedssl_jax import devices, rounds, simulate
+    from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.config import Config, override, resolve
 
     devices.set_up_cpu()
-    one_by_one = rounds.over_lanes
 
-    def side(lanes: int, count: int, mapped: Any) -> Any:
+    def side(lanes: int, count: int, vmap: bool) -> Any:
         config = resolve(
             override(
                 Config(),
@@ -30,20 +29,18 @@ def main() -> None:
             )
         )  # fmt: skip
         run = simulate.prepare(config, jax.devices()[:count])
-        simulator = simulate.Simulator(run)
-        stage = run.stages[2]
-        rounds.over_lanes = mapped
+        run = run._replace(task=run.task._replace(vmap_on_cpu=vmap))
+        simulator, stage = simulate.Simulator(run), run.stages[2]
         simulator.program(stage)
-        rounds.over_lanes = one_by_one
         params = simulator.place(jax.tree.map(np.asarray, simulate.initial_params(run)))
         return lambda: jax.block_until_ready(simulator.run_round(stage, params, None, stage.first_round + 1)[0])
 
     every = jax.device_count()
     layouts = {
-        f"{lanes} lanes on {count} devices{', vmap' if mapped is under_vmap else ''}": (lanes, count, mapped)
-        for lanes, count, mapped in [
-            (1, 1, one_by_one), (every, every, one_by_one), (4, 1, one_by_one), (4, 1, under_vmap),
-            (16, every, one_by_one), (16, every, under_vmap),
+        f"{lanes} lanes on {count} devices{', vmap' if vmap else ''}": (lanes, count, vmap)
+        for lanes, count, vmap in [
+            (1, 1, False), (every, every, False), (4, 1, False), (4, 1, True),
+            (16, every, False), (16, every, True),
         ]
     }  # fmt: skip
     seconds = common.interleave({name: side(*layout) for name, layout in layouts.items()}, options.repeats)
@@ -57,13 +54,6 @@ def main() -> None:
         for name, values in seconds.items()
     ]
     common.publish("lanes", f"A round of layerwise, stage 3, {options.clients} clients x 2 steps", rows)
-
-
-def under_vmap(f: Any, *lanes: Any) -> Any:
-    """All lanes of a device at once, whatever it is."""
-    import jax
-
-    return jax.vmap(f)(*lanes)
 
 
 if __name__ == "__main__":

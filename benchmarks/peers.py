@@ -208,11 +208,12 @@ def largest_difference(work: str, simulator: Any, options: argparse.Namespace) -
         theirs = torch_model(work, simulator, options)(torch.tensor(views).to(options.device)).cpu().numpy()
     stage = run.stages[2 if work == LAYERWISE else 0]
     params = simulate.initial_params(run)
-    frozen = tree.take(params, tree.rows(stage.frozen))["encoder"]
-    x = run.task.encoder.frozen_forward(frozen, jnp.asarray(views).reshape(-1, 32, 32, 3), stage.frozen_depth)
+    frozen = tree.take(params, tree.rows(stage.frozen))
+    x = run.task.encoder.frozen_forward(frozen, jnp.asarray(views).reshape(-1, 32, 32, 3), stage.frozen_depth, None)
     trainable = tree.take(params, tree.rows(stage.trainable))
     mask = jnp.ones(BATCH, bool)
-    ours = jax.jit(lambda t, x: embed(run.task, t, x, mask, stage.trainable_depth, ["projection"]))(trainable, x)
+    route = (stage.trainable_depth, None)
+    ours = jax.jit(lambda t, x: embed(run.task, t, x, mask, route, ["projection"])[0][0])(trainable, x)
     return float(np.abs(np.asarray(ours) - theirs).max())
 
 

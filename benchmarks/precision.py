@@ -21,7 +21,7 @@ def main() -> None:
     import numpy as np
 
     from lwfedssl_jax import resources, simulate, tree
-    from lwfedssl_jax.client import Sent, client_init, client_step
+    from lwfedssl_jax.client import client_init, client_step
     from lwfedssl_jax.config import Config, override, resolve
 
     def side(strategy: str, precision: str) -> tuple[Any, Any, float]:
@@ -38,9 +38,7 @@ def main() -> None:
         run = simulate.prepare(config, jax.devices()[:1])
         stage = run.stages[len(run.stages) // 2]
         params = simulate.initial_params(run)
-        frozen = tree.take(params, tree.rows(stage.frozen))["encoder"]
-        depths = jnp.int32(stage.trainable_depth), jnp.int32(stage.frozen_depth)
-        sent = Sent(tree.take(params, stage.rows), tree.present(params, stage.rows), frozen, *depths)
+        sent = simulate.send(stage, params, stage.rows, stage.depths)
         rng = np.random.default_rng(0)
         images = jnp.asarray(rng.integers(0, 255, (options.lanes, options.batch, 32, 32, 3), dtype=np.uint8))
         mask, keys = jnp.ones(options.batch, bool), jax.random.split(jax.random.key(0), options.lanes)

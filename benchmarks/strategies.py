@@ -22,6 +22,7 @@ def main() -> None:
 
     from lwfedssl_jax import devices, resources, simulate
     from lwfedssl_jax.config import Config, load, override, resolve
+    from lwfedssl_jax.stages import STRATEGIES
 
     devices.set_up_cpu()
 
@@ -50,7 +51,7 @@ def main() -> None:
 
         return run_pass
 
-    seconds = common.interleave({name: one_pass(name) for name in resources.STRATEGIES}, options.repeats)
+    seconds = common.interleave({name: one_pass(name) for name in STRATEGIES}, options.repeats)
     paper = resolve(load("paper/vit_tiny_mocov3"))
     ledgers = {
         remat: resources.all_strategies(
@@ -60,7 +61,7 @@ def main() -> None:
     }
     plain, whole = ledgers[False], ledgers[False]["end_to_end"]
     rows, stages = [], {}
-    for name in resources.STRATEGIES:
+    for name in STRATEGIES:
         row: dict[str, Any] = {
             "strategy": name,
             "pass, median s": sorted(seconds[name])[options.repeats // 2],

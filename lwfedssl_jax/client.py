@@ -47,6 +47,7 @@ class Task(NamedTuple):
     depth_dropout: float
     terms: tuple[tuple[Term, float], ...]
     divergence: float
+    vmap_on_cpu: bool
 
 
 Route = tuple[Depth, jax.Array | None]  # how many layers run, and which (see Encoder)
@@ -115,6 +116,7 @@ def make_task(config: Config) -> Task:
         depth_dropout=config.additions.depth_dropout,
         terms=terms_of(config),
         divergence=config.federation.divergence,
+        vmap_on_cpu=config.cpu_lanes > 1,
     )
 
 

@@ -270,6 +270,14 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @property
+    def cpu_lanes(self) -> int:
+        """Lanes of one CPU core. Products with weights of their own for each client pay there for ResNets only.
+
+        See ``benchmarks/lanes.py`` and ``benchmarks/resnet.py``.
+        """
+        return 4 if isinstance(MODELS[self.model.name], ResNetSize) else 1
+
+    @property
     def cohort_size(self) -> int:
         """Clients K drawn each round."""
         return self.federation.clients_per_round or self.partition.clients

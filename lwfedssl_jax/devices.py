@@ -114,8 +114,7 @@ def is_first_process() -> bool:
 def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = None) -> tuple[int, Mesh]:
     """How many lanes there are, and the devices they are split over, evenly.
 
-    ``runtime.lanes``, or by device: one lane a device on CPUs, where batched products with
-    per-client weights do not pay; elsewhere as many as make ``SAMPLES_AT_ONCE``. Never more
+    ``runtime.lanes``, or by device: ``config.cpu_lanes`` a device on CPUs; elsewhere as many as make ``SAMPLES_AT_ONCE``. Never more
     than the cohort can fill; rounded up to a multiple of the devices, of which no more are used
     than there are lanes.
 
@@ -125,7 +124,7 @@ def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = No
       devices: to be used; by default all.
     """
     devices = list(devices or jax.devices())
-    each = 1 if devices[0].platform == "cpu" else max(1, SAMPLES_AT_ONCE // config.optimizer.batch_size)
+    each = config.cpu_lanes if devices[0].platform == "cpu" else max(1, SAMPLES_AT_ONCE // config.optimizer.batch_size)
     wanted = min(config.runtime.lanes or each * len(devices), config.cohort_size)
     if jax.process_count() == 1:
         devices = devices[:wanted]

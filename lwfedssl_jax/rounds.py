@@ -139,8 +139,9 @@ def run_steps(
         def body(c: jax.Array, carry: Carry) -> Carry:
             row = jax.tree.map(lambda x: x[c], plan)
             if shared_pool:
-                return over_lanes(lambda lane, row, memory: lane_step(lane, row, memory, images[0]), carry, row, memory)
-            return over_lanes(lane_step, carry, row, memory, images)
+                with_pool = lambda lane, row, memory: lane_step(lane, row, memory, images[0])  # noqa: E731
+                return over_lanes(with_pool, task.vmap_on_cpu, carry, row, memory)
+            return over_lanes(lane_step, task.vmap_on_cpu, carry, row, memory, images)
 
         return jax.lax.fori_loop(first, first + steps, body, carry)
 
@@ -153,7 +154,7 @@ def run_steps(
     )(carry, sent, memory, images_GxNxHxWxC, plan, first, steps, round_key)
 
 
-def over_lanes(f: Callable[..., Carry], *lanes: Tree) -> Carry:
+def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carry:
     """``f`` for every lane of this device: by ``vmap``, but on a CPU one after the other.
 
     There a product with different weights for every lane is slower than one product a lane.
@@ -161,7 +162,7 @@ def over_lanes(f: Callable[..., Carry], *lanes: Tree) -> Carry:
     if len(jax.tree.leaves(lanes)[0]) == 1:
         one = f(*jax.tree.map(lambda x: x[0], lanes))
         return jax.tree.map(lambda x: x[None], one)
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and not vmap_on_cpu:
         return jax.lax.map(lambda lane: f(*lane), lanes)
     return jax.vmap(f)(*lanes)
 

@@ -158,7 +158,7 @@ def test_layer_norm_of_large_means(mean: float, std: float) -> None:
 
 def test_layers_start_from_different_values() -> None:
     encoder = vit(CONFIG, (8, 8, 3), jnp.float32)
-    kernels = jax.jit(encoder.init)(jax.random.key(0))["blocks"]["qkv"]["kernel"]
+    kernels = jax.jit(encoder.init)(jax.random.key(0))["encoder"]["blocks"]["qkv"]["kernel"]
     assert float(jnp.abs(kernels[0] - kernels[1]).max()) > 0.01
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import small_config
 from reference import train_round
 
-from lwfedssl_jax import rounds, simulate, tree
+from lwfedssl_jax import simulate, tree
 from lwfedssl_jax.aggregation import WEIGHTED_MEAN, Aggregator
 from lwfedssl_jax.client import Sent, client_init, client_step
 from lwfedssl_jax.config import Config, override
@@ -38,8 +38,7 @@ def fast_round(run: simulate.Run, stage: Stage, params: tree.Tree, number: int) 
 
 def parts(stage: Stage, params: tree.Tree) -> Sent:
     """What the server sends of ``params``."""
-    frozen = tree.take(params, tree.rows(stage.frozen))
-    return Sent(tree.take(params, stage.rows), tree.present(params, stage.rows), frozen, *map(jnp.int32, stage.depths))
+    return simulate.send(stage, params, stage.rows, stage.depths)
 
 
 @contextlib.contextmanager
@@ -104,18 +103,17 @@ def test_equals_naive_round(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_lanes_devices_and_feed_change_rounding_only(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_devices_and_feed_change_rounding_only(strategy: str) -> None:
     """One lane, lanes one after the other, under ``vmap``, over 1, 2 and 4 devices, images streamed."""
     results = []
     layouts = [(1, 1, "resident"), (3, 1, "streamed"), (4, 4, "streamed"), (4, 2, "resident"), ("vmap", 1, "resident")]
     for lanes, devices, feed in layouts if strategy == "layerwise" else [layouts[0], layouts[-1], layouts[2]]:
-        with float64(), monkeypatch.context() as patch:
-            if lanes == "vmap":
-                patch.setattr(rounds, "over_lanes", lambda f, *lanes: jax.vmap(f)(*lanes))
+        with float64():
             config = small_config(
                 runtime__lanes=3 if lanes == "vmap" else lanes, runtime__feed=feed, strategy__name=strategy
             )
             run = prepare(override(config, {"runtime.precision": "float64"}), devices)
+            run = run._replace(task=run.task._replace(vmap_on_cpu=lanes == "vmap"))
             params = simulate.initial_params(run)
             results.append(fast_round(run, run.stages[1 % len(run.stages)], params, 1)[0])
     for other in results[1:]:

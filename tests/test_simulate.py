@@ -68,7 +68,7 @@ def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Co
     assert [(line["round"], line["stage"]) for line in rounds] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)]
     for line in rounds:
         assert set(line) == {
-            "round", "stage", "loss", "clients", "dropped", "examples", "steps", "download_bytes", "upload_bytes",
+            "round", "stage", "loss", "client_distance", "clients", "dropped", "examples", "steps", "download_bytes", "upload_bytes",
             "seconds", "lane_utilisation",
         }  # fmt: skip
         assert line["clients"] == 3
@@ -94,7 +94,15 @@ def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
         )
         assert row["download_bytes"] == row["rounds"] * sent
         assert row["upload_bytes"] == row["rounds"] * changed
-        assert line["download_bytes"] == config.partition.clients * sent
+        # When a stage begins, everybody fetches the average of the layer that the one before has finished.
+        finished = sum(
+            x.nbytes // x.shape[0]
+            for mask, x in zip(jax.tree.leaves(stage.frozen), jax.tree.leaves(params), strict=True)
+            if np.ndim(mask) and mask[stage.frozen_depth - 1]
+        )
+        if stage.number == 2 and strategy == "layerwise":
+            finished += sum(np.asarray(x).nbytes for x in jax.tree.leaves(params["encoder"]["embedding"]))
+        assert line["download_bytes"] == config.partition.clients * (sent + finished)
         assert line["upload_bytes"] == config.partition.clients * sent
         params = after
 
