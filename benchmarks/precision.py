@@ -20,7 +20,7 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from lwfedssl_jax import resources, simulate, tree
+    from lwfedssl_jax import resources, simulate
     from lwfedssl_jax.client import client_init, client_step
     from lwfedssl_jax.config import Config, override, resolve
 

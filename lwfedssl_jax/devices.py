@@ -114,9 +114,9 @@ def is_first_process() -> bool:
 def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = None) -> tuple[int, Mesh]:
     """How many lanes there are, and the devices they are split over, evenly.
 
-    ``runtime.lanes``, or by device: ``config.cpu_lanes`` a device on CPUs; elsewhere as many as make ``SAMPLES_AT_ONCE``. Never more
-    than the cohort can fill; rounded up to a multiple of the devices, of which no more are used
-    than there are lanes.
+    ``runtime.lanes``, or by device: ``config.cpu_lanes`` on each CPU, elsewhere as many as make
+    ``SAMPLES_AT_ONCE``. Never more than the cohort can fill; rounded up to a multiple of the devices,
+    of which no more are used than there are lanes.
 
     Args:
       config: resolved.

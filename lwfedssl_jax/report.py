@@ -243,10 +243,11 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
         ("traffic, worst case", "worst_case_total_bytes", "MiB", MIB),
         ("multiply-adds a sample, paper's rule", "flops_paper_rule", "G", 1e9),
         ("multiply-adds a sample, executed", "flops_executed", "G", 1e9),
+        ("multiply-adds on the server", "server_flops_executed", "G", 1e9),
         ("peak memory of a training step", "peak_memory_bytes", "MiB", MIB),
     ):
         values = [ledger[key] for ledger in strategies.values()]
-        if None not in values:
+        if None not in values and any(values):
             table.add_row(label, *[f"{v / scale:,.4g} {unit} ({v / values[0]:.2f}x)" for v in values])
     return table
 

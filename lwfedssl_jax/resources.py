@@ -7,12 +7,13 @@ second list of layer sizes.
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
@@ -134,6 +135,17 @@ def ledger(config: Config) -> Ledger:
         "peak_memory_bytes": None,
         "per_stage": per_stage,
     }
+
+
+def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]]) -> int:
+    """``flops_executed`` with the layers that depth dropout really skipped (``layers_skipped`` of metrics.jsonl)."""
+    never, always = (ledger(override(config, {"additions.depth_dropout": rate}))["per_stage"] for rate in (0.0, 1.0))
+    total = 0.0
+    for all_, none in zip(never, always, strict=True):
+        of_stage = [line for line in rounds if line["stage"] == all_["stage"]]
+        skipped = np.mean([line["layers_skipped"] for line in of_stage if "layers_skipped" in line] or [0.0])
+        total += all_["flops_executed"] + skipped * (none["flops_executed"] - all_["flops_executed"])
+    return round(total)
 
 
 class StagePart(NamedTuple):

@@ -626,6 +626,8 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict
             results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
     strategies = resources.all_strategies(run.config, memory=True, notify=listener.compiling)
     measured = {key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")}
+    if run.config.additions.depth_dropout:
+        measured["flops_executed"] = resources.measured_operations(run.config, rounds)
     summary = {
         "strategy": run.config.strategy.name,
         "objective": run.config.objective.name,

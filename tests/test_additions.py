@@ -112,6 +112,10 @@ def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
     lines = [fast_round(run, run.stages[2], params, number)[1] for number in range(1, 7)]
     assert np.mean([line["layers_skipped"] for line in lines]) == pytest.approx(0.5, abs=0.1)
     assert "layers_skipped" not in fast_round(run, run.stages[0], params, 1)[1]
+    rounds = [{"stage": 1}, {"stage": 2, "layers_skipped": 0.25}, {"stage": 3, "layers_skipped": 1.0}, {"stage": 2}]
+    second = plain[1]["flops_executed"] - (plain[1]["flops_executed"] - all_[1]["flops_executed"]) / 4
+    expected = plain[0]["flops_executed"] + second + all_[2]["flops_executed"]
+    assert resources.measured_operations(config, rounds) == pytest.approx(expected, abs=1)
 
 
 def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:

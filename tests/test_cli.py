@@ -87,7 +87,7 @@ BAD = [
     (["train", "quick"], "CONFIG: no config 'quick'; accepted: a path to a .py file, or one of quickstart"),
     (["list", "x"], "list: unexpected 'x'"),
     (["train", "quickstart", "--strategy.nam", "x"], "Unrecognized options: --strategy.nam, x; accepted: --strategy"),
-    (["train", "quickstart", "--strategy.name", "x"], "strategy.name: unknown 'x'; accepted: end_to_end, layerwise, progressive"),
+    (["train", "quickstart", "--strategy.name", "x"], "strategy.name: unknown 'x'; accepted: end_to_end, layer"),
     (["train", "quickstart", "--federation.rounds", "x"], "Error parsing --federation.rounds: invalid literal"),
     (["train", "quickstart", "--federation.rounds", "0"], "federation.rounds: 0 is out of range; accepted: at least 1"),
     (["train", "quickstart", "--federation.rounds", "3"], "federation.rounds: 3 rounds cannot hold 6 stages"),
