@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.models.encoder import Depth
-from lwfedssl_jax.objectives import nce
+from lwfedssl_jax.objectives import nce, normalise
 from lwfedssl_jax.tree import Tree
 
-DROPOUT_STREAM = 2**32 - 1  # of a step's key; its samples take 0 to B - 1
+DROPOUT_STREAM, PUBLIC_STREAM = 2**32 - 1, 2**32 - 2  # of a step's key; its samples take 0 to B - 1
 ALIGNMENT_TEMPERATURE = 0.5  # MOON's
 
 
@@ -25,6 +25,7 @@ class Local(NamedTuple):
       projection: 2xBxO, the projection head's output for both views.
       received_projection: gives the same from the received weights, for one more forward pass.
       mask: B, True for real samples.
+      public_projections: gives PxO of the weights and PxO of the base model, for a batch of public images.
     """
 
     weights: Tree
@@ -33,6 +34,7 @@ class Local(NamedTuple):
     projection: jax.Array
     received_projection: Callable[[], jax.Array]
     mask: jax.Array
+    public_projections: Callable[[], tuple[jax.Array, jax.Array]]
 
 
 Term = Callable[[Local], jax.Array]
@@ -62,7 +64,13 @@ def alignment(local: Local) -> jax.Array:
     ) / 2
 
 
-TERMS: dict[str, Term] = {"proximal": proximal, "alignment": alignment}
+def base(local: Local) -> jax.Array:
+    """Mean ``||z - z_base||^2`` of normalised projections of public images (FedCA's alignment; arXiv 2010.08982)."""
+    z, goal = map(normalise, local.public_projections())
+    return jnp.square(z - goal).sum(-1).mean()
+
+
+TERMS: dict[str, Term] = {"proximal": proximal, "alignment": alignment, "base": base}
 
 
 def terms_of(config: Config) -> tuple[tuple[Term, float], ...]:

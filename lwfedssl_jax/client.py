@@ -16,8 +16,8 @@ import optax
 from jax.typing import DTypeLike
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.additions import Local, Term, kept_layers, terms_of
-from lwfedssl_jax.augment import RECIPES, Recipe, two_views
+from lwfedssl_jax.additions import PUBLIC_STREAM, Local, Term, kept_layers, terms_of
+from lwfedssl_jax.augment import RECIPES, Recipe, normalise, two_views
 from lwfedssl_jax.config import MODELS, Config, VitSize, choose
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
@@ -62,6 +62,7 @@ class Sent(NamedTuple):
       frozen: the encoder's frozen part and its statistics.
       depth, frozen_depth: how many trainable and frozen layers there are.
       droppable: how many of all these, the first ones, depth dropout may skip.
+      shared: what FedCA sends besides (fedca.py); empty without it.
     """
 
     trainable: Tree
@@ -70,6 +71,7 @@ class Sent(NamedTuple):
     depth: Depth
     frozen_depth: Depth
     droppable: Depth
+    shared: Tree = {}  # noqa: RUF012  (a pytree without leaves, which nobody changes)
 
 
 class ClientState(NamedTuple):
@@ -166,7 +168,8 @@ def client_step(
     x = jax.lax.stop_gradient(x)
     weights = weights_of(state.trainable)
     gradient = jax.value_and_grad(_loss, argnums=1, has_aux=True)
-    (loss, statistics), grads = gradient(task, weights, state, sent, x, mask_B, route)
+    public = public_batch(task, sent, len(mask_B), key)
+    (loss, statistics), grads = gradient(task, weights, state, sent, x, mask_B, route, public)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, weights)
     updates = jax.tree.map(_keep_present, weights_of(sent.present), updates)
     weights = optax.apply_updates(weights, updates)
@@ -184,13 +187,30 @@ def routes(task: Task, sent: Sent, key: jax.Array) -> tuple[Route, Route]:
     return (count, order), (frozen_count, frozen_order)
 
 
+def public_batch(task: Task, sent: Sent, size: int, key: jax.Array) -> jax.Array | None:
+    """At most ``size`` of the public images, drawn for a step without repeats and normalised: PxHxWxC."""
+    if "public" not in sent.shared:
+        return None
+    images = sent.shared["public"]
+    shape = (min(size, len(images)),)
+    drawn = jax.random.choice(jax.random.fold_in(key, PUBLIC_STREAM), len(images), shape, replace=False)
+    return normalise(images[drawn], task.recipe).astype(task.dtype)
+
+
 def _keep_present(present: jax.Array, update: jax.Array) -> jax.Array:
     """Idle rows have no gradient, but weight decay would move them."""
     return jnp.where(present.reshape(-1, *[1] * (update.ndim - 1)) if present.ndim else present, update, 0)
 
 
 def _loss(
-    task: Task, weights: Tree, state: ClientState, sent: Sent, x: jax.Array, mask_B: jax.Array, route: Route
+    task: Task,
+    weights: Tree,
+    state: ClientState,
+    sent: Sent,
+    x: jax.Array,
+    mask_B: jax.Array,
+    route: Route,
+    public: jax.Array | None,
 ) -> tuple[jax.Array, Tree]:
     statistics = {"statistics": state.trainable["statistics"]}
     outputs, new_statistics = embed(task, weights | statistics, x, mask_B, route, list(task.heads))
@@ -199,10 +219,24 @@ def _loss(
     def project(weights: Tree) -> jax.Array:
         return embed(task, weights | statistics, x, mask_B, route, ["projection"])[0][0]
 
+    def project_public() -> tuple[jax.Array, jax.Array]:
+        assert public is not None  # where the base term is, the server shares images
+        real = jnp.ones(len(public), bool)
+        models = weights | statistics, sent.shared["base"]
+        z, goal = (embed(task, model, public, real, route, ["projection"])[0][0][0] for model in models)
+        return z, goal
+
     goal = jax.lax.stop_gradient(project(state.target)) if state.target else online
-    loss = task.objective.loss(online, goal, mask_B, task.temperature)
+    with_negatives = task.objective.loss_with_negatives
+    if with_negatives and "dictionary" in sent.shared:
+        negatives = sent.shared["dictionary"], sent.shared["filled"]
+        loss = with_negatives(online, goal, mask_B, task.temperature, negatives)
+    else:
+        loss = task.objective.loss(online, goal, mask_B, task.temperature)
     received = weights_of(sent.trainable)
-    local = Local(weights, received, weights_of(sent.present), projection, lambda: project(received), mask_B)
+    local = Local(
+        weights, received, weights_of(sent.present), projection, lambda: project(received), mask_B, project_public
+    )
     for term, weight in task.terms:
         loss += weight * term(local)
     return loss, new_statistics

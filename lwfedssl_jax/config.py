@@ -195,9 +195,14 @@ class AdditionsConfig:
     depth_dropout: Fraction = 0.0
     """Probability that a step skips a layer that an earlier stage has trained (Guo et al., 2023)."""
     terms: tuple[str, ...] = ()
-    """Terms of the local loss as NAME=WEIGHT: proximal (FedProx), alignment (to the global model's representations)."""
+    """Terms of the local loss as NAME=WEIGHT: proximal (FedProx), alignment (to the global model's representations),
+    base (FedCA: to those of a base model that the server has trained)."""
     calibration_steps: AtLeast0 = 0
     """Steps that the server trains L1..Ls end to end after averaging, on its own images (partition.server_share)."""
+    dictionary: AtLeast0 = 0
+    """FedCA: embeddings each client uploads; the next round's clients get all of them as further negatives."""
+    base_steps: AtLeast0 = 0
+    """FedCA, term base: steps that the server trains the base model on its own images before the first round."""
 
 
 @dataclass(frozen=True)

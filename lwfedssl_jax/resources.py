@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from lwfedssl_jax import tree
+from lwfedssl_jax import fedca, tree
 from lwfedssl_jax.calibration import whole
 from lwfedssl_jax.client import (
     ClientState,
@@ -42,19 +42,26 @@ Notify = Callable[[str], None]
 
 
 def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: None) -> dict[str, Ledger]:
-    """The ledger of each strategy for this (resolved) config; one with more stages than rounds is left out.
+    """The ledger of each strategy for this (resolved) config.
+
+    One with more stages than rounds is left out, and one with several stages where FedCA's base model needs one.
 
     Args:
       config: resolved.
       memory: also compile one client's step of every stage and read its peak memory
         (``peak_memory_bytes`` is None otherwise).
       notify: told what is being compiled.
+
+    Raises:
+      ConfigError: see ``fedca.check``.
     """
+    fedca.check(config)
+    most = 1 if fedca.has_base(config) else config.federation.rounds
     configs: dict[str, Config] = {name: override(config, {"strategy.name": name}) for name in STRATEGIES}
     configs = {
         name: c
         for name, c in configs.items()
-        if len(STRATEGIES[name](c.model.depth, c.strategy.layers_per_stage)) <= c.federation.rounds
+        if len(STRATEGIES[name](c.model.depth, c.strategy.layers_per_stage)) <= most
     }
     ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
     if memory:
@@ -81,7 +88,7 @@ def ledger(config: Config) -> Ledger:
       * ``flops_executed``: all matrix products of the training step as traced: both views,
         the target branch, the loss's logits, the backward pass with its recomputation. A
         sample's share of a full batch: what padding of short batches adds is not in it.
-      * ``server_flops_executed``: of the server's calibration in all, its whole batches counted.
+      * ``server_flops_executed``: of the server's calibration and base model in all, its whole batches counted.
       * ``flops_recomputed``: what of ``flops_executed`` the backward pass recomputes (``runtime.remat``).
     """
     task = make_task(config)
@@ -94,7 +101,9 @@ def ledger(config: Config) -> Ledger:
         everything = BYTES_PER_PARAMETER * tree.size((trainable, part.frozen)) * stage.rounds
         executed = expected(config, part, functools.partial(executed_operations, config))
         kept = expected(config, part, functools.partial(executed_operations, keeping))
-        worst_case += everything + exchanged
+        from_dictionary, to_dictionary = (stage.rounds * n for n in fedca.dictionary_bytes(config))
+        base = BYTES_PER_PARAMETER * tree.size(trainable) * fedca.has_base(config)  # a single stage: fetched once
+        worst_case += everything + exchanged + from_dictionary + to_dictionary + base
         calibrated = config.additions.calibration_steps
         samples = config.federation.local_epochs * stage.rounds
         per_stage.append(
@@ -103,12 +112,12 @@ def ledger(config: Config) -> Ledger:
                 "rounds": stage.rounds,
                 "depth": stage.depth,
                 "trainable_parameters": tree.size(trainable),
-                "download_bytes": everything if calibrated else exchanged,
-                "upload_bytes": exchanged,
+                "download_bytes": (everything if calibrated else exchanged) + from_dictionary + base,
+                "upload_bytes": exchanged + to_dictionary,
                 "flops_paper_rule": round(samples * expected(config, part, functools.partial(paper_operations, task))),
                 "flops_executed": round(samples * executed),
                 "flops_recomputed": round(samples * (executed - kept)),
-                "server_flops_executed": calibrated * stage.rounds * server_operations(config, part),
+                "server_flops_executed": server_steps(config, stage) * server_operations(config, part),
                 "peak_memory_bytes": None,
             }
         )
@@ -225,11 +234,17 @@ def executed_operations(config: Config, part: StagePart) -> float:
     return count(jax.make_jaxpr(with_loops_of_known_length)(state, sent, *data)) / config.optimizer.batch_size
 
 
+def server_steps(config: Config, stage: Stage) -> int:
+    """How many steps the server trains in a stage."""
+    return config.additions.calibration_steps * stage.rounds + config.additions.base_steps
+
+
 def server_operations(config: Config, part: StagePart) -> int:
-    """Multiply-adds of one step of the server's calibration, of a batch as large as a client's."""
-    if not config.additions.calibration_steps:
+    """Multiply-adds of one step of the server's training, of a batch as large as a client's."""
+    if not server_steps(config, part.stage):
         return 0
-    plain = override(config, {"additions.terms": (), "additions.depth_dropout": 0.0})
+    off = {"additions.terms": (), "additions.depth_dropout": 0.0, "additions.dictionary": 0, "additions.base_steps": 0}
+    plain = override(config, off)
     return round(executed_operations(plain, all_trained(config, part.stage)) * config.optimizer.batch_size)
 
 
@@ -316,7 +331,13 @@ def _step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., 
     return lambda *arguments: client_step(task, *arguments), (
         jax.eval_shape(lambda t: client_init(task, t), trainable),
         Sent(
-            trainable, jax.tree.map(lambda _: jax.ShapeDtypeStruct((), bool), trainable), frozen, number, number, number
+            trainable,
+            jax.tree.map(lambda _: jax.ShapeDtypeStruct((), bool), trainable),
+            frozen,
+            number,
+            number,
+            number,
+            fedca.shapes(config, task, trainable, b),  # a client needs no more public images at once
         ),
         jax.ShapeDtypeStruct((b, *task.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((b,), bool),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from lwfedssl_jax import tree
+from lwfedssl_jax import fedca, tree
 from lwfedssl_jax.aggregation import Aggregator
 from lwfedssl_jax.client import ClientState, Sent, Task, client_init, client_step, routes, weights_of
 from lwfedssl_jax.packing import Plan
@@ -50,19 +50,21 @@ class Total(NamedTuple):
       weighted: sum of ``n_i * w_i``.
       squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
       summed: the aggregator's contributions.
+      dictionary: what they add to FedCA's; empty without it.
     """
 
     examples: jax.Array
     weighted: Tree
     squares: jax.Array
     summed: Tree
+    dictionary: Tree
 
 
-def contribution(aggregator: Aggregator, sent: Sent, trained: Tree, examples: jax.Array) -> Total:
+def contribution(aggregator: Aggregator, sent: Sent, trained: Tree, examples: jax.Array, uploaded: Tree) -> Total:
     """What one client adds."""
     weighted = jax.tree.map(lambda x: examples.astype(x.dtype) * x, trained)
     squares = examples * squared_distance(trained, sent.trainable)
-    return Total(examples, weighted, squares, aggregator.add(sent, trained, examples))
+    return Total(examples, weighted, squares, aggregator.add(sent, trained, examples), uploaded)
 
 
 def squared_distance(a: Tree, b: Tree) -> jax.Array:
@@ -76,7 +78,7 @@ def start_round(task: Task, aggregator: Aggregator, sent: Sent, lanes: int) -> C
     client = client_init(task, sent.trainable)
     wide = lambda x: jnp.broadcast_to(x, (lanes, *x.shape))  # noqa: E731
     add = functools.partial(contribution, aggregator)
-    total = jax.eval_shape(add, sent, sent.trainable, jnp.zeros((), jnp.float32))
+    total = jax.eval_shape(add, sent, sent.trainable, jnp.zeros((), jnp.float32), fedca.no_upload(sent))
     zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), total)
     loss, count = jnp.zeros(lanes, jnp.float32), jnp.zeros(lanes, jnp.int32)
     return Carry(jax.tree.map(wide, client), zeros, loss, count, count)
@@ -126,10 +128,13 @@ def run_steps(
             state = tree.where(row.step == 0, begin(task, start, sent, memory), lane.client)
             key = jax.random.fold_in(jax.random.fold_in(round_key, row.client), row.step)
             mask_B = jnp.arange(batch_size) < row.real
-            state, loss = client_step(task, state, sent, pool_NxHxWxC[row.examples], mask_B, key)
-            added = contribution(aggregator, sent, state.trainable, jnp.asarray(row.weight))
+            batch_BxHxWxC = pool_NxHxWxC[row.examples]
+            state, loss = client_step(task, state, sent, batch_BxHxWxC, mask_B, key)
+            client, weight = jnp.asarray(row.client), jnp.asarray(row.weight)
+            uploaded = fedca.upload(task, sent, state.trainable, batch_BxHxWxC, mask_B, key, client, weight)
+            added = contribution(aggregator, sent, state.trainable, weight, uploaded)
             # `where`, not a product with 0: an unfinished client's NaN must not reach the sum.
-            total = tree.where(row.weight > 0, jax.tree.map(jnp.add, lane.total, added), lane.total)
+            total = tree.where(weight > 0, jax.tree.map(jnp.add, lane.total, added), lane.total)
             samples = jnp.where(row.busy, row.real, 0)
             loss = jnp.where(samples > 0, loss.astype(jnp.float32) * samples.astype(jnp.float32), 0)
             layers = sum(count for count, _ in routes(task, sent, key))
@@ -169,13 +174,13 @@ def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carr
 
 def finish_round(
     aggregator: Aggregator, state: Tree, sent: Sent, carry: Carry
-) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+) -> tuple[Tree, Tree, dict[str, jax.Array], Tree]:
     """The round's end on the server.
 
     Returns:
       The server's state; the trainable part after the round; ``loss``, the mean of a sample,
       ``client_distance``, the clients' weighted root mean squared distance from their mean, and
-      ``layers``, run in all steps.
+      ``layers``, run in all steps; FedCA's dictionary.
     """
     total = jax.tree.map(lambda x: x.sum(0), carry.total)
     examples = jnp.maximum(total.examples, 1)
@@ -188,4 +193,4 @@ def finish_round(
         "client_distance": jnp.sqrt(jnp.maximum(variance, 0)),
         "layers": carry.layers.sum(),
     }
-    return state, trainable, measured
+    return state, trainable, measured, fedca.join(total.dictionary)

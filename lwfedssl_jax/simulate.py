@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from lwfedssl_jax import calibration, evaluate, finetune, report, resources, tree
+from lwfedssl_jax import calibration, evaluate, fedca, finetune, report, resources, tree
 from lwfedssl_jax.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
@@ -38,7 +38,7 @@ RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before th
 FINE_TUNE = "fine_tune"  # the protocol's name
 
 # Streams of the seed; clients add round, client and step to theirs.
-INIT_STREAM, ROUND_STREAM, SERVER_STREAM = 0, 1, 2
+INIT_STREAM, ROUND_STREAM, SERVER_STREAM, BASE_STREAM = 0, 1, 2, 3
 SAMPLING_STREAM, BATCHES_STREAM = 1, 2  # of NumPy's generators; 0 and 3 are the partition's
 
 
@@ -91,19 +91,21 @@ class State(NamedTuple):
     Attributes:
       server: the aggregator's state.
       clients: what clients keep, by their number.
+      dictionary: FedCA's, from the round before; empty without it.
     """
 
     server: Tree
     clients: dict[int, Memory]
+    dictionary: Tree
 
 
 class Program(NamedTuple):
     """The compiled programs of a stage, and of all stages of the same shapes.
 
     Attributes:
-      start: ``(params, rows, depths) -> (sent, empty carry)``.
+      start: ``(params, rows, depths, shared) -> (sent, empty carry)``.
       steps: ``(carry, sent, memory, images, plan, first, steps, round_key) -> carry``.
-      finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, measured)``.
+      finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, measured, dictionary)``.
     """
 
     start: jax.stages.Compiled
@@ -153,9 +155,11 @@ def check_additions(config: Config, stages: Sequence[Stage]) -> None:
     """Refuse additions that would do nothing.
 
     Raises:
-      ConfigError: depth dropout without a layer to skip, or calibration without the server's images.
+      ConfigError: depth dropout without a layer to skip, or calibration without the server's images; see also
+        ``fedca.check``.
     """
     calibration.check(config)
+    fedca.check(config)
     rate = config.additions.depth_dropout
     if rate and not any(stage.trained_before for stage in stages):
         raise ConfigError(
@@ -193,8 +197,14 @@ class Simulator:
         self._pace = 1 if jax.process_count() == 1 else CALL_STEPS
         self._calibrations: dict[str, Callable[..., tuple[Tree, jax.Array]]] = {}
         shapes = jax.eval_shape(lambda: initial_params(run))
-        calibrated = bool(run.config.additions.calibration_steps)
-        self._traffic = Traffic(shapes, run.layers, len(run.clients), calibrated=calibrated)
+        self._traffic = Traffic(
+            shapes,
+            run.layers,
+            len(run.clients),
+            calibrated=bool(run.config.additions.calibration_steps),
+            dictionary=fedca.dictionary_bytes(run.config),
+            base=fedca.has_base(run.config),
+        )
         self._set_up()
         while (needed := max((self._needed(stage) for stage in stages), default=0)) > self._limit:
             self.run = with_fewer_lanes(self.run, needed, self._limit)
@@ -242,12 +252,15 @@ class Simulator:
         Raises:
           FloatingPointError: the loss is not finite.
         """
+        base = self._base
         began = time.monotonic()
         program, run = self.program(stage), self.run
         cohort, reporting = draw_cohort(run, number)
+        dictionary = self.place(fedca.empty(run.config, run.task)) if state is None else state.dictionary
+        slots = {"cohort": self.place(fedca.padded(run.config, cohort))} if dictionary else {}
         rows = self.place(stage.rows)
         depths = self.place(stage.depths)
-        sent, carry = program.start(params, rows, depths)
+        sent, carry = program.start(params, rows, depths, base | dictionary | slots)
         server, clients = (run.aggregator.init(sent), {}) if state is None else (state.server, dict(state.clients))
         line: dict[str, Any] = {
             "round": number,
@@ -259,7 +272,7 @@ class Simulator:
             "examples": 0,
             "steps": 0,
             "download_bytes": self._traffic.download(stage, cohort),
-            "upload_bytes": len(reporting) * self._traffic.exchanged(stage),
+            "upload_bytes": len(reporting) * self._traffic.upload(stage),
             "lane_utilisation": 0.0,
         }
         if len(reporting):
@@ -288,7 +301,7 @@ class Simulator:
                         self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
                     self._listener.steps(number, done, work.length)
                 self._remember(clients, carry, host_plan)
-            params, server, measured = program.finish(params, rows, server, sent, carry)
+            params, server, measured, dictionary = program.finish(params, rows, server, sent, carry)
             line |= {
                 "loss": float(measured["loss"]),
                 "client_distance": float(measured["client_distance"]),
@@ -301,10 +314,12 @@ class Simulator:
                 line["layers_skipped"] = round(run_steps / (work.steps * stage.trained_before), 4)
             check_finite(run.config, f"the loss is {line['loss']}", number, line["loss"])
             if run.config.additions.calibration_steps:
-                params, calibration_loss = self._calibrate(stage, params, number)
-                line["calibration_loss"] = float(calibration_loss)
+                key = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
+                steps = run.config.additions.calibration_steps
+                calibrated, line["calibration_loss"] = self._calibrate(stage, params, steps, key)
+                params = self.place(calibrated)
                 check_finite(run.config, "the calibration's loss is not finite", number, line["calibration_loss"])
-        return params, State(server, clients), line | {"seconds": round(time.monotonic() - began, 4)}
+        return params, State(server, clients, dictionary), line | {"seconds": round(time.monotonic() - began, 4)}
 
     def take_up(self, rounds: int, saved: Tree) -> tuple[Tree, State | None]:
         """Continue after so many rounds with what ``to_save`` gave; from the beginning where that is empty.
@@ -313,7 +328,7 @@ class Simulator:
           The parameters, on all devices, and the state, None at a stage's beginning.
         """
         run = self.run
-        params, server, clients = initial_params(run), None, {}
+        params, server, clients, dictionary = initial_params(run), None, {}, {}
         for stage in run.stages:
             last = stage.first_round + stage.rounds
             for number in range(stage.first_round + 1, min(last, rounds) + 1):
@@ -322,15 +337,29 @@ class Simulator:
                 sent = functools.partial(send, stage, rows=stage.rows, depths=stage.depths)
                 shapes = jax.eval_shape(lambda p, sent=sent: run.aggregator.init(sent(p)), params)
                 server = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+                dictionary = fedca.empty(run.config, run.task)
         if saved:
             params = saved["params"]
             form, no_memory = jax.tree.structure(server), jax.tree.structure(run.no_memory)
             server = jax.tree.unflatten(form, saved["server"]) if server is not None else None
             clients = {int(c): jax.tree.unflatten(no_memory, leaves) for c, leaves in saved["clients"].items()}
+            dictionary = saved["dictionary"]
         if rounds:
-            params, server = from_first((params, server))
-        params, server = self.place((params, server))
-        return params, None if server is None else State(server, clients)
+            params, server, dictionary = from_first((params, server, dictionary))
+        params, server, dictionary = self.place((params, server, dictionary))
+        return params, None if server is None else State(server, clients, dictionary)
+
+    @functools.cached_property
+    def _base(self) -> Tree:
+        """What of ``Sent.shared`` no round changes: the base model, which is trained now, and the public images."""
+        run = self.run
+        if not fedca.has_base(run.config):
+            return {}
+        (stage,), key = run.stages, stream_key(run.config.runtime.seed, BASE_STREAM)
+        params, loss = self._calibrate(stage, initial_params(run), run.config.additions.base_steps, key)
+        check_finite(run.config, "the base model's loss is not finite", 0, loss)
+        base = jax.device_get(tree.take(params, stage.rows))
+        return self.place({"base": from_first(base), "public": run.server_images})
 
     def _recall(self, clients: dict[int, Memory], plan: Plan) -> Memory | None:
         """Memories of the clients that lanes begin in a call, on the lanes' devices; other lanes get an empty one."""
@@ -349,27 +378,26 @@ class Simulator:
         for lane in np.flatnonzero(plan.weight.max(axis=0)):
             clients[int(plan.client[0, lane])] = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
 
-    def _calibrate(self, stage: Stage, params: Tree, number: int) -> tuple[Tree, jax.Array]:
-        """The server's own training after a round, on one device."""
+    def _calibrate(self, stage: Stage, params: Tree, steps: int, key: jax.Array) -> tuple[Tree, float]:
+        """The server's own training, on one device; what it gives is on the host."""
         run = self.run
         stage = calibration.whole(stage, run.layers)
-        key = str(jax.tree.map(np.shape, stage.rows))
-        if key not in self._calibrations:
-            self._listener.compiling("the server's calibration")
-            steps, batch_size = run.config.additions.calibration_steps, run.config.optimizer.batch_size
-            self._calibrations[key] = jax.jit(functools.partial(calibration.calibrate, run.task, batch_size, steps))
-        round_ = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
-        params, loss = self._calibrations[key](
-            jax.device_get(params), stage.rows, np.int32(stage.depth), run.server_images, round_
+        program = str((steps, jax.tree.map(np.shape, stage.rows)))
+        if program not in self._calibrations:
+            self._listener.compiling("the server's training")
+            static = run.task, run.config.optimizer.batch_size, steps
+            self._calibrations[program] = jax.jit(functools.partial(calibration.calibrate, *static))
+        params, loss = self._calibrations[program](
+            jax.device_get(params), stage.rows, np.int32(stage.depth), run.server_images, key
         )
-        return self.place(jax.device_get(params)), loss
+        return jax.device_get(params), float(loss)
 
 
 def to_save(params: Tree, state: State | None) -> Tree:
     """All that a run needs to continue after a round, as dicts and lists of arrays."""
-    server, clients = state or ((), {})
+    server, clients, dictionary = state or State((), {}, {})
     kept = {str(client): jax.tree.leaves(memory) for client, memory in clients.items()}
-    return {"params": params, "server": jax.tree.leaves(server), "clients": kept}
+    return {"params": params, "server": jax.tree.leaves(server), "clients": kept, "dictionary": dictionary}
 
 
 def send(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) -> Sent:
@@ -381,8 +409,8 @@ def send(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) ->
 def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     """Compile a stage's programs ahead of time: they refuse other shapes instead of recompiling."""
 
-    def start(params: Tree, rows: Tree, depths: tuple[jax.Array, ...]) -> tuple[Sent, Carry]:
-        sent = send(stage, params, rows, depths)
+    def start(params: Tree, rows: Tree, depths: tuple[jax.Array, ...], shared: Tree) -> tuple[Sent, Carry]:
+        sent = send(stage, params, rows, depths)._replace(shared=shared)
         return sent, start_round(run.task, run.aggregator, sent, run.lanes)
 
     def steps(
@@ -399,9 +427,9 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
         static = (run.task, run.aggregator, run.start, run.mesh)
         return run_steps(*static, carry, sent, memory, images, plan, first, count, key)
 
-    def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, Tree]:
-        state, trainable, measured = finish_round(run.aggregator, state, sent, carry)
-        return tree.put(params, rows, trainable), state, measured
+    def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, Tree, Tree]:
+        state, trainable, measured, dictionary = finish_round(run.aggregator, state, sent, carry)
+        return tree.put(params, rows, trainable), state, measured, dictionary
 
     def shapes(x: Tree, spec: PartitionSpec) -> Tree:
         sharding = NamedSharding(run.mesh, spec)
@@ -412,7 +440,9 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     number = shapes(jax.ShapeDtypeStruct((), np.int32), ALL)
     key = shapes(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), ALL)
     depths = jax.tree.map(lambda _: number, stage.depths)
-    sent, carry = jax.eval_shape(start, params, rows, depths)
+    trainable = jax.eval_shape(tree.take, params, rows)
+    shared = shapes(fedca.shapes(run.config, run.task, trainable, len(run.server_images)), ALL)
+    sent, carry = jax.eval_shape(start, params, rows, depths, shared)
     sent, carry = shapes(sent, ALL), shapes(carry, BY_LANE)
     state = shapes(jax.eval_shape(run.aggregator.init, sent), ALL)
     wide = lambda x: jax.ShapeDtypeStruct((run.lanes, *x.shape), x.dtype)  # noqa: E731
@@ -420,7 +450,7 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
     idle = empty_plan(CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
     images, plan, _ = next(feed(iter([(idle, 0)])))
     return Program(
-        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths).compile(),
+        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths, shared).compile(),
         steps=jax.jit(steps, donate_argnums=0)
         .lower(carry, sent, memory, images, shapes(plan, PLAN_BY_LANE), number, number, key)
         .compile(),

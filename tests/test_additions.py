@@ -36,7 +36,7 @@ def with_task(run: simulate.Run, **changes: Any) -> simulate.Run:
     return run._replace(task=run.task._replace(**changes))
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", sorted(TERMS.keys() - {"base"}))  # which needs a base model: test_fedca
 def test_a_term_of_zero_weight_changes_nothing_bit_for_bit(name: str) -> None:
     run = prepare(small_config())
     plain, loss = two_steps(run, run.stages[1])

@@ -15,7 +15,7 @@ ORDER = [
     ["models.vit", "models.resnet", "models.heads", "data.feed"],
     ["stages", "additions"],
     ["client"],
-    ["aggregation", "calibration", "starts", "traffic"],
+    ["aggregation", "calibration", "fedca", "starts", "traffic"],
     ["rounds", "evaluate", "resources"],
     ["finetune", "checkpoint", "report"],
     ["simulate"],

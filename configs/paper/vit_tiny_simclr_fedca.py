@@ -1,0 +1,23 @@
+"""ViT-Tiny with SimCLR, FedSSL end to end: FedCA's dictionary and its alignment to a base model.
+
+A baseline beside arXiv 2401.11647. The base model learns from a tenth of the images. No figure is recorded here.
+
+    python run.py resources paper/vit_tiny_simclr_fedca
+    python run.py train paper/vit_tiny_simclr_fedca
+
+The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
+(`tfds build cifar10 --file_format=array_record`).
+"""
+
+from lwfedssl_jax.config import load, override
+
+config = override(
+    load("paper/vit_tiny_simclr"),
+    {
+        "strategy.name": "end_to_end",
+        "partition.server_share": 0.1,
+        "additions.dictionary": 16,
+        "additions.terms": ("base=1",),
+        "additions.base_steps": 500,
+    },
+)

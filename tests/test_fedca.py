@@ -1,0 +1,248 @@
+"""FedCA: the dictionary and the base model, against plain loops and by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from test_objectives import REAL, B, D, T, embeddings, unit
+from test_rounds import SIZES, max_difference, parts, prepare
+
+from lwfedssl_jax import additions, client, fedca, resources, simulate, tree
+from lwfedssl_jax.augment import normalise, two_views
+from lwfedssl_jax.checkpoint import WorkDir
+from lwfedssl_jax.client import client_init, client_step, embed
+from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.objectives import OBJECTIVES
+from lwfedssl_jax.packing import batches
+
+BASE: dict[str, Any] = {"additions__terms": ("base=1",), "additions__base_steps": 2, "partition__server_share": 0.2}
+
+
+def fedca_config(**changes: Any) -> Config:
+    return small_config(**{"strategy__name": "end_to_end", "objective__name": "simclr", **changes})
+
+
+def project(run: simulate.Run, params: tree.Tree) -> jax.Array:
+    """Projections of four of the server's images."""
+    x = normalise(jnp.asarray(run.server_images[:4]), run.task.recipe)
+    return embed(run.task, jax.tree.map(jnp.asarray, params), x, jnp.ones(4, bool), (3, None), ["projection"])[0][0][0]
+
+
+def cross_entropy(anchor: np.ndarray, positive: np.ndarray, others: list[np.ndarray]) -> float:
+    p = [np.exp(x @ anchor / T) for x in (positive, *others)]
+    return float(-np.log(p[0] / sum(p)))
+
+
+def numpy_loss(name: str, q: np.ndarray, k: np.ndarray, negatives: np.ndarray) -> float:
+    (q1, q2), (k1, k2), n = unit(q), unit(k), q.shape[1]
+    if name == "mocov3":
+        pairs = [(a, b, i) for a, b in ((q1, k2), (q2, k1)) for i in range(n)]
+        return sum(cross_entropy(a[i], b[i], [*np.delete(b, i, 0), *negatives]) for a, b, i in pairs) / n
+    every = np.concatenate([q1, q2])
+    total = 0.0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        total += cross_entropy(every[i], every[j], [*np.delete(every, [i, j], 0), *negatives])
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("name", ["simclr", "mocov3"])
+def test_further_negatives_equal_numpy_and_unfilled_rows_count_for_nothing(name: str) -> None:
+    q, k, objective = embeddings(0), embeddings(1), OBJECTIVES[name]
+    negatives = unit(embeddings(2).reshape(-1, D))[:5]
+    filled = np.array([True, False, True, True, False])
+    mask = jnp.arange(B) < REAL
+    assert objective.loss_with_negatives is not None
+
+    def loss(negatives: np.ndarray, filled: np.ndarray) -> Any:
+        further = jnp.asarray(negatives), jnp.asarray(filled)
+        return objective.loss_with_negatives(jnp.asarray(q), jnp.asarray(k), mask, T, further)
+
+    expected = numpy_loss(name, q[:, :REAL], k[:, :REAL], negatives[filled])
+    assert float(loss(negatives, filled)) == pytest.approx(expected, rel=1e-5)
+    assert loss(np.where(filled[:, None], negatives, 1e3), filled) == loss(negatives, filled)
+    plain = objective.loss(jnp.asarray(q), jnp.asarray(k), mask, T)
+    assert float(loss(negatives, np.zeros(5, bool))) == pytest.approx(float(plain), rel=1e-6)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
+    lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client 2 never reports; client 1 has one image; slots follow the cohort, [1, 2, 3]."""
+    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([1, 2, 3], [1, 3]))
+    config = fedca_config(additions__dictionary=3, federation__clients_per_round=3, runtime__lanes=lanes)
+    run = prepare(config)
+    simulator, stage = simulate.Simulator(run), run.stages[0]
+    params = simulator.place(simulate.initial_params(run))
+    after, state, _ = simulator.run_round(stage, params, None, 1)
+    dictionary, filled = (np.asarray(state.dictionary[name]) for name in ("dictionary", "filled"))
+
+    sent = parts(stage, params)
+    step = jax.jit(lambda s, x, k: client_step(run.task, s, sent, x, jnp.ones(len(x), bool), k)[0])
+    for slot, c in ((0, 1), (2, 3)):
+        rng = np.random.default_rng([config.runtime.seed, 2, 1, c])
+        rows, real = batches(run.clients[c], 4, config.federation.local_epochs, rng)
+        client_key = jax.random.fold_in(simulate.round_key(config.runtime.seed, 1), c)
+        local = client_init(run.task, sent.trainable)
+        for i, (row, count) in enumerate(zip(rows, real, strict=True)):
+            images, key = jnp.asarray(run.dataset.train_images[row[:count]]), jax.random.fold_in(client_key, i)
+            local = step(local, images, key)
+        view = two_views(key, images, run.task.recipe)[0]
+        whole = sent.depth, None
+        z = embed(run.task, local.trainable, view, jnp.ones(len(view), bool), whole, ["projection"])[0][0][0]
+        expected = unit(np.asarray(z))[:3] if SIZES[c] > 1 else np.zeros((1, 6))  # one sample, normalised, is zero
+        n = len(expected)
+        np.testing.assert_allclose(dictionary[3 * slot : 3 * slot + n], expected, atol=2e-4)
+        assert filled[3 * slot : 3 * slot + 3].tolist() == [i < n for i in range(3)]
+    assert not dictionary[~filled].any()
+    assert not filled[3:6].any()
+
+    _, again, second = simulator.run_round(stage, after, state, 2)
+    empty = state._replace(dictionary=simulator.place(fedca.empty(config, run.task)))
+    assert second["loss"] > simulator.run_round(stage, after, empty, 2)[2]["loss"] + 0.1
+    assert max_difference(again.dictionary["dictionary"], dictionary) > 1e-3
+
+    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([1, 2, 3], []))
+    _, kept, _ = simulator.run_round(stage, after, state, 2)
+    assert all((np.asarray(kept.dictionary[k]) == x).all() for k, x in state.dictionary.items())
+
+
+def test_the_base_term_is_zero_at_the_base_model_and_pulls_to_it() -> None:
+    run = prepare(fedca_config(**BASE))
+    base = simulate.initial_params(run)
+    moved = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), base)
+
+    @jax.jit
+    def term(weights: tree.Tree, base: tree.Tree) -> jax.Array:
+        none: Any = None
+        thunk = lambda: (project(run, weights), project(run, base))  # noqa: E731
+        return additions.base(additions.Local(none, none, none, none, none, none, thunk))
+
+    assert term(base, base) == 0
+    loss, grad = jax.jit(jax.value_and_grad(term))(moved, base)
+    z, goal = (unit(np.asarray(project(run, m))) for m in (moved, base))
+    assert float(loss) == pytest.approx(((z - goal) ** 2).sum(-1).mean(), rel=1e-4)
+    assert loss > 1e-3
+    assert term(jax.tree.map(lambda w, g: w - 1e-4 * g, moved, grad), base) < loss
+
+
+def test_the_base_term_looks_at_a_few_public_images_of_each_step() -> None:
+    run = prepare(fedca_config(**BASE))
+    sent = parts(run.stages[0], simulate.initial_params(run))
+    assert client.public_batch(run.task, sent, 4, jax.random.key(0)) is None
+    sent = sent._replace(shared={"public": jnp.asarray(run.server_images)})
+    every = np.asarray(normalise(jnp.asarray(run.server_images), run.task.recipe))
+    drawn = [np.asarray(client.public_batch(run.task, sent, 4, jax.random.key(i))) for i in (0, 1)]
+    for batch in drawn:
+        assert len({int(np.flatnonzero((every == x).all((1, 2, 3)))[0]) for x in batch}) == 4
+    assert (drawn[0] != drawn[1]).any()
+    assert len(client.public_batch(run.task, sent, 400, jax.random.key(0))) == len(run.server_images)
+
+
+def test_a_run_with_a_base_term_ends_nearer_to_the_base_model() -> None:
+    apart = []
+    for weight in (1e-30, 30.0):
+        run = prepare(fedca_config(**BASE | {"additions__terms": (f"base={weight}",)}))
+        simulator, start = simulate.Simulator(run), simulate.initial_params(run)
+        params, state = simulator.place(start), None
+        for number in (1, 2):
+            params, state, _ = simulator.run_round(run.stages[0], params, state, number)
+        base = simulator._base["base"]
+        assert max_difference(base, start) > 1e-3
+        z, goal = (unit(np.asarray(project(run, m))) for m in (params, base))
+        apart.append(((z - goal) ** 2).sum(-1).mean())
+    assert apart[1] < 0.7 * apart[0]
+
+
+def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three clients a round, 4 embeddings of 6 numbers each; the base model is as large as what is trained."""
+    changes = {**BASE, "additions__dictionary": 4, "federation__clients_per_round": 3}
+    config, plain = fedca_config(**changes), fedca_config(federation__clients_per_round=3)
+    (row,), (without,) = (resources.ledger(c)["per_stage"] for c in (config, plain))
+    model, upload = 4 * row["trainable_parameters"], 4 * 6 * 4
+    assert row["download_bytes"] == without["download_bytes"] + 3 * (3 * upload) + model
+    assert row["upload_bytes"] == without["upload_bytes"] + 3 * upload
+    ledger = resources.ledger(config)
+    assert ledger["total_bytes"] == ledger["worst_case_total_bytes"]
+    assert row["flops_executed"] > without["flops_executed"]
+    assert row["server_flops_executed"] > without["server_flops_executed"] == 0
+    strategies = resources.all_strategies(config, memory=True)
+    assert list(strategies) == ["end_to_end"]
+    assert strategies["end_to_end"]["peak_memory_bytes"] > 0
+
+    cohorts = {1: [0, 1], 2: [1, 2, 3]}
+    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
+    run = prepare(config)
+    simulator = simulate.Simulator(run)
+    params, state, one = simulator.run_round(run.stages[0], simulator.place(simulate.initial_params(run)), None, 1)
+    assert (one["download_bytes"], one["upload_bytes"]) == (2 * (2 * model + 3 * upload), model + upload)
+    two = simulator.run_round(run.stages[0], params, state, 2)[2]
+    assert two["download_bytes"] == 3 * (model + 3 * upload) + 2 * model
+    resumed = simulate.Simulator(run)
+    resumed.take_up(1, simulate.to_save(params, state))
+    assert resumed._traffic.download(run.stages[0], cohorts[2]) == two["download_bytes"]
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_simulate import Interrupting, train
+
+    whole = resources.all_strategies
+    monkeypatch.setattr(resources, "all_strategies", lambda config, memory, notify: whole(config, memory=False))
+    config = fedca_config(**BASE, additions__dictionary=4, federation__clients_per_round=2, partition__clients=6)
+    train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", Interrupting(2))
+    _, saved = WorkDir(tmp_path / "parts", config).restore() or (0, {})
+    assert saved["dictionary"]["filled"].any()
+    train(config, tmp_path / "parts")
+    encoders = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert encoders[0] == encoders[1]
+    a, b = (
+        [{k: v for k, v in line.items() if k != "seconds"} for line in WorkDir(tmp_path / n, config).metrics()]
+        for n in ("whole", "parts")
+    )
+    assert a == b
+
+
+def test_a_dictionary_goes_with_frozen_layers() -> None:
+    run = prepare(small_config(objective__name="mocov3", additions__dictionary=2))
+    simulator = simulate.Simulator(run)
+    params = simulator.place(simulate.initial_params(run))
+    _, state, _ = simulator.run_round(run.stages[1], params, None, 1)
+    assert state.dictionary["filled"].tolist() == [True, True, True, False, True, False, True, True]  # last: 4, 1, 1, 4
+    np.testing.assert_allclose(np.linalg.norm(state.dictionary["dictionary"], axis=1)[:2], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"additions__dictionary": 4, "objective__name": "byol"},
+            "additions.dictionary: 4 embeddings would be negatives, and objective.name byol has none; accepted: 0, or "
+            "objective.name simclr or mocov3",
+        ),
+        (
+            {"additions__dictionary": 9},
+            "additions.dictionary: 9 is more than a client's last batch has; accepted: 0 to",
+        ),
+        ({"additions__base_steps": 3}, "additions.base_steps: 3 steps would train a base model that nothing uses"),
+        ({**BASE, "additions__terms": ("base=0",)}, "additions.base_steps: 2 steps would train a base model"),
+        ({**BASE, "strategy__name": "layerwise"}, "additions.terms: base has whole models to align"),
+        ({**BASE, "additions__base_steps": 0}, "additions.base_steps: 0 steps leave the term base"),
+        ({**BASE, "partition__server_share": 0.0}, "partition.server_share: 0.0 leaves no public images"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = fedca_config(**changes)
+    with pytest.raises(ConfigError) as error:
+        simulate.prepare(config)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert "accepted: " in str(error.value)
+    with pytest.raises(ConfigError):
+        resources.all_strategies(config, memory=False)
