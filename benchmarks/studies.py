@@ -45,7 +45,7 @@ FASHION: dict[str, Any] = {
     "model.depth": 4,
     "partition.clients": 20,
     "federation.clients_per_round": 3,
-    "federation.rounds": 8,
+    "federation.rounds": 4,
     "federation.local_epochs": 1,
     "optimizer.batch_size": 128,
     "optimizer.learning_rate": 0.008,
@@ -103,7 +103,7 @@ STUDIES = {
     ),
     "fashion_mnist": Study(
         "Fashion-MNIST",
-        "All 60,000 images, 20 clients, Dirichlet 0.5, 3 of them drawn a round, 8 rounds of one local epoch, a ViT of "
+        "All 60,000 images, 20 clients, Dirichlet 0.5, 3 of them drawn a round, 4 rounds of one local epoch, a ViT of "
         "width 64 and depth 4, patch 7; by objective.",
         OBJECTIVES,
         base=FASHION,

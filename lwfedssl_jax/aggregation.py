@@ -61,13 +61,15 @@ def server_optimizer(optimizer: optax.GradientTransformation) -> Aggregator:
 
 def fedavgm(config: Config) -> Aggregator:
     """Averaging with server momentum (Hsu et al., 2019, arXiv 1909.06335)."""
-    return server_optimizer(optax.sgd(config.federation.server_learning_rate, config.federation.server_momentum))
+    f = config.federation
+    return server_optimizer(optax.sgd(f.server_learning_rate or 1.0, f.server_momentum))
 
 
 def fedadam(config: Config) -> Aggregator:
     """Adam on the averaged change (Reddi et al., 2021, arXiv 2003.00295); second moment's decay 0.99 as there."""
     f = config.federation
-    return server_optimizer(optax.adam(f.server_learning_rate, b1=f.server_momentum, b2=0.99, eps=f.server_epsilon))
+    rate = f.server_learning_rate or 0.01
+    return server_optimizer(optax.adam(rate, b1=f.server_momentum, b2=0.99, eps=f.server_epsilon))
 
 
 def ldawa(config: Config) -> Aggregator:

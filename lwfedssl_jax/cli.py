@@ -16,7 +16,6 @@ from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from lwfedssl_jax import config as configs
 from lwfedssl_jax.config import Config, ConfigError
@@ -152,7 +151,7 @@ def resources(arguments: list[str]) -> None:
     options = parse(Resources, arguments)
     from lwfedssl_jax import devices, report
     from lwfedssl_jax import resources as ledgers
-    from lwfedssl_jax.stages import STRATEGIES, stage_depths
+    from lwfedssl_jax.checks import check
 
     config = configs.resolve(options.config)
     if options.plot and (options.plot.suffix not in PICTURES or not options.plot.parent.is_dir()):
@@ -161,8 +160,7 @@ def resources(arguments: list[str]) -> None:
             f"{', '.join(PICTURES)}"
         )
     devices.set_up_cache(options.compilation_cache)
-    for name in STRATEGIES:  # all must be able to run
-        stage_depths(configs.override(config, {"strategy.name": name}))
+    check(config)
     progress = Console(stderr=True)
     with progress.status("tracing") as status:
         strategies = ledgers.all_strategies(
@@ -185,10 +183,10 @@ def list_configs(arguments: list[str]) -> None:
     """The ``list`` command."""
     if arguments:
         raise ConfigError(f"list: unexpected {arguments[0]!r}; accepted: nothing after `list`")
-    table = Table(box=None, show_header=False)
-    for name, line in configs.available():
-        table.add_row(name, line)
-    Console().print(table)
+    known = configs.available()
+    width = max((len(name) for name, _ in known), default=0)
+    for name, line in known:
+        print(f"{name:<{width}}  {line}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "resources": resources, "list": list_configs}

@@ -115,7 +115,8 @@ class PartitionConfig:
     size_sigma: NonNegative = 0.0
     """shared only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
     server_share: Fraction = 0.0
-    """Share of the training images that the server holds, without labels, and no client owns."""
+    """Share of the training images that the server holds, without labels, for calibration or a base model; no client
+    owns them."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,12 @@ class FederationConfig:
     """Passes over its own data that a client makes in a round."""
     clients_per_round: AtLeast0 = 0
     """Clients drawn each round; 0 draws all."""
-    dropout: Fraction = 0.0
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability that a drawn client never reports back."""
     aggregator: str = "fedavg"
     """What the server makes of the clients' models: fedavg, fedavgm, fedadam or ldawa."""
-    server_learning_rate: Positive = 1.0
-    """fedavgm, fedadam: step size on the averaged change; 1 is the average itself for fedavgm without momentum."""
+    server_learning_rate: NonNegative = 0.0
+    """fedavgm, fedadam: step size on the averaged change; 0 takes 1 for fedavgm and 0.01 for fedadam."""
     server_momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
     """fedavgm: momentum; fedadam: decay of the first moment."""
     server_epsilon: Positive = 1e-3

@@ -86,9 +86,11 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
         points.sort(key=lambda p: int(p["round"]))  # training from scratch is written last
         x, y = [traffic[p["round"]] for p in points], [100 * p["accuracy"] for p in points]
         label = _words(protocol) + (" (at 0: from scratch)" if any("baseline" in p for p in points) else "")
-        axes.errorbar(x, y, [100 * p.get("std", 0) for p in points], marker=marker, capsize=3, label=label)
+        line = "none" if any("baseline" in p for p in points) else "-"  # from scratch is no beginning of the training
+        spread = [100 * p.get("std", 0) for p in points]
+        axes.errorbar(x, y, spread, marker=marker, linestyle=line, capsize=3, label=label)
     axes.set(xlabel=TRAFFIC_LABEL, ylabel="accuracy (%)")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     _save(figure, workdir / "plots" / "accuracy.png")
 
@@ -205,11 +207,13 @@ def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, 
 
 def traffic_by_round(lines: list[dict[str, Any]]) -> dict[int, float]:
     """MiB that a client drawn every round has exchanged after each round, both directions, from ``metrics.jsonl``."""
-    rounds = [line for line in lines if "event" not in line]
-    # All that was exchanged so far, over the clients drawn each round.
-    sent = np.cumsum([line["download_bytes"] + line["upload_bytes"] for line in rounds])
-    drawn = rounds[0]["clients"] + rounds[0]["dropped"]
-    return {0: 0.0} | {line["round"]: total / drawn / MIB for line, total in zip(rounds, sent, strict=True)}
+    traffic, total = {0: 0.0}, 0.0
+    for line in lines:
+        if "event" not in line:
+            drawn = line["clients"] + line["dropped"]
+            total += (line["download_bytes"] + line["upload_bytes"]) / max(drawn, 1) / MIB
+            traffic[line["round"]] = total
+    return traffic
 
 
 def summary_tables(summary: dict[str, Any]) -> Group:
@@ -234,7 +238,7 @@ def summary_tables(summary: dict[str, Any]) -> Group:
 
 def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
     """What each strategy costs one client over the whole run, and beside it the ratio to end_to_end."""
-    table = Table(title="What one client spends over the whole run (x: against end_to_end)")
+    table = Table(title="What one client spends over the whole run (x: against the first column)")
     table.add_column("")
     for name in strategies:
         table.add_column(f"[bold]{name}[/]" if name == chosen else name, justify="right")
@@ -243,7 +247,8 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
         ("traffic, worst case", "worst_case_total_bytes", "MiB", MIB),
         ("multiply-adds a sample, paper's rule", "flops_paper_rule", "G", 1e9),
         ("multiply-adds a sample, executed", "flops_executed", "G", 1e9),
-        ("multiply-adds on the server", "server_flops_executed", "G", 1e9),
+        ("besides: multiply-adds of the server", "server_flops_executed", "G", 1e9),
+        ("kept on a client between rounds", "client_state_bytes", "MiB", MIB),
         ("peak memory of a training step", "peak_memory_bytes", "MiB", MIB),
     ):
         values = [ledger[key] for ledger in strategies.values()]

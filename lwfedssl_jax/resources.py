@@ -4,6 +4,7 @@ Everything is derived from the stages' masks and from the programs themselves; t
 second list of layer sizes.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -18,6 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import fedca, tree
 from lwfedssl_jax.calibration import whole
+from lwfedssl_jax.checks import check
 from lwfedssl_jax.client import (
     ClientState,
     Sent,
@@ -29,9 +31,10 @@ from lwfedssl_jax.client import (
     make_task,
     param_layers,
 )
-from lwfedssl_jax.config import Config, override
+from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import program_memory
 from lwfedssl_jax.stages import STRATEGIES, Stage, make_stages
+from lwfedssl_jax.starts import make_start, no_memory
 from lwfedssl_jax.tree import Tree
 
 BYTES_PER_PARAMETER = 4
@@ -42,27 +45,22 @@ Notify = Callable[[str], None]
 
 
 def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: None) -> dict[str, Ledger]:
-    """The ledger of each strategy for this (resolved) config.
-
-    One with more stages than rounds is left out, and one with several stages where FedCA's base model needs one.
+    """The ledger of each strategy that can run with the rest of this (resolved) config (``checks.check``).
 
     Args:
       config: resolved.
       memory: also compile one client's step of every stage and read its peak memory
         (``peak_memory_bytes`` is None otherwise).
       notify: told what is being compiled.
-
-    Raises:
-      ConfigError: see ``fedca.check``.
     """
-    fedca.check(config)
-    most = 1 if fedca.has_base(config) else config.federation.rounds
-    configs: dict[str, Config] = {name: override(config, {"strategy.name": name}) for name in STRATEGIES}
-    configs = {
-        name: c
-        for name, c in configs.items()
-        if len(STRATEGIES[name](c.model.depth, c.strategy.layers_per_stage)) <= most
-    }
+    configs = {}
+    for name in STRATEGIES:
+        of_strategy = override(config, {"strategy.name": name})
+        if len(STRATEGIES[name](config.model.depth, config.strategy.layers_per_stage)) == 1:
+            of_strategy = override(of_strategy, {"additions.depth_dropout": 0.0})  # nothing to skip: the plain rival
+        with contextlib.suppress(ConfigError):
+            check(of_strategy)
+            configs[name] = of_strategy
     ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
     if memory:
         programs = {name: [lower_step(c, part) for part in stage_parts(c)] for name, c in configs.items()}
@@ -88,6 +86,7 @@ def ledger(config: Config) -> Ledger:
       * ``flops_executed``: all matrix products of the training step as traced: both views,
         the target branch, the loss's logits, the backward pass with its recomputation. A
         sample's share of a full batch: what padding of short batches adds is not in it.
+      * ``client_state_bytes``: what a client keeps between rounds (FedU, FedEMA).
       * ``server_flops_executed``: of the server's calibration and base model in all, its whole batches counted.
       * ``flops_recomputed``: what of ``flops_executed`` the backward pass recomputes (``runtime.remat``).
     """
@@ -141,6 +140,7 @@ def ledger(config: Config) -> Ledger:
         "flops_executed": totals["flops_executed"],
         "flops_recomputed": totals["flops_recomputed"],
         "server_flops_executed": totals["server_flops_executed"],
+        "client_state_bytes": client_state(config),
         "peak_memory_bytes": None,
         "per_stage": per_stage,
     }
@@ -232,6 +232,15 @@ def executed_operations(config: Config, part: StagePart) -> float:
         return step(state, sent._replace(depth=depth, frozen_depth=frozen_depth), *data)
 
     return count(jax.make_jaxpr(with_loops_of_known_length)(state, sent, *data)) / config.optimizer.batch_size
+
+
+def client_state(config: Config) -> int:
+    """Bytes that a client keeps between rounds."""
+    task = make_task(config)
+    if make_start(config, task) is None:
+        return 0
+    _, layers = _shapes(config)
+    return tree.nbytes(no_memory(task, make_stages(config, layers)[0]))
 
 
 def server_steps(config: Config, stage: Stage) -> int:

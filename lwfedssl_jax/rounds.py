@@ -130,6 +130,8 @@ def run_steps(
             mask_B = jnp.arange(batch_size) < row.real
             batch_BxHxWxC = pool_NxHxWxC[row.examples]
             state, loss = client_step(task, state, sent, batch_BxHxWxC, mask_B, key)
+            if start is not None:  # what a client keeps is read from its lane after the call
+                state = tree.where(row.busy, state, lane.client)
             client, weight = jnp.asarray(row.client), jnp.asarray(row.weight)
             uploaded = fedca.upload(task, sent, state.trainable, batch_BxHxWxC, mask_B, key, client, weight)
             added = contribution(aggregator, sent, state.trainable, weight, uploaded)

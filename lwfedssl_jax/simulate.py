@@ -16,8 +16,9 @@ from jax.typing import ArrayLike
 from lwfedssl_jax import calibration, evaluate, fedca, finetune, report, resources, tree
 from lwfedssl_jax.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.checkpoint import WorkDir
+from lwfedssl_jax.checks import check
 from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
-from lwfedssl_jax.config import MODELS, Config, ConfigError, VitSize, override
+from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.data import feed, sources
 from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
@@ -124,10 +125,10 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
       ConfigError: the data set is not installed or does not serve the partition or a protocol, or
         parts of the config do not go together.
     """
+    check(config)
     task = make_task(config)
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
-    check_additions(config, stages)
     aggregator, start = make_aggregator(config), make_start(config, task)
     dataset = sources.find(config.data).load(config.data)
     evaluate.check(config.evaluation, dataset)
@@ -149,29 +150,6 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
         start,
         no_memory(task, stages[0]) if start else None,
     )
-
-
-def check_additions(config: Config, stages: Sequence[Stage]) -> None:
-    """Refuse additions that would do nothing.
-
-    Raises:
-      ConfigError: depth dropout without a layer to skip, or calibration without the server's images; see also
-        ``fedca.check``.
-    """
-    calibration.check(config)
-    fedca.check(config)
-    rate = config.additions.depth_dropout
-    if rate and not any(stage.trained_before for stage in stages):
-        raise ConfigError(
-            f"additions.depth_dropout: {rate} skips layers that an earlier stage has trained, and strategy.name "
-            f"{config.strategy.name} with strategy.layers_per_stage {config.strategy.layers_per_stage} has one stage; "
-            "accepted: 0.0, or more stages"
-        )
-    if rate and not isinstance(MODELS[config.model.name], VitSize):
-        raise ConfigError(
-            f"additions.depth_dropout: {rate} needs layers of equal width, which {config.model.name} has not; "
-            "accepted: 0.0, or a vit"
-        )
 
 
 class Simulator:
@@ -317,7 +295,7 @@ class Simulator:
                 key = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
                 steps = run.config.additions.calibration_steps
                 calibrated, line["calibration_loss"] = self._calibrate(stage, params, steps, key)
-                params = self.place(calibrated)
+                params = self.place(from_first(calibrated))
                 check_finite(run.config, "the calibration's loss is not finite", number, line["calibration_loss"])
         return params, State(server, clients, dictionary), line | {"seconds": round(time.monotonic() - began, 4)}
 

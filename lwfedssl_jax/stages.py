@@ -1,5 +1,6 @@
 """Strategies as lists of stages: which layers exist, which are trained, for how many rounds."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,11 +63,18 @@ def stage_depths(config: Config) -> list[tuple[int, int]]:
     """``(frozen_depth, depth)`` of each stage of the config's strategy.
 
     Raises:
-      ConfigError: no such strategy, or more stages than rounds.
+      ConfigError: no such strategy, more stages than rounds, or stages that do not grow to the whole encoder.
     """
     depths = choose("strategy.name", config.strategy.name, STRATEGIES)(
         config.model.depth, config.strategy.layers_per_stage
     )
+    last = [0, *[depth for _, depth in depths]]
+    in_order = all(a <= b for a, b in itertools.pairwise(last)) and last[-1] == config.model.depth
+    if not in_order or not all(0 <= frozen < depth for frozen, depth in depths):
+        raise ConfigError(
+            f"strategy.name: {config.strategy.name} gives stages {depths}; accepted: (frozen_depth, depth) with "
+            f"0 <= frozen_depth < depth, depths that never fall and end with model.depth {config.model.depth}"
+        )
     if len(depths) > config.federation.rounds:
         raise ConfigError(
             f"federation.rounds: {config.federation.rounds} rounds cannot hold {len(depths)} stages; "

@@ -62,7 +62,8 @@ def fedema(sent: Sent, memory: Memory, divergence: float) -> tuple[Tree, jax.Arr
     autoscaler sets ``lambda = tau / ||w_global - w_local||`` when the client takes part for the second time.
     """
     apart = distance(sent.trainable, memory.trainable)
-    scale = jnp.where(memory.scale > 0, memory.scale, divergence / jnp.maximum(apart, 1e-12))
+    first = jnp.where(apart > 0, divergence / jnp.where(apart > 0, apart, 1), 0)
+    scale = jnp.where(memory.scale > 0, memory.scale, first)
     mu = jnp.minimum(scale * apart, 1)
     return tree.ema(memory.trainable, sent.trainable, mu), scale
 

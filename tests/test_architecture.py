@@ -16,6 +16,7 @@ ORDER = [
     ["stages", "additions"],
     ["client"],
     ["aggregation", "calibration", "fedca", "starts", "traffic"],
+    ["checks"],
     ["rounds", "evaluate", "resources"],
     ["finetune", "checkpoint", "report"],
     ["simulate"],

@@ -46,11 +46,12 @@ def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -
     for strategy in plain["strategies"].values():
         assert set(strategy) == {
             "download_bytes", "upload_bytes", "total_bytes", "worst_case_total_bytes", "flops_paper_rule",
-            "flops_executed", "flops_recomputed", "peak_memory_bytes", "per_stage",
+            "flops_executed", "flops_recomputed", "server_flops_executed", "client_state_bytes", "peak_memory_bytes",
+            "per_stage",
         }  # fmt: skip
         assert set(strategy["per_stage"][0]) == {
             "stage", "rounds", "depth", "trainable_parameters", "download_bytes", "upload_bytes", "flops_paper_rule",
-            "flops_executed", "flops_recomputed", "peak_memory_bytes",
+            "flops_executed", "flops_recomputed", "server_flops_executed", "peak_memory_bytes",
         }  # fmt: skip
 
 
@@ -100,7 +101,11 @@ BAD = [
     (["train", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
     (["train", "quickstart", "--data.name", "tfds:nothing_here"], "data.name: 'tfds:nothing_here' is not installed"),
     (["train", "../configs/quickstart"], "CONFIG: no config '../configs/quickstart'"),
-    (["resources", "digits/end_to_end_simclr", "--federation.rounds", "1"], "federation.rounds: 1 rounds cannot hold"),
+    (["resources", "quickstart", "--federation.rounds", "1"], "federation.rounds: 1 rounds cannot hold 6 stages"),
+    (["resources", "quickstart", "--strategy.name", "x"], "strategy.name: unknown 'x'; accepted: end_to_end, layer"),
+    (["resources", "quickstart", "--federation.aggregator", "x"], "federation.aggregator: unknown 'x'; accepted: fed"),
+    (["resources", "quickstart", "--partition.kind", "x"], "partition.kind: unknown 'x'; accepted: iid, dirichlet"),
+    (["resources", "quickstart", "--additions.calibration-steps", "5"], "additions.calibration_steps: 5 steps need"),
     (["resources", "quickstart", "--plot", "costs.doc"], "--plot: costs.doc cannot be drawn; accepted: a file in an"),
     (["resources", "quickstart", "--plot", "no/costs.png"], "--plot: no/costs.png cannot be drawn; accepted: a file"),
     (["resources", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),

@@ -80,7 +80,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.batch_size": 1}, "optimizer.batch_size: 1 is out of range; accepted: at least 2"),
     ({"federation.rounds": 2.5}, "federation.rounds: 2.5 is not valid; accepted: int"),
     ({"federation.rounds": True}, "federation.rounds: True is not valid; accepted: int"),
-    ({"federation.dropout": 1.1}, "federation.dropout: 1.1 is out of range; accepted: at least 0 and at most 1"),
+    ({"federation.dropout": 1.1}, "federation.dropout: 1.1 is out of range; accepted: at least 0 and below 1"),
     ({"federation.dropout": float("nan")}, "federation.dropout: nan is not valid; accepted: float"),
     ({"objective.temperature": 0.0}, "objective.temperature: 0.0 is out of range; accepted: above 0"),
     ({"objective.momentum": "high"}, "objective.momentum: 'high' is not valid; accepted: float"),

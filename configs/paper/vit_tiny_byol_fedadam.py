@@ -1,6 +1,6 @@
 """ViT-Tiny with BYOL, FedSSL end to end: Adam on the server (FedAdam).
 
-A baseline beside arXiv 2401.11647. Its server learning rate of 0.01 is our choice. No figure is recorded here.
+A baseline beside arXiv 2401.11647. The server learning rate of 0.01 is our choice. No figure is recorded here.
 
     python run.py resources paper/vit_tiny_byol_fedadam
     python run.py train paper/vit_tiny_byol_fedadam
@@ -13,5 +13,5 @@ from lwfedssl_jax.config import load, override
 
 config = override(
     load("paper/vit_tiny_byol"),
-    {"strategy.name": "end_to_end", "federation.aggregator": "fedadam", "federation.server_learning_rate": 0.01},
+    {"strategy.name": "end_to_end", "federation.aggregator": "fedadam"},
 )
