@@ -22,7 +22,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl
 class WorkDir:
     """A directory that holds one run.
 
-    ``WorkDir(path, config)`` only looks; nothing is written before ``open``.
+    ``WorkDir(path, config, code)`` only looks; nothing is written before ``open``. ``code`` stands for the text of
+    the user's own config file, if there is one: it may hold more than the config.
 
     Attributes:
       path: the directory.
@@ -32,10 +33,10 @@ class WorkDir:
       ConfigError: the directory holds another config's run or other files, or cannot be read.
     """
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path, config: Config, code: str = "") -> None:
         self.path = path
         self.summary: dict[str, Any] | None = None
-        self._config = config
+        self._config, self._code = config, code
         try:
             if path.exists() and not path.is_dir():
                 raise ConfigError(
@@ -69,6 +70,7 @@ class WorkDir:
                     "config.json",
                     {
                         "config": to_dict(self._config),
+                        "config_file": self._code,
                         "lanes": lanes,
                         "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
                         "devices": devices,
@@ -174,6 +176,11 @@ class WorkDir:
         content = json.loads(file.read_text())
         if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
             raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
+        if content.get("config_file", "") != self._code:
+            raise ConfigError(
+                f"--workdir: {self.path} holds the run of another config file, or of this one before it was changed; "
+                "accepted: the file as it was, or another directory"
+            )
         old, new = content["config"], to_dict(self._config)
         for section in new:
             for name, value in new[section].items():

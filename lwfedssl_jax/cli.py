@@ -115,7 +115,7 @@ def train(arguments: list[str]) -> None:
     devices.connect(options.coordinator, options.processes, options.process)
     try:
         if devices.is_first_process():
-            train_and_print(config, options.workdir or default_workdir(options.config_name, config))
+            train_and_print(config, options.config_name, options.workdir)
         else:
             simulate.train(config, workdir=None)
     except (Exception, KeyboardInterrupt) as error:
@@ -124,13 +124,16 @@ def train(arguments: list[str]) -> None:
         raise
 
 
-def train_and_print(config: Config, path: Path) -> None:
+def train_and_print(config: Config, name: str, path: Path | None) -> None:
     """Train in a work directory, with progress on standard error and the summary on standard output."""
     from lwfedssl_jax import report, simulate
     from lwfedssl_jax.checkpoint import WorkDir
     from lwfedssl_jax.progress import ConsoleProgress
 
-    workdir, out = WorkDir(path, config), Console()
+    # A file of the user's own may hold more than values, such as an objective.
+    code = hashlib.sha256(Path(name).read_bytes()).hexdigest() if name.endswith(".py") else ""
+    path = path or default_workdir(name, config, code)
+    workdir, out = WorkDir(path, config, code), Console()
     if workdir.summary is not None:
         simulate.train(config, workdir)
         out.print(f"{path} holds this run, finished; this is its summary (--workdir DIR starts another)")
@@ -244,7 +247,7 @@ def one_line(box: str) -> str:
     return message
 
 
-def default_workdir(name: str, config: Config) -> Path:
+def default_workdir(name: str, config: Config, code: str = "") -> Path:
     """``runs/CONFIG-HASH``: another seed or override is another directory, the same command the same one."""
-    digest = hashlib.sha256(json.dumps(configs.to_dict(config)).encode()).hexdigest()[:8]
+    digest = hashlib.sha256((json.dumps(configs.to_dict(config)) + code).encode()).hexdigest()[:8]
     return Path("runs") / f"{Path(name).with_suffix('').name if name.endswith('.py') else name}-{digest}"

@@ -99,7 +99,11 @@ def ledger(config: Config) -> Ledger:
         exchanged = BYTES_PER_PARAMETER * tree.size(trainable) * stage.rounds
         everything = BYTES_PER_PARAMETER * tree.size((trainable, part.frozen)) * stage.rounds
         executed = expected(config, part, functools.partial(executed_operations, config))
-        kept = expected(config, part, functools.partial(executed_operations, keeping))
+        kept = (
+            expected(config, part, functools.partial(executed_operations, keeping))
+            if config.runtime.remat
+            else executed
+        )
         from_dictionary, to_dictionary = (stage.rounds * n for n in fedca.dictionary_bytes(config))
         base = BYTES_PER_PARAMETER * tree.size(trainable) * fedca.has_base(config)  # a single stage: fetched once
         worst_case += everything + exchanged + from_dictionary + to_dictionary + base

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from lwfedssl_jax import cli
+from lwfedssl_jax.checkpoint import WorkDir
+from lwfedssl_jax.config import Config, ConfigError, resolve
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -186,3 +188,14 @@ def test_run_py_starts_without_a_heavy_import_and_stays_short(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "run.py", "fly"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+def test_a_changed_config_file_is_another_run(tmp_path: Path) -> None:
+    """It may hold an objective: the same values do not make it the same run."""
+    config = resolve(Config())
+    paths = {cli.default_workdir("mine.py", config, code) for code in ("", "a", "b")}
+    assert len(paths) == 3
+    WorkDir(tmp_path / "run", config, "a").open(1, 1)
+    WorkDir(tmp_path / "run", config, "a")
+    with pytest.raises(ConfigError, match=r"another config file, or of this one before it was changed; accepted: "):
+        WorkDir(tmp_path / "run", config, "b")
