@@ -14,6 +14,7 @@ from test_rounds import SIZES, max_difference, parts, prepare
 from lwfedssl_jax import additions, client, fedca, resources, simulate, tree
 from lwfedssl_jax.augment import normalise, two_views
 from lwfedssl_jax.checkpoint import WorkDir
+from lwfedssl_jax.checks import check
 from lwfedssl_jax.client import client_init, client_step, embed
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.objectives import OBJECTIVES
@@ -245,4 +246,4 @@ def test_what_cannot_be_had_is_refused(changes: dict[str, Any], message: str) ->
     assert "\n" not in str(error.value)
     assert "accepted: " in str(error.value)
     with pytest.raises(ConfigError):
-        resources.all_strategies(config, memory=False)
+        check(config)  # what the `resources` command asks first
