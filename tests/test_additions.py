@@ -109,9 +109,11 @@ def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
         assert 0.2 * plain[2][key] < plain[2][key] - all_[2][key] < plain[2][key]
     run = prepare(config)
     params = simulate.initial_params(run)
-    lines = [fast_round(run, run.stages[2], params, number)[1] for number in range(1, 7)]
+    simulator = simulate.Simulator(run)
+    params = simulator.place(params)
+    lines = [simulator.run_round(run.stages[2], params, None, number)[2] for number in range(1, 7)]
     assert np.mean([line["layers_skipped"] for line in lines]) == pytest.approx(0.5, abs=0.1)
-    assert "layers_skipped" not in fast_round(run, run.stages[0], params, 1)[1]
+    assert "layers_skipped" not in simulator.run_round(run.stages[0], params, None, 1)[2]
     rounds = [{"stage": 1}, {"stage": 2, "layers_skipped": 0.25}, {"stage": 3, "layers_skipped": 1.0}, {"stage": 2}]
     second = plain[1]["flops_executed"] - (plain[1]["flops_executed"] - all_[1]["flops_executed"]) / 4
     expected = plain[0]["flops_executed"] + second + all_[2]["flops_executed"]

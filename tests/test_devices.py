@@ -21,7 +21,7 @@ TINY = [
     "--model.width", "8", "--model.heads", "2", "--model.depth", "2", "--data.image-size", "8",
     "--objective.hidden-dim", "8", "--objective.output-dim", "4", "--federation.rounds", "2",
     "--federation.local-epochs", "1", "--partition.clients", "7", "--evaluation.labels-per-class", "5",
-    "--runtime.feed", "streamed",
+    "--runtime.feed", "streamed", "--strategy.name", "end_to_end",
 ]  # fmt: skip
 
 

@@ -62,7 +62,6 @@ DROPPED = {"additions__depth_dropout": 0.5}
     + [
         ("layerwise", "mocov3", ADDED | DROPPED),
         ("progressive", "mocov3", DROPPED),
-        ("progressive", "simclr", ADDED),
     ],
 )
 def test_equals_naive_round(
@@ -102,7 +101,7 @@ def test_equals_naive_round(
     assert line["lane_utilisation"] < 1
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["layerwise", "progressive"])
 def test_lanes_devices_and_feed_change_rounding_only(strategy: str) -> None:
     """One lane, lanes one after the other, under ``vmap``, over 1, 2 and 4 devices, images streamed."""
     results = []

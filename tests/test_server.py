@@ -58,7 +58,7 @@ def mean(clients: list[tuple[Tree, float]]) -> Tree:
     )
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam"])
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
 def test_server_optimizers_equal_their_formulas(name: str) -> None:
     run = prepare(
         small_config(
@@ -77,9 +77,7 @@ def test_server_optimizers_equal_their_formulas(name: str) -> None:
     before = [first, second]
     for t, clients in enumerate((one, two), 1):
         change = flat(mean(clients)) - flat(before[t - 1])
-        if name == "fedavg":
-            expected = flat(mean(clients))
-        elif name == "fedavgm":
+        if name == "fedavgm":
             m = 0.6 * m + change
             expected = flat(before[t - 1]) + 0.5 * m
         else:
