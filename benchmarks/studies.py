@@ -235,7 +235,7 @@ def verdicts(study: Study, found: list[Cell]) -> list[str]:
                 word = "confirmed" if difference.min() > 0 else "reversed" if difference.max() < 0 else "open"
                 lines.append(
                     f"* {row}: {better} above {worse} by {protocol}: **{word}** "
-                    f"({difference.mean():+.1f} ± {difference.std(ddof=1):.1f} points, p = {p:.2f})"
+                    f"({difference.mean():+.1f} ± {difference.std(ddof=1):.1f} points, p = {p:.2g})"
                 )
     return lines
 
@@ -248,7 +248,7 @@ def figures() -> None:
 
     first = [cell for cell in cells(STUDIES["digits"]) if cell.row == "simclr"]
     if first:
-        by_strategy = {cell.strategy: cell.metrics for cell in first}
+        by_strategy = {cell.strategy: cell.metrics for cell in sorted(first, key=lambda cell: cell.strategy)}
         report.plot_accuracy_against_traffic(by_strategy, KNN, PICTURES / "accuracy_against_traffic.png")
         summary = first[0].summaries[0]
         report.plot_resources(summary["strategies"], 3, PICTURES / "resources.png")
