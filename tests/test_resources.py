@@ -6,7 +6,7 @@ import pytest
 from conftest import small_config
 
 from lwfedssl_jax import resources
-from lwfedssl_jax.config import load, resolve
+from lwfedssl_jax.config import CONFIG_DIR, load, resolve
 
 PAPER: dict[str, tuple[dict[str, float], dict[str, float]]] = {  # arXiv 2401.11647: traffic in 1000 MiB, FLOPs in G
     "mocov3": (
@@ -109,3 +109,12 @@ def test_remat_executes_one_more_forward_pass_and_is_counted() -> None:
     remat = resources.ledger(small_config(strategy__name="end_to_end", runtime__remat=True))
     assert remat["flops_paper_rule"] == plain["flops_paper_rule"]
     assert 1.1 < remat["flops_executed"] / plain["flops_executed"] < 1.34
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_mocov3_layerwise_calibration", "resnet18_mocov3_layerwise"])
+def test_headers_of_the_papers_configs_give_the_ledgers_figures(name: str) -> None:
+    text = " ".join((CONFIG_DIR / "paper" / f"{name}.py").read_text().split())
+    found = resources.ledger(resolve(load(f"paper/{name}")))
+    traffic, rule, executed = (found[key] for key in ("total_bytes", "flops_paper_rule", "flops_executed"))
+    assert f"From shapes: {traffic / 2**20 / 1000:.2f} x 1000 MiB of traffic, {rule / 1e9:.1f} G" in text
+    assert f"by the paper's rule, {executed / 1e9:.1f} G executed." in text

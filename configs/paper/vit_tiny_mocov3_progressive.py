@@ -4,6 +4,9 @@ Expected (arXiv 2401.11647, its default setting): 86.53 % on CIFAR-10 after fine
 pre-trained on COCO, here on CIFAR-10); 318 G multiply-adds a sample by the paper's rule; 5.04 x 1000 MiB of
 traffic; 8.69 GB peak memory on a GPU.
 
+From shapes: 5.04 x 1000 MiB of traffic, 318.3 G multiply-adds a sample by the paper's rule,
+844.8 G executed.
+
     python run.py resources paper/vit_tiny_mocov3_progressive
     python run.py train paper/vit_tiny_mocov3_progressive
 

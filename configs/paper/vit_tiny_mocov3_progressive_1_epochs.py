@@ -1,6 +1,9 @@
 """ViT-Tiny with MoCo-v3, Prog-FedSSL: 1 local epoch a round.
 
-arXiv 2401.11647: local epochs (3 is the default). No figure is recorded here.
+arXiv 2401.11647: local epochs (3 is the default). No accuracy is recorded here.
+
+From shapes: 5.04 x 1000 MiB of traffic, 106.1 G multiply-adds a sample by the paper's rule,
+281.6 G executed.
 
     python run.py resources paper/vit_tiny_mocov3_progressive_1_epochs
     python run.py train paper/vit_tiny_mocov3_progressive_1_epochs
