@@ -1,9 +1,10 @@
-"""Trains what docs/results.md reports, resumably, and writes that page and its figures from the work directories.
+"""Trains what docs/results.md reports, resumably, and writes that page and its figures.
 
-    python benchmarks/studies.py run [STUDY ...]     # hours on 2 cores; finished runs are not repeated
-    python benchmarks/studies.py report              # docs/results.md from what is there
+    python benchmarks/studies.py run [STUDY ...]     # an hour or two on 2 cores; recorded runs are not repeated
+    python benchmarks/studies.py report              # docs/results.md from what is recorded
 
-Every run is `train` of a config with overrides, in a work directory of its own under runs/studies.
+Every run is `train` of a config with overrides, in a work directory of its own under runs/studies; what it
+measured becomes a line of docs/results/runs.jsonl. Delete that file to measure everything again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from lwfedssl_jax import report
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "studies"
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+RECORDS = PICTURES / "runs.jsonl"
 SEEDS = (0, 1, 2)
 STRATEGIES = ("layerwise", "progressive", "end_to_end")
 # arXiv 2401.11647, fine-tuned accuracy on CIFAR-10 with mocov3, best first.
@@ -125,11 +127,14 @@ def runs(study: Study) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
         yield row, strategy, seed, study.base | {"strategy.name": strategy, "runtime.seed": seed} | changes
 
 
-def workdir(overrides: dict[str, Any]) -> Path:
-    """One directory for each set of overrides, whichever studies it is part of."""
-    from lwfedssl_jax.cli import default_workdir
+def recorded() -> dict[str, dict[str, Any]]:
+    """The finished runs by their overrides, whichever studies they are part of."""
+    lines = RECORDS.read_text().splitlines() if RECORDS.is_file() else []
+    return {key(record["overrides"]): record for record in map(json.loads, lines)}
 
-    return RUNS / default_workdir("quickstart", config_of(overrides)).name
+
+def key(overrides: dict[str, Any]) -> str:
+    return json.dumps(overrides, sort_keys=True)
 
 
 def config_of(overrides: dict[str, Any]) -> Any:
@@ -139,22 +144,35 @@ def config_of(overrides: dict[str, Any]) -> Any:
 
 
 def run(names: list[str]) -> None:
-    """Train what is missing, a line a run."""
+    """Train and record what is missing, a line a run."""
     from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.checkpoint import WorkDir
+    from lwfedssl_jax.cli import default_workdir
 
     devices.set_up_cpu()
     devices.set_up_cache(None)
+    PICTURES.mkdir(parents=True, exist_ok=True)
     for name in names:
         for row, strategy, seed, overrides in runs(STUDIES[name]):
+            if key(overrides) in recorded():
+                continue
             config, began = config_of(overrides), time.monotonic()
-            summary = simulate.train(config, WorkDir(workdir(overrides), config))
+            workdir = WorkDir(RUNS / default_workdir("quickstart", config).name, config)
+            summary = simulate.train(config, workdir)
+            record = {
+                "overrides": overrides,
+                "versions": json.loads((workdir.path / "config.json").read_text())["versions"],
+                "summary": summary,
+                "metrics": workdir.metrics(),
+            }
+            with RECORDS.open("a") as file:
+                file.write(json.dumps(record) + "\n")
             accuracy = {p: round(100 * r["accuracy"], 1) for p, r in summary["evaluation"].items()}
             print(f"{name}, {row}, {strategy}, seed {seed}: {accuracy}, {time.monotonic() - began:.0f} s", flush=True)
 
 
 class Cell(NamedTuple):
-    """What the seeds of one setting and strategy gave; None for what is not there."""
+    """What the seeds of one setting and strategy gave."""
 
     row: str
     strategy: str
@@ -169,13 +187,12 @@ class Cell(NamedTuple):
 def cells(study: Study) -> list[Cell]:
     """Finished runs of a study, in the order of its table; settings with a missing seed are left out."""
     found: dict[tuple[str, str], Cell] = {}
+    records = recorded()
     for row, strategy, _, overrides in runs(study):
         cell = found.setdefault((row, strategy), Cell(row, strategy, [], []))
-        file = workdir(overrides) / "summary.json"
-        if file.is_file():
-            cell.summaries.append(json.loads(file.read_text()))
-            lines = (workdir(overrides) / "metrics.jsonl").read_text().splitlines()
-            cell.metrics.append([json.loads(line) for line in lines])
+        if record := records.get(key(overrides)):
+            cell.summaries.append(record["summary"])
+            cell.metrics.append(record["metrics"])
     order = itertools.product(study.settings, study.strategies)
     return [found[key] for key in order if len(found[key].summaries) == len(SEEDS)]
 
@@ -266,12 +283,14 @@ def write_page() -> None:
     """docs/results.md; studies with missing runs say so."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     figures()
-    versions = {}
+    versions = sorted({f"{name} {r['versions'][name]}" for r in recorded().values() for name in ("jax", "python")})
     lines = [
         "# What we measured",
         "",
-        "Written by `python benchmarks/studies.py report` from the runs of `python benchmarks/studies.py run`; no",
-        "number is typed in by hand. Mean ± standard deviation over seeds " + ", ".join(map(str, SEEDS)) + ".",
+        "Written by `python benchmarks/studies.py report` from [what](results/runs.jsonl) `python",
+        "benchmarks/studies.py run` recorded; no number is typed in by hand. Mean ± standard deviation over seeds "
+        + ", ".join(map(str, SEEDS))
+        + ".",
         "",
         "The studies on digits share a setting: the quick start's (10 clients, Dirichlet 0.5, SimCLR, batch 32, 3",
         "local epochs) with a ViT of width 64 and depth 4, and 16 rounds. It is small, so that three seeds of all of",
@@ -293,16 +312,8 @@ def write_page() -> None:
             continue
         lines += [*table(study, found), "", untrained(found, study.protocols)]
         lines += ["", *verdicts(study, found)] if study.paper_order else []
-        versions |= {
-            s: json.loads((workdir_of_any(study) / "config.json").read_text())["versions"][s] for s in ("jax", "python")
-        }
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", ""]
+    lines += ["", "Versions: " + ", ".join(versions) + ".", ""]
     PAGE.write_text("\n".join(line for line, before in zip(lines, ["x", *lines], strict=False) if line or before))
-
-
-def workdir_of_any(study: Study) -> Path:
-    """The directory of a study's first finished run."""
-    return next(workdir(o) for *_, o in runs(study) if (workdir(o) / "summary.json").is_file())
 
 
 def main() -> None:
