@@ -145,7 +145,7 @@ def config_of(overrides: dict[str, Any]) -> Any:
 
 def run(names: list[str]) -> None:
     """Train and record what is missing, a line a run."""
-    from lwfedssl_jax import devices, simulate
+    from lwfedssl_jax import devices, experiment
     from lwfedssl_jax.checkpoint import WorkDir
     from lwfedssl_jax.cli import default_workdir
 
@@ -158,7 +158,7 @@ def run(names: list[str]) -> None:
                 continue
             config, began = config_of(overrides), time.monotonic()
             workdir = WorkDir(RUNS / default_workdir("quickstart", config).name, config)
-            summary = simulate.train(config, workdir)
+            summary = experiment.train(config, workdir)
             record = {
                 "overrides": overrides,
                 "versions": json.loads((workdir.path / "config.json").read_text())["versions"],

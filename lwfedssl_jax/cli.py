@@ -107,7 +107,7 @@ def explain(error: BaseException) -> int:
 def train(arguments: list[str]) -> None:
     """The ``train`` command."""
     options = parse(Train, arguments)
-    from lwfedssl_jax import devices, simulate
+    from lwfedssl_jax import devices, experiment
 
     config = configs.resolve(options.config)
     devices.set_up_cpu()
@@ -117,7 +117,7 @@ def train(arguments: list[str]) -> None:
         if devices.is_first_process():
             train_and_print(config, options.config_name, options.workdir)
         else:
-            simulate.train(config, workdir=None)
+            experiment.train(config, workdir=None)
     except (Exception, KeyboardInterrupt) as error:
         if devices.is_one_of_several():
             devices.leave(explain(error))
@@ -126,7 +126,7 @@ def train(arguments: list[str]) -> None:
 
 def train_and_print(config: Config, name: str, path: Path | None) -> None:
     """Train in a work directory, with progress on standard error and the summary on standard output."""
-    from lwfedssl_jax import report, simulate
+    from lwfedssl_jax import experiment, report
     from lwfedssl_jax.checkpoint import WorkDir
     from lwfedssl_jax.progress import ConsoleProgress
 
@@ -135,13 +135,13 @@ def train_and_print(config: Config, name: str, path: Path | None) -> None:
     path = path or default_workdir(name, config, code)
     workdir, out = WorkDir(path, config, code), Console()
     if workdir.summary is not None:
-        simulate.train(config, workdir)
+        experiment.train(config, workdir)
         out.print(f"{path} holds this run, finished; this is its summary (--workdir DIR starts another)")
         out.print(report.summary_tables(workdir.summary))
         return
     began = time.monotonic()
     with ConsoleProgress(Console(stderr=True)) as listener:
-        summary = simulate.train(config, workdir, listener)
+        summary = experiment.train(config, workdir, listener)
     out.print(report.summary_tables(summary))
     out.print(
         f"{summary['seconds']:.0f} s of training, {time.monotonic() - began:.0f} s in all; "
@@ -179,7 +179,10 @@ def resources(arguments: list[str]) -> None:
         }
         print(json.dumps(plain, indent=1))
     else:
-        Console().print(report.resource_table(strategies))
+        out = Console()
+        out.print(report.resource_table(strategies))
+        for name, why in ledgers.each_strategy(config)[1].items():
+            out.print(f"{name} cannot run with this config: {why}", markup=False)
 
 
 def list_configs(arguments: list[str]) -> None:

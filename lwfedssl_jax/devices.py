@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.tree import Tree
 
 SAMPLES_AT_ONCE = 2048  # of all lanes of one accelerator together
 MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
@@ -160,6 +161,11 @@ def from_all(number: int) -> list[int]:
         return [number]
     halves = multihost_utils.process_allgather(np.array([number >> 31, number & (2**31 - 1)], np.int32))
     return [(int(high) << 31) + int(low) for high, low in halves]
+
+
+def from_first(x: Tree) -> Tree:
+    """The first process's value in all of them."""
+    return multihost_utils.broadcast_one_to_all(x) if jax.process_count() > 1 else x
 
 
 def program_memory(program: jax.stages.Compiled) -> int:

@@ -4,7 +4,6 @@ Everything is derived from the stages' masks and from the programs themselves; t
 second list of layer sizes.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -45,7 +44,7 @@ Notify = Callable[[str], None]
 
 
 def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: None) -> dict[str, Ledger]:
-    """The ledger of each strategy that can run with the rest of this (resolved) config (``checks.check``).
+    """The ledger of each strategy that can run with the rest of this (resolved) config; see ``each_strategy``.
 
     Args:
       config: resolved.
@@ -53,14 +52,7 @@ def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: N
         (``peak_memory_bytes`` is None otherwise).
       notify: told what is being compiled.
     """
-    configs = {}
-    for name in STRATEGIES:
-        of_strategy = override(config, {"strategy.name": name})
-        if len(STRATEGIES[name](config.model.depth, config.strategy.layers_per_stage)) == 1:
-            of_strategy = override(of_strategy, {"additions.depth_dropout": 0.0})  # nothing to skip: the plain rival
-        with contextlib.suppress(ConfigError):
-            check(of_strategy)
-            configs[name] = of_strategy
+    configs, _ = each_strategy(config)
     ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
     if memory:
         programs = {name: [lower_step(c, part) for part in stage_parts(c)] for name, c in configs.items()}
@@ -70,6 +62,21 @@ def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: N
                 row["peak_memory_bytes"] = peaks[program.as_text()] + unseen
             result["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in result["per_stage"])
     return ledgers
+
+
+def each_strategy(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
+    """The config by strategy, and, of those that cannot run with the rest of it, why (``checks.check``)."""
+    configs, refused = {}, {}
+    for name in STRATEGIES:
+        of_strategy = override(config, {"strategy.name": name})
+        if len(STRATEGIES[name](config.model.depth, config.strategy.layers_per_stage)) == 1:
+            of_strategy = override(of_strategy, {"additions.depth_dropout": 0.0})  # nothing to skip: the plain rival
+        try:
+            check(of_strategy)
+            configs[name] = of_strategy
+        except ConfigError as error:
+            refused[name] = str(error)
+    return configs, refused
 
 
 def ledger(config: Config) -> Ledger:

@@ -20,6 +20,7 @@ ORDER = [
     ["rounds", "evaluate", "resources"],
     ["finetune", "checkpoint", "report"],
     ["simulate"],
+    ["experiment"],
     ["progress"],
     ["cli"],
 ]

@@ -57,6 +57,15 @@ def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -
         }  # fmt: skip
 
 
+def test_resources_says_why_a_strategy_has_no_column(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--strategy.name", "end_to_end", "--objective.name", "mocov3", "--federation.client-start", "fedu"]
+    assert cli.main(["resources", "quickstart", *TINY, *options, "--no-memory"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for strategy in ("layerwise", "progressive"):
+        assert f"{strategy} cannot run with this config: federation.client_start: fedu keeps whole models" in said
+    assert "end_to_end cannot" not in said
+
+
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
 def test_resources_draws_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / f"costs{suffix}"

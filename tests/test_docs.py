@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SMALL
 
-from lwfedssl_jax import additions, aggregation, objectives, resources, simulate, stages
+from lwfedssl_jax import additions, aggregation, experiment, objectives, resources, simulate, stages
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import load, override, resolve
 
@@ -40,7 +40,7 @@ def test_the_example_trains_and_is_priced(tmp_path: Path, monkeypatch: pytest.Mo
     config = resolve(override(load(str(file)), small))
     run = simulate.prepare(config)
     assert [(s.frozen_depth, s.depth) for s in run.stages] == [(0, 1), (0, 2), (1, 3)]
-    summary = simulate.train(config, WorkDir(tmp_path / "run", config))
+    summary = experiment.train(config, WorkDir(tmp_path / "run", config))
     assert summary["strategy"] == "newest_two"
     assert np.isfinite([line["loss"] for line in WorkDir(tmp_path / "run", config).metrics() if "loss" in line]).all()
     ledgers = resources.all_strategies(config, memory=False)

@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config
 from rich.console import Console
 
-from lwfedssl_jax import finetune, report, resources, simulate
+from lwfedssl_jax import experiment, finetune, report, resources, simulate
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import EvaluationConfig
 from lwfedssl_jax.evaluate import scores
@@ -132,7 +132,7 @@ def test_a_run_writes_lines_and_summary_and_continues(tmp_path: Path, monkeypatc
     def continued(when: str = "") -> list[str]:
         listener = Interrupting(when)
         with pytest.raises(KeyboardInterrupt) if when else contextlib.nullcontext():
-            simulate.train(config, WorkDir(path, config), listener)
+            experiment.train(config, WorkDir(path, config), listener)
         return listener.heard
 
     epochs = [f"{start}fine-tuning, epoch {i} of 2" for start in ("", "from scratch: ") for i in (1, 2)]

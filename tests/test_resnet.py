@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import resources, simulate, tree
+from lwfedssl_jax import experiment, resources, simulate, tree
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import ModelConfig
@@ -290,8 +290,8 @@ def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert np.isfinite([line["loss"] for line in lines]).all()
 
     with pytest.raises(KeyboardInterrupt):
-        simulate.train(config, WorkDir(tmp_path / "run", config), Interrupting())
-    simulate.train(config, WorkDir(tmp_path / "run", config))
+        experiment.train(config, WorkDir(tmp_path / "run", config), Interrupting())
+    experiment.train(config, WorkDir(tmp_path / "run", config))
     found = load_file(tmp_path / "run" / "encoder.safetensors")
     expected = by_name(params["encoder"] | {"statistics": params["statistics"]})
     assert set(found) == set(expected)

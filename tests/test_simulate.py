@@ -10,7 +10,7 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import resources, simulate, tree
+from lwfedssl_jax import experiment, resources, simulate, tree
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import Config, resolve
 
@@ -34,7 +34,7 @@ def without_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(config: Config, path: Path, listener: simulate.Listener | None = None) -> dict[str, Any]:
-    return simulate.train(config, WorkDir(path, config), listener)
+    return experiment.train(config, WorkDir(path, config), listener)
 
 
 @pytest.fixture(scope="module")

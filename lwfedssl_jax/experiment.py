@@ -1,0 +1,164 @@
+"""A whole run: rounds, evaluation, checkpoints, work directory, summary. The only module that sees everything."""
+
+import hashlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from lwfedssl_jax import evaluate, finetune, report, resources
+from lwfedssl_jax.checkpoint import WorkDir
+from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.devices import from_all, from_first
+from lwfedssl_jax.simulate import Listener, Run, Simulator, check_finite, initial_params, prepare, to_save
+from lwfedssl_jax.tree import Tree
+
+SECONDS_BETWEEN_CHECKPOINTS = 60
+
+FINE_TUNE = "fine_tune"  # the protocol's name
+
+
+def train(config: Config, workdir: WorkDir | None, listener: Listener | None = None) -> dict[str, Any]:
+    """Run the experiment, or what is left of it, and write the work directory.
+
+    Args:
+      config: resolved.
+      workdir: belongs to this config; None in every process but the first of several.
+      listener: hears of progress.
+
+    Returns:
+      The content of ``summary.json``; nothing where there is no work directory.
+
+    Raises:
+      ConfigError: see ``prepare``; the work directory cannot be written; the device's memory is too small.
+      FloatingPointError: the loss, or what the encoder gives, is not finite.
+      KeyboardInterrupt: passed on after the last finished round has been saved.
+    """
+    listener = listener or Listener()
+    check_same_config(config)
+    finished = workdir.summary if workdir else None
+    if from_first(np.array(finished is not None)):
+        return finished or {}
+    run = prepare(config)
+    if workdir:
+        workdir.open(run.lanes, run.mesh.size)
+    done, saved = (workdir.restore() if workdir else None) or (0, {})
+    done = int(from_first(np.int32(done)))
+    simulator = Simulator(run, [s for s in run.stages if done < s.first_round + s.rounds], listener)
+    run = simulator.run  # with lanes that fit
+    params, state = simulator.take_up(done, saved)
+    if workdir:
+        workdir.record(lanes=run.lanes, devices=run.mesh.size)
+        report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
+        listener.start(run, done)
+        if not done:
+            log_evaluation(run, workdir, listener, config.model.depth, 0, params)
+    last_saved = time.monotonic()
+    try:
+        for stage in run.stages:
+            last = stage.first_round + stage.rounds
+            if done >= last:
+                continue
+            listener.stage(stage)
+            if done == stage.first_round:
+                state = None
+            for number in range(max(done, stage.first_round) + 1, last + 1):
+                new_params, new_state, line = simulator.run_round(stage, params, state, number)
+                if workdir:
+                    workdir.append(line)
+                    listener.round(line)
+                due = config.evaluation.every and number % config.evaluation.every == 0
+                if workdir and (number == last or due):
+                    log_evaluation(run, workdir, listener, stage.depth, number, new_params)
+                params, state, done = new_params, new_state, number
+                if workdir and (number == last or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
+                    workdir.save(done, to_save(params, state))
+                    last_saved = time.monotonic()
+    except KeyboardInterrupt:
+        if workdir and done:
+            workdir.save(done, to_save(params, state))
+        raise
+    return finish(run, workdir, params, listener) if workdir else {}
+
+
+def check_same_config(config: Config) -> None:
+    """Refuse processes of one run with different configs.
+
+    Raises:
+      ConfigError: in all of them.
+    """
+    digest = hashlib.sha256(repr(config).encode()).digest()
+    if len(set(from_all(int.from_bytes(digest[:7], "big")))) > 1:
+        raise ConfigError("--processes: they have different configs; accepted: the same CONFIG and options for each")
+
+
+def log_evaluation(run: Run, workdir: WorkDir, listener: Listener, depth: int, number: int, params: Tree) -> None:
+    """Judge layers L1..L_depth by every protocol and write a line a protocol."""
+    params = jax.device_get(params)  # on the mesh, every device would repeat the work
+    features = [run.encode(params, images, depth) for images in (run.dataset.train_images, run.dataset.test_images)]
+    for x in features:
+        check_finite(run.config, "the encoder's features are not finite", number, x)
+    for protocol, result in evaluate.judge(run.config.evaluation, run.dataset, *features).items():
+        line = {"event": "evaluation", "round": number, "depth": depth, "protocol": protocol, **result}
+        workdir.append(line)
+        listener.evaluation(line)
+
+
+def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, params: Tree) -> None:
+    """Fine-tune the trained encoder, and from scratch the initial one; write a line for each that is not there yet."""
+    config, depth = run.config, run.config.model.depth
+    written = [line["round"] for line in workdir.metrics() if line.get("protocol") == FINE_TUNE]
+    scratch = {"baseline": "scratch"}
+    for number, start, baseline in ((config.federation.rounds, params, {}), (0, initial_params(run), scratch)):
+        if number in written:
+            continue
+        say = (lambda what: listener.fine_tuning(f"from scratch: {what}")) if baseline else listener.fine_tuning
+        result = finetune.fine_tune(
+            run.task,
+            run.encode,
+            config.evaluation,
+            run.dataset,
+            jax.device_get(start),  # on the mesh, every device would repeat the work
+            depth,
+            config.runtime.seed,
+            say,
+        )
+        line = {"event": "evaluation", "round": number, "depth": depth, "protocol": FINE_TUNE, **baseline, **result}
+        workdir.append(line)
+        listener.evaluation(line)
+
+
+def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict[str, Any]:
+    """Write the encoder, the summary and the plots of a run whose rounds are done."""
+    if run.config.evaluation.fine_tune_epochs:
+        log_fine_tuning(run, workdir, listener, params)
+    lines = workdir.metrics()
+    rounds = [line for line in lines if "event" not in line]
+    results: dict[int | str, dict[str, Any]] = {}  # by round, or by the baseline's name
+    for line in lines:
+        if line.get("event") == "evaluation":
+            result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol", "baseline")}
+            results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
+    strategies = resources.all_strategies(run.config, memory=True, notify=listener.compiling)
+    measured = {key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")}
+    if run.config.additions.depth_dropout:
+        measured["flops_executed"] = resources.measured_operations(run.config, rounds)
+    summary = {
+        "strategy": run.config.strategy.name,
+        "objective": run.config.objective.name,
+        "rounds": len(rounds),
+        "seconds": round(measured["seconds"], 2),
+        "evaluation": results[len(rounds)],
+        "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
+        "resources": strategies[run.config.strategy.name]
+        | {"measured": measured | {"clients": run.config.partition.clients, "scope": "all clients, all rounds"}},
+        "strategies": strategies,
+    }
+    workdir.save_encoder(params["encoder"] | ({"statistics": params["statistics"]} if params["statistics"] else {}))
+    report.plot_metrics(lines, workdir.path)
+    plots = workdir.path / "plots"
+    report.plot_distance(lines, plots / "client_distance.png")
+    report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
+    workdir.write_json("summary.json", summary)
+    return summary
