@@ -77,13 +77,13 @@ STUDIES = {
     "layers_per_stage": Study(
         "Layers per stage",
         "SimCLR on digits, by layers per stage.",
-        {str(k): {"strategy.layers_per_stage": k} for k in (1, 2)},
+        {"1": {}, "2": {"strategy.layers_per_stage": 2}},
         ("layerwise", "progressive"),
     ),
     "depth_dropout": Study(
         "Depth dropout",
         "SimCLR on digits, by the probability that a step skips a layer that an earlier stage has trained.",
-        {str(p): {"additions.depth_dropout": p} for p in (0.0, 0.5)},
+        {"0": {}, "0.5": {"additions.depth_dropout": 0.5}},
         ("layerwise", "progressive"),
     ),
     "participation": Study(
@@ -100,7 +100,7 @@ STUDIES = {
     "batch_size": Study(
         "Batch size",
         "SimCLR on digits, by batch size; the learning rate scales with it.",
-        {str(b): {"optimizer.batch_size": b} for b in (32, 64)},
+        {"32": {}, "64": {"optimizer.batch_size": 64}},
         ("layerwise", "end_to_end"),
     ),
     "fashion_mnist": Study(
