@@ -105,8 +105,8 @@ STUDIES = {
     ),
     "fashion_mnist": Study(
         "Fashion-MNIST",
-        "All 60,000 images, 20 clients, Dirichlet 0.5, 3 of them drawn a round, 4 rounds of one local epoch, a ViT of "
-        "width 64 and depth 4, patch 7; by objective.",
+        "Its 60,000 images dealt to 20 clients, Dirichlet 0.5, 3 of them drawn a round, 4 rounds of one local epoch "
+        "(at most 12 clients take part), a ViT of width 64 and depth 4, patch 7; by objective.",
         OBJECTIVES,
         base=FASHION,
         paper_order=dict.fromkeys(OBJECTIVES, DEFAULT_ORDER),
@@ -165,8 +165,10 @@ def run(names: list[str]) -> None:
                 "summary": summary,
                 "metrics": workdir.metrics(),
             }
-            with RECORDS.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            written = RECORDS.read_text() if RECORDS.is_file() else ""
+            part = RECORDS.with_suffix(".part")
+            part.write_text(written + json.dumps(record) + "\n")
+            part.replace(RECORDS)
             accuracy = {p: round(100 * r["accuracy"], 1) for p, r in summary["evaluation"].items()}
             print(f"{name}, {row}, {strategy}, seed {seed}: {accuracy}, {time.monotonic() - began:.0f} s", flush=True)
 
@@ -206,7 +208,7 @@ def table(study: Study, found: list[Cell]) -> list[str]:
     """Accuracies and costs, a line a setting and strategy."""
     names = {PROBE: "linear probe, 5 labels a class, %", KNN: "kNN, %", "fine_tune": "fine-tuning, %"}
     head = ["setting", "strategy", *[names[p] for p in study.protocols]]
-    head += ["measured traffic of a client drawn every round, MiB", "multiply-adds a sample, executed, G"]
+    head += ["a drawn client's mean traffic, summed over rounds, measured, MiB", "multiply-adds a sample, executed, G"]
     if "fine_tune" in study.protocols:
         head.insert(3, "from scratch, %")
         head.insert(4, "mean per-class accuracy / precision / recall / F1, %")
@@ -258,19 +260,19 @@ def verdicts(study: Study, found: list[Cell]) -> list[str]:
 
 
 def figures() -> None:
-    """The pictures of docs/results.md, from the runs of the first study and the beta study."""
+    """The pictures of docs/results.md: three of the first study's runs, and how beta deals out its images."""
     from lwfedssl_jax.config import override, resolve
     from lwfedssl_jax.data import sources
     from lwfedssl_jax.data.partition import partition
 
+    config = config_of(DIGITS)
     first = [cell for cell in cells(STUDIES["digits"]) if cell.row == "simclr"]
     if first:
         by_strategy = {cell.strategy: cell.metrics for cell in sorted(first, key=lambda cell: cell.strategy)}
         report.plot_accuracy_against_traffic(by_strategy, KNN, PICTURES / "accuracy_against_traffic.png")
         summary = first[0].summaries[0]
-        report.plot_resources(summary["strategies"], 3, PICTURES / "resources.png")
+        report.plot_resources(summary["strategies"], config.federation.local_epochs, PICTURES / "resources.png")
         report.plot_distance(first[0].metrics[0], PICTURES / "client_distance.png")
-    config = config_of(DIGITS)
     labels = sources.find(config.data).load(config.data).train_labels
     shares = {}
     for beta in (0.1, 0.5, 5.0, 100.0):
@@ -326,6 +328,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "run":
         run(options.studies or list(STUDIES))
+    elif not RECORDS.is_file():
+        parser.error(f"{RECORDS.relative_to(ROOT)}: there is none; accepted: first `run`")
     else:
         write_page()
 

@@ -58,36 +58,30 @@ class WorkDir:
             ) from error
 
     def open(self, lanes: int, devices: int) -> None:
-        """Make the directory and write ``config.json``; a run that continues keeps its own.
+        """Make the directory and write ``config.json``; a run that continues keeps its own, but for what is given.
 
         Raises:
           ConfigError: the directory cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "config.json").exists():
-                self.write_json(
-                    "config.json",
-                    {
-                        "config": to_dict(self._config),
-                        "config_file": self._code,
-                        "lanes": lanes,
-                        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
-                        "devices": devices,
-                        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-                        | {"python": platform.python_version()},
-                    },
-                )
+            file = self.path / "config.json"
+            entries = (
+                json.loads(file.read_text())
+                if file.exists()
+                else {
+                    "config": to_dict(self._config),
+                    "config_file": self._code,
+                    "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+                    "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+                    | {"python": platform.python_version()},
+                }
+            )
+            self.write_json("config.json", entries | {"lanes": lanes, "devices": devices})
         except OSError as error:
             raise ConfigError(
                 f"--workdir: {self.path} cannot be written ({error.strerror}); accepted: a directory you can write to"
             ) from error
-
-    def record(self, **entries: Any) -> None:
-        """Replace entries of ``config.json`` that turned out different."""
-        before = json.loads((self.path / "config.json").read_text())
-        if before | entries != before:
-            self.write_json("config.json", before | entries)
 
     def restore(self) -> tuple[int, Tree] | None:
         """``(finished rounds, what was saved)`` of the last checkpoint; later metrics lines are dropped.

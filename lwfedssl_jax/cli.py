@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"COMMAND: unknown {argv[0]!r}; accepted: {', '.join(close)}")
     except SystemExit:  # tyro's way out of --help
         return 0
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
     except (Exception, KeyboardInterrupt) as error:
         return explain(error)
     return 0
@@ -164,6 +167,7 @@ def resources(arguments: list[str]) -> None:
         )
     devices.set_up_cache(options.compilation_cache)
     check(config)
+    _, refused = ledgers.each_strategy(config)
     progress = Console(stderr=True)
     with progress.status("tracing") as status:
         strategies = ledgers.all_strategies(
@@ -176,12 +180,13 @@ def resources(arguments: list[str]) -> None:
             "config": configs.to_dict(config),
             "bytes_per_parameter": ledgers.BYTES_PER_PARAMETER,
             "strategies": strategies,
+            "refused": refused,
         }
         print(json.dumps(plain, indent=1))
     else:
         out = Console()
         out.print(report.resource_table(strategies))
-        for name, why in ledgers.each_strategy(config)[1].items():
+        for name, why in refused.items():
             out.print(f"{name} cannot run with this config: {why}", markup=False)
 
 

@@ -185,8 +185,8 @@ class FederationConfig:
     """fedadam: added to the root of the second moment."""
     client_start: str = "global"
     """How a client takes the global model in: global (as it is), fedu or fedema, which keep a model on each client."""
-    divergence: Positive = 0.4
-    """fedu: distance below which a client takes the global predictor; fedema: the autoscaler's tau (0.7 there)."""
+    divergence: NonNegative = 0.0
+    """fedu: distance below which a client takes the global predictor; fedema: the autoscaler's tau; 0: 0.4 or 0.7."""
 
 
 @dataclass(frozen=True)
@@ -354,8 +354,9 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
     path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
     known = [n for n, _ in available(config_dir)]
     if not path.is_file() or not (name.endswith(".py") or name in known):
-        close = difflib.get_close_matches(name, known, n=3) or known
-        raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or one of {', '.join(close)}")
+        close = difflib.get_close_matches(name, known, n=3)
+        names = f", such as {', '.join(close)}" if close else ""
+        raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or a name of `list`{names}")
     spec = importlib.util.spec_from_file_location("lwfedssl_config", path)
     assert spec is not None
     assert spec.loader is not None

@@ -17,6 +17,7 @@ from lwfedssl_jax.tree import Tree
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
 FINE_TUNE = "fine_tune"  # the protocol's name
+MEASURED = "bytes and seconds: all clients, all rounds; flops_executed: a sample, as in the ledger"
 
 
 def train(config: Config, workdir: WorkDir | None, listener: Listener | None = None) -> dict[str, Any]:
@@ -41,15 +42,13 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     if from_first(np.array(finished is not None)):
         return finished or {}
     run = prepare(config)
-    if workdir:
-        workdir.open(run.lanes, run.mesh.size)
     done, saved = (workdir.restore() if workdir else None) or (0, {})
     done = int(from_first(np.int32(done)))
     simulator = Simulator(run, [s for s in run.stages if done < s.first_round + s.rounds], listener)
     run = simulator.run  # with lanes that fit
     params, state = simulator.take_up(done, saved)
     if workdir:
-        workdir.record(lanes=run.lanes, devices=run.mesh.size)
+        workdir.open(run.lanes, run.mesh.size)
         report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
         listener.start(run, done)
         if not done:
@@ -152,7 +151,7 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict
         "evaluation": results[len(rounds)],
         "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
         "resources": strategies[run.config.strategy.name]
-        | {"measured": measured | {"clients": run.config.partition.clients, "scope": "all clients, all rounds"}},
+        | {"measured": measured | {"clients": run.config.partition.clients, "scope": MEASURED}},
         "strategies": strategies,
     }
     workdir.save_encoder(params["encoder"] | ({"statistics": params["statistics"]} if params["statistics"] else {}))

@@ -12,7 +12,7 @@ from rich.table import Table
 MIB = 2**20
 SHOWN_CLIENTS = 200
 SHOWN_EPOCHS = 10
-TRAFFIC_LABEL = "traffic of a client drawn every round, both directions (MiB)"
+TRAFFIC_LABEL = "a drawn client's mean traffic, summed over rounds (MiB)"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers also survive a grey print.
 STYLES = [
@@ -206,7 +206,10 @@ def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, 
 
 
 def traffic_by_round(lines: list[dict[str, Any]]) -> dict[int, float]:
-    """MiB that a client drawn every round has exchanged after each round, both directions, from ``metrics.jsonl``."""
+    """After each round of ``metrics.jsonl``, what a drawn client exchanges a round, both directions, summed, in MiB.
+
+    It is what each client has exchanged where all are drawn and report in every round.
+    """
     traffic, total = {0: 0.0}, 0.0
     for line in lines:
         if "event" not in line:

@@ -276,14 +276,14 @@ class Simulator:
             params, server, measured, dictionary = program.finish(params, rows, server, sent, carry)
             line |= {
                 "loss": float(measured["loss"]),
-                "client_distance": float(measured["client_distance"]),
+                "client_distance": float(measured["client_distance"]) if len(reporting) > 1 else 0.0,
                 "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
                 "steps": work.steps,
                 "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
             }
             if run.config.additions.depth_dropout and stage.trained_before:
-                run_steps = work.steps * stage.depth - int(measured["layers"])
-                line["layers_skipped"] = round(run_steps / (work.steps * stage.trained_before), 4)
+                skipped = work.steps * stage.depth - int(measured["layers"])
+                line["layers_skipped"] = round(skipped / (work.steps * stage.trained_before), 4)
             check_finite(run.config, f"the loss is {line['loss']}", number, line["loss"])
             if run.config.additions.calibration_steps:
                 key = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
@@ -315,7 +315,7 @@ class Simulator:
             form, no_memory = jax.tree.structure(server), jax.tree.structure(run.no_memory)
             server = jax.tree.unflatten(form, saved["server"]) if server is not None else None
             clients = {int(c): jax.tree.unflatten(no_memory, leaves) for c, leaves in saved["clients"].items()}
-            dictionary = saved["dictionary"]
+            dictionary = saved["dictionary"] if server is not None else {}
         if rounds:
             params, server, dictionary = from_first((params, server, dictionary))
         params, server, dictionary = self.place((params, server, dictionary))

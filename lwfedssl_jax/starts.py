@@ -38,19 +38,31 @@ class Memory(NamedTuple):
 Start = Callable[[Sent, Memory, float], tuple[Tree, jax.Array]]
 
 
-def distance(a: Tree, b: Tree) -> jax.Array:
-    """``||a - b||`` over the encoders' weights."""
-    squares = jax.tree.map(lambda x, y: jnp.square(x - y).sum(), a["encoder"], b["encoder"])
-    return jnp.sqrt(jnp.stack(jax.tree.leaves(squares)).sum())
+FEDU_DIVERGENCE, FEDEMA_DIVERGENCE = 0.4, 0.7  # the papers'
+
+
+def distance(present: Tree, a: Tree, b: Tree) -> jax.Array:
+    """The mean of ``||a_l - b_l||`` over the encoders' weight matrices, those of a stacked one layer by layer.
+
+    The papers write ``||a - b||``; thresholds like theirs hold for this mean, which their code takes.
+    """
+
+    def norms(p: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        if x.ndim - p.ndim < 2:  # biases, gains
+            return jnp.zeros(0, x.dtype)
+        return jnp.sqrt(jnp.square(x - y).sum(tuple(range(p.ndim, x.ndim)))).ravel()
+
+    by_leaf = jax.tree.map(norms, present["encoder"], a["encoder"], b["encoder"])
+    return jnp.concatenate(jax.tree.leaves(by_leaf)).mean()
 
 
 def fedu(sent: Sent, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
     """FedU's divergence-aware predictor update (Zhuang et al., 2021, arXiv 2108.06492).
 
     The global predictor is taken only where the client's encoder is nearer than ``divergence`` to
-    the global one; the rest always.
+    the global one (``distance``); the rest always.
     """
-    near = distance(sent.trainable, memory.trainable) < divergence
+    near = distance(sent.present, sent.trainable, memory.trainable) < (divergence or FEDU_DIVERGENCE)
     prediction = tree.where(near, sent.trainable["prediction"], memory.trainable["prediction"])
     return sent.trainable | {"prediction": prediction}, memory.scale
 
@@ -61,8 +73,8 @@ def fedema(sent: Sent, memory: Memory, divergence: float) -> tuple[Tree, jax.Arr
     ``w <- mu * w_local + (1 - mu) * w_global`` with ``mu = min(lambda * ||w_global - w_local||, 1)``; the
     autoscaler sets ``lambda = tau / ||w_global - w_local||`` when the client takes part for the second time.
     """
-    apart = distance(sent.trainable, memory.trainable)
-    first = jnp.where(apart > 0, divergence / jnp.where(apart > 0, apart, 1), 0)
+    apart = distance(sent.present, sent.trainable, memory.trainable)
+    first = jnp.where(apart > 0, (divergence or FEDEMA_DIVERGENCE) / jnp.where(apart > 0, apart, 1), 0)
     scale = jnp.where(memory.scale > 0, memory.scale, first)
     mu = jnp.minimum(scale * apart, 1)
     return tree.ema(memory.trainable, sent.trainable, mu), scale

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import small_config
-from test_rounds import fast_round, max_difference, parts, prepare
+from test_rounds import fast_round, float64, max_difference, parts, prepare
 
 from lwfedssl_jax import resources, simulate, tree
 from lwfedssl_jax.additions import TERMS, kept_layers
@@ -198,3 +198,15 @@ def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPa
     )
     resumed.take_up(3, {})
     assert resumed.run_round(run.stages[2], params, None, 4)[2]["download_bytes"] == line["download_bytes"]
+
+
+def test_lanes_that_skip_different_layers_run_under_vmap() -> None:
+    results = []
+    for vmapped in (False, True):
+        with float64():
+            config = small_config(runtime__lanes=3, additions__depth_dropout=0.5, strategy__name="progressive")
+            run = prepare(override(config, {"runtime.precision": "float64"}))
+            run = with_task(run, vmap_on_cpu=vmapped)
+            results.append(fast_round(run, run.stages[2], simulate.initial_params(run), 1))
+    assert max_difference(results[0][0], results[1][0]) < 1e-9
+    assert 0 < results[0][1]["layers_skipped"] == results[1][1]["layers_skipped"] < 1

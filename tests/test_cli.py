@@ -42,7 +42,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["resources", "quickstart", *TINY, "--json", "--no-memory"]) == 0
     plain = json.loads(capsys.readouterr().out)
-    assert set(plain) == {"config", "bytes_per_parameter", "strategies"}
+    assert set(plain) == {"config", "bytes_per_parameter", "strategies", "refused"}
+    assert plain["refused"] == {}
     assert plain["config"]["model"]["depth"] == 2
     assert set(plain["strategies"]) == {"end_to_end", "layerwise", "progressive"}
     for strategy in plain["strategies"].values():
@@ -96,7 +97,7 @@ BAD = [
     (["trian"], "COMMAND: unknown 'trian'; accepted: train"),
     (["train"], "CONFIG: train needs one first, found nothing"),
     (["train", "--workdir", "x"], "CONFIG: train needs one first, found '--workdir'"),
-    (["train", "quick"], "CONFIG: no config 'quick'; accepted: a path to a .py file, or one of quickstart"),
+    (["train", "quick"], "CONFIG: no config 'quick'; accepted: a path to a .py file, or a name of `list`, such as"),
     (["list", "x"], "list: unexpected 'x'"),
     (["train", "quickstart", "--strategy.nam", "x"], "Unrecognized options: --strategy.nam, x; accepted: --strategy"),
     (["train", "quickstart", "--strategy.name", "x"], "strategy.name: unknown 'x'; accepted: end_to_end, layer"),

@@ -247,3 +247,16 @@ def test_what_cannot_be_had_is_refused(changes: dict[str, Any], message: str) ->
     assert "accepted: " in str(error.value)
     with pytest.raises(ConfigError):
         check(config)  # what the `resources` command asks first
+
+
+def test_processes_that_hold_no_checkpoint_take_up_trees_of_the_same_form() -> None:
+    """Several processes broadcast what the first has restored; round 2 ends a stage."""
+    config = small_config(additions__dictionary=2, objective__name="simclr", federation__rounds=6)
+    run = simulate.prepare(config)
+    simulator = simulate.Simulator(run)
+    params, state = simulator.run_round(run.stages[0], simulator.place(simulate.initial_params(run)), None, 1)[:2]
+    for rounds in (1, 2):
+        first = simulator.take_up(rounds, jax.device_get(simulate.to_save(params, state)))
+        other = simulator.take_up(rounds, {})
+        assert jax.tree.structure(first) == jax.tree.structure(other)
+        assert (first[1] is None) == (rounds == 2)

@@ -30,6 +30,21 @@ def test_paper_traffic_and_operations_within_one_percent(objective: str) -> None
     assert strategies["layerwise"]["flops_executed"] < 0.25 * strategies["end_to_end"]["flops_executed"]
 
 
+@pytest.mark.parametrize("strategy", ["end_to_end", "layerwise"])
+def test_bfloat16_keeps_what_float32_keeps_for_the_backward_pass(strategy: str) -> None:
+    executed = {
+        (precision, remat): resources.ledger(
+            small_config(strategy__name=strategy, runtime__precision=precision, runtime__remat=remat)
+        )["flops_executed"]
+        for precision in ("float32", "bfloat16")
+        for remat in (False, True)
+    }
+    recomputed = executed["float32", True] - executed["float32", False]
+    assert recomputed > 0
+    assert executed["bfloat16", True] - executed["bfloat16", False] == recomputed
+    assert executed["bfloat16", False] < executed["float32", False] + recomputed / 2
+
+
 def test_bytes_by_hand() -> None:
     """Width 8, 4 patches of 48 values, hidden 12, output 6, simclr: every leaf counted on paper."""
     block = (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8

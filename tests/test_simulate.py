@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from lwfedssl_jax import experiment, resources, simulate, tree
 from lwfedssl_jax.checkpoint import WorkDir
-from lwfedssl_jax.config import Config, resolve
+from lwfedssl_jax.config import Config, ConfigError, resolve
 
 
 class Interrupting(simulate.Listener):
@@ -59,6 +59,15 @@ def test_work_directory(finished: tuple[Config, Path]) -> None:
     assert 0 < summary["evaluation"]["knn"]["accuracy"] <= 1
     assert summary["resources"]["peak_memory_bytes"] > 0
     assert set(summary["strategies"]) == {"layerwise", "progressive", "end_to_end"}
+
+
+def test_lanes_that_do_not_fit_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: 1000)
+    with pytest.raises(ConfigError, match=r"runtime.lanes: 2 need .* accepted: "):
+        train(small_config(runtime__lanes=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Config, Path]) -> None:

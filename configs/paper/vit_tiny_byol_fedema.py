@@ -16,5 +16,5 @@ from lwfedssl_jax.config import load, override
 
 config = override(
     load("paper/vit_tiny_byol"),
-    {"strategy.name": "end_to_end", "federation.client_start": "fedema", "federation.divergence": 0.7},
+    {"strategy.name": "end_to_end", "federation.client_start": "fedema"},
 )

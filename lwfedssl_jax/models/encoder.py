@@ -32,7 +32,7 @@ class Encoder(NamedTuple):
         of which only the samples that ``mask_B`` names count.
       feature_dim: D.
 
-    A depth may be traced; it must be the same for all that are batched by ``vmap``. ``order``, if not
+    A depth may be traced, and be another for each that is batched by ``vmap``. ``order``, if not
     None, has the numbers (from 0) of the layers that run, ``depth`` of them, at its front.
     """
 
