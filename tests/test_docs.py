@@ -1,5 +1,6 @@
-"""The example of docs/extending.md runs as it stands there."""
+"""docs/extending.md runs as it stands there; docs/results.md is what its script makes of the records."""
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from lwfedssl_jax import additions, aggregation, experiment, objectives, resourc
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import load, override, resolve
 
-PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "extending.md"
 
 
 TABLES = (additions.TERMS, aggregation.AGGREGATORS, objectives.OBJECTIVES, stages.STRATEGIES)
@@ -47,3 +49,18 @@ def test_the_example_trains_and_is_priced(tmp_path: Path, monkeypatch: pytest.Mo
     between = [ledgers[name]["total_bytes"] for name in ("layerwise", "newest_two", "progressive")]
     assert between == sorted(between)
     assert len(set(between)) == 3
+
+
+def test_the_results_page_is_what_the_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails: `python benchmarks/studies.py report`."""
+    spec = importlib.util.spec_from_file_location("studies", ROOT / "benchmarks" / "studies.py")
+    assert spec is not None
+    assert spec.loader is not None
+    studies = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(studies)
+    monkeypatch.setattr(studies, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(studies, "figures", lambda: None)
+    studies.write_page()
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    asked = {studies.key(overrides) for study in studies.STUDIES.values() for *_, overrides in studies.runs(study)}
+    assert set(studies.recorded()) <= asked
