@@ -22,12 +22,6 @@ def check(config: Config) -> None:
     make_start(config, task)
     calibration.check(config)
     fedca.check(config)
-    share, additions = config.partition.server_share, config.additions
-    if share and not (additions.calibration_steps or additions.base_steps):
-        raise ConfigError(
-            f"partition.server_share: {share} of the data would go unused; accepted: 0.0, or "
-            "additions.calibration_steps or additions.base_steps above 0"
-        )
     rate = config.additions.depth_dropout
     if rate and stages == 1:
         raise ConfigError(

@@ -116,7 +116,7 @@ class PartitionConfig:
     """shared only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
     server_share: Fraction = 0.0
     """Share of the training images that the server holds, without labels, for calibration or a base model; no client
-    owns them."""
+    owns them, used or not, so that runs with and without can be compared."""
 
 
 @dataclass(frozen=True)

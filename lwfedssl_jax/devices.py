@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,13 @@ def set_up_cache(folder: str | None) -> None:
 
 
 def can_hold(path: Path) -> bool:
-    """Whether a folder is there, or can be made, and be written to."""
+    """Whether a folder is there, or can be made, and be written to; tried, as permissions alone do not tell."""
     nearest = next(p for p in [path, *path.absolute().parents] if p.exists())
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            return True
+    except OSError:
+        return False
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:

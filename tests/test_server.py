@@ -211,7 +211,6 @@ def test_only_clients_that_took_part_are_kept_and_a_resumed_run_has_them(tmp_pat
             "federation.client_start: unknown 'mine'; accepted: global",
         ),
         ({"additions__calibration_steps": 3}, "additions.calibration_steps: 3 steps need images"),
-        ({"partition__server_share": 0.2}, "partition.server_share: 0.2 of the data would go unused"),
         (
             {"additions__depth_dropout": 0.5, "strategy__name": "end_to_end"},
             "additions.depth_dropout: 0.5 skips",
