@@ -146,8 +146,8 @@ def config_of(overrides: dict[str, Any]) -> Any:
 def run(names: list[str]) -> None:
     """Train and record what is missing, a line a run."""
     from lwfedssl_jax import devices, experiment
-    from lwfedssl_jax.checkpoint import WorkDir
     from lwfedssl_jax.cli import default_workdir
+    from lwfedssl_jax.workdir import WorkDir
 
     devices.set_up_cpu()
     devices.set_up_cache(None)

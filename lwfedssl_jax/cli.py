@@ -98,10 +98,12 @@ def explain(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; `train` continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        print(f"error: out of memory ({str(error).splitlines()[0]}); {ADVICE}", file=sys.stderr)
+    if isinstance(error, OSError) and error.strerror:
+        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
     elif isinstance(error, FloatingPointError | OSError):
         print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        print(f"error: out of memory ({str(error).splitlines()[0]}); {ADVICE}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return EXIT_FAILURE
@@ -130,8 +132,8 @@ def train(arguments: list[str]) -> None:
 def train_and_print(config: Config, name: str, path: Path | None) -> None:
     """Train in a work directory, with progress on standard error and the summary on standard output."""
     from lwfedssl_jax import experiment, report
-    from lwfedssl_jax.checkpoint import WorkDir
     from lwfedssl_jax.progress import ConsoleProgress
+    from lwfedssl_jax.workdir import WorkDir
 
     # A file of the user's own may hold more than values, such as an objective.
     code = hashlib.sha256(Path(name).read_bytes()).hexdigest() if name.endswith(".py") else ""

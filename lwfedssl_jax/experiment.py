@@ -1,23 +1,68 @@
 """A whole run: rounds, evaluation, checkpoints, work directory, summary. The only module that sees everything."""
 
+import contextlib
 import hashlib
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from lwfedssl_jax import evaluate, finetune, report, resources
-from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.devices import from_all, from_first
-from lwfedssl_jax.simulate import Listener, Run, Simulator, check_finite, initial_params, prepare, to_save
+from lwfedssl_jax.simulate import Listener, Run, Simulator, State, check_finite, initial_params, prepare, to_save
 from lwfedssl_jax.tree import Tree
+from lwfedssl_jax.workdir import WorkDir
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
 FINE_TUNE = "fine_tune"  # the protocol's name
 MEASURED = "bytes and seconds: all clients, all rounds; flops_executed: a sample, as in the ledger"
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM: each raises KeyboardInterrupt at once, or while ``held_back`` when ``check`` is called.
+
+    A context manager; outside the main thread, which alone hears signals, it does nothing.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._held_back = self._asked = False
+
+    def __enter__(self) -> "Interrupts":
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._hear) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, *_: object) -> None:
+        if self._asked or not self._held_back:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._listener.notice("stopping after this call; once more stops at once")
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Within, only ``check`` raises, or a second signal."""
+        self._held_back = True
+        try:
+            yield
+            self.check()
+        finally:
+            self._held_back = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal has come."""
+        if self._asked:
+            raise KeyboardInterrupt
 
 
 def train(config: Config, workdir: WorkDir | None, listener: Listener | None = None) -> dict[str, Any]:
@@ -32,9 +77,11 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
       The content of ``summary.json``; nothing where there is no work directory.
 
     Raises:
-      ConfigError: see ``prepare``; the work directory cannot be written; the device's memory is too small.
-      FloatingPointError: the loss, or what the encoder gives, is not finite.
-      KeyboardInterrupt: passed on after the last finished round has been saved.
+      ConfigError: see ``prepare``; the work directory cannot be written or is in use, or none of its checkpoints
+        is whole; the device's memory is too small.
+      FloatingPointError: no client's update, or what the encoder gives, is finite.
+      KeyboardInterrupt: on Ctrl-C or SIGTERM, after the current call; the last finished round has been saved.
+      OSError: something cannot be written, such as on a full disk; what was saved before is whole.
     """
     listener = listener or Listener()
     check_same_config(config)
@@ -42,43 +89,67 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     if from_first(np.array(finished is not None)):
         return finished or {}
     run = prepare(config)
-    done, saved = (workdir.restore() if workdir else None) or (0, {})
-    done = int(from_first(np.int32(done)))
-    simulator = Simulator(run, [s for s in run.stages if done < s.first_round + s.rounds], listener)
-    run = simulator.run  # with lanes that fit
-    params, state = simulator.take_up(done, saved)
-    if workdir:
-        workdir.open(run.lanes, run.mesh.size)
-        report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
-        listener.start(run, done)
-        if not done:
-            log_evaluation(run, workdir, listener, config.model.depth, 0, params)
-    last_saved = time.monotonic()
     try:
-        for stage in run.stages:
-            last = stage.first_round + stage.rounds
-            if done >= last:
-                continue
-            listener.stage(stage)
-            if done == stage.first_round:
-                state = None
-            for number in range(max(done, stage.first_round) + 1, last + 1):
-                new_params, new_state, line = simulator.run_round(stage, params, state, number)
-                if workdir:
-                    workdir.append(line)
-                    listener.round(line)
-                due = config.evaluation.every and number % config.evaluation.every == 0
-                if workdir and (number == last or due):
-                    log_evaluation(run, workdir, listener, stage.depth, number, new_params)
-                params, state, done = new_params, new_state, number
-                if workdir and (number == last or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
-                    workdir.save(done, to_save(params, state))
-                    last_saved = time.monotonic()
-    except KeyboardInterrupt:
+        with Interrupts(listener) as interrupts:
+            found, faults = workdir.restore() if workdir else (None, {})
+            for rounds, why in faults.items():
+                listener.notice(f"checkpoint {rounds} is damaged ({why}); the one before it is used")
+            done = int(from_first(np.int32(found.rounds if found else 0)))
+            left = [stage for stage in run.stages if done < stage.first_round + stage.rounds]
+            simulator = Simulator(run, left, listener, interrupts.check)
+            run = simulator.run  # with lanes that fit
+            params, state = simulator.take_up(done, found.state if found else {})
+            if workdir:
+                workdir.open(run.lanes, run.mesh.size)
+                report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
+                listener.start(run, done)
+            if workdir and not done:
+                log_evaluation(run, workdir, listener, config.model.depth, 0, params)
+            params = run_rounds(simulator, workdir, listener, interrupts, done, params, state)
+            return finish(run, workdir, params, listener) if workdir else {}
+    finally:
+        if workdir:
+            workdir.close()
+
+
+def run_rounds(
+    simulator: Simulator,
+    workdir: WorkDir | None,
+    listener: Listener,
+    interrupts: Interrupts,
+    done: int,
+    params: Tree,
+    state: State | None,
+) -> Tree:
+    """The rounds after the first ``done``; saves after every round of a minute, else every minute, and every stage."""
+    run, last_saved = simulator.run, time.monotonic()
+    ends = [stage.first_round + stage.rounds for stage in run.stages]
+    every = run.config.evaluation.every
+    try:
+        with interrupts.held_back():
+            for stage, last in zip(run.stages, ends, strict=True):
+                if done >= last:
+                    continue
+                listener.stage(stage)
+                if done == stage.first_round:
+                    state = None
+                for number in range(done + 1, last + 1):
+                    new_params, new_state, line = simulator.run_round(stage, params, state, number)
+                    if workdir:
+                        workdir.append(line)
+                        listener.round(line)
+                        if number == last or (every and number % every == 0):
+                            log_evaluation(run, workdir, listener, stage.depth, number, new_params)
+                    params, state, done = new_params, new_state, number
+                    if workdir and (number == last or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
+                        workdir.save(done, to_save(params, state), ends)
+                        last_saved = time.monotonic()
+                    interrupts.check()
+    except (KeyboardInterrupt, FloatingPointError):
         if workdir and done:
-            workdir.save(done, to_save(params, state))
+            workdir.save(done, to_save(params, state), ends)
         raise
-    return finish(run, workdir, params, listener) if workdir else {}
+    return params
 
 
 def check_same_config(config: Config) -> None:

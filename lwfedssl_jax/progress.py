@@ -60,6 +60,9 @@ class ConsoleProgress(Listener):
         self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
         self._left_at_start = self._left[finished_rounds]
 
+    def notice(self, text: str) -> None:
+        self.say(text)
+
     def compiling(self, what: str) -> None:
         self._show(f"compiling {what}", always=True)
 

@@ -30,15 +30,17 @@ class Carry(NamedTuple):
 
     Attributes:
       client: state of the client each lane is training.
+      loss, samples: its loss summed over real samples, and their number.
       total: sums over the lane's finished clients.
-      loss, samples: loss summed over real samples, and their number.
+      left_out: finished clients whose update was not finite, and is in no sum.
       layers: layers run, summed over the steps.
     """
 
     client: ClientState
-    total: "Total"
     loss: jax.Array
     samples: jax.Array
+    total: "Total"
+    left_out: jax.Array
     layers: jax.Array
 
 
@@ -49,6 +51,7 @@ class Total(NamedTuple):
       examples: sum of n_i.
       weighted: sum of ``n_i * w_i``.
       squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
+      loss, samples: loss summed over real samples, and their number.
       summed: the aggregator's contributions.
       dictionary: what they add to FedCA's; empty without it.
     """
@@ -56,15 +59,33 @@ class Total(NamedTuple):
     examples: jax.Array
     weighted: Tree
     squares: jax.Array
+    loss: jax.Array
+    samples: jax.Array
     summed: Tree
     dictionary: Tree
 
 
-def contribution(aggregator: Aggregator, sent: Sent, trained: Tree, examples: jax.Array, uploaded: Tree) -> Total:
+def contribution(
+    aggregator: Aggregator,
+    sent: Sent,
+    trained: Tree,
+    examples: jax.Array,
+    loss: jax.Array,
+    samples: jax.Array,
+    uploaded: Tree,
+) -> Total:
     """What one client adds."""
     weighted = jax.tree.map(lambda x: examples.astype(x.dtype) * x, trained)
     squares = examples * squared_distance(trained, sent.trainable)
-    return Total(examples, weighted, squares, aggregator.add(sent, trained, examples), uploaded)
+    summed = aggregator.add(sent, trained, examples)
+    return Total(examples, weighted, squares, loss, samples, summed, uploaded)
+
+
+def is_finite(total: Total) -> jax.Array:
+    """Whether all that a client adds is; its weights are where the squares of their change are."""
+    statistics = {k: v for k, v in total.weighted.items() if k == "statistics"}
+    leaves = jax.tree.leaves((total.squares, total.loss, statistics, total.dictionary))
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def squared_distance(a: Tree, b: Tree) -> jax.Array:
@@ -78,10 +99,10 @@ def start_round(task: Task, aggregator: Aggregator, sent: Sent, lanes: int) -> C
     client = client_init(task, sent.trainable)
     wide = lambda x: jnp.broadcast_to(x, (lanes, *x.shape))  # noqa: E731
     add = functools.partial(contribution, aggregator)
-    total = jax.eval_shape(add, sent, sent.trainable, jnp.zeros((), jnp.float32), fedca.no_upload(sent))
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    total = jax.eval_shape(add, sent, sent.trainable, zero, zero, none, fedca.no_upload(sent))
     zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), total)
-    loss, count = jnp.zeros(lanes, jnp.float32), jnp.zeros(lanes, jnp.int32)
-    return Carry(jax.tree.map(wide, client), zeros, loss, count, count)
+    return Carry(jax.tree.map(wide, client), wide(zero), wide(none), zeros, wide(none), wide(none))
 
 
 def run_steps(
@@ -134,14 +155,18 @@ def run_steps(
                 state = tree.where(row.busy, state, lane.client)
             client, weight = jnp.asarray(row.client), jnp.asarray(row.weight)
             uploaded = fedca.upload(task, sent, state.trainable, batch_BxHxWxC, mask_B, key, client, weight)
-            added = contribution(aggregator, sent, state.trainable, weight, uploaded)
-            # `where`, not a product with 0: an unfinished client's NaN must not reach the sum.
-            total = tree.where(weight > 0, jax.tree.map(jnp.add, lane.total, added), lane.total)
-            samples = jnp.where(row.busy, row.real, 0)
-            loss = jnp.where(samples > 0, loss.astype(jnp.float32) * samples.astype(jnp.float32), 0)
+            real = jnp.where(row.busy, row.real, 0)
+            loss = jnp.where(real > 0, loss.astype(jnp.float32) * real.astype(jnp.float32), 0)
+            loss = jnp.where(row.step == 0, 0, lane.loss) + loss
+            samples = jnp.where(row.step == 0, 0, lane.samples) + real
+            added = contribution(aggregator, sent, state.trainable, weight, loss, samples, uploaded)
+            # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
+            finished, good = weight > 0, is_finite(added)
+            total = tree.where(finished & good, jax.tree.map(jnp.add, lane.total, added), lane.total)
+            left_out = lane.left_out + (finished & ~good).astype(jnp.int32)
             layers = sum(count for count, _ in routes(task, sent, key))
             layers = lane.layers + jnp.where(row.busy, layers, 0)
-            return Carry(state, total, lane.loss + loss, lane.samples + samples, layers)
+            return Carry(state, loss, samples, total, left_out, layers)
 
         def body(c: jax.Array, carry: Carry) -> Carry:
             row = jax.tree.map(lambda x: x[c], plan)
@@ -181,7 +206,8 @@ def finish_round(
 
     Returns:
       The server's state; the trainable part after the round; ``loss``, the mean of a sample,
-      ``client_distance``, the clients' weighted root mean squared distance from their mean, and
+      ``client_distance``, the clients' weighted root mean squared distance from their mean,
+      ``left_out``, how many clients are in neither, their updates not being finite, and
       ``layers``, run in all steps; FedCA's dictionary.
     """
     total = jax.tree.map(lambda x: x.sum(0), carry.total)
@@ -191,8 +217,9 @@ def finish_round(
     # The variance by its two moments, both around what was sent, near which all clients are.
     variance = total.squares / examples - squared_distance(mean, sent.trainable)
     measured = {
-        "loss": carry.loss.sum() / carry.samples.sum().astype(carry.loss.dtype),
+        "loss": total.loss / jnp.maximum(total.samples, 1).astype(total.loss.dtype),
         "client_distance": jnp.sqrt(jnp.maximum(variance, 0)),
+        "left_out": carry.left_out.sum(),
         "layers": carry.layers.sum(),
     }
     return state, trainable, measured, fedca.join(total.dictionary)

@@ -43,6 +43,9 @@ class Listener:
     def start(self, run: "Run", finished_rounds: int) -> None:
         """The run begins, or continues after so many rounds."""
 
+    def notice(self, text: str) -> None:
+        """Something that the user should know."""
+
     def compiling(self, what: str) -> None:
         """A compilation begins."""
 
@@ -154,6 +157,7 @@ class Simulator:
       stages: what is compiled now; by default nothing is before it is needed. Lanes that were
         not asked for become fewer where these need more memory than there is.
       listener: hears of compilations and steps.
+      between_calls: called after each call of a round's program; may raise to give the round up.
 
     Attributes:
       run: the run, with as many lanes and devices as are used.
@@ -162,9 +166,16 @@ class Simulator:
       ConfigError: the lanes that the user asks for, or a single one, do not fit the memory.
     """
 
-    def __init__(self, run: Run, stages: Sequence[Stage] = (), listener: Listener | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        stages: Sequence[Stage] = (),
+        listener: Listener | None = None,
+        between_calls: Callable[[], None] = lambda: None,
+    ) -> None:
         self.run = run
         self._listener = listener or Listener()
+        self._between_calls = between_calls
         # Steps of a call; several processes must make the same calls.
         self._pace = 1 if jax.process_count() == 1 else CALL_STEPS
         self._calibrations: dict[str, Callable[..., tuple[Tree, jax.Array]]] = {}
@@ -222,7 +233,7 @@ class Simulator:
           round's metrics line. What was passed in stays as it was.
 
         Raises:
-          FloatingPointError: the loss is not finite.
+          FloatingPointError: no client's update is finite.
         """
         base = self._base
         began = time.monotonic()
@@ -241,6 +252,7 @@ class Simulator:
             "client_distance": None,
             "clients": len(reporting),
             "dropped": len(cohort) - len(reporting),
+            "left_out": 0,
             "examples": 0,
             "steps": 0,
             "download_bytes": self._traffic.download(stage, cohort),
@@ -272,9 +284,14 @@ class Simulator:
                     if jax.process_count() == 1:
                         self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
                     self._listener.steps(number, done, work.length)
+                    self._between_calls()
                 self._remember(clients, carry, host_plan)
             params, server, measured, dictionary = program.finish(params, rows, server, sent, carry)
+            left_out = int(measured["left_out"])
+            if left_out == len(reporting):
+                raise not_finite(run.config, "no client's update is finite", number)
             line |= {
+                "left_out": left_out,
                 "loss": float(measured["loss"]),
                 "client_distance": float(measured["client_distance"]) if len(reporting) > 1 else 0.0,
                 "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
@@ -284,7 +301,6 @@ class Simulator:
             if run.config.additions.depth_dropout and stage.trained_before:
                 skipped = work.steps * stage.depth - int(measured["layers"])
                 line["layers_skipped"] = round(skipped / (work.steps * stage.trained_before), 4)
-            check_finite(run.config, f"the loss is {line['loss']}", number, line["loss"])
             if run.config.additions.calibration_steps:
                 key = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
                 steps = run.config.additions.calibration_steps
@@ -343,12 +359,14 @@ class Simulator:
         return jax.tree.map(lambda *of_lanes: put(np.stack(of_lanes)), *lanes)
 
     def _remember(self, clients: dict[int, Memory], carry: Carry, plan: Plan) -> None:
-        """Keep the models of the clients that a call has finished, one at most in a lane."""
+        """Keep the finite models of the clients that a call has finished, one at most in a lane."""
         if self.run.no_memory is None:
             return
         lanes = jax.device_get(keep(carry.client))
         for lane in np.flatnonzero(plan.weight.max(axis=0)):
-            clients[int(plan.client[0, lane])] = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
+            memory = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
+            if all(np.isfinite(x).all() for x in jax.tree.leaves(memory)):
+                clients[int(plan.client[0, lane])] = memory
 
     def _calibrate(self, stage: Stage, params: Tree, steps: int, key: jax.Array) -> tuple[Tree, float]:
         """The server's own training, on one device; what it gives is on the host."""
@@ -452,12 +470,17 @@ def with_fewer_lanes(run: Run, needed: int, limit: int) -> Run:
 
 
 def check_finite(config: Config, what: str, number: int, values: Any) -> None:
-    """Raise a FloatingPointError that says what to lower, unless all values are finite."""
+    """Raise ``not_finite`` unless all values are finite."""
     if not np.isfinite(values).all():
-        raise FloatingPointError(
-            f"{what} in round {number}; lower optimizer.learning_rate ({config.optimizer.learning_rate}) "
-            f"or raise objective.temperature ({config.objective.temperature})"
-        )
+        raise not_finite(config, what, number)
+
+
+def not_finite(config: Config, what: str, number: int) -> FloatingPointError:
+    """An error that says what to lower."""
+    return FloatingPointError(
+        f"{what} in round {number}; lower optimizer.learning_rate ({config.optimizer.learning_rate}) "
+        f"or raise objective.temperature ({config.objective.temperature})"
+    )
 
 
 def draw_cohort(run: Run, number: int) -> tuple[list[int], list[int]]:

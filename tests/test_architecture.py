@@ -19,6 +19,7 @@ ORDER = [
     ["checks"],
     ["rounds", "evaluate", "resources"],
     ["finetune", "checkpoint", "report"],
+    ["workdir"],
     ["simulate"],
     ["experiment"],
     ["progress"],

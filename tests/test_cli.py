@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import Config, ConfigError, resolve
+from lwfedssl_jax.workdir import WorkDir
 
 ROOT = Path(__file__).parent.parent
 TINY = [

@@ -10,8 +10,8 @@ import pytest
 from conftest import SMALL
 
 from lwfedssl_jax import additions, aggregation, experiment, objectives, resources, simulate, stages
-from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import load, override, resolve
+from lwfedssl_jax.workdir import WorkDir
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "extending.md"

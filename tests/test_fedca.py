@@ -13,12 +13,12 @@ from test_rounds import SIZES, max_difference, parts, prepare
 
 from lwfedssl_jax import additions, client, fedca, resources, simulate, tree
 from lwfedssl_jax.augment import normalise, two_views
-from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.checks import check
 from lwfedssl_jax.client import client_init, client_step, embed
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.objectives import OBJECTIVES
 from lwfedssl_jax.packing import batches
+from lwfedssl_jax.workdir import WorkDir
 
 BASE: dict[str, Any] = {"additions__terms": ("base=1",), "additions__base_steps": 2, "partition__server_share": 0.2}
 

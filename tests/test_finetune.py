@@ -12,9 +12,9 @@ from conftest import small_config
 from rich.console import Console
 
 from lwfedssl_jax import experiment, finetune, report, resources, simulate
-from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import EvaluationConfig
 from lwfedssl_jax.evaluate import scores
+from lwfedssl_jax.workdir import WorkDir
 
 CONFIG = small_config(
     data__synthetic_examples=100,

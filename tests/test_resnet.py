@@ -12,12 +12,12 @@ from conftest import small_config
 from safetensors.numpy import load_file
 
 from lwfedssl_jax import experiment, resources, simulate, tree
-from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import ModelConfig
 from lwfedssl_jax.models.encoder import Encoder
 from lwfedssl_jax.models.resnet import resnet
 from lwfedssl_jax.stages import Stage, freeze, make_stages
+from lwfedssl_jax.workdir import WorkDir
 
 RESNET: dict[str, Any] = {
     "model__name": "resnet18",

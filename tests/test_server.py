@@ -12,10 +12,10 @@ from test_rounds import SIZES, max_difference, prepare
 
 from lwfedssl_jax import simulate, tree
 from lwfedssl_jax.aggregation import AGGREGATORS, WEIGHTED_MEAN
-from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.data.partition import Population
 from lwfedssl_jax.tree import Tree
+from lwfedssl_jax.workdir import WorkDir
 
 
 class Probe:

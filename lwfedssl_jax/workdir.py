@@ -1,0 +1,229 @@
+"""The work directory: the config it belongs to, metrics by line, checkpoints, the trained encoder."""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from lwfedssl_jax import checkpoint
+from lwfedssl_jax.checkpoint import Checkpoint
+from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.devices import can_hold
+from lwfedssl_jax.tree import Tree
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl_jax")
+LOCK = ".lock"
+
+
+class WorkDir:
+    """A directory that holds one run.
+
+    ``WorkDir(path, config, code)`` only looks; nothing is written before ``open``. ``code`` stands for the text of
+    the user's own config file, if there is one: it may hold more than the config. All that is written is written
+    whole or not at all, but for ``metrics.jsonl``, whose last line may be cut where a process is killed.
+
+    Attributes:
+      path: the directory.
+      summary: the finished run's summary, or None.
+
+    Raises:
+      ConfigError: the directory holds another config's run or other files, or cannot be read.
+    """
+
+    def __init__(self, path: Path, config: Config, code: str = "") -> None:
+        self.path = path
+        self.summary: dict[str, Any] | None = None
+        self._config, self._code = config, code
+        self._lock = filelock.FileLock(path / LOCK, timeout=0, is_singleton=False)
+        self._is_new = True
+        try:
+            if path.exists() and not path.is_dir():
+                raise ConfigError(
+                    f"--workdir: {path} is not a directory; accepted: a new or empty directory, or a run's"
+                )
+            if path.is_dir() and any(not _is_ours(p) for p in path.iterdir()):
+                self._check_same_run()
+                self._is_new = False
+                summary = path / "summary.json"
+                self.summary = json.loads(summary.read_text()) if summary.is_file() else None
+                if summary.is_file() and "strategies" not in (self.summary or {}):
+                    raise ConfigError(
+                        f"--workdir: {summary} is no run's summary; accepted: remove it to continue the run"
+                    )
+            if self.summary is None and not can_hold(path):
+                raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(
+                f"--workdir: {path} cannot be read ({error}); accepted: a new or empty directory"
+            ) from error
+
+    def restore(self) -> tuple[Checkpoint | None, dict[int, str]]:
+        """The last whole checkpoint, and what is wrong with newer ones; later metrics lines are dropped.
+
+        From here on the directory is this process's, until ``close``; that of a new run from ``open`` on.
+
+        Raises:
+          ConfigError: another process is using the directory, or none of its checkpoints is whole.
+          OSError: see ``checkpoint.load``; the directory cannot be written.
+        """
+        if self._is_new:
+            return None, {}
+        self._take()
+        found, faults = checkpoint.load(self._checkpoints)
+        if faults and not found:
+            raise ConfigError(
+                f"--workdir: no checkpoint in {self._checkpoints} is whole ({_listed(faults)}); accepted: one put "
+                "back from a copy, or the folder removed to begin the run again"
+            )
+        kept = [line for line in self.metrics() if found and line["round"] <= found.rounds]
+        if (self.path / "metrics.jsonl").exists():
+            self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        return found, faults
+
+    def open(self, lanes: int, devices: int) -> None:
+        """Make the directory and write ``config.json``; a run that continues keeps its own, but for what is given.
+
+        Raises:
+          ConfigError: the directory cannot be written, or another process has taken it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            file = self.path / "config.json"
+            if self._is_new and file.exists():
+                raise self._taken()
+            entries = (
+                json.loads(file.read_text())
+                if file.exists()
+                else {
+                    "config": to_dict(self._config),
+                    "config_file": self._code,
+                    "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+                    "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+                    | {"python": platform.python_version()},
+                }
+            )
+            self.write_json("config.json", entries | {"lanes": lanes, "devices": devices})
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir: {self.path} cannot be written ({error.strerror}); accepted: a directory you can write to"
+            ) from error
+
+    def close(self) -> None:
+        """Let other processes use the directory."""
+        self._lock.release()
+
+    def save(self, rounds: int, state: Tree, always_kept: Collection[int]) -> None:
+        """See ``checkpoint.save``."""
+        with self._writing(f"checkpoint {rounds}"):
+            checkpoint.save(self._checkpoints, rounds, state, always_kept)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of ``metrics.jsonl``, in order; an interrupted last line is left out.
+
+        Raises:
+          ConfigError: another line is damaged.
+        """
+        file = self.path / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                if number == len(lines):
+                    break
+                raise ConfigError(
+                    f"--workdir: line {number} of {file} is damaged; accepted: the file without this line"
+                ) from error
+        return found
+
+    def save_encoder(self, params: Tree) -> None:
+        """Parameters as ``encoder.safetensors``, names joined by dots."""
+        flat = {
+            ".".join(str(k.key) for k in path): np.ascontiguousarray(jax.device_get(x))
+            for path, x in jax.tree.leaves_with_path(params)
+        }
+        self._replace("encoder.safetensors", lambda path: save_file(flat, path))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        self._replace(name, json.dumps(content, indent=1) + "\n")
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _replace(self, name: str, content: str | Callable[[Path], None]) -> None:
+        temporary = self.path / f".{name}.new"
+        with self._writing(name):
+            temporary.write_text(content) if isinstance(content, str) else content(temporary)
+            temporary.replace(self.path / name)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"--workdir: {what} cannot be written in {self.path} ({error.strerror or error}); what was saved "
+                "before is whole, and the same command continues from it",
+            ) from error
+
+    def _take(self) -> None:
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise self._taken() from None
+        except NotImplementedError:  # a file system without locks
+            pass
+
+    def _taken(self) -> ConfigError:
+        return ConfigError(
+            f"--workdir: {self.path} is in use by another process; accepted: another directory, or wait until it ends"
+        )
+
+    def _check_same_run(self) -> None:
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+            raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
+        if content.get("config_file", "") != self._code:
+            raise ConfigError(
+                f"--workdir: {self.path} holds the run of another config file, or of this one before it was changed; "
+                "accepted: the file as it was, or another directory"
+            )
+        old, new = content["config"], to_dict(self._config)
+        for section in new:
+            for name, value in new[section].items():
+                before = old.get(section, {}).get(name)
+                if before != value:
+                    raise ConfigError(
+                        f"--workdir: {self.path} holds another config's run: {section}.{name} is {before!r} there, "
+                        f"{value!r} here; accepted: the same config, or another directory"
+                    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file may be left by a process that was killed before it wrote ``config.json``."""
+    return path.name in (LOCK, ".config.json.new")
+
+
+def _listed(faults: dict[int, str]) -> str:
+    return "; ".join(f"{rounds}: {why}" for rounds, why in faults.items())
