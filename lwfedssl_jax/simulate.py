@@ -362,10 +362,10 @@ class Simulator:
         """Keep the finite models of the clients that a call has finished, one at most in a lane."""
         if self.run.no_memory is None:
             return
-        lanes = jax.device_get(keep(carry.client))
+        lanes, losses = jax.device_get((keep(carry.client), carry.loss))
         for lane in np.flatnonzero(plan.weight.max(axis=0)):
             memory = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
-            if all(np.isfinite(x).all() for x in jax.tree.leaves(memory)):
+            if all(np.isfinite(x).all() for x in jax.tree.leaves((memory, losses[lane]))):
                 clients[int(plan.client[0, lane])] = memory
 
     def _calibrate(self, stage: Stage, params: Tree, steps: int, key: jax.Array) -> tuple[Tree, float]:

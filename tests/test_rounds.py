@@ -240,3 +240,27 @@ def test_frozen_parameters_have_no_optimizer_state() -> None:
         moments = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.opt_state) if x.ndim)
         assert moments == 2 * tree.size(trainable) < 2 * tree.size(params)
         assert tree.size(state.target["encoder"]) == tree.size(trainable["encoder"])
+
+
+def test_clients_whose_update_is_not_finite_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with a batch of a single sample, here; the round is then that of the others."""
+    config = small_config(strategy__name="end_to_end", objective__name="byol", federation__client_start="fedema")
+    run = prepare(config)
+    whole = run.task.objective
+
+    def loss(online: jax.Array, target: jax.Array, mask_B: jax.Array, temperature: float) -> jax.Array:
+        return whole.loss(online, target, mask_B, temperature) * jnp.where(mask_B.sum() == 1, jnp.nan, 1)
+
+    run = run._replace(task=run.task._replace(objective=whole._replace(loss=loss)))
+    params = simulate.initial_params(run)
+    results = {}
+    for name, reporting in {"all": [0, 1, 2, 3], "good": [0, 3]}.items():
+        monkeypatch.setattr(simulate, "draw_cohort", lambda run, number, r=reporting: (list(range(4)), r))
+        simulator = simulate.Simulator(run)
+        results[name] = simulator.run_round(run.stages[0], simulator.place(params), None, 1)
+    (after, state, line), (expected, expected_state, expected_line) = results["all"], results["good"]
+    assert max_difference(after, expected) == 0
+    assert (line["clients"], line["left_out"], expected_line["left_out"]) == (4, 2, 0)
+    assert line["loss"] == expected_line["loss"] > 0
+    assert line["client_distance"] == expected_line["client_distance"] > 0
+    assert set(state.clients) == set(expected_state.clients) == {0, 3}

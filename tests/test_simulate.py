@@ -1,6 +1,7 @@
 """Whole runs: what they write, how often they compile, how they continue."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,31 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import experiment, resources, simulate, tree
+from lwfedssl_jax import checkpoint, experiment, resources, simulate, tree
 from lwfedssl_jax.config import Config, ConfigError, resolve
 from lwfedssl_jax.workdir import WorkDir
 
 
 class Interrupting(simulate.Listener):
-    """Presses Ctrl-C as soon as a round has ended."""
+    """Sends this process a signal in the middle of a round, or as soon as it has ended."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, when: str, sent: signal.Signals) -> None:
+        self.number, self.when, self.sent = number, when, sent
+        self.notices: list[str] = []
+        self.heard_after = 0
+
+    def steps(self, round_number: int, done: int, total: int) -> None:
+        if self.notices:
+            self.heard_after += 1
+        elif (round_number, self.when) == (self.number, "within"):
+            signal.raise_signal(self.sent)
 
     def round(self, line: dict[str, Any]) -> None:
-        if line["round"] == self.number:
-            raise KeyboardInterrupt
+        if (line["round"], self.when) == (self.number, "after"):
+            signal.raise_signal(self.sent)
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +148,24 @@ def test_one_program_for_all_stages(strategy: str, programs: int, tmp_path: Path
 
 def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, Path], tmp_path: Path) -> None:
     config, whole = finished
-    for number in (1, 4):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    saved = []
+    for number, when, sent in ((1, "after", signal.SIGINT), (3, "within", signal.SIGTERM), (4, "after", signal.SIGINT)):
+        listener = Interrupting(number, when, sent)
         with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "run", Interrupting(number))
-    train(config, tmp_path / "run")
+            train(config, tmp_path / "run", listener)
+        assert listener.notices == ["stopping after this call; once more stops at once"]
+        assert listener.heard_after == 0
+        saved.append(checkpoint.numbers(tmp_path / "run" / "checkpoints")[-1])
+    assert saved == [1, 2, 4]
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    newest = tmp_path / "run" / "checkpoints" / "4" / checkpoint.MANIFEST
+    newest.write_text(newest.read_text().replace("  state/", "  state.", 1))
+    listener = Interrupting(0, "", signal.SIGINT)
+    train(config, tmp_path / "run", listener)
+    (notice,) = listener.notices
+    assert notice.startswith("checkpoint 4 is damaged (not what was saved: ")
+    assert notice.endswith("); the one before it is used")
     expected, found = load_file(whole / "encoder.safetensors"), load_file(tmp_path / "run" / "encoder.safetensors")
     assert set(expected) == set(found)
     for name, value in expected.items():

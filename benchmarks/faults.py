@@ -1,0 +1,219 @@
+"""Kills runs at random moments and damages checkpoints: resumed runs must equal uninterrupted ones to the bit.
+
+    python benchmarks/faults.py                  # 200 kills, 200 damaged checkpoints
+    python benchmarks/faults.py --kills 20 --damages 20 --seed 1
+
+A small run of each strategy is killed (SIGKILL, one time in four SIGTERM) at a random moment of its life, started
+again, and killed again until it ends by itself; then its encoder, metrics, ledger and last checkpoint are compared
+with those of a run that nobody disturbed. The next run begins until there have been enough kills.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import numpy as np
+
+from lwfedssl_jax import checkpoint, cli, experiment
+from lwfedssl_jax.config import load, override, resolve
+from lwfedssl_jax.workdir import WorkDir
+
+SMALL: dict[str, str] = {
+    "data.name": "synthetic",
+    "data.image_size": "8",
+    "data.synthetic_examples": "120",
+    "data.synthetic_classes": "3",
+    "partition.clients": "6",
+    "federation.clients_per_round": "4",
+    "federation.rounds": "9",
+    "federation.local_epochs": "2",
+    "model.name": "vit_micro",
+    "model.patch_size": "4",
+    "model.width": "8",
+    "model.depth": "3",
+    "model.heads": "2",
+    "objective.hidden_dim": "12",
+    "objective.output_dim": "6",
+    "optimizer.batch_size": "8",
+    "evaluation.labels_per_class": "5",
+    "evaluation.neighbours": "5",
+}
+SETTINGS: dict[str, dict[str, str]] = {
+    "layerwise": {},
+    "progressive, fedavgm": {"strategy.name": "progressive", "federation.aggregator": "fedavgm"},
+    "end_to_end, byol, fedema": {
+        "strategy.name": "end_to_end",
+        "objective.name": "byol",
+        "federation.client_start": "fedema",
+    },
+}
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["__main__", "lwfedssl_jax.progress", "orbax.checkpoint", "sklearn.linear_model"])
+
+
+def main() -> None:
+    options = common.arguments(
+        __doc__ or "",
+        kills={"type": int, "default": 200},
+        damages={"type": int, "default": 200},
+        seed={"type": int, "default": 0},
+    )
+    rng = random.Random(options.seed)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for number, (name, changes) in enumerate(SETTINGS.items()):
+            kills = options.kills // len(SETTINGS) + (number < options.kills % len(SETTINGS))
+            damages = options.damages // len(SETTINGS) + (number < options.damages % len(SETTINGS))
+            rows.append({"run": name} | kill(root / str(number), SMALL | changes, kills, rng))
+            rows[-1] |= damage(root / str(number), SMALL | changes, damages, rng)
+            print(rows[-1], flush=True)
+    common.publish("faults", "Killed runs and damaged checkpoints", rows, seed=options.seed)
+    if any(row["runs that differ"] or row["damages accepted"] for row in rows):
+        sys.exit(1)
+
+
+def kill(root: Path, fields: dict[str, str], kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill runs so many times in all; ``root/whole`` is the one that nobody disturbs."""
+    root.mkdir()
+    command = ["train", "quickstart", *(x for k, v in fields.items() for x in (f"--{k}", v))]
+    command += ["--compilation-cache", str(root / "cache")]
+    start(command, root / "warm")  # fills the cache
+    began = time.monotonic()
+    start(command, root / "whole")
+    seconds = time.monotonic() - began
+    expected = outcome(root / "whole")
+    killed = runs = differ = at_work = 0
+    while killed < kills:
+        path = root / f"run{runs}"
+        while not (path / "summary.json").exists():
+            number = signal.SIGTERM if rng.random() < 0.25 else signal.SIGKILL
+            after = rng.uniform(0, seconds) if killed < kills else None
+            code = start(command, path, after, number)
+            if code == 0:
+                break
+            expected_code = 130 if number == signal.SIGTERM else -number
+            assert code == expected_code, f"exit code {code}, {Path(f'{path}.log').read_text()}"
+            killed += 1
+            at_work += (path / "metrics.jsonl").exists()
+            assert not checkpoint.load(path / "checkpoints")[1], "a kill has damaged a checkpoint"
+        runs += 1
+        differ += not same(outcome(path), expected)
+    return {"seconds of a run": seconds, "kills": killed, "of them in rounds or later": at_work, "runs": runs,
+            "runs that differ": differ}  # fmt: skip
+
+
+def start(command: list[str], path: Path, after: float | None = None, number: int = signal.SIGKILL) -> int:
+    """``run.py`` in a process of its own, sent a signal after so many seconds; its exit code, negative for a signal.
+
+    Forked from a server that has imported all: what is killed is the run, not Python's start.
+    """
+    child = SERVER.Process(target=run, args=(command, path))
+    child.start()
+    child.join(after)
+    if child.is_alive():
+        os.kill(child.pid, number)
+        child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def run(command: list[str], path: Path) -> None:
+    """``run.py``, which saves every round; in a process of its own."""
+    with Path(f"{path}.log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    experiment.SECONDS_BETWEEN_CHECKPOINTS = 0
+    sys.exit(cli.main([*command, "--workdir", str(path)]))
+
+
+def outcome(path: Path) -> tuple[Any, ...]:
+    """All that a run leaves but for seconds: encoder, metrics, summary, last checkpoint."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["seconds"], summary["resources"]["measured"]["seconds"]
+    last, faults = checkpoint.load(path / "checkpoints")
+    assert last
+    assert not faults
+    return (
+        (path / "encoder.safetensors").read_bytes(),
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+        summary,
+        last.rounds,
+        last.state,
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two outcomes are, to the bit."""
+    leaves = [jax.tree.flatten(x) for x in (a, b)]
+    return leaves[0][1] == leaves[1][1] and all(map(np.array_equal, leaves[0][0], leaves[1][0]))
+
+
+def damage(root: Path, fields: dict[str, str], damages: int, rng: random.Random) -> dict[str, Any]:
+    """Damage the last checkpoint of copies of a run: each must be noticed, and the one before it taken."""
+    whole = root / "whole"
+    expected = outcome(whole)
+    config = resolve(override(load("quickstart"), {k: v for k, v in _typed(fields).items()}))
+    accepted = resumed = 0
+    before = checkpoint.numbers(whole / "checkpoints")[-2]
+    for i in range(damages):
+        path = root / "damaged"
+        shutil.copytree(whole, path)
+        (path / "summary.json").unlink()
+        last = path / "checkpoints" / str(expected[3])
+        spoil(last, ("flip a byte", "truncate", "remove a file", "remove the manifest")[i % 4], rng)
+        with contextlib.closing(WorkDir(path, config)) as workdir:
+            found, faults = workdir.restore()
+        accepted += found is None or found.rounds != before or list(faults) != [expected[3]]
+        if i % 20 == 0:  # and goes on from there
+            command = ["train", "quickstart", *(x for k, v in fields.items() for x in (f"--{k}", v))]
+            assert start([*command, "--compilation-cache", str(root / "cache")], path) == 0
+            assert "is damaged" in Path(f"{path}.log").read_text()
+            assert same(outcome(path), expected)
+            resumed += 1
+        shutil.rmtree(path)
+    return {"damages": damages, "damages accepted": accepted, "resumed after damage, equal": resumed}
+
+
+def spoil(path: Path, how: str, rng: random.Random) -> None:
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    if how == "remove the manifest":
+        (path / checkpoint.MANIFEST).unlink()
+        return
+    file = rng.choice([p for p in files if p.stat().st_size])
+    content = bytearray(file.read_bytes())
+    if how == "remove a file":
+        file.unlink()
+    elif how == "truncate":
+        file.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+
+
+def _typed(fields: dict[str, str]) -> dict[str, Any]:
+    import ast
+
+    def value(text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    return {k: value(v) if k != "evaluation.labels_per_class" else (int(v),) for k, v in fields.items()}
+
+
+if __name__ == "__main__":
+    main()
