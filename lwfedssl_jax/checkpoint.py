@@ -3,13 +3,10 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from safetensors.numpy import save_file
 
 from lwfedssl_jax.config import Config, ConfigError, to_dict
 from lwfedssl_jax.devices import can_hold
@@ -127,21 +124,18 @@ class WorkDir:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def save_encoder(self, params: Tree) -> None:
-        """Parameters as ``encoder.safetensors``, names joined by dots."""
-        flat = {
-            ".".join(str(k.key) for k in path): np.ascontiguousarray(jax.device_get(x))
-            for path, x in jax.tree.leaves_with_path(params)
-        }
-        self._replace("encoder.safetensors", lambda path: save_file(flat, path))
+    def save_encoder(self, files: dict[str, bytes]) -> None:
+        """What ``export.encoder_files`` gives."""
+        for name, content in files.items():
+            self._replace(name, content)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all."""
         self._replace(name, json.dumps(content, indent=1) + "\n")
 
-    def _replace(self, name: str, content: str | Callable[[Path], None]) -> None:
+    def _replace(self, name: str, content: str | bytes) -> None:
         temporary = self.path / f".{name}.new"
-        temporary.write_text(content) if isinstance(content, str) else content(temporary)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(self.path / name)
 
     def _manager(self) -> Any:

@@ -18,7 +18,7 @@ ORDER = [
     ["aggregation", "calibration", "fedca", "starts", "traffic"],
     ["checks"],
     ["rounds", "evaluate", "resources"],
-    ["finetune", "checkpoint", "report"],
+    ["export", "finetune", "checkpoint", "report"],
     ["simulate"],
     ["experiment"],
     ["progress"],
