@@ -19,7 +19,7 @@ from lwfedssl_jax import load_encoder, simulate
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.evaluate import make_encode
+from lwfedssl_jax.evaluate import BATCH, make_encode
 from lwfedssl_jax.export import ABOUT, WEIGHTS, TrainedEncoder, encoder_files
 from lwfedssl_jax.tree import Tree
 
@@ -72,9 +72,9 @@ def written(config: Config, params: Tree, tmp_path_factory: pytest.TempPathFacto
     return write(config, params, tmp_path_factory.mktemp("export") / "vit")
 
 
-def encode_as_the_run(config: Config, params: Tree, images: np.ndarray) -> np.ndarray:
+def encode_as_the_run(config: Config, params: Tree, images: np.ndarray, batch: int = BATCH) -> np.ndarray:
     task = make_task(config)
-    return make_encode(task.encoder, task.recipe, task.dtype)(params, images, config.model.depth)
+    return make_encode(task.encoder, task.recipe, task.dtype)(params, images, config.model.depth, batch)
 
 
 def test_a_vit_has_timms_names_and_shapes(written: Path) -> None:
@@ -288,7 +288,7 @@ def test_timm_finds_the_features_of_a_trained_encoder(tmp_path: Path) -> None:
     params = simulator.place(simulate.initial_params(run))
     for stage in run.stages:
         params, _, _ = simulator.run_round(stage, params, None, stage.number)
-    check_timm(config, params, tmp_path)
+    check_timm(config, jax.device_get(params), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_timm_finds_the_same_features(changes: dict[str, Any], tmp_path: Path) -
 def check_timm(config: Config, params: Tree, path: Path) -> None:
     write(config, params, path)
     images = some_images(config, 20, make_task(config).image_shape[-1])
-    expected = load_encoder(path)(images)
+    expected = encode_as_the_run(config, params, images, len(images))
     found = run_snippet(ROOT / "README.md", "import timm", path, images)
     print("largest difference", np.abs(found - expected).max(), "of", np.abs(expected).max())
     np.testing.assert_allclose(found, expected, **TORCH_TOLERANCE)
@@ -325,9 +325,10 @@ def test_torchvision_finds_the_same_features(changes: dict[str, Any], tmp_path: 
     """By the lines of docs/encoder.md, with running averages of every value."""
     import_or_skip("torchvision")
     config = small_config(**RESNET, **{"model__width": 0, "model__depth": 4} | changes)
-    path = write(config, random_params(config), tmp_path)
+    params = random_params(config)
+    path = write(config, params, tmp_path)
     images = some_images(config, 20, make_task(config).image_shape[-1])
-    expected = load_encoder(path)(images)
+    expected = encode_as_the_run(config, params, images, len(images))
     found = run_snippet(ROOT / "docs" / "encoder.md", "import torchvision", path, images)
     print("largest difference", np.abs(found - expected).max(), "of", np.abs(expected).max())
     np.testing.assert_allclose(found, expected, **TORCH_TOLERANCE)
