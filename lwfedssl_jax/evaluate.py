@@ -59,10 +59,10 @@ def make_encode(encoder: Encoder, recipe: Recipe, dtype: DTypeLike) -> Encode:
 
     def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int, batch: int = BATCH) -> np.ndarray:
         n = len(images_NxHxWxC)
-        padded = np.pad(images_NxHxWxC, [(0, -n % batch)] + [(0, 0)] * 3)
         frozen, rest = split(encoder, params, depth)
-        batches = [padded[i : i + batch] for i in range(0, n, batch)]
-        parts = [forward_batch(frozen, rest, images, np.int32(depth)) for images in batches]
+        batches = (images_NxHxWxC[i : i + batch] for i in range(0, n, batch))
+        padded = (np.pad(x, [(0, batch - len(x))] + [(0, 0)] * 3) for x in batches)
+        parts = [forward_batch(frozen, rest, images, np.int32(depth)) for images in padded]
         return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
 
     return encode

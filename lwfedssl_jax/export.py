@@ -22,6 +22,7 @@ from lwfedssl_jax.evaluate import BATCH, apply, make_encode
 from lwfedssl_jax.tree import Tree
 
 WEIGHTS, ABOUT = "encoder.safetensors", "encoder.json"
+METADATA = "lwfedssl_jax"  # key of what ABOUT says, too, in the metadata of WEIGHTS
 FORMAT_VERSION = 1
 TORCHVISION_WIDTH, TORCHVISION_DEPTH = 64, 4  # of its ResNet-18
 
@@ -52,7 +53,6 @@ def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
       task: of the same run.
       params: what has been trained; heads may be among it.
     """
-    weights = safetensors.numpy.save(state_dict(config.model, task, params), {"format": "pt"})  # PyTorch's layouts
     *size, channels = task.image_shape
     about = {
         "format_version": FORMAT_VERSION,
@@ -71,8 +71,10 @@ def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
             "layers": task.layers,
         },
         **rebuilt_in_torch(config.model, size, channels),
-        "sha256": hashlib.sha256(weights).hexdigest(),
     }
+    metadata = {"format": "pt", METADATA: json.dumps(about)}  # pt: PyTorch's layouts
+    weights = safetensors.numpy.save(state_dict(config.model, task, params), metadata)
+    about["sha256"] = hashlib.sha256(weights).hexdigest()
     return {WEIGHTS: weights, ABOUT: (json.dumps(about, indent=1) + "\n").encode()}
 
 
@@ -233,10 +235,14 @@ def load_encoder(directory: str | Path) -> TrainedEncoder:
             f"{weights}: damaged, or of another run than {ABOUT} (its SHA-256 is not the one there); "
             "accepted: both files as the run wrote them"
         )
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    if json.loads(header["__metadata__"][METADATA]) != {k: v for k, v in config.items() if k != "sha256"}:
+        raise ConfigError(f"{about}: not what {WEIGHTS} says of itself; accepted: both files as the run wrote them")
     try:
         return TrainedEncoder(config, safetensors.numpy.load(content))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ConfigError(
-            f"{about}: does not fit {WEIGHTS} ({what}); accepted: the file that a finished run wrote"
+            f"{about}: cannot be rebuilt by lwfedssl_jax {lwfedssl_jax.__version__} ({what}); "
+            f"accepted: encoders of this version, found one of {config.get('lwfedssl_jax')}"
         ) from error

@@ -1,5 +1,6 @@
 """The encoder's files: timm's and torchvision's names and layouts, the same features there and back here."""
 
+import hashlib
 import json
 import re
 import struct
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file, save
 
 from lwfedssl_jax import load_encoder, simulate
 from lwfedssl_jax.checkpoint import WorkDir
 from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.evaluate import BATCH, make_encode
-from lwfedssl_jax.export import ABOUT, WEIGHTS, TrainedEncoder, encoder_files
+from lwfedssl_jax.export import ABOUT, METADATA, WEIGHTS, TrainedEncoder, encoder_files
 from lwfedssl_jax.tree import Tree
 
 ROOT = Path(__file__).parent.parent
@@ -153,7 +154,7 @@ def test_loaded_it_gives_the_runs_features(config: Config, params: Tree, written
 
 
 def test_a_loaded_resnet_gives_the_runs_features(tmp_path: Path) -> None:
-    config = small_config(**RESNET, model__width=4, model__depth=2, model__stem="small")
+    config = small_config(**RESNET, model__width=4, model__depth=2, runtime__precision="bfloat16")
     params = random_params(config)
     encode = load_encoder(write(config, params, tmp_path))
     images = some_images(config, 256)
@@ -180,6 +181,13 @@ def changed(about: dict[str, Any], **values: Any) -> bytes:
     return json.dumps(about | values).encode()
 
 
+def consistent(about: dict[str, Any], weights: bytes, **values: Any) -> dict[str, bytes]:
+    """Both files as a version would write them that has other models."""
+    about = {k: v for k, v in about.items() if k != "sha256"} | values
+    content = save(load(weights), {METADATA: json.dumps(about)})
+    return {WEIGHTS: content, ABOUT: changed(about, sha256=hashlib.sha256(content).hexdigest())}
+
+
 def test_damage_is_one_line(written: Path, tmp_path: Path) -> None:
     files = {name: (written / name).read_bytes() for name in (WEIGHTS, ABOUT)}
     weights, about = files[WEIGHTS], json.loads(files[ABOUT])
@@ -188,10 +196,12 @@ def test_damage_is_one_line(written: Path, tmp_path: Path) -> None:
         *[({WEIGHTS: content}, "SHA-256") for content in (*flipped, weights[:-4], weights + b"\0", b"")],
         ({ABOUT: changed(about, sha256="0" * 64)}, "SHA-256"),
         ({ABOUT: changed(about, format_version=2)}, r"format_version 2 is unknown; accepted: 1"),
-        ({ABOUT: changed(about, model=about["model"] | {"depth": 3})}, r"does not fit .*blocks.2"),
-        ({ABOUT: changed(about, model=about["model"] | {"width": 16})}, r"does not fit .*reshape"),
-        ({ABOUT: changed(about, model=about["model"] | {"name": "vit"})}, r"does not fit .*'vit'"),
-        ({ABOUT: changed(about, precision="float33")}, r"does not fit .*float33"),
+        ({ABOUT: changed(about, mean=[0.5] * 3)}, "not what encoder.safetensors says of itself"),
+        ({ABOUT: changed(about, note="mine")}, "not what encoder.safetensors says of itself"),
+        (consistent(about, weights, model=about["model"] | {"depth": 3}), r"cannot be rebuilt .*blocks.2"),
+        (consistent(about, weights, model=about["model"] | {"width": 16}), r"cannot be rebuilt .*reshape"),
+        (consistent(about, weights, model=about["model"] | {"name": "vit"}), r"cannot be rebuilt .*'vit'"),
+        (consistent(about, weights, precision="float33", lwfedssl_jax="9.0"), r"float33.* accepted: .* 9.0"),
         ({ABOUT: b"{"}, "describes no encoder"),
         ({ABOUT: b"[1]"}, "describes no encoder"),
         ({ABOUT: b"\xff"}, "describes no encoder"),
@@ -233,7 +243,7 @@ def test_no_byte_is_anything_but_a_number(written: Path) -> None:
     content = (written / WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    assert header.pop("__metadata__") == {"format": "pt"}
+    assert header.pop("__metadata__")["format"] == "pt"
     at = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
         assert entry["dtype"] == "F32"
