@@ -84,37 +84,18 @@ def rebuilt_in_torch(model: ModelConfig, size: list[int], channels: int) -> dict
     The latter is None where it has no such size: other widths than 64.
     """
     if isinstance(MODELS[model.name], VitSize):
-        arguments = {
-            "model_name": "vit_tiny_patch16_224",  # any of timm's: all that tells them apart follows
-            "img_size": size,
-            "patch_size": model.patch_size,
-            "in_chans": channels,
-            "embed_dim": model.width,
-            "depth": model.depth,
-            "num_heads": model.heads,
-            "class_token": False,
-            "global_pool": "avg",
-            "fc_norm": False,
-            "num_classes": 0,
-        }
-        return {"timm": arguments}
+        sizes = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
+        images = {"img_size": size, "patch_size": model.patch_size, "in_chans": channels}
+        form = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+        # Any of timm's names: all that tells them apart follows.
+        return {"timm": {"model_name": "vit_tiny_patch16_224", **images, **sizes, **form}}
     if model.width != TORCHVISION_WIDTH:
         return {"torchvision": None}
-    kernel, stride = (7, 2) if model.stem == "imagenet" else (3, 1)
-    without = ["fc"] if model.stem == "imagenet" else ["fc", "maxpool"]
-    changes = {
-        "name": "resnet18",
-        "conv1": {
-            "in_channels": channels,
-            "out_channels": model.width,
-            "kernel_size": kernel,
-            "stride": stride,
-            "padding": kernel // 2,
-            "bias": False,
-        },
-        "identity": without + [f"layer{s + 1}" for s in range(model.depth, TORCHVISION_DEPTH)],
-    }
-    return {"torchvision": changes}
+    small = model.stem == "small"
+    kernel = {"kernel_size": 3, "stride": 1, "padding": 1} if small else {"kernel_size": 7, "stride": 2, "padding": 3}
+    conv1 = {"in_channels": channels, "out_channels": model.width, "bias": False, **kernel}
+    absent = [f"layer{s + 1}" for s in range(model.depth, TORCHVISION_DEPTH)] + ["maxpool"] * small
+    return {"torchvision": {"conv1": conv1, "identity": [*absent, "fc"]}}
 
 
 def state_dict(model: ModelConfig, task: Task, params: Tree) -> dict[str, np.ndarray]:
