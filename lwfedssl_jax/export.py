@@ -72,7 +72,7 @@ def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
         },
         **rebuilt_in_torch(config.model, size, channels),
     }
-    metadata = {"format": "pt", METADATA: json.dumps(about)}  # pt: PyTorch's layouts
+    metadata = {METADATA: json.dumps(about)}  # one entry only: safetensors writes several in any order
     weights = safetensors.numpy.save(state_dict(config.model, task, params), metadata)
     about["sha256"] = hashlib.sha256(weights).hexdigest()
     return {WEIGHTS: weights, ABOUT: (json.dumps(about, indent=1) + "\n").encode()}

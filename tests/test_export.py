@@ -243,12 +243,17 @@ def test_no_byte_is_anything_but_a_number(written: Path) -> None:
     content = (written / WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    assert header.pop("__metadata__")["format"] == "pt"
+    assert list(header.pop("__metadata__")) == [METADATA]
     at = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
         assert entry["dtype"] == "F32"
         assert entry["data_offsets"] == [at, at := at + 4 * int(np.prod(entry["shape"]))]
     assert 8 + length + at == len(content)
+
+
+def test_the_same_encoder_gives_the_same_bytes(config: Config, params: Tree) -> None:
+    files = [encoder_files(config, make_task(config), params) for _ in range(8)]
+    assert all(again == files[0] for again in files)
 
 
 def test_the_package_is_imported_without_jax() -> None:
