@@ -18,4 +18,17 @@ N         examples of a data set
 ========  ==========================================================
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lwfedssl_jax.export import TrainedEncoder
+
 __version__ = "0.1.0"
+
+
+def load_encoder(directory: str | Path) -> "TrainedEncoder":
+    """``images -> features`` of a finished run; see ``export.load_encoder``."""
+    from lwfedssl_jax import export  # not before it is needed: JAX takes seconds
+
+    return export.load_encoder(directory)

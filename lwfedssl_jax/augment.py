@@ -93,8 +93,9 @@ def two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: 
 
 
 def normalise(images_BxHxWxC: jax.Array, recipe: Recipe) -> jax.Array:
-    """uint8 images as ``two_views`` would give them without any augmentation, float32."""
-    return (images_BxHxWxC.astype(jnp.float32) / 255 - recipe.mean) / recipe.std
+    """uint8 images, or floats in [0, 1], as ``two_views`` would give them without any augmentation, float32."""
+    white = 1 if jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating) else 255
+    return (images_BxHxWxC.astype(jnp.float32) / white - recipe.mean) / recipe.std
 
 
 def rand_augment(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: DTypeLike) -> jax.Array:

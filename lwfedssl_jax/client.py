@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from lwfedssl_jax import tree
 from lwfedssl_jax.additions import PUBLIC_STREAM, Local, Term, kept_layers, terms_of
 from lwfedssl_jax.augment import RECIPES, Recipe, normalise, two_views
-from lwfedssl_jax.config import MODELS, Config, VitSize, choose
+from lwfedssl_jax.config import MODELS, Config, ModelConfig, VitSize, choose
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import Head, mlp_head
@@ -99,7 +99,6 @@ def make_task(config: Config) -> Task:
     image_shape = (config.data.image_size, config.data.image_size, source.channels)
     objective = choose("objective.name", config.objective.name, OBJECTIVES)
     hidden, output = config.objective.hidden_dim, config.objective.output_dim
-    make_encoder = vit if isinstance(MODELS[config.model.name], VitSize) else resnet
     encoder = make_encoder(config.model, image_shape, dtype, remat=config.runtime.remat)
     heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
     if objective.has_prediction:
@@ -120,6 +119,14 @@ def make_task(config: Config) -> Task:
         divergence=config.federation.divergence,
         vmap_on_cpu=config.cpu_lanes > 1,
     )
+
+
+def make_encoder(
+    model: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False
+) -> Encoder:
+    """The named model, see ``vit`` and ``resnet``."""
+    make = vit if isinstance(MODELS[model.name], VitSize) else resnet
+    return make(model, image_shape, dtype, remat=remat)
 
 
 def init_params(task: Task, key: jax.Array) -> Tree:

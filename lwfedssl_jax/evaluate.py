@@ -1,22 +1,22 @@
 """How good an encoder is: linear probe and kNN on frozen features, without heads."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_fscore_support, recall_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lwfedssl_jax.augment import normalise
-from lwfedssl_jax.client import Task
+from lwfedssl_jax.augment import Recipe, normalise
 from lwfedssl_jax.config import ConfigError, EvaluationConfig
 from lwfedssl_jax.data.sources import Dataset
-from lwfedssl_jax.models.encoder import EVERY_STAGE
+from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.tree import Tree
 
 BATCH = 256  # images encoded at once
@@ -24,7 +24,12 @@ KNN_TEMPERATURE = 0.07  # of Wu et al., 2018 (arXiv 1805.01978)
 PROBE_ITERATIONS = 1000
 
 Result = dict[str, Any]
-Encode = Callable[[Tree, np.ndarray, int], np.ndarray]
+
+
+class Encode(Protocol):
+    """``(params, images_NxHxWxC, depth) -> features_NxD`` of layers L1..L_depth and the final norm."""
+
+    def __call__(self, params: Tree, images_NxHxWxC: np.ndarray, depth: int, batch: int = BATCH) -> np.ndarray: ...
 
 
 def check(config: EvaluationConfig, dataset: Dataset) -> None:
@@ -48,28 +53,49 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
         )
 
 
-def make_encode(task: Task) -> Encode:
-    """``(params, images_NxHxWxC, depth) -> features_NxD`` of layers L1..L_depth and the final norm."""
+def make_encode(encoder: Encoder, recipe: Recipe, dtype: DTypeLike) -> Encode:
+    """Features of uint8 images, or of floats in [0, 1], ``batch`` images at once; ``dtype`` is that of images."""
+    forward_batch = jax.jit(functools.partial(forward, encoder, recipe, dtype))
 
-    @jax.jit
-    def encode_batch(frozen: Tree, rest: Tree, images_BxHxWxC: jax.Array, depth: jax.Array) -> jax.Array:
-        images = normalise(images_BxHxWxC, task.recipe).astype(task.dtype)
-        x = task.encoder.frozen_forward(frozen, images, depth, None)
-        return task.encoder.trainable_forward(rest, x, jnp.ones(len(images), bool), 0, None)[0]
-
-    def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int) -> np.ndarray:
+    def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int, batch: int = BATCH) -> np.ndarray:
         n = len(images_NxHxWxC)
-        padded = np.pad(images_NxHxWxC, [(0, -n % BATCH)] + [(0, 0)] * 3)
-        layers = task.encoder.layers(params)
-        encoder = {name: params[name] for name in layers}
-        # Frozen as in the stage after; what exists in one stage only is left out.
-        frozen = jax.tree.map(lambda n, x: x if np.any((n > 0) & (n <= depth)) else None, layers, encoder)
-        rest = jax.tree.map(lambda n, x: x if np.all(n == EVERY_STAGE) else None, layers, encoder)
-        batches = [padded[i : i + BATCH] for i in range(0, n, BATCH)]
-        parts = [encode_batch(frozen, rest, batch, np.int32(depth)) for batch in batches]
+        frozen, rest = split(encoder, params, depth)
+        batches = (images_NxHxWxC[i : i + batch] for i in range(0, n, batch))
+        padded = (np.pad(x, [(0, batch - len(x))] + [(0, 0)] * 3) for x in batches)
+        parts = [forward_batch(frozen, rest, images, np.int32(depth)) for images in padded]
         return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
 
     return encode
+
+
+def apply(
+    encoder: Encoder, recipe: Recipe, dtype: DTypeLike, params: Tree, images_BxHxWxC: jax.Array, depth: int
+) -> jax.Array:
+    """What ``make_encode`` makes of one batch, for callers that trace it."""
+    return forward(encoder, recipe, dtype, *split(encoder, params, depth), images_BxHxWxC, depth)
+
+
+def split(encoder: Encoder, params: Tree, depth: int) -> tuple[Tree, Tree]:
+    """Layers L1..L_depth, frozen as in the stage after, and what every stage has; no layers of one stage only."""
+    layers = encoder.layers(params)
+    params = {name: params[name] for name in layers}
+    frozen = jax.tree.map(lambda n, x: x if np.any((n > 0) & (n <= depth)) else None, layers, params)
+    return frozen, jax.tree.map(lambda n, x: x if np.all(n == EVERY_STAGE) else None, layers, params)
+
+
+def forward(
+    encoder: Encoder,
+    recipe: Recipe,
+    dtype: DTypeLike,
+    frozen: Tree,
+    rest: Tree,
+    images_BxHxWxC: jax.Array,
+    depth: Depth,
+) -> jax.Array:
+    """``features_BxD`` of the parts that ``split`` gives."""
+    images = normalise(images_BxHxWxC, recipe).astype(dtype)
+    x = encoder.frozen_forward(frozen, images, depth, None)
+    return encoder.trainable_forward(rest, x, jnp.ones(len(images), bool), 0, None)[0]
 
 
 def judge(config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray) -> dict[str, Result]:

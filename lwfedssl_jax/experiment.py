@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lwfedssl_jax import evaluate, finetune, report, resources
+from lwfedssl_jax import evaluate, export, finetune, report, resources
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.devices import from_all, from_first
 from lwfedssl_jax.simulate import Listener, Run, Simulator, State, check_finite, initial_params, prepare, to_save
@@ -225,7 +225,7 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict
         | {"measured": measured | {"clients": run.config.partition.clients, "scope": MEASURED}},
         "strategies": strategies,
     }
-    workdir.save_encoder(params["encoder"] | ({"statistics": params["statistics"]} if params["statistics"] else {}))
+    workdir.save_encoder(export.encoder_files(run.config, run.task, params))
     report.plot_metrics(lines, workdir.path)
     plots = workdir.path / "plots"
     report.plot_distance(lines, plots / "client_distance.png")

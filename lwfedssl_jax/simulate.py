@@ -142,7 +142,7 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
         stages,
         lanes,
         mesh,
-        evaluate.make_encode(task),
+        evaluate.make_encode(task.encoder, task.recipe, task.dtype),
         aggregator,
         start,
         no_memory(task, stages[0]) if start else None,

@@ -4,14 +4,12 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
-import numpy as np
-from safetensors.numpy import save_file
 
 from lwfedssl_jax import checkpoint
 from lwfedssl_jax.checkpoint import Checkpoint
@@ -151,13 +149,10 @@ class WorkDir:
                 ) from error
         return found
 
-    def save_encoder(self, params: Tree) -> None:
-        """Parameters as ``encoder.safetensors``, names joined by dots."""
-        flat = {
-            ".".join(str(k.key) for k in path): np.ascontiguousarray(jax.device_get(x))
-            for path, x in jax.tree.leaves_with_path(params)
-        }
-        self._replace("encoder.safetensors", lambda path: save_file(flat, path))
+    def save_encoder(self, files: dict[str, bytes]) -> None:
+        """What ``export.encoder_files`` gives."""
+        for name, content in files.items():
+            self._replace(name, content)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all."""
@@ -167,10 +162,10 @@ class WorkDir:
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def _replace(self, name: str, content: str | Callable[[Path], None]) -> None:
+    def _replace(self, name: str, content: str | bytes) -> None:
         temporary = self.path / f".{name}.new"
         with self._writing(name):
-            temporary.write_text(content) if isinstance(content, str) else content(temporary)
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             temporary.replace(self.path / name)
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ ORDER = [
     ["aggregation", "calibration", "fedca", "starts", "traffic"],
     ["checks"],
     ["rounds", "evaluate", "resources"],
-    ["finetune", "checkpoint", "report"],
+    ["finetune", "checkpoint", "export", "report"],
     ["workdir"],
     ["simulate"],
     ["experiment"],

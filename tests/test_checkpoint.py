@@ -114,10 +114,10 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.M
         workdir.save(2, state(2), ())
     monkeypatch.undo()
 
-    def full_write(self: Path, text: str) -> None:
+    def full_write(self: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_write)
+    monkeypatch.setattr(Path, "write_bytes", full_write)
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(OSError, match=r"config.json cannot be written .*No space left"):
         workdir.write_json("config.json", {})

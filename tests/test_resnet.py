@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import experiment, resources, simulate, tree
+from lwfedssl_jax import experiment, export, resources, simulate, tree
 from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import ModelConfig
 from lwfedssl_jax.models.encoder import Encoder
@@ -293,7 +293,7 @@ def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         experiment.train(config, WorkDir(tmp_path / "run", config), Interrupting())
     experiment.train(config, WorkDir(tmp_path / "run", config))
     found = load_file(tmp_path / "run" / "encoder.safetensors")
-    expected = by_name(params["encoder"] | {"statistics": params["statistics"]})
+    expected = export.state_dict(config.model, run.task, params)
     assert set(found) == set(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)

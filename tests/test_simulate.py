@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import checkpoint, experiment, resources, simulate, tree
+from lwfedssl_jax import checkpoint, evaluate, experiment, load_encoder, resources, simulate, tree
 from lwfedssl_jax.config import Config, ConfigError, resolve
 from lwfedssl_jax.workdir import WorkDir
 
@@ -71,6 +71,14 @@ def test_work_directory(finished: tuple[Config, Path]) -> None:
     assert 0 < summary["evaluation"]["knn"]["accuracy"] <= 1
     assert summary["resources"]["peak_memory_bytes"] > 0
     assert set(summary["strategies"]) == {"layerwise", "progressive", "end_to_end"}
+
+
+def test_the_encoder_that_is_left_has_the_summarys_accuracy(finished: tuple[Config, Path]) -> None:
+    config, path = finished
+    encode, dataset = load_encoder(path), simulate.prepare(config).dataset
+    found = evaluate.judge(config.evaluation, dataset, encode(dataset.train_images), encode(dataset.test_images))
+    summary = json.loads((path / "summary.json").read_text())
+    assert {k: v["accuracy"] for k, v in found.items()} == {k: v["accuracy"] for k, v in summary["evaluation"].items()}
 
 
 def test_lanes_that_do_not_fit_are_refused_before_anything_is_written(
