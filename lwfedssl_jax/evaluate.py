@@ -31,20 +31,27 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
     """Refuse protocols the data set cannot serve.
 
     Raises:
-      ConfigError: one class only; more labels a class, or neighbours, than there are training images.
+      ConfigError: one class only; a class with test images only; more labels a class, or neighbours, than there are
+        training images with labels.
     """
-    if len(np.unique(dataset.train_labels)) < 2:
+    labels_N = dataset.train_labels[dataset.labelled]
+    classes, sizes = np.unique(labels_N, return_counts=True)
+    if len(classes) < 2:
         raise ConfigError("data: the training images are all of one class; accepted: at least two classes")
-    fewest = int(np.bincount(dataset.train_labels, minlength=dataset.classes).min())
+    if len(unknown := np.setdiff1d(dataset.test_labels, classes)):
+        raise ConfigError(
+            f"data.name: class {unknown[0]} has test images and no training images; accepted: the same classes in both"
+        )
+    fewest = int(sizes.min())
     for labels in config.labels_per_class:
         if labels > fewest:
             raise ConfigError(
                 f"evaluation.labels_per_class: {labels} is more than the smallest class has; accepted: 0 to {fewest}"
             )
-    if config.neighbours > len(dataset.train_labels):
+    if config.neighbours > len(labels_N):
         raise ConfigError(
             f"evaluation.neighbours: {config.neighbours} is more than the training images; "
-            f"accepted: 0 to {len(dataset.train_labels)}"
+            f"accepted: 0 to {len(labels_N)}"
         )
 
 
@@ -59,14 +66,16 @@ def make_encode(task: Task) -> Encode:
 
     def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int) -> np.ndarray:
         n = len(images_NxHxWxC)
-        padded = np.pad(images_NxHxWxC, [(0, -n % BATCH)] + [(0, 0)] * 3)
         layers = task.encoder.layers(params)
         encoder = {name: params[name] for name in layers}
         # Frozen as in the stage after; what exists in one stage only is left out.
         frozen = jax.tree.map(lambda n, x: x if np.any((n > 0) & (n <= depth)) else None, layers, encoder)
         rest = jax.tree.map(lambda n, x: x if np.all(n == EVERY_STAGE) else None, layers, encoder)
-        batches = [padded[i : i + BATCH] for i in range(0, n, BATCH)]
-        parts = [encode_batch(frozen, rest, batch, np.int32(depth)) for batch in batches]
+        parts = []
+        for first in range(0, n, BATCH):  # the images may be more than fit the memory
+            batch = images_NxHxWxC[first : first + BATCH]
+            batch = np.pad(batch, [(0, BATCH - len(batch))] + [(0, 0)] * 3)
+            parts.append(encode_batch(frozen, rest, batch, np.int32(depth)))
         return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
 
     return encode
@@ -76,8 +85,10 @@ def judge(config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, tes
     """``{protocol: {**scores, settings}}`` of frozen features.
 
     Protocols: ``linear_probe_K`` (K labelled images a class, mean and standard deviation over
-    draws that are the same for every run), ``linear_probe_all``, ``knn``.
+    draws that are the same for every run), ``linear_probe_all``, ``knn``. Training images without a label are left out.
     """
+    train_NxD = train_NxD[dataset.labelled]
+    dataset = dataset._replace(train_labels=dataset.train_labels[dataset.labelled])
     results = {}
     for labels in config.labels_per_class:
         results[f"linear_probe_{labels or 'all'}"] = linear_probe(dataset, train_NxD, test_NxD, labels, config.draws)

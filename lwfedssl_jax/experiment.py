@@ -41,7 +41,7 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     finished = workdir.summary if workdir else None
     if from_first(np.array(finished is not None)):
         return finished or {}
-    run = prepare(config)
+    run = prepare(config, listener=listener)
     done, saved = (workdir.restore() if workdir else None) or (0, {})
     done = int(from_first(np.int32(done)))
     simulator = Simulator(run, [s for s in run.stages if done < s.first_round + s.rounds], listener)

@@ -31,6 +31,8 @@ class ConsoleProgress(Listener):
         self._number = 0
 
     def __enter__(self) -> "ConsoleProgress":
+        if self._console.is_terminal:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,11 +43,15 @@ class ConsoleProgress(Listener):
         """Print a line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def loading(self, what: str) -> None:
+        self._show(what)
+
+    def note(self, what: str) -> None:
+        self.say(what)
+
     def start(self, run: Run, finished_rounds: int) -> None:
         self._run, self._number = run, finished_rounds
         config, sizes = run.config, run.clients.sizes
-        if self._console.is_terminal:
-            self._bar.start()
         self.say(
             f"{config.strategy.name}, {config.objective.name}: {len(run.stages)} stages, {config.federation.rounds} "
             f"rounds, {len(sizes):,} clients with {sizes.min()} to {sizes.max()} examples, "
