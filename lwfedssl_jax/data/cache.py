@@ -18,6 +18,7 @@ from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
 
+HASHES = "sha256.json"  # of an entry's arrays
 FORMAT = 1  # of an entry; another number leaves all entries there are unused
 AT_ONCE, OF_A_THREAD = 1024, 32  # images that are on their way together, and those that a thread takes
 NAMED = 3  # of things that are wrong, so many are named and the rest counted
@@ -97,13 +98,14 @@ def load(config: DataConfig, found: Undecoded, channels: int, notify: Notify, no
     """
     key = {"format": FORMAT, "name": config.name, "channels": channels, "size": config.image_size}
     digest = hashlib.sha256(json.dumps([key, found.version]).encode()).hexdigest()
-    label = re.sub(r"\W+", "-", config.name)[-40:].strip("-")
+    kind, _, rest = config.name.partition(":")
+    label = re.sub(r"\W+", "-", f"{kind}-{Path(rest).name}"[:40]).strip("-")
     entry = folder() / f"{label}-{config.image_size}-{digest[:16]}"
     if entry.is_dir():
         notify(f"checking {entry}")
         try:
             return _checked(entry)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             note(f"{entry} is damaged ({error}): decoding again")
             shutil.rmtree(entry, ignore_errors=True)
     train, test = found.splits()
@@ -232,20 +234,21 @@ def _finish(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             array.flush()
         else:
             np.save(path / f"{name}.npy", array)
-    hashes = {file.name: _sha256(file) for file in sorted(path.glob("*.npy"))}
-    (path / "sha256.json").write_text(json.dumps(hashes, indent=1))
+    (path / HASHES).write_text(json.dumps(_hashes(path), indent=1))
 
 
 def _checked(entry: Path) -> dict[str, np.ndarray]:
-    """An entry's arrays; ValueError, OSError or KeyError where it is damaged."""
-    for name, expected in json.loads((entry / "sha256.json").read_text()).items():
-        if _sha256(entry / name) != expected:
-            raise ValueError(f"{name} is not as it was written")
+    """An entry's arrays; ValueError or OSError where it is damaged."""
+    if json.loads((entry / HASHES).read_text()) != _hashes(entry):
+        raise ValueError("its arrays are not as they were written")
     files = {file.stem: file for file in entry.glob("*.npy")}
     mapped = {name: np.load(files[name], mmap_mode="r") for name in ("train_images", "test_images")}
     return {name: np.load(file) for name, file in files.items() if name not in mapped} | mapped
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashes(path: Path) -> dict[str, str]:
+    hashes = {}
+    for array in sorted(path.glob("*.npy")):
+        with array.open("rb") as file:
+            hashes[array.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -26,8 +26,13 @@ def folder() -> Path:
 
 
 def is_prepared(name: str) -> bool:
-    """Whether a data set's default variant lies there in a form that needs no TensorFlow."""
-    return any('"array_record"' in info.read_text() for info in (folder() / name).glob("*/dataset_info.json"))
+    """Whether a data set lies there in the version that would be taken, in a form that needs no TensorFlow."""
+    if not (folder() / name).is_dir():
+        return False
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=folder())
+    return builder.is_prepared() and "array_record" in [form.value for form in builder.info.available_file_formats()]
 
 
 def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
