@@ -372,7 +372,7 @@ def test_images_are_decoded_once_and_mapped(folder: Path, monkeypatch: pytest.Mo
 
 def test_digits_are_not_cached(cache_home: Path) -> None:
     load("digits")
-    load("synthetic")
+    load("synthetic", synthetic_examples=10)
     assert not cache_home.exists()
 
 

@@ -147,6 +147,8 @@ def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray
       ValueError: the image has more than 8 bits a channel.
     """
     if isinstance(image, np.ndarray):
+        if image.shape == (size, size, channels):
+            return image
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     if image.mode[0] in "IF":
         raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
