@@ -31,8 +31,6 @@ class ConsoleProgress(Listener):
         self._number = 0
 
     def __enter__(self) -> "ConsoleProgress":
-        if self._console.is_terminal:
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,6 +102,7 @@ class ConsoleProgress(Listener):
     def _show(self, text: str, *, always: bool = False) -> None:
         if self._console.is_terminal:
             self._bar.update(self._task, description=text, completed=1 - self._left[self._number] / self._left[0])
+            self._bar.start()  # not before there is something to show: tensorflow-datasets has bars of its own
         elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self.say(text)

@@ -183,7 +183,7 @@ def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     import tensorflow_datasets as tf_datasets
 
     assert (
-        "'tfds:no_such_data_set' cannot be prepared (DatasetNotFoundError: Dataset no_such_data_set not found.); "
+        "'tfds:no_such_data_set' is not installed and cannot be prepared (DatasetNotFoundError: Dataset no_such_data_set not found.); "
         in (refused("tfds:no_such_data_set"))
     )
     features = {

@@ -55,7 +55,7 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
             builder = tfds.builder(name, data_dir=folder(), file_format="array_record")
             builder.download_and_prepare()
     except Exception as error:  # tfds raises many kinds; to the user all mean "not readable here"
-        raise _explain(config, "cannot be prepared", error) from error
+        raise _explain(config, "is not installed and cannot be prepared", error) from error
     info = builder.info
     chosen = choose_features(config, info.features, info.supervised_keys)
     if "train" not in info.splits or not any(name in info.splits for name in TEST_SPLITS):
