@@ -182,10 +182,8 @@ def test_what_is_not_prepared_is_prepared(folder: Path) -> None:
 def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     import tensorflow_datasets as tf_datasets
 
-    assert (
-        "'tfds:no_such_data_set' is not installed and cannot be prepared (DatasetNotFoundError: Dataset no_such_data_set not found.); "
-        in (refused("tfds:no_such_data_set"))
-    )
+    message = refused("tfds:no_such_data_set")
+    assert "is not installed and cannot be prepared (DatasetNotFoundError: Dataset no_such_data_set not fo" in message
     features = {
         "image": tf_datasets.features.Image(shape=(5, 6, 3)),
         "label": tf_datasets.features.ClassLabel(num_classes=2),
@@ -205,8 +203,8 @@ def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     for path in folder.glob("fine/1.0.0/*array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
     assert refused("tfds:fine") == (
-        "data.name: 'tfds:fine' cannot be read without TensorFlow; accepted: "
-        'pip install "lwfedssl_jax[tensorflow]", or a data set prepared by `tfds build fine --file_format=array_record`'
+        "data.name: 'tfds:fine' cannot be read without TensorFlow; accepted: pip install \"lwfedssl_jax[tensorflow]\", "
+        "or a data set prepared by `tfds build fine --overwrite --file_format=array_record`"
     )
 
 

@@ -20,14 +20,14 @@ CLIENT_FEATURES = ("client", "client_id", "user_id")
 WITH_TENSORFLOW = 'pip install "lwfedssl_jax[tensorflow]"'
 
 
-def folder() -> Path:
-    """Where tensorflow-datasets keeps what it has prepared."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+def folder() -> str:
+    """Where tensorflow-datasets keeps what it has prepared; may be an address."""
+    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
 
 
 def is_prepared(name: str) -> bool:
     """Whether a data set lies there in the version that would be taken, in a form that needs no TensorFlow."""
-    if not (folder() / name).is_dir():
+    if not (Path(folder()) / name).is_dir():
         return False
     import tensorflow_datasets as tfds
 
@@ -158,7 +158,7 @@ def _explain(config: DataConfig, what: str, error: Exception) -> ConfigError:
     name = config.name.partition(":")[2] or config.name
     if isinstance(error, ImportError) and "tensorflow" in str(error):
         return refuse(config, f"{what} without TensorFlow", f"{WITH_TENSORFLOW}, or a data set prepared by "
-                      f"`tfds build {name} --file_format=array_record`")  # fmt: skip
+                      f"`tfds build {name} --overwrite --file_format=array_record`")  # fmt: skip
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return refuse(config, f"{what} ({reason})", "a data set that tensorflow-datasets has prepared, or can prepare, "
                   "on this machine")  # fmt: skip
