@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_config
 from sklearn.neighbors import KNeighborsClassifier
 
 from lwfedssl_jax.augment import RECIPES, normalise, two_views
+from lwfedssl_jax.checks import check
+from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.partition import PARTITIONS, partition, server_examples
@@ -20,6 +23,13 @@ LABELS = np.arange(1000) % 10
 
 def digits(size: int = 16) -> sources.Dataset:
     return sources.find(DataConfig()).load(DataConfig(image_size=size))
+
+
+@pytest.mark.parametrize("name", ["tfds:x", "npz:/x", "folder:/x", "fashion_mnist:/x"])
+def test_what_must_be_known_is_known_before_the_data_is_read(name: str) -> None:
+    config = small_config(data__name=name)
+    check(config)
+    assert make_task(config).image_shape == (8, 8, 1 if name.startswith("fashion") else 3)
 
 
 def test_digits_are_all_there_once_with_a_fixed_split() -> None:

@@ -203,7 +203,7 @@ def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     for path in folder.glob("fine/1.0.0/*array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
     assert refused("tfds:fine") == (
-        "data.name: 'tfds:fine' cannot be read without TensorFlow; accepted: pip install \"lwfedssl_jax[tensorflow]\", "
+        "data.name: 'tfds:fine' cannot be read without TensorFlow; accepted: pip install -e \".[tensorflow]\", "
         "or a data set prepared by `tfds build fine --overwrite --file_format=array_record`"
     )
 

@@ -1,5 +1,6 @@
 """Images decoded once, by threads, into the user's cache folder: arrays that are mapped into memory, not read."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -128,7 +129,7 @@ def load(config: DataConfig, found: Undecoded, channels: int, notify: Notify, no
         arrays = _decode(config, train, test, images, notify)
         _finish(temporary, arrays)
         arrays |= {name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in shapes}
-        if not entry.exists():  # else another process was faster, with the same content
+        with contextlib.suppress(OSError):  # another process was faster, with the same content
             os.rename(temporary, entry)
         return arrays  # files that are mapped stay so under another name, or none
     finally:
@@ -215,8 +216,9 @@ def _temporary(entry: Path) -> Path:
     """A folder to make an entry in; those that killed processes have left are removed."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     for left in entry.parent.glob("*.tmp"):
-        if time.time() - max(p.stat().st_mtime for p in [left, *left.iterdir()]) > SECONDS_TO_ABANDON:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # its process has just finished it
+            if time.time() - max(p.stat().st_mtime for p in [left, *left.iterdir()]) > SECONDS_TO_ABANDON:
+                shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
 
 

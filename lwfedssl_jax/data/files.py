@@ -81,10 +81,12 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
         raise refuse(config, f"has test images of classes without training images: {first_of(unknown)}", "the same")
     train = _clients(config, root, train, test)
 
+    number = {label: i for i, label in enumerate(classes)}
+
     def read(_: int, file: File) -> Example:
         with Image.open(file.path) as image:
             image.load()
-            return Example(image, classes.index(file.label) if file.label else -1, file.client)
+            return Example(image, number[file.label] if file.label else -1, file.client)
 
     def splits() -> tuple[Split, Split]:
         name = lambda files: lambda i: str(files[i].path)  # noqa: E731

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TEST_SPLITS = ("test", "validation")
 CLIENT_FEATURES = ("client", "client_id", "user_id")
-WITH_TENSORFLOW = 'pip install "lwfedssl_jax[tensorflow]"'
+WITH_TENSORFLOW = 'pip install -e ".[tensorflow]"'
 
 
 def folder() -> str:
