@@ -85,10 +85,13 @@ class DataConfig:
     """What the clients' images are."""
 
     name: str = "digits"
-    """digits (scikit-learn's, embedded), synthetic (generated), fashion_mnist (Debian's dataset-fashion-mnist), or
-    tfds:NAME (prepared on this machine)."""
+    """digits (scikit-learn's, embedded), synthetic (generated), fashion_mnist or fashion_mnist:PATH (idx files),
+    tfds:NAME[/CONFIG] (tensorflow-datasets), npz:PATH (MedMNIST's format), or folder:PATH (images by class)."""
     image_size: Annotated[int, Range(1, 4096)] = 16
     """Height and width in pixels; images are resized once."""
+    client_column: str = ""
+    """tfds and folder only: feature, or column of clients.csv, that says whose an image is; by default client,
+    client_id or user_id, if there is one."""
     views: Literal["auto", "digits", "natural", "fashion"] = "auto"
     """Augmentation recipe; auto takes the data set's own."""
     synthetic_examples: AtLeast1 = 2000
@@ -102,18 +105,22 @@ class PartitionConfig:
     """Which client owns which example."""
 
     kind: str = "iid"
-    """iid: equal shares at random; dirichlet: class shares drawn from Dirichlet(beta); shared: every client draws its
-    own examples from all, so that any number of clients can be had."""
+    """iid: shares at random; dirichlet: class shares drawn from Dirichlet(beta); shards: a few pieces of the images
+    sorted by class (McMahan et al., 2017); quantity: at random, sizes drawn from Dirichlet(beta); natural: the data
+    set's own clients; shared: every client draws its own examples from all, so that any number of clients can be
+    had."""
     clients: AtLeast1 = 10
-    """Clients in the population."""
+    """Clients in the population; natural: so many of the data set's, drawn where there are more."""
     beta: Positive = 0.5
-    """dirichlet only: concentration; smaller is more skewed."""
+    """dirichlet and quantity only: concentration; smaller is more skewed."""
+    shards_per_client: AtLeast1 = 2
+    """shards only: pieces of a client, each of one class or two neighbouring ones."""
     allow_empty: bool = False
     """Let clients end up without data (they then never report)."""
     examples_per_client: AtLeast1 = 100
     """shared only: examples of a client, the median where sizes differ."""
     size_sigma: NonNegative = 0.0
-    """shared only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
+    """shared and iid only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
     server_share: Fraction = 0.0
     """Share of the training images that the server holds, without labels, for calibration or a base model; no client
     owns them, used or not, so that runs with and without can be compared."""

@@ -36,20 +36,27 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
     """Refuse protocols the data set cannot serve.
 
     Raises:
-      ConfigError: one class only; more labels a class, or neighbours, than there are training images.
+      ConfigError: one class only; a class with test images only; more labels a class, or neighbours, than there are
+        training images with labels.
     """
-    if len(np.unique(dataset.train_labels)) < 2:
+    labels_N = dataset.train_labels[dataset.labelled]
+    classes, sizes = np.unique(labels_N, return_counts=True)
+    if len(classes) < 2:
         raise ConfigError("data: the training images are all of one class; accepted: at least two classes")
-    fewest = int(np.bincount(dataset.train_labels, minlength=dataset.classes).min())
+    if len(unknown := np.setdiff1d(dataset.test_labels, classes)):
+        raise ConfigError(
+            f"data.name: class {unknown[0]} has test images and no training images; accepted: the same classes in both"
+        )
+    fewest = int(sizes.min())
     for labels in config.labels_per_class:
         if labels > fewest:
             raise ConfigError(
                 f"evaluation.labels_per_class: {labels} is more than the smallest class has; accepted: 0 to {fewest}"
             )
-    if config.neighbours > len(dataset.train_labels):
+    if config.neighbours > len(labels_N):
         raise ConfigError(
             f"evaluation.neighbours: {config.neighbours} is more than the training images; "
-            f"accepted: 0 to {len(dataset.train_labels)}"
+            f"accepted: 0 to {len(labels_N)}"
         )
 
 
@@ -102,8 +109,10 @@ def judge(config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, tes
     """``{protocol: {**scores, settings}}`` of frozen features.
 
     Protocols: ``linear_probe_K`` (K labelled images a class, mean and standard deviation over
-    draws that are the same for every run), ``linear_probe_all``, ``knn``.
+    draws that are the same for every run), ``linear_probe_all``, ``knn``. Training images without a label are left out.
     """
+    train_NxD = train_NxD[dataset.labelled]
+    dataset = dataset._replace(train_labels=dataset.train_labels[dataset.labelled])
     results = {}
     for labels in config.labels_per_class:
         results[f"linear_probe_{labels or 'all'}"] = linear_probe(dataset, train_NxD, test_NxD, labels, config.draws)

@@ -47,7 +47,7 @@ class Interrupts:
         if self._asked or not self._held_back:
             raise KeyboardInterrupt
         self._asked = True
-        self._listener.notice("stopping after this call; once more stops at once")
+        self._listener.note("stopping after this call; once more stops at once")
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
@@ -88,12 +88,12 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     finished = workdir.summary if workdir else None
     if from_first(np.array(finished is not None)):
         return finished or {}
-    run = prepare(config)
+    run = prepare(config, listener=listener)
     try:
         with Interrupts(listener) as interrupts:
             found, faults = workdir.restore() if workdir else (None, {})
             for rounds, why in faults.items():
-                listener.notice(f"checkpoint {rounds} is damaged ({why}); the one before it is used")
+                listener.note(f"checkpoint {rounds} is damaged ({why}); the one before it is used")
             done = int(from_first(np.int32(found.rounds if found else 0)))
             left = [stage for stage in run.stages if done < stage.first_round + stage.rounds]
             simulator = Simulator(run, left, listener, interrupts.check)

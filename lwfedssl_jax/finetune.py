@@ -91,7 +91,8 @@ def train(
     notify: Callable[[str], None],
 ) -> State:
     """The state after all epochs, each with one RandAugment view of every image; see ``fine_tune``."""
-    n = len(dataset.train_labels)
+    labelled = dataset.labelled
+    n = len(labelled)
     batch_size = min(config.fine_tune_batch_size, n)
     fixed = Fixed(task.encoder, task.recipe, np.dtype(task.dtype), config, -(-n // batch_size))
     key = jax.random.fold_in(jax.random.key(seed), STREAM)
@@ -107,7 +108,7 @@ def train(
         for step, first in enumerate(range(0, n, batch_size)):
             batch = order[first : first + batch_size]
             mask_B = np.arange(batch_size) < len(batch)
-            batch = np.resize(batch, batch_size)  # the last one is filled up with repetitions
+            batch = labelled[np.resize(batch, batch_size)]  # the last one is filled up with repetitions
             images_BxHxWxC, labels_B = dataset.train_images[batch], dataset.train_labels[batch]
             at = np.array([epoch + 1, step, depth], np.int32)  # from 1: 0 is the head's
             state, loss = _step(fixed, state, images_BxHxWxC, labels_B, mask_B, key, at)

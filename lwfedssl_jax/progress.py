@@ -41,11 +41,15 @@ class ConsoleProgress(Listener):
         """Print a line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def loading(self, what: str) -> None:
+        self._show(what)
+
+    def note(self, what: str) -> None:
+        self.say(what)
+
     def start(self, run: Run, finished_rounds: int) -> None:
         self._run, self._number = run, finished_rounds
         config, sizes = run.config, run.clients.sizes
-        if self._console.is_terminal:
-            self._bar.start()
         self.say(
             f"{config.strategy.name}, {config.objective.name}: {len(run.stages)} stages, {config.federation.rounds} "
             f"rounds, {len(sizes):,} clients with {sizes.min()} to {sizes.max()} examples, "
@@ -59,9 +63,6 @@ class ConsoleProgress(Listener):
         costs = [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
         self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
         self._left_at_start = self._left[finished_rounds]
-
-    def notice(self, text: str) -> None:
-        self.say(text)
 
     def compiling(self, what: str) -> None:
         self._show(f"compiling {what}", always=True)
@@ -101,6 +102,7 @@ class ConsoleProgress(Listener):
     def _show(self, text: str, *, always: bool = False) -> None:
         if self._console.is_terminal:
             self._bar.update(self._task, description=text, completed=1 - self._left[self._number] / self._left[0])
+            self._bar.start()  # not before there is something to show: tensorflow-datasets has bars of its own
         elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self.say(text)

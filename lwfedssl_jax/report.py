@@ -288,8 +288,10 @@ def _cumulative(ledger: dict[str, Any], key: str) -> np.ndarray:
 
 
 def _class_counts(labels_N: np.ndarray, clients: Sequence[np.ndarray]) -> np.ndarray:
+    """KxC, of the first clients; images without a label (-1) are of no class."""
     shown = range(min(len(clients), SHOWN_CLIENTS))
-    return np.stack([np.bincount(labels_N[clients[i]], minlength=labels_N.max() + 1) for i in shown])
+    # One up, so that the first column is theirs.
+    return np.stack([np.bincount(labels_N[clients[i]] + 1, minlength=labels_N.max() + 2)[1:] for i in shown])
 
 
 def _mark_stages(axes: Any, rounds: list[dict[str, Any]]) -> None:

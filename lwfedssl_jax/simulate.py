@@ -40,11 +40,14 @@ SAMPLING_STREAM, BATCHES_STREAM = 1, 2  # of NumPy's generators; 0 and 3 are the
 class Listener:
     """Hears how a run goes; every method may be overridden."""
 
+    def loading(self, what: str) -> None:
+        """So much of the data set is there."""
+
+    def note(self, what: str) -> None:
+        """Something that the user should know."""
+
     def start(self, run: "Run", finished_rounds: int) -> None:
         """The run begins, or continues after so many rounds."""
-
-    def notice(self, text: str) -> None:
-        """Something that the user should know."""
 
     def compiling(self, what: str) -> None:
         """A compilation begins."""
@@ -111,27 +114,36 @@ class Program(NamedTuple):
     finish: jax.stages.Compiled
 
 
-def prepare(config: Config, devices: Sequence[Any] | None = None) -> Run:
+def prepare(config: Config, devices: Sequence[Any] | None = None, listener: Listener | None = None) -> Run:
     """Load the data, deal it out, lay out the stages; nothing is compiled.
 
     Args:
       config: resolved.
       devices: to be used; by default all.
+      listener: hears how the data is loaded.
 
     Raises:
       ConfigError: the data set is not installed or does not serve the partition or a protocol, or
-        parts of the config do not go together.
+        parts of the config do not go together; the server's images do not fit a device.
     """
+    listener = listener or Listener()
     check(config)
     task = make_task(config)
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
     aggregator, start = make_aggregator(config), make_start(config, task)
-    dataset = sources.find(config.data).load(config.data)
+    dataset = sources.find(config.data).load(config.data, listener.loading, listener.note)
     evaluate.check(config.evaluation, dataset)
     of_server = server_examples(config.partition, dataset.train_labels, config.runtime.seed)
-    clients = partition(config.partition, dataset.train_labels, config.runtime.seed)
+    clients = partition(config.partition, dataset.train_labels, config.runtime.seed, dataset.train_clients)
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
+    size, room = len(of_server) * dataset.train_images[0].nbytes, int(RESIDENT_SHARE * memory_limit(mesh))
+    if size > room:  # they stay on the device
+        raise ConfigError(
+            f"partition.server_share: {config.partition.server_share} gives the server {size / GIB:.3g} GiB of images, "
+            f"and {room / GIB:.3g} GiB of a device are for them; "
+            f"accepted: at most {config.partition.server_share * room / size:.2g}"
+        )
     return Run(
         config,
         dataset,

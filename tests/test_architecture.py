@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 ORDER = [
     ["config"],
     ["tree"],
-    ["augment", "data.sources", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
-    ["models.vit", "models.resnet", "models.heads", "data.feed"],
-    ["stages", "additions"],
+    ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
+    ["models.vit", "models.resnet", "models.heads", "data.feed", "data.files", "data.tfds"],
+    ["stages", "additions", "data.sources"],
     ["client"],
     ["aggregation", "calibration", "fedca", "starts", "traffic"],
     ["checks"],

@@ -1,22 +1,19 @@
 """Sources and partitions."""
 
 import dataclasses
-import functools
-import gzip
-import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_config
 from sklearn.neighbors import KNeighborsClassifier
 
 from lwfedssl_jax.augment import RECIPES, normalise, two_views
+from lwfedssl_jax.checks import check
+from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.partition import PARTITIONS, partition, server_examples
@@ -26,6 +23,13 @@ LABELS = np.arange(1000) % 10
 
 def digits(size: int = 16) -> sources.Dataset:
     return sources.find(DataConfig()).load(DataConfig(image_size=size))
+
+
+@pytest.mark.parametrize("name", ["tfds:x", "npz:/x", "folder:/x", "fashion_mnist:/x"])
+def test_what_must_be_known_is_known_before_the_data_is_read(name: str) -> None:
+    config = small_config(data__name=name)
+    check(config)
+    assert make_task(config).image_shape == (8, 8, 1 if name.startswith("fashion") else 3)
 
 
 def test_digits_are_all_there_once_with_a_fixed_split() -> None:
@@ -68,139 +72,14 @@ def test_synthetic_classes_survive_the_views() -> None:
     assert float(jnp.abs(views[0] - views[1]).mean()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["cifar", "digits:x", "fashion_mnist:x", "tfds", "tfds:", ""])
+@pytest.mark.parametrize("name", ["cifar", "digits:x", "fashion_mnist:", "tfds", "tfds:", "npz", "folder:", ""])
 def test_unknown_source(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"data\.name: unknown .*accepted: digits, synthetic, fashion_mnist, tfds:NAME"
-    ):
-        sources.find(DataConfig(name=name))
-
-
-def test_tfds_that_is_not_prepared() -> None:
-    config = DataConfig(name="tfds:no_such_data_set")
-    with pytest.raises(ConfigError, match=r"data\.name: 'tfds:no_such_data_set' is not installed"):
-        sources.find(config).load(config)
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
-    path.write_bytes(gzip.compress(bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()))
-
-
-@pytest.fixture
-def fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like the one of Debian's package, with 20 training and 10 test images."""
-    for split, n in (("train", 20), ("t10k", 10)):
-        images = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", images)
-        write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", np.arange(n, dtype=np.uint8) % 10)
-    monkeypatch.setattr(sources, "FASHION_MNIST", tmp_path)
-    return tmp_path
-
-
-def load_fashion_mnist(size: int = 28) -> sources.Dataset:
-    config = DataConfig(name="fashion_mnist", image_size=size)
-    return sources.find(config).load(config)
-
-
-@pytest.mark.usefixtures("fashion_mnist")
-def test_fashion_mnist_is_what_the_idx_files_hold() -> None:
-    data = load_fashion_mnist()
-    expected = np.random.default_rng(20).integers(0, 256, (20, 28, 28), dtype=np.uint8)
-    np.testing.assert_array_equal(data.train_images, expected[..., None])
-    assert data.test_images.shape == (10, 28, 28, 1)
-    assert data.train_labels.tolist() == [i % 10 for i in range(20)]
-    assert (data.train_labels.dtype, data.classes) == (np.int32, 10)
-    assert load_fashion_mnist(16).train_images.shape == (20, 16, 16, 1)
-    assert RECIPES[sources.find(DataConfig(name="fashion_mnist")).views] is RECIPES["fashion"]
-
-
-def test_fashion_mnist_that_is_not_installed(fashion_mnist: Path) -> None:
-    (fashion_mnist / "t10k-labels-idx1-ubyte.gz").unlink()
-    message = r"data\.name: 'fashion_mnist' is not installed \(no .*t10k-labels-idx1-ubyte\.gz\); accepted: Debian's"
-    with pytest.raises(ConfigError, match=message) as error:
-        load_fashion_mnist()
-    assert "tfds:fashion_mnist" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "why"),
-    [
-        ("images-idx3", b"not gzip", "Not a gzipped file"),
-        ("images-idx3", gzip.compress(bytes(5000))[:-9], "end-of-stream"),
-        ("images-idx3", gzip.compress(bytes([0, 0, 8])), "does not begin like an idx3 file"),
-        ("images-idx3", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 0]) + bytes(20)), "does not begin like an idx3 file"),
-        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(19)), "19 bytes for the shape (20,)"),
-        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes([10] * 20)), "a label 10"),
-        ("images-idx3", np.zeros((19, 28, 28), np.uint8), "shape is (19, 28, 28) where there are 20 labels"),
-        ("images-idx3", np.zeros((20, 28, 27), np.uint8), "shape is (20, 28, 27)"),
-    ],
-)
-def test_fashion_mnist_that_is_damaged(fashion_mnist: Path, name: str, content: bytes | np.ndarray, why: str) -> None:
-    path = fashion_mnist / f"train-{name}-ubyte.gz"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        write_idx(path, content)
     with pytest.raises(ConfigError) as error:
-        load_fashion_mnist()
-    assert str(error.value).startswith(f"data.name: 'fashion_mnist' cannot be read, {path} is damaged (")
-    assert why in str(error.value)
-    assert "accepted: the file of Debian's package" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(not sources.FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_fashion_mnist_of_debian() -> None:
-    data = load_fashion_mnist()
-    assert (len(data.train_images), len(data.test_images)) == (60000, 10000)
-    assert np.bincount(data.train_labels).tolist() == [6000] * 10
-    assert data.train_images.mean() / 255 == pytest.approx(RECIPES["fashion"].mean, abs=1e-3)
-    assert data.train_images.std() / 255 == pytest.approx(RECIPES["fashion"].std, abs=1e-3)
-
-
-PREPARE = """
-import sys, numpy as np, tensorflow_datasets as tfds
-
-class TinyImages(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        image = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8)
-        features = tfds.features.FeaturesDict({"image": image, sys.argv[1]: tfds.features.ClassLabel(num_classes=3)})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, manager):
-        return {"train": self._generate_examples(12), "test": self._generate_examples(6)}
-
-    def _generate_examples(self, n):
-        for i in range(n):
-            yield i, {"image": np.full((8, 8, 1), i, np.uint8), sys.argv[1]: i % 3}
-
-TinyImages(file_format="array_record").download_and_prepare()
-"""
-READ = """
-from lwfedssl_jax.config import DataConfig
-from lwfedssl_jax.data import sources
-
-config = DataConfig(name="tfds:tiny_images", image_size=4)
-data = sources.find(config).load(config)
-assert data.train_images.shape == (12, 4, 4, 3), data.train_images.shape
-assert data.test_images.shape == (6, 4, 4, 3)
-assert sorted(data.train_images[:, 3, 0, 2].tolist()) == list(range(12))
-assert (data.train_images[:, 0, 0, 0] % 3 == data.train_labels).all()
-"""
-
-
-def test_tfds_reads_what_is_prepared_on_disk(tmp_path: Path) -> None:
-    """In processes of their own: tensorflow-datasets fixes its folder when it is imported."""
-    for label, message in (("label", ""), ("species", "'tfds:tiny_images' has no feature 'label'")):
-        environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / label)}
-        run = functools.partial(subprocess.run, env=environment, capture_output=True, text=True)
-        run([sys.executable, "-c", PREPARE, label], check=True)
-        done = run([sys.executable, "-c", READ])
-        assert message in done.stderr
-        assert done.returncode == (1 if message else 0), done.stderr
+        sources.find(DataConfig(name=name))
+    assert str(error.value) == (
+        f"data.name: unknown {name!r}; accepted: digits, synthetic, fashion_mnist, fashion_mnist:PATH, tfds:NAME, "
+        "npz:PATH, folder:PATH"
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,6 +92,13 @@ def test_tfds_reads_what_is_prepared_on_disk(tmp_path: Path) -> None:
         PartitionConfig(kind="dirichlet", clients=1000, beta=0.1),
         PartitionConfig(kind="dirichlet", clients=50, beta=0.01, allow_empty=True),
         PartitionConfig(kind="iid", clients=1500, allow_empty=True),
+        PartitionConfig(kind="iid", clients=300, size_sigma=2.0),
+        PartitionConfig(kind="quantity", clients=7, beta=0.5),
+        PartitionConfig(kind="quantity", clients=800, beta=0.01),
+        PartitionConfig(kind="quantity", clients=50, beta=0.01, allow_empty=True),
+        PartitionConfig(kind="shards", clients=7),
+        PartitionConfig(kind="shards", clients=500),
+        PartitionConfig(kind="shards", clients=800, allow_empty=True),
     ],
 )
 def test_every_example_is_on_exactly_one_client(config: PartitionConfig) -> None:
@@ -278,6 +164,73 @@ def test_beta_gives_the_shares_of_a_dirichlet() -> None:
     assert np.var(shares) == pytest.approx(0.2 * 0.8 / 3.5, rel=0.2)
 
 
+def test_shards_are_pieces_of_the_sorted_classes() -> None:
+    clients = partition(PartitionConfig(kind="shards", clients=50, shards_per_client=2), LABELS, seed=0)
+    assert clients.sizes.tolist() == [20] * 50
+    classes = [len(np.unique(LABELS[c])) for c in clients]
+    assert set(classes) == {1, 2}  # 100 shards of ten classes with 100 examples each
+    assert classes.count(2) > 30
+    (all_classes,) = partition(PartitionConfig(kind="shards", clients=1, shards_per_client=7), LABELS, seed=0)
+    assert len(all_classes) == 1000
+
+
+def test_quantity_has_the_sizes_of_a_dirichlet_and_the_classes_of_all() -> None:
+    """A share has variance (1/K)(1 - 1/K) / (K beta + 1)."""
+    config = PartitionConfig(kind="quantity", clients=5, beta=0.5, allow_empty=True)
+    shares = np.array([partition(config, LABELS, seed=s).sizes / 1000 for s in range(200)])
+    assert shares.var(axis=0).mean() == pytest.approx(0.2 * 0.8 / 3.5, rel=0.2)
+    largest = max(partition(config, LABELS, seed=0), key=len)
+    assert np.bincount(LABELS[largest]).min() > 0.5 * len(largest) / 10
+
+
+def test_iid_sizes_may_be_log_normal() -> None:
+    labels = np.zeros(200_000, int)
+    sizes = partition(PartitionConfig(clients=1000, size_sigma=0.5), labels, seed=0).sizes
+    assert np.std(np.log(sizes)) == pytest.approx(0.5, rel=0.1)
+    assert np.ptp(partition(PartitionConfig(clients=1000), labels, seed=0).sizes) == 0
+
+
+def test_natural_clients_are_the_data_sets_own() -> None:
+    owner = np.repeat(np.arange(40), np.arange(5, 45))[:1000]
+    owner = np.random.default_rng(0).permutation(owner)
+    n = len(owner)
+    clients = partition(PartitionConfig(kind="natural", clients=40), LABELS[:n], 3, owner)
+    assert all((owner[c] == i).all() for i, c in enumerate(clients))
+    assert sorted(np.concatenate(clients).tolist()) == list(range(n))
+    config = PartitionConfig(kind="natural", clients=10)
+    some = [partition(config, LABELS[:n], seed, owner) for seed in (3, 3, 4)]
+    drawn = [[int(owner[c[0]]) for c in of_seed] for of_seed in some]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 10
+    assert all((np.sort(c) == np.flatnonzero(owner == i)).all() for i, c in zip(drawn[0], some[0], strict=True))
+    shared = dataclasses.replace(config, server_share=0.1)
+    held = server_examples(shared, LABELS[:n], 3)
+    assert not set(held) & set(np.concatenate(partition(shared, LABELS[:n], 3, owner)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PartitionConfig(kind="natural", clients=4), "partition.clients: 4 is more than the data set's own 3 clients"),
+        (
+            PartitionConfig(kind="shards", clients=400, shards_per_client=3),
+            "partition.shards_per_client: 3 for each of",
+        ),
+        (PartitionConfig(kind="quantity", clients=1001), "partition.clients: 1001 clients cannot share 1000 examples"),
+    ],
+)
+def test_more_clients_or_shards_than_there_are(config: PartitionConfig, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        partition(config, LABELS, 0, LABELS % 3)
+    assert str(error.value).startswith(message)
+    assert "; accepted: 1 to " in str(error.value)
+
+
+def test_natural_without_clients() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.kind: natural needs .*; accepted here: iid, dirichlet, shards,"):
+        partition(PartitionConfig(kind="natural"), LABELS, seed=0)
+
+
 def test_more_clients_than_examples() -> None:
     with pytest.raises(ConfigError, match=r"partition\.clients: 1500 clients cannot share 1000 examples"):
         partition(PartitionConfig(clients=1500), LABELS, seed=0)
@@ -291,6 +244,9 @@ KINDS = [
     PartitionConfig(kind="dirichlet", clients=800, beta=0.1),
     PartitionConfig(kind="dirichlet", clients=50, beta=0.01, allow_empty=True),
     PartitionConfig(kind="shared", clients=400, examples_per_client=20, size_sigma=0.5),
+    PartitionConfig(kind="iid", clients=7, size_sigma=1.0),
+    PartitionConfig(kind="shards", clients=60, shards_per_client=3),
+    PartitionConfig(kind="quantity", clients=30, beta=0.3),
 ]
 
 

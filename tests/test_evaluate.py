@@ -56,6 +56,50 @@ def test_features_are_those_of_the_first_layers_and_do_not_depend_on_the_batch()
     assert np.abs(run.encode(later, images[:1], 2) - one).max() > 1e-3
 
 
+class Mapped:
+    """Images that may not be read all at once."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        assert rows.stop - rows.start <= evaluate.BATCH
+        return self._images[rows]
+
+
+def test_images_are_encoded_batch_by_batch() -> None:
+    run = simulate.prepare(small_config())
+    params = simulate.initial_params(run)
+    images = np.resize(run.dataset.train_images, (300, 8, 8, 3))
+    np.testing.assert_array_equal(run.encode(params, Mapped(images), 1), run.encode(params, images, 1))
+
+
+def test_training_images_without_a_label_change_nothing() -> None:
+    x = features(1.0)
+    labels = np.concatenate([[-1, -1], DATA.train_labels])
+    more = DATA._replace(train_labels=labels, train_images=np.zeros((202, 4, 4, 1), np.uint8))
+    config = EvaluationConfig(labels_per_class=(5, 0), neighbours=10)
+    assert evaluate.judge(config, more, np.concatenate([x[:2] + 9, x[:200]]), x[200:]) == judge(x)
+    evaluate.check(EvaluationConfig(labels_per_class=(66,), neighbours=200), more)
+    with pytest.raises(ConfigError, match=r"evaluation\.neighbours: 201 .*accepted: 0 to 200"):
+        evaluate.check(EvaluationConfig(neighbours=201), more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": LABELS[200:] + 5}, r"data\.name: class 5 has test images and no training images; accepted"),
+        ({"train_labels": np.zeros(200, np.int32)}, r"data: the training images are all of one class; accepted"),
+    ],
+)
+def test_classes_the_data_lacks(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate.check(EvaluationConfig(), DATA._replace(**changes))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

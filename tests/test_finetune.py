@@ -51,6 +51,16 @@ def test_it_learns_from_scratch_and_compiles_once(run: simulate.Run, compiled: l
     assert compiled.count("jit(_step)") == 1
 
 
+def test_images_without_a_label_are_not_trained_on(run: simulate.Run) -> None:
+    params, data = simulate.initial_params(run), run.dataset
+    more = data._replace(
+        train_images=np.concatenate([data.train_images[:3] + 9, data.train_images]),
+        train_labels=np.concatenate([np.full(3, -1, np.int32), data.train_labels]),
+    )
+    for a, b in zip(train(run, params), train(run._replace(dataset=more), params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_the_same_seed_gives_the_same_bits_and_layers_past_the_depth_do_not_count(run: simulate.Run) -> None:
     params = jax.device_get(simulate.initial_params(run))
     later = params | {"encoder": dict(params["encoder"])}

@@ -14,6 +14,11 @@ from lwfedssl_jax.data.partition import partition
 MIB = 2**20
 
 
+def test_images_without_a_label_are_of_no_class() -> None:
+    counts = report._class_counts(np.array([-1, 0, 2, 2, -1]), [np.array([0, 1, 2]), np.array([3, 4])])
+    assert counts.tolist() == [[1, 0, 1], [0, 0, 1]]
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, last first."""

@@ -1,18 +1,21 @@
 """Whole runs: what they write, how often they compile, how they continue."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 import pytest
 from conftest import small_config
+from PIL import Image
 from safetensors.numpy import load_file
 
 from lwfedssl_jax import checkpoint, evaluate, experiment, load_encoder, resources, simulate, tree
 from lwfedssl_jax.config import Config, ConfigError, resolve
+from lwfedssl_jax.data import feed
 from lwfedssl_jax.workdir import WorkDir
 
 
@@ -34,7 +37,7 @@ class Interrupting(simulate.Listener):
         if (line["round"], self.when) == (self.number, "after"):
             signal.raise_signal(self.sent)
 
-    def notice(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self.notices.append(text)
 
 
@@ -271,6 +274,47 @@ def test_clients_without_data_are_never_drawn() -> None:
     cohort, reporting = simulate.draw_cohort(run, 1)
     assert cohort == reporting
     assert len(reporting) == 60
+
+
+def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng, rows = np.random.default_rng(0), ["file,client"]
+    for label in ("a", "b", "."):  # the last ones have no label
+        (tmp_path / "data" / "train" / label).mkdir(parents=True, exist_ok=True)
+        for i in range(12):
+            path = tmp_path / "data" / "train" / label / f"{i}.png"
+            Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(path)
+            rows.append(f"{path.relative_to(tmp_path / 'data')},{i % 3}")
+    shutil.copytree(tmp_path / "data" / "train" / "a", tmp_path / "data" / "test" / "a")
+    (tmp_path / "data" / "clients.csv").write_text("\n".join(rows))
+    config = small_config(data__name=f"folder:{tmp_path}/data", partition__kind="natural", partition__clients=3)
+
+    class Heard(simulate.Listener):
+        lines: ClassVar[list[str]] = []
+
+        def loading(self, what: str) -> None:
+            self.lines.append(what)
+
+    run = simulate.prepare(config, listener=Heard())
+    images = run.dataset.train_images
+    assert isinstance(images, np.memmap)
+    assert run.clients.sizes.tolist() == [12, 12, 12]
+    calls = list(simulate.lay_out(run, [0, 1, 2], 1).calls)
+    streamed = feed.streamed(images, np.asarray)(iter(calls))  # type: ignore[arg-type]
+    for (pixels_WxNxHxWxC, plan, _), (whole, _) in zip(streamed, calls, strict=True):
+        by_lane = pixels_WxNxHxWxC[np.arange(run.lanes)[:, None], plan.examples]
+        np.testing.assert_array_equal(by_lane, images[whole.examples])
+    assert Heard.lines[:2] == ["decoding 36 of 48 images", "decoding 48 of 48 images"]
+
+
+def test_a_server_share_that_does_not_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(partition__server_share=0.5)
+    assert len(simulate.prepare(config).server_images) == 30
+    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: 15 * 8 * 8 * 3 * 4)
+    with pytest.raises(ConfigError, match=r"partition\.server_share: 0\.5 gives .* GiB.*; accepted: at most 0\.25"):
+        simulate.prepare(config)
 
 
 def test_default_config_is_the_papers() -> None:

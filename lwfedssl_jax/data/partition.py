@@ -40,38 +40,71 @@ class Population(Sequence[np.ndarray]):
         return self._examples(i)
 
 
-def partition(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
-    """The clients of a config.
+def partition(
+    config: PartitionConfig, labels_N: np.ndarray, seed: int, clients_N: np.ndarray | None = None
+) -> Population:
+    """The clients of a config; what the server holds (``server_examples``) is dealt to nobody.
 
-    ``iid`` deals a random permutation out evenly. ``dirichlet`` gives each class to the
-    clients in shares drawn from Dirichlet(beta) (Hsu et al., 2019, arXiv 1909.06335, by
-    class); clients left empty then take one example from the largest client, unless
-    ``allow_empty``. Both leave every example on exactly one client. ``shared`` lets every
-    client draw its own from all examples, so that there may be more clients than examples.
-    What the server holds (``server_examples``) is dealt to nobody.
+    ``iid`` deals out a random permutation, ``quantity`` also, in shares drawn from Dirichlet(beta). ``dirichlet``
+    deals each class so (Hsu et al., 2019, arXiv 1909.06335, by class). ``shards`` sorts the examples by class, cuts
+    them into equal pieces and gives each client a few (McMahan et al., 2017, arXiv 1602.05629). Each leaves every
+    example on exactly one client; clients left empty then take one example from the largest client, unless
+    ``allow_empty``. ``natural`` takes the data set's clients, or some of them at random. ``shared`` lets every client
+    draw its own from all examples, so that there may be more clients than examples.
+
+    Args:
+      config: says which kind.
+      labels_N: of the examples.
+      seed: of all that is drawn.
+      clients_N: the data set's own client of each example, if it has them.
 
     Raises:
-      ConfigError: no such kind; more clients than examples, unless ``allow_empty`` or ``shared``; ``shared``
-        clients of more examples than there are; see ``server_examples``.
+      ConfigError: no such kind; more clients, or shards, than examples, unless ``allow_empty`` or ``shared``;
+        ``shared`` clients of more examples than there are; ``natural`` without clients, or with more than there are;
+        see ``server_examples``.
     """
     kind, held = choose("partition.kind", config.kind, PARTITIONS), server_examples(config, labels_N, seed)
-    examples = len(labels_N) - len(held)
-    besides = f" besides the server's {len(held)}" if len(held) else ""
-    if config.kind == "shared" and config.examples_per_client > examples:
+    if config.kind == "natural" and clients_N is None:
+        others = ", ".join(name for name in PARTITIONS if name != "natural")
         raise ConfigError(
-            f"partition.examples_per_client: {config.examples_per_client} is more than the data set has{besides}; "
-            f"accepted: 1 to {examples}"
+            f"partition.kind: natural needs a data set that says whose each image is (a feature of tfds, clients.csv "
+            f"of a folder; data.client_column names it); accepted here: {others}"
         )
-    if config.kind != "shared" and config.clients > examples and not config.allow_empty:
+    by_N = clients_N if config.kind == "natural" and clients_N is not None else labels_N
+    rest = np.delete(np.arange(len(labels_N)), held)
+    if len(held):
+        by_N = by_N[rest]
+    _check(config, by_N, f" besides the server's {len(held)}" if len(held) else "")
+    clients = kind(config, by_N, seed)
+    return Population(clients.sizes, lambda i: rest[clients[i]]) if len(held) else clients
+
+
+def _check(config: PartitionConfig, by_N: np.ndarray, besides: str) -> None:
+    """Refuse what the examples cannot be dealt to; ``by_N`` as the kind gets it."""
+    examples, shards = len(by_N), config.clients * config.shards_per_client
+    if config.kind == "shared":
+        if config.examples_per_client > examples:
+            raise ConfigError(
+                f"partition.examples_per_client: {config.examples_per_client} is more than the data set has{besides}; "
+                f"accepted: 1 to {examples}"
+            )
+    elif config.kind == "natural":
+        if config.clients > (there := len(np.unique(by_N))):
+            raise ConfigError(
+                f"partition.clients: {config.clients} is more than the data set's own {there} clients with "
+                f"images{besides}; accepted: 1 to {there}"
+            )
+    elif config.clients > examples and not config.allow_empty:
         raise ConfigError(
             f"partition.clients: {config.clients} clients cannot share {examples} examples{besides}; "
             f"accepted: 1 to {examples}, or partition.allow_empty, or partition.kind shared"
         )
-    if not len(held):
-        return kind(config, labels_N, seed)
-    rest = np.delete(np.arange(len(labels_N)), held)
-    clients = kind(config, labels_N[rest], seed)
-    return Population(clients.sizes, lambda i: rest[clients[i]])
+    elif config.kind == "shards" and shards > examples and not config.allow_empty:
+        raise ConfigError(
+            f"partition.shards_per_client: {config.shards_per_client} for each of {config.clients} clients makes more "
+            f"shards than {examples} examples{besides}; accepted: 1 to {examples // config.clients}, or "
+            f"partition.allow_empty"
+        )
 
 
 def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> np.ndarray:
@@ -91,11 +124,19 @@ def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) ->
 
 
 def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
-    """Equal shares (to within one example) of a random permutation."""
-    n, clients = len(labels_N), config.clients
+    """Shares of a random permutation: equal to within one example, or log-normal with ``size_sigma``."""
+    n, clients, rng = len(labels_N), config.clients, np.random.default_rng([seed, 0])
+    order = rng.permutation(n)
+    if config.size_sigma:
+        return _dealt(config, order, _owners(n, np.exp(config.size_sigma * rng.standard_normal(clients))))
     sizes = np.full(clients, n // clients, np.int32)
     sizes[: n % clients] += 1
-    return Population.disjoint(np.random.default_rng([seed, 0]).permutation(n), sizes)
+    return Population.disjoint(order, sizes)
+
+
+def quantity(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
+    """A random permutation in shares drawn from a symmetric Dirichlet(beta): unequal sizes, equal kinds of images."""
+    return dirichlet(config, np.zeros_like(labels_N), seed)
 
 
 def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
@@ -107,13 +148,40 @@ def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
         # Gamma draws in log space: with a tiny beta the plain Dirichlet underflows to NaN.
         log_gamma = np.log(rng.gamma(config.beta + 1, size=config.clients))
         log_gamma += np.log(rng.uniform(size=config.clients)) / config.beta
-        shares = np.exp(log_gamma - log_gamma.max())
-        cuts = np.round(np.cumsum(shares / shares.sum())[:-1] * len(members)).astype(int)
         orders.append(members)
-        owners.append(np.searchsorted(cuts, np.arange(len(members)), side="right"))
-    owner = np.concatenate(owners)
+        owners.append(_owners(len(members), np.exp(log_gamma - log_gamma.max())))
+    return _dealt(config, np.concatenate(orders), np.concatenate(owners))
+
+
+def shards(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
+    """``shards_per_client`` equal pieces for each client, at random, of all examples sorted by class."""
+    rng = np.random.default_rng([seed, 0])
+    shuffled = rng.permutation(len(labels_N))
+    order = shuffled[np.argsort(labels_N[shuffled], kind="stable")]
+    pieces = config.clients * config.shards_per_client
+    owner_of_piece = rng.permutation(pieces) // config.shards_per_client
+    return _dealt(config, order, owner_of_piece[np.arange(len(order)) * pieces // len(order)])
+
+
+def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Population:
+    """The data set's own clients, ``config.clients`` of them at random, in order; the others' examples are not used."""
+    present, owner = np.unique(clients_N, return_inverse=True)
+    chosen = np.random.default_rng([seed, 0]).choice(len(present), config.clients, replace=False)
+    sizes, by_client = np.bincount(owner), np.argsort(owner, kind="stable")
+    chosen = np.sort(chosen)
+    return Population.disjoint(by_client[np.isin(owner[by_client], chosen)], sizes[chosen].astype(np.int32))
+
+
+def _owners(examples: int, weights: np.ndarray) -> np.ndarray:
+    """The client of each of so many examples in a row, in shares like the clients' weights."""
+    cuts = np.round(np.cumsum(weights / weights.sum())[:-1] * examples).astype(int)
+    return np.searchsorted(cuts, np.arange(examples), side="right")
+
+
+def _dealt(config: PartitionConfig, order: np.ndarray, owner: np.ndarray) -> Population:
+    """The population whose client ``owner[i]`` has example ``order[i]``; empty clients get one unless allowed."""
     by_client = np.argsort(owner, kind="stable")
-    order, owner = np.concatenate(orders)[by_client], owner[by_client]
+    order, owner = order[by_client], owner[by_client]
     if not config.allow_empty:
         _fill_empty(owner, config.clients)
     return Population.disjoint(
@@ -148,4 +216,11 @@ def shared(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
     return Population(sizes, examples)
 
 
-PARTITIONS = {"iid": iid, "dirichlet": dirichlet, "shared": shared}
+PARTITIONS = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "shards": shards,
+    "quantity": quantity,
+    "natural": natural,
+    "shared": shared,
+}

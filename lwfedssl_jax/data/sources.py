@@ -1,33 +1,59 @@
 """Data sets as uint8 arrays with a fixed train/test split."""
 
-import gzip
-import math
-import zlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
-
-# Where Debian's package dataset-fashion-mnist puts its files.
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+from lwfedssl_jax.data import cache, files, tfds
+from lwfedssl_jax.data.cache import Notify, Undecoded
 
 
 class Dataset(NamedTuple):
-    """Images NxHxWxC uint8 and labels N int32 for training (labels only judge) and testing."""
+    """Images NxHxWxC uint8 and labels N int32 for training (labels only judge; -1: none) and testing.
+
+    Images may be mapped from a file that is larger than the memory: take them by batches.
+
+    Attributes:
+      train_clients: N int32, whose each training image is by nature, from 0; None where that is not known.
+    """
 
     train_images: np.ndarray
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    train_clients: np.ndarray | None = None
 
     @property
     def classes(self) -> int:
         """Number of classes: one more than the largest label."""
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Indices of the training images that have a label."""
+        return np.flatnonzero(self.train_labels >= 0)
+
+
+def ignore(_: str) -> None:
+    """Hears and does nothing."""
+
+
+class Load(Protocol):
+    """Reads a data set."""
+
+    def __call__(self, config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
+        """The data set.
+
+        Args:
+          config: that names it.
+          notify: hears of progress.
+          note: hears what the user should know; by default ``notify`` does.
+
+        Raises:
+          ConfigError: it is not there, or not as it should be.
+        """
 
 
 class Source(NamedTuple):
@@ -36,12 +62,14 @@ class Source(NamedTuple):
     Attributes:
       channels: image channels.
       views: name of the augmentation recipe that suits it.
-      load: ``DataConfig -> Dataset``; raises ``ConfigError`` where it is not installed.
+      load: reads it.
+      forms: what ``data.name`` may look like.
     """
 
     channels: int
     views: str
-    load: Callable[[DataConfig], Dataset]
+    load: Load
+    forms: tuple[str, ...]
 
 
 def find(config: DataConfig) -> Source:
@@ -51,12 +79,31 @@ def find(config: DataConfig) -> Source:
       ConfigError: no such source.
     """
     kind, colon, rest = config.name.partition(":")
-    if kind not in SOURCES or bool(colon) != (kind == "tfds") or bool(colon) != bool(rest):
-        raise ConfigError(f"data.name: unknown {config.name!r}; accepted: digits, synthetic, fashion_mnist, tfds:NAME")
+    forms = SOURCES[kind].forms if kind in SOURCES else ()
+    if bool(colon) != bool(rest) or not any(bool(colon) == (":" in form) for form in forms):
+        accepted = ", ".join(form for source in SOURCES.values() for form in source.forms)
+        raise ConfigError(f"data.name: unknown {config.name!r}; accepted: {accepted}")
     return SOURCES[kind]
 
 
-def load_digits(config: DataConfig) -> Dataset:
+def decoded(channels: int, find: Callable[[DataConfig, Notify], Undecoded]) -> Load:
+    """Reads what ``find(config, note)`` finds through the cache."""
+
+    def load(config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
+        note = note or notify
+        return Dataset(**cache.load(config, find(config, note), channels, notify, note))
+
+    return load
+
+
+def find_fashion_mnist(config: DataConfig, note: Notify) -> Undecoded:
+    """Fashion-MNIST of tensorflow-datasets where it is prepared, else, or where a folder is named, the idx files."""
+    if ":" not in config.name and tfds.is_prepared("fashion_mnist"):
+        return tfds.open_tfds(config, "fashion_mnist", note)
+    return files.open_fashion_mnist(config)
+
+
+def load_digits(config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
     """scikit-learn's 1,797 handwritten digits (8x8, one channel), resized; 360 of them, stratified, for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -68,7 +115,7 @@ def load_digits(config: DataConfig) -> Dataset:
     return Dataset(images[train], labels[train], images[test], labels[test])
 
 
-def load_synthetic(config: DataConfig) -> Dataset:
+def load_synthetic(config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
     """Generated RGB images: a smooth pattern for each class under a random shift, contrast and noise.
 
     The same config gives the same images, whatever the run's seed. Patterns differ in shape,
@@ -90,102 +137,23 @@ def load_synthetic(config: DataConfig) -> Dataset:
     return Dataset(images[:n], labels[:n], images[n:], labels[n:])
 
 
-def load_fashion_mnist(config: DataConfig) -> Dataset:
-    """Zalando's 70,000 garments (28x28, one channel; arXiv 1708.07747), 10,000 of them for testing, resized."""
-
-    def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
-        paths = [FASHION_MNIST / f"{split}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
-        images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
-        if images.shape != (len(labels), 28, 28) or not len(labels):
-            raise _damaged(paths[0], f"its shape is {images.shape} where there are {len(labels)} labels of 28x28")
-        if labels.max() > 9:
-            raise _damaged(paths[1], f"it has a label {labels.max()}")
-        return resize(images[..., None], config.image_size), labels.astype(np.int32)
-
-    try:
-        return Dataset(*arrays("train"), *arrays("t10k"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"data.name: 'fashion_mnist' is not installed (no {error.filename}); accepted: Debian's package "
-            f"dataset-fashion-mnist (apt-get install dataset-fashion-mnist), or tfds:fashion_mnist prepared by "
-            f"`tfds build fashion_mnist --file_format=array_record`"
-        ) from error
-
-
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of a gzipped idx file: two zeros, type 8, number of dimensions, big-endian sizes, bytes.
-
-    Raises:
-      ConfigError: the file is damaged.
-      FileNotFoundError: there is none.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _damaged(path, str(error)) from error
-    start = 4 + 4 * dimensions
-    if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise _damaged(path, f"it does not begin like an idx{dimensions} file of bytes")
-    shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
-    if len(content) != start + math.prod(shape):
-        raise _damaged(path, f"it has {len(content) - start} bytes for the shape {tuple(shape)}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _damaged(path: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"data.name: 'fashion_mnist' cannot be read, {path} is damaged ({why}); "
-        f"accepted: the file of Debian's package dataset-fashion-mnist"
-    )
-
-
-def load_tfds(config: DataConfig) -> Dataset:
-    """A data set that tensorflow-datasets has prepared on this machine, as array_record (needs no TensorFlow).
-
-    It must have splits ``train`` and ``test``, features ``image`` and ``label``; gray images become RGB.
-    """
-    import tensorflow_datasets as tfds
-
-    name = config.name.removeprefix("tfds:")
-    try:
-        train, test = tfds.data_source(name, split=["train", "test"], download=False)
-    except Exception as error:  # tfds raises many kinds; to the user all mean "not readable here"
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"data.name: {config.name!r} is not installed ({type(error).__name__}: {reason}); accepted: a data set "
-            f"prepared by `tfds build {name} --file_format=array_record`, or digits, synthetic, "
-            "fashion_mnist"
-        ) from error
-
-    if missing := {"image", "label"} - set(train.dataset_info.features):
-        raise ConfigError(f"data.name: {config.name!r} has no feature {missing.pop()!r}; accepted: image and label")
-
-    def arrays(split: "tfds.core.data_sources.BaseDataSource") -> tuple[np.ndarray, np.ndarray]:
-        images = [resize(_rgb(np.asarray(row["image"]))[None], config.image_size)[0] for row in split]
-        return np.stack(images), np.array([row["label"] for row in split], np.int32)
-
-    return Dataset(*arrays(train), *arrays(test))
-
-
 def resize(images_NxHxWxC: np.ndarray, size: int) -> np.ndarray:
     """uint8 images resized to ``size`` x ``size`` (Pillow, bilinear)."""
     if images_NxHxWxC.shape[1:3] == (size, size):
         return images_NxHxWxC
-    gray = images_NxHxWxC.shape[-1] == 1
-    out = [
-        np.asarray(Image.fromarray(x[..., 0] if gray else x).resize((size, size), Image.Resampling.BILINEAR))
-        for x in images_NxHxWxC
-    ]
-    return np.stack(out)[..., None] if gray else np.stack(out)
-
-
-def _rgb(image: np.ndarray) -> np.ndarray:
-    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+    return np.stack([cache.fit(image, size, image.shape[-1]) for image in images_NxHxWxC])
 
 
 SOURCES = {
-    "digits": Source(1, "digits", load_digits),
-    "synthetic": Source(3, "digits", load_synthetic),
-    "fashion_mnist": Source(1, "fashion", load_fashion_mnist),
-    "tfds": Source(3, "natural", load_tfds),
+    "digits": Source(1, "digits", load_digits, ("digits",)),
+    "synthetic": Source(3, "digits", load_synthetic, ("synthetic",)),
+    "fashion_mnist": Source(1, "fashion", decoded(1, find_fashion_mnist), ("fashion_mnist", "fashion_mnist:PATH")),
+    "tfds": Source(
+        3,
+        "natural",
+        decoded(3, lambda config, note: tfds.open_tfds(config, config.name.removeprefix("tfds:"), note)),
+        ("tfds:NAME",),
+    ),
+    "npz": Source(3, "natural", decoded(3, files.open_npz), ("npz:PATH",)),
+    "folder": Source(3, "natural", decoded(3, files.open_folder), ("folder:PATH",)),
 }

@@ -1,0 +1,164 @@
+"""Data sets of tensorflow-datasets: those that are prepared on this machine, and those that can be."""
+
+import io
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from lwfedssl_jax.config import ConfigError, DataConfig
+from lwfedssl_jax.data.cache import Example, Notify, Split, Undecoded, refuse, stamp
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+TEST_SPLITS = ("test", "validation")
+CLIENT_FEATURES = ("client", "client_id", "user_id")
+WITH_TENSORFLOW = 'pip install -e ".[tensorflow]"'
+
+
+def folder() -> str:
+    """Where tensorflow-datasets keeps what it has prepared; may be an address."""
+    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+
+
+def is_prepared(name: str) -> bool:
+    """Whether a data set lies there in the version that would be taken, in a form that needs no TensorFlow."""
+    if not (Path(folder()) / name).is_dir():
+        return False
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=folder())
+    return builder.is_prepared() and "array_record" in [form.value for form in builder.info.available_file_formats()]
+
+
+def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
+    """The data set ``name``, which is downloaded and prepared as array_record where it is not on this machine.
+
+    The image is the data set's own input (``supervised_keys``), or its one ``Image`` or uint8 ``Tensor`` of rank 3;
+    the label its own target, or its one ``ClassLabel``, or else its one scalar integer. Training images with a
+    negative label have none. Split ``test``, or else ``validation``, is for testing, the first that has labels.
+
+    Raises:
+      ConfigError: it is not there and cannot be prepared; it has no image, label, client or test split that can be
+        told from its features; it is in a format that needs TensorFlow, which is not installed.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=folder())
+        if not builder.is_prepared():
+            note(f"tensorflow-datasets downloads and prepares {builder.info.full_name} in {folder()}")
+            builder = tfds.builder(name, data_dir=folder(), file_format="array_record")
+            builder.download_and_prepare()
+    except Exception as error:  # tfds raises many kinds; to the user all mean "not readable here"
+        raise _explain(config, "is not installed and cannot be prepared", error) from error
+    info = builder.info
+    chosen = choose_features(config, info.features, info.supervised_keys)
+    if "train" not in info.splits or not any(name in info.splits for name in TEST_SPLITS):
+        raise refuse(config, f"has no {'split for testing' if 'train' in info.splits else 'split train'}, only "
+                     f"{', '.join(sorted(info.splits))}", f"splits train and {' or '.join(TEST_SPLITS)}")  # fmt: skip
+
+    def splits() -> tuple[Split, Split]:
+        try:
+            of_test = [_split(builder, name, chosen) for name in TEST_SPLITS if name in info.splits]
+            labelled = (s for s in of_test if len(of_test) == 1 or s.read(0, next(iter(s.items))).label >= 0)
+            return _split(builder, "train", chosen), next(labelled, of_test[0])
+        except Exception as error:  # as above
+            raise _explain(config, "cannot be read", error) from error
+
+    files = [stamp(path) for path in sorted(Path(builder.data_path).rglob("*")) if path.is_file()]
+    return Undecoded([info.full_name, files, *chosen], splits)
+
+
+def choose_features(
+    config: DataConfig, features: "Mapping[str, tfds.features.FeatureConnector]", own: Any
+) -> tuple[str, str, str | None]:
+    """The names of the image, the label and the client's id, which may be None.
+
+    Args:
+      config: may name the client's.
+      features: of the data set, by name.
+      own: names of its input and its target, or None.
+
+    Raises:
+      ConfigError: none, or more than one, could be meant.
+    """
+    import tensorflow_datasets as tfds
+
+    names = [config.client_column] if config.client_column else CLIENT_FEATURES
+    client = next((n for n in names if n in features and _is_id(features[n])), None)
+    listed = ", ".join(f"{name} {feature!r}" for name, feature in sorted(features.items())).replace("\n", "")
+    if config.client_column and not client:
+        raise ConfigError(
+            f"data.client_column: {config.name!r} has no scalar integer or text {config.client_column!r}; "
+            f"accepted: one of {listed}"
+        )
+    uint8 = {n: f for n, f in features.items() if f.shape is not None and len(f.shape) == 3 and f.np_dtype == np.uint8}
+    images = [n for n, f in uint8.items() if isinstance(f, tfds.features.Image)] or list(uint8)
+    numbers = [n for n, f in features.items() if n != client and _is_id(f) and np.issubdtype(f.np_dtype, np.integer)]
+    labels = [n for n in numbers if isinstance(features[n], tfds.features.ClassLabel)] or numbers
+    found = []
+    for place, what, candidates in (
+        (0, "an image (Image, or uint8 Tensor of rank 3)", images),
+        (1, "a label (ClassLabel, or scalar integer)", labels),
+    ):
+        if own and own[place] in candidates:
+            candidates = [own[place]]
+        if len(candidates) != 1:
+            several = f"{len(candidates)} features that could be" if candidates else "no feature that is"
+            raise refuse(config, f"has {several} {what}: {listed}", "a data set with one, or that names its own")
+        found += candidates
+    return found[0], found[1], client
+
+
+def _is_id(feature: "tfds.features.FeatureConnector") -> bool:
+    import tensorflow_datasets as tfds
+
+    return isinstance(feature, tfds.features.Text) or (
+        isinstance(feature, tfds.features.Tensor)
+        and feature.shape == ()
+        and np.issubdtype(feature.np_dtype, np.integer)
+    )
+
+
+def _split(builder: "tfds.core.DatasetBuilder", name: str, chosen: tuple[str, str, str | None]) -> Split:
+    import tensorflow_datasets as tfds
+
+    image, label, client = chosen
+    encoded = isinstance(builder.info.features[image], tfds.features.Image)
+    # Images stay as they are in the file: our threads decode them.
+    decoders = {image: tfds.decode.SkipDecoding()} if encoded else None
+    rows: Iterable[Any]
+    try:
+        source = builder.as_data_source(name, decoders=decoders)
+        count, rows, get = len(source), range(len(source)), source.__getitem__
+    except NotImplementedError:  # not a format of random access
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")  # the memory is JAX's
+        count = builder.info.splits[name].num_examples
+        rows, get = tfds.as_numpy(builder.as_dataset(name, decoders=decoders)), lambda row: row
+
+    def read(i: int, row: Any) -> Example:
+        row = get(row)
+        pixels = Image.open(io.BytesIO(row[image])) if encoded else row[image]
+        whose = None if client is None else row[client]
+        return Example(pixels, int(row[label]), whose.decode() if isinstance(whose, bytes) else whose)
+
+    return Split(count, rows, read, lambda i: f"{name}[{i}]")
+
+
+def _explain(config: DataConfig, what: str, error: Exception) -> ConfigError:
+    if isinstance(error, ConfigError):
+        return error
+    name = config.name.partition(":")[2] or config.name
+    if isinstance(error, ImportError) and "tensorflow" in str(error):
+        return refuse(config, f"{what} without TensorFlow", f"{WITH_TENSORFLOW}, or a data set prepared by "
+                      f"`tfds build {name} --overwrite --file_format=array_record`")  # fmt: skip
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return refuse(config, f"{what} ({reason})", "a data set that tensorflow-datasets has prepared, or can prepare, "
+                  "on this machine")  # fmt: skip
