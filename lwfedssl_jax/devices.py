@@ -59,11 +59,13 @@ def set_up_cache(folder: str | None) -> None:
 
 def can_hold(path: Path) -> bool:
     """Whether a folder is there, or can be made, and be written to; tried, as permissions alone do not tell."""
-    nearest = next(p for p in [path, *path.absolute().parents] if p.exists())
+    path = path.absolute()
     try:
-        with tempfile.TemporaryDirectory(dir=nearest):
+        nearest = next(p for p in [path, *path.parents] if p.exists())
+        with tempfile.TemporaryDirectory(dir=nearest) as folder:
+            (Path(folder) / path.relative_to(nearest)).mkdir(parents=True, exist_ok=True)
             return True
-    except OSError:
+    except OSError:  # also names that are too long
         return False
 
 
@@ -79,13 +81,14 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     """
     if coordinator is None and processes is None and process is None:
         return
-    known = coordinator is not None and processes is not None and process is not None
-    if not known and coordinator != "auto":
+    numbers = [processes, process].count(None)
+    if coordinator is None or numbers != (2 if coordinator == "auto" else 0):
         raise ConfigError(
             "--coordinator: --coordinator, --processes and --process belong together; "
             "accepted: all three, or --coordinator auto alone"
         )
-    if coordinator != "auto" and not re.fullmatch(r".+:\d+", coordinator or ""):
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if coordinator != "auto" and not (port and 0 < int(port[1]) < 2**16):
         raise ConfigError(f"--coordinator: {coordinator!r} is no address; accepted: HOST:PORT, or auto")
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes} is out of range; accepted: at least 1")
