@@ -51,6 +51,8 @@ class Range(NamedTuple):
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # programs have int32 and float32
 AtLeast1 = Annotated[int, Range(1, LARGEST)]
 AtLeast0 = Annotated[int, Range(0, LARGEST)]
+Size = Annotated[int, Range(1, 2**20)]  # products of larger ones crash the compiler
+SizeOr0 = Annotated[int, Range(0, 2**20)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -127,13 +129,13 @@ class ModelConfig:
 
     name: Literal["vit_micro", "vit_tiny", "vit_small", "resnet18"] = "vit_tiny"
     """Named size: vit_micro 64 wide, 6 deep; vit_tiny 192, 12; vit_small 384, 12; resnet18 64, 4 stages."""
-    patch_size: AtLeast0 = 0
+    patch_size: SizeOr0 = 0
     """vit only: patch height and width in pixels (4)."""
-    width: AtLeast0 = 0
+    width: SizeOr0 = 0
     """Embedding width D; resnet: channels of the first stage, doubled by each later one."""
-    depth: AtLeast0 = 0
+    depth: Annotated[int, Range(0, 4096)] = 0
     """Layers L: transformer blocks; resnet: stages of two residual blocks, at most 4."""
-    heads: AtLeast0 = 0
+    heads: SizeOr0 = 0
     """vit only: attention heads."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """resnet only: imagenet (7x7 stride 2, then max pool; auto) or small (3x3)."""
@@ -149,9 +151,9 @@ class ObjectiveConfig:
     """Softmax temperature of simclr and mocov3; byol has none."""
     momentum: Fraction = 0.99
     """Target branch of byol and mocov3: target <- m * target + (1 - m) * online; simclr has none."""
-    hidden_dim: AtLeast1 = 512
+    hidden_dim: Size = 512
     """Hidden width of the heads."""
-    output_dim: AtLeast1 = 256
+    output_dim: Size = 256
     """Output width of the heads."""
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -87,8 +88,8 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
             "--coordinator: --coordinator, --processes and --process belong together; "
             "accepted: all three, or --coordinator auto alone"
         )
-    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
-    if coordinator != "auto" and not (port and 0 < int(port[1]) < 2**16):
+    host, _, port = coordinator.rpartition(":")
+    if coordinator != "auto" and not (host and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16):
         raise ConfigError(f"--coordinator: {coordinator!r} is no address; accepted: HOST:PORT, or auto")
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes} is out of range; accepted: at least 1")
@@ -96,9 +97,13 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         raise ConfigError(f"--process: {process} of {processes} processes; accepted: 0 to {processes - 1}")
     address = () if coordinator == "auto" else (coordinator, processes, process)
     try:
+        if coordinator != "auto":  # where there is no such host, or its port is taken, JAX crashes
+            socket.getaddrinfo(host.strip("[]"), port)
+            if process == 0:
+                socket.create_server(("", int(port))).close()
         # The first process evaluates and writes when the others are done; they wait for it.
         jax.distributed.initialize(*address, shutdown_timeout_seconds=24 * 3600)  # type: ignore[misc]
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         accepted = "SLURM or a TPU pod" if coordinator == "auto" else "HOST:PORT that process 0 can open"
         raise ConfigError(f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: {accepted}") from error

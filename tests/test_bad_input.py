@@ -237,7 +237,15 @@ PLACES: dict[str, list[str]] = {
     "train --coordinator auto --process": ["0"],
     "train --coordinator host:1 --processes 2 --process": ["2", "-1", "x", ""],
     "train --coordinator host:1 --process 0 --processes": ["0", "-1", "x", ""],
-    "train --processes 2 --process 0 --coordinator": ["host", ":1", "host:", "host:x", "host:1:", "host:99999", "\n"],
+    "train --processes 2 --process 0 --coordinator": [
+        "host",
+        ":1",
+        "host:",
+        "host:x",
+        "host:1:",
+        "host:99999",
+        "x" * 70 + ":1",
+    ],
 }
 
 
