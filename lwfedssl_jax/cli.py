@@ -23,6 +23,7 @@ from lwfedssl_jax.config import Config, ConfigError
 
 USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
 ADVICE = "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, or --runtime.feed streamed"
+HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
 EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv) or ["train", "quickstart"]
     try:
-        if argv[0] in ("-h", "--help"):
+        if argv[0] in HELP or (argv[0] == "list" and argv[-1] in HELP):
             print_help()
         elif argv[0] in COMMANDS:
             COMMANDS[argv[0]](argv[1:])
@@ -233,7 +234,7 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
       SystemExit: after ``--help``.
     """
     command = options.__name__.lower()
-    if arguments and arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in HELP:
         arguments = ["quickstart", "--help"]
     if not arguments or arguments[0].startswith("-"):
         found = repr(arguments[0]) if arguments else "nothing"
