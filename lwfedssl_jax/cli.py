@@ -23,6 +23,7 @@ from lwfedssl_jax.config import Config, ConfigError
 
 USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
 ADVICE = "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, or --runtime.feed streamed"
+HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
 EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv) or ["train", "quickstart"]
     try:
-        if argv[0] in ("-h", "--help"):
+        if argv[0] in HELP or (argv[0] == "list" and argv[-1] in HELP):
             print_help()
         elif argv[0] in COMMANDS:
             COMMANDS[argv[0]](argv[1:])
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(error: BaseException) -> int:
     """Print what went wrong, in one line if it was foreseen, and return the exit code."""
     if isinstance(error, ConfigError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # what it quotes may have line breaks
         return EXIT_BAD_INPUT
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; `train` continues from the last checkpoint", file=sys.stderr)
@@ -162,10 +163,10 @@ def resources(arguments: list[str]) -> None:
     from lwfedssl_jax.checks import check
 
     config = configs.resolve(options.config)
-    if options.plot and (options.plot.suffix not in PICTURES or not options.plot.parent.is_dir()):
+    if options.plot and not can_draw(options.plot):
         raise ConfigError(
-            f"--plot: {options.plot} cannot be drawn; accepted: a file in an existing folder, that ends in "
-            f"{', '.join(PICTURES)}"
+            f"--plot: {options.plot} cannot be drawn; accepted: a file in an existing folder that you can write to, "
+            f"that ends in {', '.join(PICTURES)}"
         )
     devices.set_up_cache(options.compilation_cache)
     check(config)
@@ -190,6 +191,15 @@ def resources(arguments: list[str]) -> None:
         out.print(report.resource_table(strategies))
         for name, why in refused.items():
             out.print(f"{name} cannot run with this config: {why}", markup=False)
+
+
+def can_draw(path: Path) -> bool:
+    """Whether a picture can be written there."""
+    from lwfedssl_jax.devices import can_hold
+
+    if path.suffix not in PICTURES or os.path.isdir(path) or not os.path.isdir(path.parent):
+        return False
+    return os.access(path, os.W_OK) if os.path.isfile(path) else can_hold(path)
 
 
 def list_configs(arguments: list[str]) -> None:
@@ -222,17 +232,18 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
     """Parse a command that starts with CONFIG: its values are the defaults that options override.
 
     Raises:
-      ConfigError: no CONFIG, an unknown option or choice, or a value that does not parse.
+      ConfigError: no CONFIG, an unknown option or choice, one given twice, or a value that is empty or does not parse.
       SystemExit: after ``--help``.
     """
     command = options.__name__.lower()
-    if arguments and arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in HELP:
         arguments = ["quickstart", "--help"]
     if not arguments or arguments[0].startswith("-"):
         found = repr(arguments[0]) if arguments else "nothing"
         raise ConfigError(
             f"CONFIG: {command} needs one first, found {found}; accepted: a name that `list` shows, or a .py file"
         )
+    check_options(arguments)
     default = options(config_name=arguments[0], config=configs.load(arguments[0]))
     errors = io.StringIO()
     try:
@@ -244,17 +255,35 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         raise  # --help has been printed
 
 
+def check_options(arguments: list[str]) -> None:
+    """Refuse what the parser would take: an option given twice, of which only the last counts, and empty values."""
+    option, seen = "CONFIG", set()
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            option = name.replace("_", "-")
+            if option in seen:
+                raise ConfigError(f"{option}: given twice; accepted: once")
+            seen.add(option)
+        if not argument or (name.startswith("--") and equals and not value):
+            raise ConfigError(f"{option}: '' is empty; accepted: a value")
+
+
 def one_line(box: str) -> str:
-    """Tyro's framed message (title, message, help, between rules) as one line, with the options it suggests."""
+    """Tyro's framed message (title, message, help, between rules) as one line, with what it accepts."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
     ruled = [bool(line) and not line.strip("─-") for line in lines]
     start = 1 if ruled[0] else 0
     end = ruled.index(True, start) if True in ruled[start:] else len(lines)
-    message = " ".join(lines[start:end]).rstrip(".")
+    paragraph = lines[start : lines.index("", start, end) if "" in lines[start:end] else end]
+    message = " ".join(paragraph).rstrip(".")
     if message.startswith("Unrecognized"):
         suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[end:]), re.MULTILINE))
         return f"{message}; accepted: {', '.join(suggested) or 'the options --help lists'}"
-    return message
+    if message.startswith("Error parsing"):
+        usage = next((line for line in lines[end:] if re.match("--[a-z]", line)), "what --help says")
+        return f"{message}; accepted: {usage}"
+    return re.sub(r"\. Expected (one of )?", "; accepted: ", message)
 
 
 def default_workdir(name: str, config: Config, code: str = "") -> Path:

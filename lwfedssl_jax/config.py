@@ -8,9 +8,10 @@ the module that first knows them, and raise the same ``ConfigError``.
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
+import os.path
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,8 +48,11 @@ class Range(NamedTuple):
         return low if self.high == float("inf") else f"{low} and {high}"
 
 
-AtLeast1 = Annotated[int, Range(1)]
-AtLeast0 = Annotated[int, Range(0)]
+LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # programs have int32 and float32
+AtLeast1 = Annotated[int, Range(1, LARGEST)]
+AtLeast0 = Annotated[int, Range(0, LARGEST)]
+Size = Annotated[int, Range(1, 2**20)]  # products of larger ones crash the compiler
+SizeOr0 = Annotated[int, Range(0, 2**20)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -96,7 +100,7 @@ class DataConfig:
     """Augmentation recipe; auto takes the data set's own."""
     synthetic_examples: AtLeast1 = 2000
     """synthetic only: training images generated (a quarter as many for testing)."""
-    synthetic_classes: Annotated[int, Range(2)] = 10
+    synthetic_classes: Annotated[int, Range(2, LARGEST)] = 10
     """synthetic only: number of classes."""
 
 
@@ -132,13 +136,13 @@ class ModelConfig:
 
     name: Literal["vit_micro", "vit_tiny", "vit_small", "resnet18"] = "vit_tiny"
     """Named size: vit_micro 64 wide, 6 deep; vit_tiny 192, 12; vit_small 384, 12; resnet18 64, 4 stages."""
-    patch_size: AtLeast0 = 0
+    patch_size: SizeOr0 = 0
     """vit only: patch height and width in pixels (4)."""
-    width: AtLeast0 = 0
+    width: SizeOr0 = 0
     """Embedding width D; resnet: channels of the first stage, doubled by each later one."""
-    depth: AtLeast0 = 0
+    depth: Annotated[int, Range(0, 4096)] = 0
     """Layers L: transformer blocks; resnet: stages of two residual blocks, at most 4."""
-    heads: AtLeast0 = 0
+    heads: SizeOr0 = 0
     """vit only: attention heads."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """resnet only: imagenet (7x7 stride 2, then max pool; auto) or small (3x3)."""
@@ -154,9 +158,9 @@ class ObjectiveConfig:
     """Softmax temperature of simclr and mocov3; byol has none."""
     momentum: Fraction = 0.99
     """Target branch of byol and mocov3: target <- m * target + (1 - m) * online; simclr has none."""
-    hidden_dim: AtLeast1 = 512
+    hidden_dim: Size = 512
     """Hidden width of the heads."""
-    output_dim: AtLeast1 = 256
+    output_dim: Size = 256
     """Output width of the heads."""
 
 
@@ -217,7 +221,7 @@ class AdditionsConfig:
 class OptimizerConfig:
     """The clients' AdamW; its state starts afresh each round."""
 
-    batch_size: Annotated[int, Range(2)] = 512
+    batch_size: Annotated[int, Range(2, LARGEST)] = 512
     """Local batch size B; a client's last batch of an epoch may be shorter."""
     learning_rate: Positive = 1.5e-4
     """Base learning rate, scaled by batch_size / 256."""
@@ -339,8 +343,7 @@ def resolve(config: Config) -> Config:
       ConfigError: a value is of the wrong type, outside its range or choices, or does
         not fit another field.
     """
-    for name, value, hint in _fields_with_hints(config):
-        _check_value(name, value, hint)
+    _check_fields(config)
     size = MODELS[config.model.name]._asdict()
     for name, unset in (("patch_size", 0), ("heads", 0), ("stem", "auto")):
         if name not in size and (value := getattr(config.model, name)) != unset:
@@ -356,26 +359,29 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
     """The ``config`` object of ``config_dir/NAME.py``, or of the Python file ``name``; not yet resolved.
 
     Raises:
-      ConfigError: no such config, the file does not run, or it defines no ``config``.
+      ConfigError: no such config, the file does not run, or it defines no ``config``, or one with a value of the
+        wrong type or outside its range or choices.
     """
     path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
     known = [n for n, _ in available(config_dir)]
-    if not path.is_file() or not (name.endswith(".py") or name in known):
+    if not os.path.isfile(path) or not (name.endswith(".py") or name in known):
         close = difflib.get_close_matches(name, known, n=3)
         names = f", such as {', '.join(close)}" if close else ""
         raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or a name of `list`{names}")
-    spec = importlib.util.spec_from_file_location("lwfedssl_config", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's own file: whatever it raises is bad input
+    module = types.ModuleType("lwfedssl_config")
+    module.__file__ = str(path)
+    try:  # not by import, which would write and trust a __pycache__
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own file: whatever it raises is bad input
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"CONFIG: {path} does not run ({what}); accepted: a file that defines `config`") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
-        raise ConfigError(f"CONFIG: {path} must define `config = Config(...)`, found {type(config).__name__}")
+        found = f"found {type(config).__name__}; accepted: `config = Config(...)`"
+        raise ConfigError(f"CONFIG: {path} defines no config, {found}")
+    _check_fields(config)  # before options override them: the parser trusts their types
     return config
 
 
@@ -396,11 +402,16 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain
 
 
+def _check_fields(config: Config) -> None:
+    for name, value, hint in _fields_with_hints(config):
+        _check_value(name, value, hint)
+
+
 def _fields_with_hints(config: Config) -> Iterator[tuple[str, Any, Any]]:
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         if not dataclasses.is_dataclass(values) or type(values).__name__ != _section_type(section.name):
-            raise ConfigError(f"{section.name}: expected {_section_type(section.name)}, got {values!r}")
+            raise ConfigError(f"{section.name}: {values!r} is not valid; accepted: {_section_type(section.name)}(...)")
         for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
             yield f"{section.name}.{name}", getattr(values, name), hint
 
@@ -416,7 +427,7 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
         if value not in interval:
             raise ConfigError(f"{name}: {value!r} is out of range; accepted: {interval}")
     elif get_origin(hint) is Literal:
-        if value not in get_args(hint):
+        if not isinstance(value, str) or value not in get_args(hint):
             raise ConfigError(f"{name}: unknown {value!r}; accepted: {', '.join(get_args(hint))}")
     elif get_origin(hint) is tuple:
         if not isinstance(value, tuple):
@@ -428,6 +439,8 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
         infinite = isinstance(value, float) and not math.isfinite(value)
         if infinite or not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
             raise ConfigError(f"{name}: {value!r} is not valid; accepted: {hint.__name__}")
+        if hint is float and abs(value) > LARGEST_FLOAT:
+            raise ConfigError(f"{name}: {value!r} is out of range; accepted: at most {LARGEST_FLOAT} either way")
 
 
 def _check_together(config: Config) -> None:
@@ -473,4 +486,5 @@ def _check_together(config: Config) -> None:
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})

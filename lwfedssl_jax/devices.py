@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -59,11 +60,13 @@ def set_up_cache(folder: str | None) -> None:
 
 def can_hold(path: Path) -> bool:
     """Whether a folder is there, or can be made, and be written to; tried, as permissions alone do not tell."""
-    nearest = next(p for p in [path, *path.absolute().parents] if p.exists())
+    path = path.absolute()
     try:
-        with tempfile.TemporaryDirectory(dir=nearest):
+        nearest = next(p for p in [path, *path.parents] if p.exists())
+        with tempfile.TemporaryDirectory(dir=nearest) as folder:
+            (Path(folder) / path.relative_to(nearest)).mkdir(parents=True, exist_ok=True)
             return True
-    except OSError:
+    except OSError:  # also names that are too long
         return False
 
 
@@ -79,13 +82,14 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     """
     if coordinator is None and processes is None and process is None:
         return
-    known = coordinator is not None and processes is not None and process is not None
-    if not known and coordinator != "auto":
+    numbers = [processes, process].count(None)
+    if coordinator is None or numbers != (2 if coordinator == "auto" else 0):
         raise ConfigError(
             "--coordinator: --coordinator, --processes and --process belong together; "
             "accepted: all three, or --coordinator auto alone"
         )
-    if coordinator != "auto" and not re.fullmatch(r".+:\d+", coordinator or ""):
+    host, _, port = coordinator.rpartition(":")
+    if coordinator != "auto" and not (host and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16):
         raise ConfigError(f"--coordinator: {coordinator!r} is no address; accepted: HOST:PORT, or auto")
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes} is out of range; accepted: at least 1")
@@ -93,9 +97,13 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         raise ConfigError(f"--process: {process} of {processes} processes; accepted: 0 to {processes - 1}")
     address = () if coordinator == "auto" else (coordinator, processes, process)
     try:
+        if coordinator != "auto":  # where there is no such host, or its port is taken, JAX crashes
+            socket.getaddrinfo(host.strip("[]"), port)
+            if process == 0:
+                socket.create_server(("", int(port))).close()
         # The first process evaluates and writes when the others are done; they wait for it.
         jax.distributed.initialize(*address, shutdown_timeout_seconds=24 * 3600)  # type: ignore[misc]
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         accepted = "SLURM or a TPU pod" if coordinator == "auto" else "HOST:PORT that process 0 can open"
         raise ConfigError(f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: {accepted}") from error

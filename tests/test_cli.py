@@ -20,8 +20,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"]])
+def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert all(command in out for command in cli.COMMANDS)
 
