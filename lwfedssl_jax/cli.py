@@ -232,7 +232,7 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
     """Parse a command that starts with CONFIG: its values are the defaults that options override.
 
     Raises:
-      ConfigError: no CONFIG, an unknown option or choice, one given twice, or a value that is empty or does not parse.
+      ConfigError: no CONFIG, an unknown option or choice, or a value that is empty or does not parse.
       SystemExit: after ``--help``.
     """
     command = options.__name__.lower()
@@ -243,7 +243,7 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         raise ConfigError(
             f"CONFIG: {command} needs one first, found {found}; accepted: a name that `list` shows, or a .py file"
         )
-    check_options(arguments)
+    check_not_empty(arguments)
     default = options(config_name=arguments[0], config=configs.load(arguments[0]))
     errors = io.StringIO()
     try:
@@ -255,16 +255,13 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         raise  # --help has been printed
 
 
-def check_options(arguments: list[str]) -> None:
-    """Refuse what the parser would take: an option given twice, of which only the last counts, and empty values."""
-    option, seen = "CONFIG", set()
+def check_not_empty(arguments: list[str]) -> None:
+    """Refuse empty values, which the parser would take."""
+    option = "CONFIG"
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
-            option = name.replace("_", "-")
-            if option in seen:
-                raise ConfigError(f"{option}: given twice; accepted: once")
-            seen.add(option)
+            option = name
         if not argument or (name.startswith("--") and equals and not value):
             raise ConfigError(f"{option}: '' is empty; accepted: a value")
 
