@@ -7,7 +7,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -112,6 +114,8 @@ def explain(error: BaseException) -> int:
 
 def train(arguments: list[str]) -> None:
     """The ``train`` command."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until experiment.train holds both back
     options = parse(Train, arguments)
     from lwfedssl_jax import devices, experiment
 

@@ -88,9 +88,9 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     finished = workdir.summary if workdir else None
     if from_first(np.array(finished is not None)):
         return finished or {}
-    run = prepare(config, listener=listener)
     try:
         with Interrupts(listener) as interrupts:
+            run = prepare(config, listener=listener)
             found, faults = workdir.restore() if workdir else (None, {})
             for rounds, why in faults.items():
                 listener.note(f"checkpoint {rounds} is damaged ({why}); the one before it is used")
