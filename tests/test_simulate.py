@@ -22,7 +22,7 @@ from lwfedssl_jax.workdir import WorkDir
 class Interrupting(simulate.Listener):
     """Sends this process a signal in the middle of a round, or as soon as it has ended."""
 
-    def __init__(self, number: int, when: str, sent: signal.Signals) -> None:
+    def __init__(self, number: int, when: str = "after", sent: signal.Signals = signal.SIGINT) -> None:
         self.number, self.when, self.sent = number, when, sent
         self.notices: list[str] = []
         self.heard_after = 0
@@ -172,7 +172,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, P
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     newest = tmp_path / "run" / "checkpoints" / "4" / checkpoint.MANIFEST
     newest.write_text(newest.read_text().replace("  state/", "  state.", 1))
-    listener = Interrupting(0, "", signal.SIGINT)
+    listener = Interrupting(0)
     train(config, tmp_path / "run", listener)
     (notice,) = listener.notices
     assert notice.startswith("checkpoint 4 is damaged (not what was saved: ")
