@@ -36,15 +36,16 @@ def with_task(run: simulate.Run, **changes: Any) -> simulate.Run:
     return run._replace(task=run.task._replace(**changes))
 
 
-@pytest.mark.parametrize("name", sorted(TERMS.keys() - {"base"}))  # which needs a base model: test_fedca
-def test_a_term_of_zero_weight_changes_nothing_bit_for_bit(name: str) -> None:
+def test_terms_of_zero_weight_change_nothing_bit_for_bit() -> None:
     run = prepare(small_config())
+    terms = [TERMS[name] for name in sorted(TERMS.keys() - {"base"})]  # which needs a base model: test_fedca
     plain, loss = two_steps(run, run.stages[1])
-    zero, zero_loss = two_steps(with_task(run, terms=((TERMS[name], 0.0),)), run.stages[1])
+    zero, zero_loss = two_steps(with_task(run, terms=tuple((term, 0.0) for term in terms)), run.stages[1])
     assert loss == zero_loss
     assert max_difference(plain, zero) == 0
-    some, _ = two_steps(with_task(run, terms=((TERMS[name], 0.5),)), run.stages[1])
-    assert max_difference(plain, some) > 1e-6
+    for term in terms:
+        some, _ = two_steps(with_task(run, terms=((term, 0.5),)), run.stages[1])
+        assert max_difference(plain, some) > 1e-6
 
 
 def test_a_strong_proximal_term_keeps_clients_near_the_global_model() -> None:

@@ -11,7 +11,7 @@ from conftest import small_config
 from test_objectives import REAL, B, D, T, embeddings, unit
 from test_rounds import SIZES, max_difference, parts, prepare
 
-from lwfedssl_jax import additions, client, fedca, resources, simulate, tree
+from lwfedssl_jax import additions, checkpoint, client, fedca, resources, simulate, tree
 from lwfedssl_jax.augment import normalise, two_views
 from lwfedssl_jax.checks import check
 from lwfedssl_jax.client import client_init, client_step, embed
@@ -198,7 +198,8 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path, monkeypat
     train(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "parts", Interrupting(2))
-    _, saved = WorkDir(tmp_path / "parts", config).restore() or (0, {})
+    found, _ = checkpoint.load(tmp_path / "parts" / "checkpoints")
+    saved = found.state if found else {}
     assert saved["dictionary"]["filled"].any()
     train(config, tmp_path / "parts")
     encoders = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("whole", "parts")]

@@ -10,7 +10,7 @@ import pytest
 from conftest import small_config
 from test_rounds import SIZES, max_difference, prepare
 
-from lwfedssl_jax import simulate, tree
+from lwfedssl_jax import checkpoint, simulate, tree
 from lwfedssl_jax.aggregation import AGGREGATORS, WEIGHTED_MEAN
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.data.partition import Population
@@ -185,7 +185,8 @@ def test_only_clients_that_took_part_are_kept_and_a_resumed_run_has_them(tmp_pat
     train(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "parts", Interrupting(2))
-    _, saved = WorkDir(tmp_path / "parts", config).restore() or (0, {})
+    found, _ = checkpoint.load(tmp_path / "parts" / "checkpoints")
+    saved = found.state if found else {}
     assert 2 <= len(saved["clients"]) <= 4
     assert saved["server"]
     train(config, tmp_path / "parts")
