@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ SMALL: dict[str, str] = {
     "data.synthetic_classes": "3",
     "partition.clients": "6",
     "federation.clients_per_round": "4",
-    "federation.rounds": "9",
+    "federation.rounds": "30",
     "federation.local_epochs": "2",
     "model.name": "vit_micro",
     "model.patch_size": "4",
@@ -69,16 +70,17 @@ def main() -> None:
         damages={"type": int, "default": 200},
         seed={"type": int, "default": 0},
     )
-    rng = random.Random(options.seed)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for number, (name, changes) in enumerate(SETTINGS.items()):
-            kills = options.kills // len(SETTINGS) + (number < options.kills % len(SETTINGS))
-            damages = options.damages // len(SETTINGS) + (number < options.damages % len(SETTINGS))
-            rows.append({"run": name} | kill(root / str(number), SMALL | changes, kills, rng))
-            rows[-1] |= damage(root / str(number), SMALL | changes, damages, rng)
-            print(rows[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+
+        def table_row(number: int, name: str) -> dict[str, Any]:
+            share = lambda total: total // len(SETTINGS) + (number < total % len(SETTINGS))  # noqa: E731
+            root, fields, rng = Path(folder) / str(number), SMALL | SETTINGS[name], random.Random(options.seed + number)
+            row = {"run": name} | kill(root, fields, share(options.kills), rng)
+            row |= damage(root, fields, share(options.damages), rng)
+            print(row, flush=True)
+            return row
+
+        rows = list(pool.map(table_row, range(len(SETTINGS)), SETTINGS))
     common.publish("faults", "Killed runs and damaged checkpoints", rows, seed=options.seed)
     if any(row["runs that differ"] or row["damages accepted"] for row in rows):
         sys.exit(1)

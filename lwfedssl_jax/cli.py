@@ -154,7 +154,7 @@ def train_and_print(config: Config, name: str, path: Path | None) -> None:
         summary = experiment.train(config, workdir, listener)
     out.print(report.summary_tables(summary))
     out.print(
-        f"{summary['seconds']:.0f} s of training, {time.monotonic() - began:.0f} s in all; "
+        f"{summary['seconds']:.0f} s of training, {time.monotonic() - began:.0f} s since this command began; "
         f"metrics, plots and encoder are in {path}"
     )
 
