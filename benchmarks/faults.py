@@ -8,7 +8,7 @@ again, and killed again until it ends by itself; then its encoder, metrics, ledg
 with those of a run that nobody disturbed. The next run begins until there have been enough kills.
 """
 
-import contextlib
+import ast
 import json
 import multiprocessing
 import os
@@ -91,6 +91,7 @@ def kill(root: Path, fields: dict[str, str], kills: int, rng: random.Random) -> 
     root.mkdir()
     command = ["train", "quickstart", *(x for k, v in fields.items() for x in (f"--{k}", v))]
     command += ["--compilation-cache", str(root / "cache")]
+    config = resolve(override(load("quickstart"), typed(fields)))
     start(command, root / "warm")  # fills the cache
     began = time.monotonic()
     start(command, root / "whole")
@@ -102,34 +103,40 @@ def kill(root: Path, fields: dict[str, str], kills: int, rng: random.Random) -> 
         while not (path / "summary.json").exists():
             number = signal.SIGTERM if rng.random() < 0.25 else signal.SIGKILL
             after = rng.uniform(0, seconds) if killed < kills else None
-            code = start(command, path, after, number)
-            if code == 0:
+            begun = path.exists()
+            last = (checkpoint.numbers(path / "checkpoints") or [0])[-1]
+            code, finished = start(command, path, after, number)
+            if code == 0 and finished:
                 break
             # SIGTERM ends a process that has only just begun as it ends any.
-            allowed = [-number] * (number == signal.SIGKILL or not path.exists()) + [130] * (number == signal.SIGTERM)
+            allowed = [-number] * (number == signal.SIGKILL or not begun) + [130] * (number == signal.SIGTERM)
             assert code in allowed, f"exit code {code}: {Path(f'{path}.log').read_text()}"
             killed += 1
-            at_work += (path / "metrics.jsonl").exists()
+            at_work += any(line["round"] > last for line in WorkDir(path, config).metrics())
             assert not checkpoint.load(path / "checkpoints")[1], "a kill has damaged a checkpoint"
         runs += 1
         differ += not same(outcome(path), expected)
-    return {"seconds of a run": seconds, "kills": killed, "of them in rounds or later": at_work, "runs": runs,
+    return {"seconds of a run": seconds, "kills": killed, "of them after a round": at_work, "runs": runs,
             "runs that differ": differ}  # fmt: skip
 
 
-def start(command: list[str], path: Path, after: float | None = None, number: int = signal.SIGKILL) -> int:
-    """``run.py`` in a process of its own, sent a signal after so many seconds; its exit code, negative for a signal.
+def start(command: list[str], path: Path, after: float | None = None, number: int = signal.SIGKILL) -> tuple[int, bool]:
+    """``run.py`` in a process of its own, sent a signal after so many seconds.
 
     Forked from a server that has imported all: what is killed is the run, not Python's start.
+
+    Returns:
+      Its exit code, negative for a signal, and whether the run was finished, or would be, without the signal.
     """
     child = SERVER.Process(target=run, args=(command, path))
     child.start()
     child.join(after)
+    finished = not child.is_alive() or (path / "summary.json").exists()
     if child.is_alive():
         os.kill(child.pid, number)
         child.join()
     assert child.exitcode is not None
-    return child.exitcode
+    return child.exitcode, finished
 
 
 def run(command: list[str], path: Path) -> None:
@@ -165,24 +172,25 @@ def same(a: Any, b: Any) -> bool:
 
 
 def damage(root: Path, fields: dict[str, str], damages: int, rng: random.Random) -> dict[str, Any]:
-    """Damage the last checkpoint of copies of a run: each must be noticed, and the one before it taken."""
+    """Damage the last checkpoints of copies of a run: each must be noticed, and the newest whole one taken."""
     whole = root / "whole"
     expected = outcome(whole)
-    config = resolve(override(load("quickstart"), {k: v for k, v in _typed(fields).items()}))
+    config = resolve(override(load("quickstart"), typed(fields)))
     accepted = resumed = 0
-    before = checkpoint.numbers(whole / "checkpoints")[-2]
+    numbers = checkpoint.numbers(whole / "checkpoints")
     for i in range(damages):
         path = root / "damaged"
         shutil.copytree(whole, path)
         (path / "summary.json").unlink()
-        last = path / "checkpoints" / str(expected[3])
-        spoil(last, ("flip a byte", "truncate", "remove a file", "remove the manifest")[i % 4], rng)
-        with contextlib.closing(WorkDir(path, config)) as workdir:
-            found, faults = workdir.restore()
-        accepted += found is None or found.rounds != before or list(faults) != [expected[3]]
+        spoilt = numbers[-rng.randrange(1, len(numbers)) :]
+        for number in spoilt:
+            how = ("flip a byte", "truncate", "remove a file", "remove the manifest")[i % 4]
+            spoil(path / "checkpoints" / str(number), how, rng)
+        found, faults = WorkDir(path, config).restore()
+        accepted += found is None or found.rounds != numbers[-len(spoilt) - 1] or sorted(faults) != spoilt
         if i % 20 == 0:  # and goes on from there
             command = ["train", "quickstart", *(x for k, v in fields.items() for x in (f"--{k}", v))]
-            assert start([*command, "--compilation-cache", str(root / "cache")], path) == 0
+            assert start([*command, "--compilation-cache", str(root / "cache")], path)[0] == 0
             assert "is damaged" in Path(f"{path}.log").read_text()
             assert same(outcome(path), expected)
             resumed += 1
@@ -206,9 +214,7 @@ def spoil(path: Path, how: str, rng: random.Random) -> None:
         file.write_bytes(content)
 
 
-def _typed(fields: dict[str, str]) -> dict[str, Any]:
-    import ast
-
+def typed(fields: dict[str, str]) -> dict[str, Any]:
     def value(text: str) -> Any:
         try:
             return ast.literal_eval(text)

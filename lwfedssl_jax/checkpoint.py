@@ -1,7 +1,11 @@
 """Checkpoints: written whole or not at all, and verified against a manifest of hashes before they are used."""
 
 import hashlib
+import logging
+import os
+import re
 import shutil
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +15,7 @@ import jax
 from lwfedssl_jax.tree import Tree
 
 KEPT = 3  # the last ones, besides those that are always kept
-MANIFEST = "manifest.sha256"  # in the format of sha256sum
+METRICS, MANIFEST = "metrics.jsonl", "manifest.sha256"  # the latter in the format of sha256sum
 
 
 class Checkpoint(NamedTuple):
@@ -20,14 +24,18 @@ class Checkpoint(NamedTuple):
     Attributes:
       rounds: finished when it was saved.
       state: dicts and lists of arrays, on the host.
+      metrics: the lines that there were.
     """
 
     rounds: int
     state: Tree
+    metrics: bytes
 
 
-def save(folder: Path, rounds: int, state: Tree, always_kept: Collection[int] = ()) -> None:
-    """Save dicts and lists of arrays as ``folder/ROUNDS``; of the others, the last and ``always_kept`` stay.
+def save(folder: Path, rounds: int, state: Tree, metrics: bytes = b"", always_kept: Collection[int] = ()) -> None:
+    """Save dicts and lists of arrays, and lines, as ``folder/ROUNDS``.
+
+    Checkpoints of later rounds go, having been damaged; of the others, the last ``KEPT`` and ``always_kept`` stay.
 
     Raises:
       OSError: the folder cannot be written.
@@ -40,19 +48,19 @@ def save(folder: Path, rounds: int, state: Tree, always_kept: Collection[int] = 
         return
     new = folder / f".{rounds}.new"
     new.mkdir()
-    try:
-        with _checkpointer() as checkpointer:
-            import orbax.checkpoint as ocp
-
-            checkpointer.save((new / "state").absolute(), args=ocp.args.StandardSave(jax.device_get(state)))
-    except ValueError as error:  # what tensorstore raises where the file system fails it
-        raise OSError(str(error).splitlines()[0]) from error
+    _save_state(new / "state", state)
+    (new / METRICS).write_bytes(metrics)
     (new / MANIFEST).write_text(manifest(new))
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
     _remove(target)
     new.rename(target)
-    for old in numbers(folder)[:-KEPT]:
-        if old not in always_kept:
-            _remove(folder / str(old))
+    _sync(folder)
+    there = numbers(folder)
+    kept = {*[n for n in there if n <= rounds][-KEPT:], *always_kept}
+    for number in there:
+        if number not in kept or number > rounds:
+            _remove(folder / str(number))
 
 
 def load(folder: Path) -> tuple[Checkpoint | None, dict[int, str]]:
@@ -74,7 +82,7 @@ def load(folder: Path) -> tuple[Checkpoint | None, dict[int, str]]:
                 state = checkpointer.restore((path / "state").absolute(), args=ocp.args.StandardRestore())
         except Exception as error:  # orbax raises many kinds; the files are as they were saved
             raise OSError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-        return Checkpoint(rounds, state), faults
+        return Checkpoint(rounds, state, (path / METRICS).read_bytes()), faults
     return None, faults
 
 
@@ -103,6 +111,35 @@ def fault(path: Path) -> str | None:
         return None
     differing = sorted({line[66:] for line in set(expected.splitlines()) ^ set(found.splitlines())})
     return f"not what was saved: {', '.join(differing[:3]) or MANIFEST}"
+
+
+def _save_state(path: Path, state: Tree) -> None:
+    import orbax.checkpoint as ocp
+
+    # Threads of orbax print and log what it raises here too.
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.StandardSave(jax.device_get(state)))
+    except ValueError as error:
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of tensorstore
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise
+    finally:
+        threading.excepthook = hook
+        logger.setLevel(level)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, outlast a crash of the machine."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _remove(path: Path) -> None:

@@ -7,9 +7,7 @@ import io
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from rich.console import Console
 
 from lwfedssl_jax import config as configs
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.interrupts import Interrupts
 
 USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
 ADVICE = "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, or --runtime.feed streamed"
@@ -114,9 +113,16 @@ def explain(error: BaseException) -> int:
 
 def train(arguments: list[str]) -> None:
     """The ``train`` command."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until experiment.train holds both back
-    options = parse(Train, arguments)
+    with Interrupts() as interrupts:  # experiment.train has its own
+        options = parse(Train, arguments)
+        from lwfedssl_jax import experiment  # noqa: F401  (takes seconds)
+
+        interrupts.check()
+        train_as_told(options)
+
+
+def train_as_told(options: Train) -> None:
+    """``train`` in this process, which may be one of several."""
     from lwfedssl_jax import devices, experiment
 
     config = configs.resolve(options.config)

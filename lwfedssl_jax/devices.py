@@ -18,6 +18,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.tree import Tree
 
 SAMPLES_AT_ONCE = 2048  # of all lanes of one accelerator together
+PROBE = ".lwfedssl-"  # a killed process may leave a folder of that name
 MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
 
 
@@ -63,7 +64,7 @@ def can_hold(path: Path) -> bool:
     path = path.absolute()
     try:
         nearest = next(p for p in [path, *path.parents] if p.exists())
-        with tempfile.TemporaryDirectory(dir=nearest) as folder:
+        with tempfile.TemporaryDirectory(prefix=PROBE, dir=nearest) as folder:
             (Path(folder) / path.relative_to(nearest)).mkdir(parents=True, exist_ok=True)
             return True
     except OSError:  # also names that are too long

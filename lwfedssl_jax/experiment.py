@@ -1,11 +1,7 @@
 """A whole run: rounds, evaluation, checkpoints, work directory, summary. The only module that sees everything."""
 
-import contextlib
 import hashlib
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +10,7 @@ import numpy as np
 from lwfedssl_jax import evaluate, export, finetune, report, resources
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.devices import from_all, from_first
+from lwfedssl_jax.interrupts import Interrupts
 from lwfedssl_jax.simulate import Listener, Run, Simulator, State, check_finite, initial_params, prepare, to_save
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
@@ -22,47 +19,6 @@ SECONDS_BETWEEN_CHECKPOINTS = 60
 
 FINE_TUNE = "fine_tune"  # the protocol's name
 MEASURED = "bytes and seconds: all clients, all rounds; flops_executed: a sample, as in the ledger"
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM: each raises KeyboardInterrupt at once, or while ``held_back`` when ``check`` is called.
-
-    A context manager; outside the main thread, which alone hears signals, it does nothing.
-    """
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-        self._held_back = self._asked = False
-
-    def __enter__(self) -> "Interrupts":
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self._before = {number: signal.signal(number, self._hear) for number in signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, *_: object) -> None:
-        if self._asked or not self._held_back:
-            raise KeyboardInterrupt
-        self._asked = True
-        self._listener.note("stopping after this call; once more stops at once")
-
-    @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Within, only ``check`` raises, or a second signal."""
-        self._held_back = True
-        try:
-            yield
-            self.check()
-        finally:
-            self._held_back = False
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal has come."""
-        if self._asked:
-            raise KeyboardInterrupt
 
 
 def train(config: Config, workdir: WorkDir | None, listener: Listener | None = None) -> dict[str, Any]:
@@ -89,24 +45,32 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     if from_first(np.array(finished is not None)):
         return finished or {}
     try:
-        with Interrupts(listener) as interrupts:
+        with Interrupts(listener.note) as interrupts:
+            interrupts.check()
+            if workdir:
+                workdir.take()
             run = prepare(config, listener=listener)
+            interrupts.check()
             found, faults = workdir.restore() if workdir else (None, {})
             for rounds, why in faults.items():
-                listener.note(f"checkpoint {rounds} is damaged ({why}); the one before it is used")
+                listener.note(f"checkpoint {rounds} is damaged: {why}")
             done = int(from_first(np.int32(found.rounds if found else 0)))
             left = [stage for stage in run.stages if done < stage.first_round + stage.rounds]
             simulator = Simulator(run, left, listener, interrupts.check)
             run = simulator.run  # with lanes that fit
             params, state = simulator.take_up(done, found.state if found else {})
+            interrupts.check()
             if workdir:
                 workdir.open(run.lanes, run.mesh.size)
-                report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
+                with workdir.writing("plots"):
+                    report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
                 listener.start(run, done)
             if workdir and not done:
                 log_evaluation(run, workdir, listener, config.model.depth, 0, params)
             params = run_rounds(simulator, workdir, listener, interrupts, done, params, state)
-            return finish(run, workdir, params, listener) if workdir else {}
+            summary = finish(run, workdir, params, listener, interrupts) if workdir else {}
+            interrupts.check()
+            return summary
     finally:
         if workdir:
             workdir.close()
@@ -175,7 +139,7 @@ def log_evaluation(run: Run, workdir: WorkDir, listener: Listener, depth: int, n
         listener.evaluation(line)
 
 
-def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, params: Tree) -> None:
+def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, interrupts: Interrupts, params: Tree) -> None:
     """Fine-tune the trained encoder, and from scratch the initial one; write a line for each that is not there yet."""
     config, depth = run.config, run.config.model.depth
     written = [line["round"] for line in workdir.metrics() if line.get("protocol") == FINE_TUNE]
@@ -183,7 +147,11 @@ def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, params: Tree
     for number, start, baseline in ((config.federation.rounds, params, {}), (0, initial_params(run), scratch)):
         if number in written:
             continue
-        say = (lambda what: listener.fine_tuning(f"from scratch: {what}")) if baseline else listener.fine_tuning
+
+        def say(what: str, start: str = "from scratch: " if baseline else "") -> None:
+            interrupts.check()
+            listener.fine_tuning(start + what)
+
         result = finetune.fine_tune(
             run.task,
             run.encode,
@@ -199,10 +167,10 @@ def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, params: Tree
         listener.evaluation(line)
 
 
-def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict[str, Any]:
+def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener, interrupts: Interrupts) -> dict[str, Any]:
     """Write the encoder, the summary and the plots of a run whose rounds are done."""
     if run.config.evaluation.fine_tune_epochs:
-        log_fine_tuning(run, workdir, listener, params)
+        log_fine_tuning(run, workdir, listener, interrupts, params)
     lines = workdir.metrics()
     rounds = [line for line in lines if "event" not in line]
     results: dict[int | str, dict[str, Any]] = {}  # by round, or by the baseline's name
@@ -226,9 +194,11 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener) -> dict
         "strategies": strategies,
     }
     workdir.save_encoder(export.encoder_files(run.config, run.task, params))
-    report.plot_metrics(lines, workdir.path)
-    plots = workdir.path / "plots"
-    report.plot_distance(lines, plots / "client_distance.png")
-    report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
+    interrupts.check()
+    with workdir.writing("plots"):
+        report.plot_metrics(lines, workdir.path)
+        plots = workdir.path / "plots"
+        report.plot_distance(lines, plots / "client_distance.png")
+        report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
     return summary

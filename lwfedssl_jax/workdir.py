@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,9 +13,9 @@ import filelock
 import jax
 
 from lwfedssl_jax import checkpoint
-from lwfedssl_jax.checkpoint import Checkpoint
+from lwfedssl_jax.checkpoint import METRICS, Checkpoint
 from lwfedssl_jax.config import Config, ConfigError, to_dict
-from lwfedssl_jax.devices import can_hold
+from lwfedssl_jax.devices import PROBE, can_hold
 from lwfedssl_jax.tree import Tree
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl_jax")
@@ -25,8 +26,8 @@ class WorkDir:
     """A directory that holds one run.
 
     ``WorkDir(path, config, code)`` only looks; nothing is written before ``open``. ``code`` stands for the text of
-    the user's own config file, if there is one: it may hold more than the config. All that is written is written
-    whole or not at all, but for ``metrics.jsonl``, whose last line may be cut where a process is killed.
+    the user's own config file, if there is one: it may hold more than the config. Where a process is killed,
+    ``metrics.jsonl`` and the plots may be cut, which a run that continues mends; all else is whole or not there.
 
     Attributes:
       path: the directory.
@@ -63,27 +64,40 @@ class WorkDir:
                 f"--workdir: {path} cannot be read ({error}); accepted: a new or empty directory"
             ) from error
 
-    def restore(self) -> tuple[Checkpoint | None, dict[int, str]]:
-        """The last whole checkpoint, and what is wrong with newer ones; later metrics lines are dropped.
-
-        From here on the directory is this process's, until ``close``; that of a new run from ``open`` on.
+    def take(self) -> None:
+        """Make a run's directory this process's until ``close``; that of a new run is from ``open`` on.
 
         Raises:
-          ConfigError: another process is using the directory, or none of its checkpoints is whole.
+          ConfigError: another process is using it.
+        """
+        if not self._is_new:
+            self._lock_it()
+
+    def restore(self) -> tuple[Checkpoint | None, dict[int, str]]:
+        """The last whole checkpoint, and what is wrong with newer ones; ``metrics.jsonl`` is as it was then.
+
+        Only what has been written since without a further round, of fine-tuning, stays.
+
+        Raises:
+          ConfigError: none of the checkpoints is whole.
           OSError: see ``checkpoint.load``; the directory cannot be written.
         """
         if self._is_new:
             return None, {}
-        self._take()
         found, faults = checkpoint.load(self._checkpoints)
         if faults and not found:
             raise ConfigError(
                 f"--workdir: no checkpoint in {self._checkpoints} is whole ({_listed(faults)}); accepted: one put "
                 "back from a copy, or the folder removed to begin the run again"
             )
-        kept = [line for line in self.metrics() if found and line["round"] <= found.rounds]
-        if (self.path / "metrics.jsonl").exists():
-            self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        kept, file = found.metrics if found else b"", self.path / METRICS
+        written = file.read_bytes() if file.exists() else b""
+        if found and written.startswith(kept):
+            for line in written[len(kept) :].splitlines(keepends=True):
+                if not (content := _whole(line)) or content["round"] > found.rounds:
+                    break
+                kept += line
+        self._replace(METRICS, kept)
         return found, faults
 
     def open(self, lanes: int, devices: int) -> None:
@@ -94,7 +108,7 @@ class WorkDir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take()
+            self._lock_it()
             file = self.path / "config.json"
             if self._is_new and file.exists():
                 raise self._taken()
@@ -121,33 +135,20 @@ class WorkDir:
 
     def save(self, rounds: int, state: Tree, always_kept: Collection[int]) -> None:
         """See ``checkpoint.save``."""
-        with self._writing(f"checkpoint {rounds}"):
-            checkpoint.save(self._checkpoints, rounds, state, always_kept)
+        with self.writing(f"checkpoint {rounds}"):
+            metrics = (self.path / METRICS).read_bytes() if (self.path / METRICS).exists() else b""
+            checkpoint.save(self._checkpoints, rounds, state, metrics, always_kept)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""
-        with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
+        with self.writing(METRICS), (self.path / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of ``metrics.jsonl``, in order; an interrupted last line is left out.
-
-        Raises:
-          ConfigError: another line is damaged.
-        """
-        file = self.path / "metrics.jsonl"
+        """All whole lines of ``metrics.jsonl``, in order."""
+        file = self.path / METRICS
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        found = []
-        for number, line in enumerate(lines, 1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                if number == len(lines):
-                    break
-                raise ConfigError(
-                    f"--workdir: line {number} of {file} is damaged; accepted: the file without this line"
-                ) from error
-        return found
+        return [content for line in lines if (content := _whole(line))]
 
     def save_encoder(self, files: dict[str, bytes]) -> None:
         """What ``export.encoder_files`` gives."""
@@ -164,12 +165,16 @@ class WorkDir:
 
     def _replace(self, name: str, content: str | bytes) -> None:
         temporary = self.path / f".{name}.new"
-        with self._writing(name):
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with self.writing(name):
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(self.path / name)
 
     @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def writing(self, what: str) -> Iterator[None]:
+        """Names what cannot be written, and where, in an OSError raised within."""
         try:
             yield
         except OSError as error:
@@ -179,7 +184,7 @@ class WorkDir:
                 "before is whole, and the same command continues from it",
             ) from error
 
-    def _take(self) -> None:
+    def _lock_it(self) -> None:
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -217,7 +222,15 @@ class WorkDir:
 
 def _is_ours(path: Path) -> bool:
     """Whether a file may be left by a process that was killed before it wrote ``config.json``."""
-    return path.name in (LOCK, ".config.json.new")
+    return path.name in (LOCK, ".config.json.new") or path.name.startswith(PROBE)
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    """A line's content; None where it was cut."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def _listed(faults: dict[int, str]) -> str:

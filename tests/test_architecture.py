@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 
 # Each module may import those of the lines above it, and nothing of the package besides.
 ORDER = [
-    ["config"],
+    ["config", "interrupts"],
     ["tree"],
     ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
     ["models.vit", "models.resnet", "models.heads", "data.feed", "data.files", "data.tfds"],

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,33 +101,60 @@ def test_what_a_killed_process_leaves_is_never_taken(
     assert checkpoint.numbers(folder) == [6, 7, 8]
 
 
-def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from lwfedssl_jax import checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    checkpoint.save(Path(sys.argv[1]), 9, {"w": np.random.default_rng(0).normal(size=20_000)})
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_full_disk_leaves_what_was_saved(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    done = subprocess.run([sys.executable, "-c", FULL, str(folder)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("File too large\n", "")
+    found, faults = checkpoint.load(folder)
+    assert found is not None
+    assert (found.rounds, faults) == (7, {})
+
     workdir = WorkDir(tmp_path / "run", small_config())
     workdir.open(1, 1)
-    workdir.save(1, state(1), ())
-    no_space = "RESOURCE_EXHAUSTED: Error writing file [OS error 28: No space left on device]\nand more"
+    no_space = OSError(errno.ENOSPC, "No space left on device")
 
     def full(*args: Any, **kwargs: Any) -> None:
-        raise ValueError(no_space)
+        raise no_space
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(OSError, match=r"--workdir: checkpoint 2 cannot be written in .*No space left.* is whole"):
         workdir.save(2, state(2), ())
-    monkeypatch.undo()
-
-    def full_write(self: Path, content: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full_write)
     before = (tmp_path / "run" / "config.json").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"config.json cannot be written .*No space left"):
         workdir.write_json("config.json", {})
     monkeypatch.undo()
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     workdir.close()
-    found, faults = WorkDir(tmp_path / "run", small_config()).restore()
+
+
+def test_saves_after_damaged_ones_stay(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    for rounds in (5, 6, 7):
+        (folder / str(rounds) / checkpoint.MANIFEST).unlink()
+    found, faults = checkpoint.load(folder)
     assert found is not None
-    assert (found.rounds, faults) == (1, {})
+    assert (found.rounds, list(faults)) == (2, [7, 6, 5])
+    checkpoint.save(folder, 4, state(4))
+    assert checkpoint.numbers(folder) == [2, 4]
+    found, faults = checkpoint.load(folder)
+    assert found is not None
+    assert (found.rounds, faults) == (4, {})
 
 
 def started(path: Path, rounds: int = 2) -> None:
@@ -140,20 +168,28 @@ def started(path: Path, rounds: int = 2) -> None:
     workdir.close()
 
 
-def test_metrics_survive_a_line_that_was_cut_and_go_back_to_the_checkpoint(tmp_path: Path) -> None:
-    for name, cut in {"half": b'{"round": 3, "lo', "zeros": b"\0\0\0", "no end": b'{"round": 3}'}.items():
-        path = tmp_path / name
+def test_metrics_survive_cuts_and_damage_and_go_back_to_the_checkpoint(tmp_path: Path) -> None:
+    fine_tuned = b'{"round": 0, "protocol": "fine_tune"}\n'
+    whole = b'{"round": 1}\n{"round": 2}\n'
+    for number, (content, kept) in enumerate(
+        [
+            (whole + b'{"round": 3}\n{"round": 4, "lo', whole),
+            (whole + b'{"round": 3}', whole),
+            (whole + b"\0\0\0", whole),
+            (whole + fine_tuned + b'{"round": 2, "pro', whole + fine_tuned),
+            (b'{"round": 1}\n{"rou\n{"round": 2}\n', whole),
+            (b'{"round": 2}\n', whole),
+            (b"", whole),
+        ]
+    ):
+        path = tmp_path / str(number)
         started(path)
-        with (path / "metrics.jsonl").open("ab") as file:
-            file.write(cut)
+        (path / "metrics.jsonl").write_bytes(content)
         workdir = WorkDir(path, small_config())
         workdir.restore()
+        assert (path / "metrics.jsonl").read_bytes() == kept
         workdir.append({"round": 3})
-        assert [json.loads(line)["round"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
-        workdir.close()
-    (path / "metrics.jsonl").write_bytes(b'{"round": 1}\n{"rou\n{"round": 2}\n')
-    with pytest.raises(ConfigError, match=r"--workdir: line 2 of .*metrics.jsonl is damaged; accepted: "):
-        WorkDir(path, small_config()).restore()
+        assert [line["round"] for line in workdir.metrics()][-1] == 3
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again_by_itself(tmp_path: Path) -> None:
@@ -175,11 +211,11 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         other.stdout.readline()
         before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
         with pytest.raises(ConfigError, match=r"--workdir: .*run is in use by another process; accepted: "):
-            WorkDir(tmp_path / "run", small_config()).restore()
+            WorkDir(tmp_path / "run", small_config()).take()
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
         other.kill()
     workdir = WorkDir(tmp_path / "run", small_config())
-    assert workdir.restore()[0]
+    workdir.take()
     with Path(lock).open() as mine, pytest.raises(BlockingIOError):
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
     workdir.close()
@@ -200,6 +236,7 @@ def test_a_process_killed_before_its_config_was_written_leaves_an_empty_director
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / ".config.json.new").write_text("{")
+    (tmp_path / "run" / ".lwfedssl-x").mkdir()
     workdir = WorkDir(tmp_path / "run", small_config())
     workdir.open(1, 1)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lanes"] == 1
