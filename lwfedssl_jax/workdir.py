@@ -226,11 +226,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def _whole(line: bytes) -> dict[str, Any] | None:
-    """A line's content; None where it was cut."""
+    """A line's content; None where it was cut or damaged."""
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
+        content = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
+    return content if isinstance(content, dict) and "round" in content else None
 
 
 def _listed(faults: dict[int, str]) -> str:
