@@ -273,31 +273,7 @@ class Simulator:
         }
         if len(reporting):
             work = lay_out(run, reporting, number)
-            key = self.place(np.asarray(jax.random.key_data(round_key(run.config.runtime.seed, number))))
-            put_plan = placer(run.mesh, PLAN_BY_LANE)
-            done = 0
-            pieces = self._feed(work.calls)
-            piece = next(pieces, None)
-            while piece is not None:
-                images, host_plan, steps = piece
-                plan = jax.tree.map(put_plan, host_plan)
-                memory = self._recall(clients, host_plan)
-                first, piece = 0, None
-                while first < steps:
-                    count = min(self._pace, steps - first)
-                    asked = time.monotonic()
-                    carry = program.steps(
-                        carry, sent, memory, images, plan, *self.place((np.int32(first), np.int32(count))), key
-                    )
-                    if first + count == steps:
-                        piece = next(pieces, None)  # made while the device works
-                    jax.block_until_ready(carry)
-                    first, done = first + count, done + count
-                    if jax.process_count() == 1:
-                        self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
-                    self._listener.steps(number, done, work.length)
-                    self._between_calls()
-                self._remember(clients, carry, host_plan)
+            carry = self._train(program, sent, carry, clients, work, number)
             params, server, measured, dictionary = program.finish(params, rows, server, sent, carry)
             left_out = int(measured["left_out"])
             if left_out == len(reporting):
@@ -320,6 +296,36 @@ class Simulator:
                 params = self.place(from_first(calibrated))
                 check_finite(run.config, "the calibration's loss is not finite", number, line["calibration_loss"])
         return params, State(server, clients, dictionary), line | {"seconds": round(time.monotonic() - began, 4)}
+
+    def _train(
+        self, program: Program, sent: Sent, carry: Carry, clients: dict[int, Memory], work: Round, number: int
+    ) -> Carry:
+        """The round's local training, call by call; ``clients`` get what they keep of it."""
+        key = self.place(np.asarray(jax.random.key_data(round_key(self.run.config.runtime.seed, number))))
+        put_plan = placer(self.run.mesh, PLAN_BY_LANE)
+        done = 0
+        pieces = self._feed(work.calls)
+        piece = next(pieces, None)
+        while piece is not None:
+            images, host_plan, steps = piece
+            plan = jax.tree.map(put_plan, host_plan)
+            memory = self._recall(clients, host_plan)
+            first, piece = 0, None
+            while first < steps:
+                count = min(self._pace, steps - first)
+                asked = time.monotonic()
+                which = self.place((np.int32(first), np.int32(count)))
+                carry = program.steps(carry, sent, memory, images, plan, *which, key)
+                if first + count == steps:
+                    piece = next(pieces, None)  # made while the device works
+                jax.block_until_ready(carry)
+                first, done = first + count, done + count
+                if jax.process_count() == 1:
+                    self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
+                self._listener.steps(number, done, work.length)
+                self._between_calls()
+            self._remember(clients, carry, host_plan)
+        return carry
 
     def take_up(self, rounds: int, saved: Tree) -> tuple[Tree, State | None]:
         """Continue after so many rounds with what ``to_save`` gave; from the beginning where that is empty.
