@@ -115,7 +115,7 @@ class PartitionConfig:
     had."""
     clients: AtLeast1 = 10
     """Clients in the population; natural: so many of the data set's, drawn where there are more."""
-    beta: Positive = 0.5
+    beta: Annotated[float, Range(1e-6)] = 0.5
     """dirichlet and quantity only: concentration; smaller is more skewed."""
     shards_per_client: AtLeast1 = 2
     """shards only: pieces of a client, each of one class or two neighbouring ones."""
@@ -123,7 +123,7 @@ class PartitionConfig:
     """Let clients end up without data (they then never report)."""
     examples_per_client: AtLeast1 = 100
     """shared only: examples of a client, the median where sizes differ."""
-    size_sigma: NonNegative = 0.0
+    size_sigma: Annotated[float, Range(0, 10)] = 0.0
     """shared and iid only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
     server_share: Fraction = 0.0
     """Share of the training images that the server holds, without labels, for calibration or a base model; no client

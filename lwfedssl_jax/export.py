@@ -207,7 +207,7 @@ def load_encoder(directory: str | Path) -> TrainedEncoder:
         raise ConfigError(
             f"{error.filename}: cannot be read ({error.strerror}); accepted: the work directory of a finished run"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{about}: describes no encoder; accepted: the file that a finished run wrote") from error
     if version != FORMAT_VERSION:
         raise ConfigError(f"{about}: format_version {version!r} is unknown; accepted: {FORMAT_VERSION}")
@@ -216,12 +216,16 @@ def load_encoder(directory: str | Path) -> TrainedEncoder:
             f"{weights}: damaged, or of another run than {ABOUT} (its SHA-256 is not the one there); "
             "accepted: both files as the run wrote them"
         )
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    if json.loads(header["__metadata__"][METADATA]) != {k: v for k, v in config.items() if k != "sha256"}:
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        stated = json.loads(header["__metadata__"][METADATA])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{weights}: holds no encoder; accepted: the file that a finished run wrote") from error
+    if stated != {k: v for k, v in config.items() if k != "sha256"}:
         raise ConfigError(f"{about}: not what {WEIGHTS} says of itself; accepted: both files as the run wrote them")
     try:
         return TrainedEncoder(config, safetensors.numpy.load(content))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except Exception as error:  # whatever its sizes, names and bytes make fail
         what = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ConfigError(
             f"{about}: cannot be rebuilt by lwfedssl_jax {lwfedssl_jax.__version__} ({what}); "

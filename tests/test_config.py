@@ -85,7 +85,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective.temperature": 0.0}, "objective.temperature: 0.0 is out of range; accepted: above 0"),
     ({"objective.momentum": "high"}, "objective.momentum: 'high' is not valid; accepted: float"),
     ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate: inf is not valid; accepted: float"),
-    ({"partition.beta": -1.0}, "partition.beta: -1.0 is out of range; accepted: above 0"),
+    ({"partition.beta": -1.0}, "partition.beta: -1.0 is out of range; accepted: at least 1e-06"),
     ({"runtime.seed": -1}, "runtime.seed: -1 is out of range; accepted: at least 0 and at most 4294967295"),
     ({"evaluation.labels_per_class": (5, -1)}, "evaluation.labels_per_class: -1 is out of range"),
     ({"evaluation.labels_per_class": 5}, "evaluation.labels_per_class: 5 is not a tuple"),

@@ -99,6 +99,9 @@ def test_unknown_source(name: str) -> None:
         PartitionConfig(kind="shards", clients=7),
         PartitionConfig(kind="shards", clients=500),
         PartitionConfig(kind="shards", clients=800, allow_empty=True),
+        PartitionConfig(kind="shards", clients=7, shards_per_client=2**31 - 1, allow_empty=True),
+        PartitionConfig(kind="iid", clients=50, size_sigma=1e30, allow_empty=True),
+        PartitionConfig(kind="dirichlet", clients=50, beta=1e-6, allow_empty=True),
     ],
 )
 def test_every_example_is_on_exactly_one_client(config: PartitionConfig) -> None:
@@ -224,6 +227,16 @@ def test_more_clients_or_shards_than_there_are(config: PartitionConfig, message:
         partition(config, LABELS, 0, LABELS % 3)
     assert str(error.value).startswith(message)
     assert "; accepted: 1 to " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [("beta", 1e-320, "at least 1e-06"), ("size_sigma", 1e30, "at least 0 and at most 10")],
+)
+def test_skews_that_no_float_can_hold(field: str, value: float, accepted: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(small_config(**{f"partition__{field}": value}))
+    assert str(error.value) == f"partition.{field}: {value} is out of range; accepted: {accepted}"
 
 
 def test_natural_without_clients() -> None:

@@ -188,10 +188,18 @@ def consistent(about: dict[str, Any], weights: bytes, **values: Any) -> dict[str
     return {WEIGHTS: content, ABOUT: changed(about, sha256=hashlib.sha256(content).hexdigest())}
 
 
+def framed(header: bytes) -> bytes:
+    """A safetensors file of no tensors."""
+    return len(header).to_bytes(8, "little") + header
+
+
 def test_damage_is_one_line(written: Path, tmp_path: Path) -> None:
     files = {name: (written / name).read_bytes() for name in (WEIGHTS, ABOUT)}
     weights, about = files[WEIGHTS], json.loads(files[ABOUT])
     flipped = [weights[:i] + bytes([weights[i] ^ 1]) + weights[i + 1 :] for i in (3, 200, len(weights) - 1)]
+    plain, end = save(load(weights)), 8 + int.from_bytes(weights[:8], "little")
+    junk = [(content, "holds no encoder") for content in (b"", b"junk", plain, framed(b"[1]"), framed(b"[" * 99999))]
+    junk += [(framed(b'{"__metadata__": {"lwfedssl_jax": 3}}'), "holds no encoder"), (weights[:end], "cannot be rebui")]
     cases: list[tuple[dict[str, bytes], str]] = [
         *[({WEIGHTS: content}, "SHA-256") for content in (*flipped, weights[:-4], weights + b"\0", b"")],
         ({ABOUT: changed(about, sha256="0" * 64)}, "SHA-256"),
@@ -202,6 +210,7 @@ def test_damage_is_one_line(written: Path, tmp_path: Path) -> None:
         (consistent(about, weights, model=about["model"] | {"width": 16}), r"cannot be rebuilt .*reshape"),
         (consistent(about, weights, model=about["model"] | {"name": "vit"}), r"cannot be rebuilt .*'vit'"),
         (consistent(about, weights, precision="float33", lwfedssl_jax="9.0"), r"float33.* accepted: .* 9.0"),
+        *[({WEIGHTS: c, ABOUT: changed(about, sha256=hashlib.sha256(c).hexdigest())}, what) for c, what in junk],
         ({ABOUT: b"{"}, "describes no encoder"),
         ({ABOUT: b"[1]"}, "describes no encoder"),
         ({ABOUT: b"\xff"}, "describes no encoder"),

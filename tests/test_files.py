@@ -161,7 +161,9 @@ def test_npz_without_test_images_is_tested_on_val(tmp_path: Path) -> None:
         ({"train_labels": np.zeros((9, 14), np.uint8)}, "has 14 labels for each image"),
         ({"train_labels": np.zeros((8, 1), np.uint8)}, "has train_labels of shape (8, 1) for 9 images"),
         ({"train_labels": np.zeros((9, 1), np.float32)}, "has train_labels of type float32"),
-        ({"train_labels": np.full(9, -1)}, "has a label -1 in train_labels"),
+        ({"train_labels": np.full(9, -1)}, "has a label -1 in train_labels; accepted: labels from 0 to 1048575"),
+        ({"train_labels": np.arange(9) + 2**20 - 8}, "has a label 1048576 in train_labels; accepted: labels from 0"),
+        ({"test_labels": np.full(6, 2**64 - 1, np.uint64)}, "has a label 18446744073709551615 in test_labels"),
         ({"train_labels": np.array([{}] * 9)}, "has train_labels of type object"),
         ({"train_images": np.array([{}] * 9)}, "has train_images of shape (9,) and type object"),
         ({"train_images": np.zeros((9, 5, 5), np.float32)}, "has train_images of shape (9, 5, 5) and type float32"),
@@ -193,6 +195,30 @@ def test_npz_that_is_no_npz_or_ends_early(tmp_path: Path) -> None:
     content[content.index(b"train_images.npy") + 200] ^= 255
     path.write_bytes(content)
     assert "cannot be read (Bad CRC-32 for file 'train_images.npy')" in refused(name)
+    with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(path, "w") as huge:
+        for member in whole.namelist():
+            huge.writestr(
+                member, whole.read(member).replace(b"(9, 5, 5, 3), }" + b" " * 9, b"(9999999999, 5, 5, 3), }")
+            )
+    assert "cannot be read (train_images ends before its shape (9999999999, 5, 5, 3) does)" in refused(name)
+
+
+def test_any_byte_of_an_npz_may_be_wrong(tmp_path: Path) -> None:
+    """In the headers, where a byte decides what is read; what Python's zipfile does not look at makes no error."""
+    path = tmp_path / "med.npz"
+    np.savez(path, **arrays())
+    whole, seen = path.read_bytes(), set()
+    config, rng = DataConfig(name=f"npz:{path}", image_size=5), np.random.default_rng(0)
+    ends = [i for i in range(len(whole)) if whole[i : i + 2] == b"PK"]
+    for at in rng.choice([i for end in ends for i in range(end, min(end + 180, len(whole)))], 250):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ int(rng.integers(1, 256))]) + whole[at + 1 :])
+        try:
+            for split in files.open_npz(config, sources.ignore).splits():
+                assert len(list(split.items)) == split.size
+        except ConfigError as error:
+            seen.add((type(error.__cause__), "\n" in str(error)))
+    assert {(zipfile.BadZipFile, False), (NotImplementedError, False)} < seen
+    assert not any(several_lines for _, several_lines in seen)
 
 
 # ---- folder
@@ -250,14 +276,15 @@ def test_images_beside_the_class_folders_have_no_label(folder: Path) -> None:
 
 def test_files_that_are_no_images_are_named(folder: Path) -> None:
     (folder / "train" / "cat" / "boxes.txt").write_text("")
-    (folder / "train" / ".DS_Store").write_text("")
+    for name in (".DS_Store", "cat/._0.png"):
+        (folder / "train" / name).write_text("")
     seen: list[str] = []
     assert len(load(f"folder:{folder}", notify=seen.append).train_images) == 6
     assert seen[0].startswith(f"1 files of {folder} do not end like images and are left out: {folder}/train/cat/boxes")
 
 
 def clients_csv(folder: Path, header: str, *rows: str) -> None:
-    (folder / "clients.csv").write_text("\n".join([header, *rows]) + "\n")
+    (folder / "clients.csv").write_text("\n".join([header, *rows]) + "\n", errors="surrogateescape")
 
 
 def rows_of(folder: Path) -> list[str]:
@@ -278,6 +305,19 @@ def test_clients_csv_says_whose_the_images_are(folder: Path, column: str, asked:
         ("file,client", lambda rows: rows, "owner", "has a clients.csv with columns file, client; accepted: file, own"),
         ("file,client", lambda rows: rows[:1], "", "has 5 training images without a client in clients.csv: /"),
         ("file,client", lambda rows: [*rows, "x.png,ann"], "", "has a clients.csv with 1 files that are not there: x"),
+        (
+            "file,client",
+            lambda rows: [*rows, rows[0], f"./{rows[0].split(',')[0]},zoe"],
+            "",
+            "has a clients.csv that gives train/cat/inner/0.png to 'ann' and to 'zoe'; accepted: one client for each",
+        ),
+        (
+            "file,cli\udce9nt",
+            lambda rows: rows,
+            "",
+            "has a clients.csv that cannot be read ('utf-8' codec can't decode",
+        ),
+        ("file,client", lambda rows: ["x" * 2**18], "", "has a clients.csv that cannot be read (field larger than"),
     ],
 )
 def test_bad_clients_csv(
@@ -309,12 +349,29 @@ def remove(*names: str) -> Callable[[Path], None]:
             lambda root: (remove("train/dog", "train/cat")(root), picture(root / "train" / "x.png", 1)),
             "has 1 training images and no class folder, so nothing could judge the encoder; accepted: ",
         ),
+        (
+            lambda root: (root / "train" / "cat" / "self").symlink_to(root / "train"),
+            "has a folder that is reached twice, by a link: ",
+        ),
     ],
 )
 def test_bad_folder(folder: Path, damage: Callable[[Path], Any], why: str) -> None:
     damage(folder)
     name = f"folder:{folder}"
     assert refused(name).startswith(f"data.name: {name!r} {why}")
+
+
+def test_folders_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def forbidding(path: Any) -> Any:  # as a mode of 0 is for all but root
+        if Path(path).name == "inner" and Path(path).parents[1].name == "train":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    assert f"has 2 folders that cannot be read: {folder}/train/" in (message := refused(f"folder:{folder}"))
+    assert "/inner (Permission denied); accepted: folders that you can read" in message
 
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
@@ -325,13 +382,14 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
 def test_images_that_cannot_be_read_are_counted_and_named(folder: Path, cache_home: Path) -> None:
     picture(folder / "train" / "dog" / "deep.png", 1, mode="I;16")
     (folder / "train" / "cat" / "empty.png").write_bytes(b"")
+    (folder / "test" / "dog" / "gone.png").symlink_to(folder / "nothing")
     whole = (folder / "train" / "cat" / "inner" / "2.bmp").read_bytes()
     for i in range(3):
         (folder / "test" / "cat" / f"cut{i}.bmp").write_bytes(whole[:-40])
     message = refused(f"folder:{folder}")
-    assert f"has 5 of 15 images that cannot be read: {folder}/train/cat/empty.png (cannot identify" in message
+    assert f"has 6 of 16 images that cannot be read: {folder}/train/cat/empty.png (cannot identify" in message
     assert f"{folder}/train/dog/deep.png (its mode I;16 has more than 8 bits a channel), {folder}/test/cat/c" in message
-    assert " and 2 more; accepted: images that Pillow reads" in message
+    assert " and 3 more; accepted: images that Pillow reads" in message
     assert not list(cache_home.glob("*"))
 
 
@@ -376,7 +434,7 @@ def test_digits_are_not_cached(cache_home: Path) -> None:
     assert not cache_home.exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "no hashes", "bad hashes"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "empty", "no hashes", "bad hashes"])
 def test_a_damaged_entry_is_decoded_again_and_said(folder: Path, cache_home: Path, damage: str) -> None:
     before = np.array(load(f"folder:{folder}").train_images)
     (entry,) = cache_home.iterdir()
@@ -388,6 +446,10 @@ def test_a_damaged_entry_is_decoded_again_and_said(folder: Path, cache_home: Pat
         path.write_bytes(content[:-1])
     elif damage == "missing":
         path.unlink()
+    elif damage == "empty":
+        for array in entry.glob("*.npy"):
+            array.unlink()
+        hashes.write_text("{}")
     elif damage == "no hashes":
         hashes.unlink()
     else:

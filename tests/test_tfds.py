@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
-from lwfedssl_jax.data import sources, tfds
+from lwfedssl_jax.data import files, sources, tfds
 from lwfedssl_jax.data.partition import partition
 
 
@@ -117,6 +117,8 @@ def test_tensors_and_integers_serve_and_test_labels_of_minus_one_do_not() -> Non
     assert data.train_images.shape == (11, 4, 4, 3)
     assert sorted(data.train_labels.tolist()) == [-1] * 5 + [0] * 3 + [1] * 3
     assert sorted(data.test_labels.tolist()) == [0, 0, 1, 1]
+    prepare("LargeLabels", features, {"train": [*rows, {"x": pixels(0), "y": 2**40}], "test": rows})
+    assert "has a label 1099511627776; accepted: labels from 0 to 1048575" in refused("tfds:large_labels")
     prepare("NoLabels", features, {"train": rows, "test": unlabelled})
     assert "has 5 test images without a label" in refused("tfds:no_labels")
 
@@ -145,9 +147,17 @@ def test_features_that_could_be_several_things() -> None:
             "abc",
             "has 2 features that could be an image (Image, or uint8 Tensor of rank 3): a Tensor(shape=",
         ),
-        ("TwoLabels", "acd", "has 2 features that could be a label (ClassLabel, or scalar integer): a Tensor(shape="),
+        (
+            "TwoLabels",
+            "acd",
+            "has 2 features that could be a label (ClassLabel, or scalar integer that is no id): a Tensor(shape=",
+        ),
         ("NoImage", "ce", "has no feature that is an image (Image, or uint8 Tensor of rank 3): c ClassLabel(shape=()"),
-        ("NoLabel", "a", "has no feature that is a label (ClassLabel, or scalar integer): a Tensor(shape=(4, 4, 1),"),
+        (
+            "NoLabel",
+            "a",
+            "has no feature that is a label (ClassLabel, or scalar integer that is no id): a Tensor(shape=(4, 4, 1),",
+        ),
     ):
         prepared(name, features)
         data_name = f"tfds:{''.join('_' * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(name))}"
@@ -158,6 +168,21 @@ def test_features_that_could_be_several_things() -> None:
     )
     prepared("OnlyTest", "ac", train=[])
     assert "has no split train, only test; accepted: splits train and" in refused("tfds:only_test")
+
+
+@pytest.mark.parametrize(("name", "own", "chosen"), [("id", None, False), ("imageId", None, False), ("id", "id", True)])
+def test_an_id_is_no_label_unless_the_data_set_says_so(name: str, own: str | None, chosen: bool) -> None:
+    import tensorflow_datasets as tf_datasets
+
+    f = tf_datasets.features
+    several = f.Sequence(f.ClassLabel(num_classes=3))
+    features = f.FeaturesDict({"image": f.Image(shape=(5, 6, 3)), "label": several, name: np.int64})
+    choose = lambda: tfds.choose_features(DataConfig(name="tfds:x"), features, own and ("image", own))  # noqa: E731
+    if chosen:
+        assert choose() == ("image", name, None)
+    else:
+        with pytest.raises(ConfigError, match="'tfds:x' has no feature that is a label"):
+            choose()
 
 
 def test_what_is_not_prepared_is_prepared(folder: Path) -> None:
@@ -208,7 +233,7 @@ def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     )
 
 
-def test_fashion_mnist_that_is_prepared_goes_before_debians() -> None:
+def test_fashion_mnist_that_is_prepared_goes_before_debians(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow_datasets as tf_datasets
 
     features = {
@@ -220,3 +245,11 @@ def test_fashion_mnist_that_is_prepared_goes_before_debians() -> None:
     data = load("fashion_mnist")
     assert data.train_images.shape == (10, 4, 4, 1)
     np.testing.assert_array_equal(data.train_images[:, 0, 0, 0], data.train_labels)
+    (folder / "fashion_mnist" / "3.0.1" / "dataset_info.json").write_text("{")
+    monkeypatch.setattr(files, "FASHION_MNIST", folder / "nothing")
+    seen: list[str] = []
+    config = DataConfig(name="fashion_mnist", image_size=4)
+    with pytest.raises(ConfigError, match="'fashion_mnist' is not installed"):  # Debian's
+        sources.find(config).load(config, seen.append)
+    assert seen[0].startswith(f"fashion_mnist in {folder} cannot be used (")
+    assert "\n" not in seen[0]

@@ -22,6 +22,7 @@ from lwfedssl_jax.config import ConfigError, DataConfig
 HASHES = "sha256.json"  # of an entry's arrays
 FORMAT = 1  # of an entry; another number leaves all entries there are unused
 AT_ONCE, OF_A_THREAD = 1024, 32  # images that are on their way together, and those that a thread takes
+CLASSES = 2**20  # at most; more would make heads of gigabytes
 NAMED = 3  # of things that are wrong, so many are named and the rest counted
 SECONDS_TO_ABANDON = 24 * 3600.0  # a temporary folder that nobody has touched for so long has lost its process
 
@@ -76,8 +77,11 @@ def first_of(names: list[str]) -> str:
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
-    """What changes when a file does: its path, size and time of modification."""
-    found = path.stat()
+    """What changes when a file does: its path, size and time of modification, both -1 where there is none."""
+    try:
+        found = path.stat()
+    except OSError:  # whoever reads it says why
+        return str(path), -1, -1
     return str(path), found.st_size, found.st_mtime_ns
 
 
@@ -95,7 +99,7 @@ def load(config: DataConfig, found: Undecoded, channels: int, notify: Notify, no
       note: hears what the user should know.
 
     Raises:
-      ConfigError: an image cannot be read.
+      ConfigError: an image cannot be read, a test image has no label, or a label is too large.
     """
     key = {"format": FORMAT, "name": config.name, "channels": channels, "size": config.image_size}
     digest = hashlib.sha256(json.dumps([key, found.version]).encode()).hexdigest()
@@ -106,7 +110,7 @@ def load(config: DataConfig, found: Undecoded, channels: int, notify: Notify, no
         notify(f"checking {entry}")
         try:
             return _checked(entry)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             note(f"{entry} is damaged ({error}): decoding again")
             shutil.rmtree(entry, ignore_errors=True)
     train, test = found.splits()
@@ -173,9 +177,12 @@ def _decode(
             f"has {len(failed):,} of {total:,} images that cannot be read: {first_of(failed)}",
             "images that Pillow reads, 8 bits a channel",
         )
-    if (test_labels < 0).any():
-        raise refuse(config, f"has {(test_labels < 0).sum():,} test images without a label", "a label for each")
-    arrays = dict(images) | {"train_labels": train_labels, "test_labels": test_labels}
+    if unlabelled := sum(label < 0 for label in test_labels):
+        raise refuse(config, f"has {unlabelled:,} test images without a label", "a label for each")
+    if (largest := max(train_labels + test_labels)) >= CLASSES:
+        raise refuse(config, f"has a label {largest}", f"labels from 0 to {CLASSES - 1}")
+    labels = {"train_labels": np.array(train_labels, np.int32), "test_labels": np.array(test_labels, np.int32)}
+    arrays = dict(images) | labels
     if None not in whose:
         arrays["train_clients"] = np.unique(np.array(whose), return_inverse=True)[1].astype(np.int32)
     return arrays
@@ -183,9 +190,9 @@ def _decode(
 
 def _decode_split(
     split: Split, images: np.ndarray, progress: Callable[[int], None]
-) -> tuple[np.ndarray, list[int | str | None], list[str]]:
+) -> tuple[list[int], list[int | str | None], list[str]]:
     """Fills ``images``; labels, clients, and the names of those that cannot be read, with why."""
-    labels = np.full(split.size, -1, np.int32)
+    labels = [-1] * split.size
     whose: list[int | str | None] = [None] * split.size
     failed: dict[int, str] = {}
 
@@ -194,7 +201,7 @@ def _decode_split(
             try:
                 example = split.read(i, item)
                 images[i] = fit(example.image, *images.shape[2:])
-                labels[i], whose[i] = example.label, example.client
+                labels[i], whose[i] = max(example.label, -1), example.client
             except Exception as error:  # decoders raise many kinds; every one is counted and none passed over
                 failed[i] = f"{split.name(i)} ({' '.join(str(error).split()) or type(error).__name__})"
 
@@ -246,6 +253,8 @@ def _checked(entry: Path) -> dict[str, np.ndarray]:
     if json.loads((entry / HASHES).read_text()) != _hashes(entry):
         raise ValueError("its arrays are not as they were written")
     files = {file.stem: file for file in entry.glob("*.npy")}
+    if not {"train_images", "train_labels", "test_images", "test_labels"} <= set(files):
+        raise ValueError("arrays are missing")
     mapped = {name: np.load(files[name], mmap_mode="r") for name in ("train_images", "test_images")}
     return {name: np.load(file) for name, file in files.items() if name not in mapped} | mapped
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
-from lwfedssl_jax.data.cache import Example, Notify, Split, Undecoded, first_of, refuse, stamp
+from lwfedssl_jax.data.cache import CLASSES, Example, Notify, Split, Undecoded, first_of, refuse, stamp
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -39,7 +39,7 @@ class File(NamedTuple):
 
 def path_of(config: DataConfig) -> Path:
     """The PATH of ``data.name``."""
-    return Path(config.name.partition(":")[2]).expanduser().absolute()
+    return Path(os.path.expanduser(config.name.partition(":")[2])).absolute()
 
 
 def open_folder(config: DataConfig, note: Notify) -> Undecoded:
@@ -49,20 +49,20 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     the folder, and client), training images belong to clients.
 
     Raises:
-      ConfigError: nothing there, no class, a class with test images only, or one that cannot be split;
-        ``clients.csv`` does not name every training image.
+      ConfigError: nothing there, a folder that cannot be read or is reached twice, no class, a class with test images
+        only, or one that cannot be split; ``clients.csv`` does not say of every training image whose it is.
     """
     root = path_of(config)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise refuse(config, "is not a folder", f"a folder with {FOLDER_FORMS}")
     others: list[str] = []
     if (root / "train").is_dir():
         tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
         if not tests:
             raise refuse(config, "has a folder train and none for testing", f"{' or '.join(TEST_FOLDERS)} beside it")
-        train, test = _images(root / "train", others), _images(tests[0], others)
+        train, test = _images(config, root / "train", others), _images(config, tests[0], others)
     else:
-        train, test = _images(root, others), []
+        train, test = _images(config, root, others), []
     if others:
         note(f"{len(others):,} files of {root} do not end like images and are left out: {first_of(others)}")
     if not any(file.label for file in train):
@@ -96,17 +96,25 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     return Undecoded(version, splits)
 
 
-def _images(root: Path, others: list[str]) -> list[File]:
-    """The images under a folder in order; ``others`` get files that do not end like one."""
-    found = []
-    for folder, inner, names in os.walk(root, followlinks=True):
+def _images(config: DataConfig, root: Path, others: list[str]) -> list[File]:
+    """The images under a folder in order, hidden ones left out; ``others`` get files that do not end like one."""
+    found: list[File] = []
+    reached: set[str] = set()
+    errors: list[OSError] = []
+    for folder, inner, names in os.walk(root, onerror=errors.append, followlinks=True):
+        if (real := os.path.realpath(folder)) in reached:
+            raise refuse(config, f"has a folder that is reached twice, by a link: {folder}", "each folder once")
+        reached.add(real)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         parts = Path(folder).relative_to(root).parts
-        for name in sorted(names):
+        for name in sorted(name for name in names if not name.startswith(".")):
             if name.lower().endswith(SUFFIXES):
                 found.append(File(Path(folder) / name, parts[0] if parts else None))
-            elif not name.startswith(".") and name != "clients.csv":
+            elif name != "clients.csv":
                 others.append(str(Path(folder) / name))
+    if errors:
+        named = first_of([f"{error.filename} ({error.strerror})" for error in errors])
+        raise refuse(config, f"has {len(errors):,} folders that cannot be read: {named}", "folders that you can read")
     return found
 
 
@@ -127,17 +135,25 @@ def _split(config: DataConfig, files: list[File]) -> tuple[list[File], list[File
 def _clients(config: DataConfig, root: Path, train: list[File], test: list[File]) -> list[File]:
     """The training images with their clients, where there is a ``clients.csv``."""
     path, asked = root / "clients.csv", config.client_column
-    if not path.is_file():
+    if not os.path.isfile(path):
         if asked:
             raise refuse(config, f"has no clients.csv for data.client_column {asked!r}", f"a file {path}")
         return train
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        columns = list(rows.fieldnames or [])
-        column = next((name for name in ([asked] if asked else CLIENT_COLUMNS) if name in columns), None)
-        if "file" not in columns or column is None:
-            raise refuse(config, f"has a clients.csv with columns {', '.join(columns)}", f"file, {asked or 'client'}")
-        owners = {PurePosixPath(row["file"] or "").as_posix(): row[column] or "" for row in rows}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            columns, rows = list(table.fieldnames or []), list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise refuse(config, f"has a clients.csv that cannot be read ({error})", "comma-separated UTF-8") from error
+    column = next((name for name in ([asked] if asked else CLIENT_COLUMNS) if name in columns), None)
+    if "file" not in columns or column is None:
+        raise refuse(config, f"has a clients.csv with columns {', '.join(columns)}", f"file, {asked or 'client'}")
+    owners: dict[str, str] = {}
+    for row in rows:
+        name, owner = PurePosixPath(row["file"] or "").as_posix(), row[column] or ""
+        if owners.setdefault(name, owner) != owner:
+            raise refuse(config, f"has a clients.csv that gives {name} to {owners[name]!r} and to {owner!r}",
+                         "one client for each image")  # fmt: skip
     names = {file.path.relative_to(root).as_posix() for file in train + test}
     if unknown := [name for name in owners if name not in names]:
         raise refuse(config, f"has a clients.csv with {len(unknown):,} files that are not there: {first_of(unknown)}",
@@ -158,7 +174,7 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
       ConfigError: no such file, or not of this format.
     """
     path = path_of(config)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise refuse(config, "is not a file", NPZ_FORM)
 
     def splits() -> tuple[Split, Split]:
@@ -169,10 +185,14 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
                 return _npz_split(config, path, archive, "train"), _npz_split(config, path, archive, held)
         except ConfigError:
             raise
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            raise refuse(config, f"cannot be read ({error})", NPZ_FORM) from error
+        except Exception as error:  # zipfile and NumPy raise many kinds where a byte is wrong
+            raise _unreadable(config, error) from error
 
     return Undecoded(stamp(path), splits)
+
+
+def _unreadable(config: DataConfig, error: Exception) -> ConfigError:
+    return refuse(config, f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})", NPZ_FORM)
 
 
 def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: str) -> Split:
@@ -182,8 +202,10 @@ def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: s
     with archive.open(f"{name}_images.npy") as file:
         shape, dtype = _npy_header(file)
     gray = len(shape) == 3
-    if dtype != np.uint8 or not (gray or (len(shape) == 4 and shape[3] in (1, 3))) or not all(shape):
+    if dtype != np.uint8 or not (gray or (len(shape) == 4 and shape[3] in (1, 3))) or min(shape) < 1:
         raise refuse(config, f"has {name}_images of shape {shape} and type {dtype}", NPZ_FORM)
+    if math.prod(shape) > archive.getinfo(f"{name}_images.npy").file_size:  # before memory is taken for it
+        raise EOFError(f"{name}_images ends before its shape {shape} does")
     with archive.open(f"{name}_labels.npy") as file:
         shape_of_labels, dtype = _npy_header(file)
     if not np.issubdtype(dtype, np.integer):
@@ -194,8 +216,8 @@ def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: s
         raise refuse(config, f"has {name}_labels of shape {shape_of_labels} for {shape[0]} images", NPZ_FORM)
     with archive.open(f"{name}_labels.npy") as file:
         labels = np.lib.format.read_array(file, allow_pickle=False).reshape(-1)
-    if labels.min() < 0:
-        raise refuse(config, f"has a label {labels.min()} in {name}_labels", "labels of 0 and above")
+    if wrong := [x for x in (int(labels.min()), int(labels.max())) if not 0 <= x < CLASSES]:
+        raise refuse(config, f"has a label {wrong[0]} in {name}_labels", f"labels from 0 to {CLASSES - 1}")
 
     def items() -> Iterator[np.ndarray]:
         try:
@@ -207,8 +229,8 @@ def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: s
                     if len(content) < each:
                         raise EOFError(f"{name}_images ends at image {i}")
                     yield np.frombuffer(content, np.uint8).reshape(*shape[1:3], -1)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise refuse(config, f"cannot be read ({error})", NPZ_FORM) from error
+        except Exception as error:  # as above
+            raise _unreadable(config, error) from error
 
     read = lambda i, image: Example(image, int(labels[i]))  # noqa: E731
     return Split(shape[0], items(), read, lambda i: f"{name}_images[{i}]")
@@ -253,7 +275,7 @@ def open_fashion_mnist(config: DataConfig) -> Undecoded:
 
 
 def _idx_file(config: DataConfig, folder: Path, name: str) -> Path:
-    found = [path for path in (folder / f"{name}.gz", folder / name) if path.is_file()]
+    found = [path for path in (folder / f"{name}.gz", folder / name) if os.path.isfile(path)]
     if not found:
         raise refuse(
             config,
@@ -270,10 +292,10 @@ def read_idx(config: DataConfig, path: Path, dimensions: int) -> np.ndarray:
     Raises:
       ConfigError: the file is damaged.
     """
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise _damaged(config, path, str(error)) from error
     start = 4 + 4 * dimensions
     if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):

@@ -128,7 +128,7 @@ def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     n, clients, rng = len(labels_N), config.clients, np.random.default_rng([seed, 0])
     order = rng.permutation(n)
     if config.size_sigma:
-        return _dealt(config, order, _owners(n, np.exp(config.size_sigma * rng.standard_normal(clients))))
+        return _dealt(config, order, _owners(n, config.size_sigma * rng.standard_normal(clients)))
     sizes = np.full(clients, n // clients, np.int32)
     sizes[: n % clients] += 1
     return Population.disjoint(order, sizes)
@@ -149,7 +149,7 @@ def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
         log_gamma = np.log(rng.gamma(config.beta + 1, size=config.clients))
         log_gamma += np.log(rng.uniform(size=config.clients)) / config.beta
         orders.append(members)
-        owners.append(_owners(len(members), np.exp(log_gamma - log_gamma.max())))
+        owners.append(_owners(len(members), log_gamma))
     return _dealt(config, np.concatenate(orders), np.concatenate(owners))
 
 
@@ -158,9 +158,11 @@ def shards(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
     rng = np.random.default_rng([seed, 0])
     shuffled = rng.permutation(len(labels_N))
     order = shuffled[np.argsort(labels_N[shuffled], kind="stable")]
-    pieces = config.clients * config.shards_per_client
+    pieces, n = config.clients * config.shards_per_client, len(order)
+    if pieces > n:  # each example is a piece, and the others, however many, are empty
+        return _dealt(config, order, rng.choice(pieces, n, replace=False) // config.shards_per_client)
     owner_of_piece = rng.permutation(pieces) // config.shards_per_client
-    return _dealt(config, order, owner_of_piece[np.arange(len(order)) * pieces // len(order)])
+    return _dealt(config, order, owner_of_piece[np.arange(n) * pieces // n])
 
 
 def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Population:
@@ -172,8 +174,9 @@ def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Popula
     return Population.disjoint(by_client[np.isin(owner[by_client], chosen)], sizes[chosen].astype(np.int32))
 
 
-def _owners(examples: int, weights: np.ndarray) -> np.ndarray:
-    """The client of each of so many examples in a row, in shares like the clients' weights."""
+def _owners(examples: int, log_weights: np.ndarray) -> np.ndarray:
+    """The client of each of so many examples in a row, in shares like the clients' weights, given as logarithms."""
+    weights = np.exp(log_weights - log_weights.max())
     cuts = np.round(np.cumsum(weights / weights.sum())[:-1] * examples).astype(int)
     return np.searchsorted(cuts, np.arange(examples), side="right")
 

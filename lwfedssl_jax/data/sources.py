@@ -98,7 +98,7 @@ def decoded(channels: int, find: Callable[[DataConfig, Notify], Undecoded]) -> L
 
 def find_fashion_mnist(config: DataConfig, note: Notify) -> Undecoded:
     """Fashion-MNIST of tensorflow-datasets where it is prepared, else, or where a folder is named, the idx files."""
-    if ":" not in config.name and tfds.is_prepared("fashion_mnist"):
+    if ":" not in config.name and tfds.is_prepared("fashion_mnist", note):
         return tfds.open_tfds(config, "fashion_mnist", note)
     return files.open_fashion_mnist(config)
 

@@ -25,22 +25,27 @@ def folder() -> str:
     return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
 
 
-def is_prepared(name: str) -> bool:
+def is_prepared(name: str, note: Notify) -> bool:
     """Whether a data set lies there in the version that would be taken, in a form that needs no TensorFlow."""
     if not (Path(folder()) / name).is_dir():
         return False
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=folder())
-    return builder.is_prepared() and "array_record" in [form.value for form in builder.info.available_file_formats()]
+    try:
+        builder = tfds.builder(name, data_dir=folder())
+        return builder.is_prepared() and "array_record" in [f.value for f in builder.info.available_file_formats()]
+    except Exception as error:  # tfds raises many kinds
+        note(f"{name} in {folder()} cannot be used ({' '.join(str(error).split()) or type(error).__name__})")
+        return False
 
 
 def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
     """The data set ``name``, which is downloaded and prepared as array_record where it is not on this machine.
 
     The image is the data set's own input (``supervised_keys``), or its one ``Image`` or uint8 ``Tensor`` of rank 3;
-    the label its own target, or its one ``ClassLabel``, or else its one scalar integer. Training images with a
-    negative label have none. Split ``test``, or else ``validation``, is for testing, the first that has labels.
+    the label its own target, or its one ``ClassLabel``, or else its one scalar integer whose name does not end in
+    ``id``. Training images with a negative label have none. Split ``test``, or else ``validation``, is for testing,
+    the first that has labels.
 
     Raises:
       ConfigError: it is not there and cannot be prepared; it has no image, label, client or test split that can be
@@ -100,11 +105,12 @@ def choose_features(
     uint8 = {n: f for n, f in features.items() if f.shape is not None and len(f.shape) == 3 and f.np_dtype == np.uint8}
     images = [n for n, f in uint8.items() if isinstance(f, tfds.features.Image)] or list(uint8)
     numbers = [n for n, f in features.items() if n != client and _is_id(f) and np.issubdtype(f.np_dtype, np.integer)]
-    labels = [n for n in numbers if isinstance(features[n], tfds.features.ClassLabel)] or numbers
+    named = [n for n in numbers if not n.lower().endswith("id") or (own and own[1] == n)]
+    labels = [n for n in numbers if isinstance(features[n], tfds.features.ClassLabel)] or named
     found = []
     for place, what, candidates in (
         (0, "an image (Image, or uint8 Tensor of rank 3)", images),
-        (1, "a label (ClassLabel, or scalar integer)", labels),
+        (1, "a label (ClassLabel, or scalar integer that is no id)", labels),
     ):
         if own and own[place] in candidates:
             candidates = [own[place]]
