@@ -36,10 +36,17 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
     """Refuse protocols the data set cannot serve.
 
     Raises:
-      ConfigError: one class only; a class with test images only; more labels a class, or neighbours, than there are
-        training images with labels.
+      ConfigError: fine-tuning without labels, where other protocols are left out; one class only; a class with test
+        images only; more labels a class, or neighbours, than there are training images with labels.
     """
     labels_N = dataset.train_labels[dataset.labelled]
+    if not len(labels_N):
+        if config.fine_tune_epochs:
+            raise ConfigError(
+                f"evaluation.fine_tune_epochs: {config.fine_tune_epochs} needs labels, which no training image has; "
+                "accepted: 0"
+            )
+        return
     classes, sizes = np.unique(labels_N, return_counts=True)
     if len(classes) < 2:
         raise ConfigError("data: the training images are all of one class; accepted: at least two classes")

@@ -128,7 +128,9 @@ def check_same_config(config: Config) -> None:
 
 
 def log_evaluation(run: Run, workdir: WorkDir, listener: Listener, depth: int, number: int, params: Tree) -> None:
-    """Judge layers L1..L_depth by every protocol and write a line a protocol."""
+    """Judge layers L1..L_depth by every protocol and write a line a protocol, unless no image has a label."""
+    if not len(run.dataset.labelled):
+        return
     params = jax.device_get(params)  # on the mesh, every device would repeat the work
     features = [run.encode(params, images, depth) for images in (run.dataset.train_images, run.dataset.test_images)]
     for x in features:
@@ -187,7 +189,7 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener, interru
         "objective": run.config.objective.name,
         "rounds": len(rounds),
         "seconds": round(measured["seconds"], 2),
-        "evaluation": results[len(rounds)],
+        "evaluation": results.get(len(rounds), {}),
         "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
         "resources": strategies[run.config.strategy.name]
         | {"measured": measured | {"clients": run.config.partition.clients, "scope": MEASURED}},

@@ -25,6 +25,8 @@ STYLES = [
 
 def plot_clients(labels_N: np.ndarray, clients: Sequence[np.ndarray], workdir: Path) -> None:
     """``plots/clients.png``: how many examples of each class each client owns (of many clients the first ones)."""
+    if (labels_N < 0).all():
+        labels_N = np.zeros_like(labels_N)
     figure, axes = _figure("Who owns what")
     image = axes.imshow(_class_counts(labels_N, clients).T, aspect="auto", cmap="cividis", interpolation="nearest")
     figure.colorbar(image, label="examples")
@@ -78,9 +80,10 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     axes.set(ylabel="mean loss of a sample")
     _save(figure, workdir / "plots" / "loss.png")
 
+    if not (evaluations := [line for line in lines if line.get("event") == "evaluation"]):
+        return
     traffic = traffic_by_round(lines)
     figure, axes = _figure("Accuracy against traffic")
-    evaluations = [line for line in lines if line.get("event") == "evaluation"]
     for marker, protocol in zip("osD^v<>*", dict.fromkeys(line["protocol"] for line in evaluations), strict=False):
         points = [line for line in evaluations if line["protocol"] == protocol]
         points.sort(key=lambda p: int(p["round"]))  # training from scratch is written last
@@ -236,7 +239,8 @@ def summary_tables(summary: dict[str, Any]) -> Group:
         else:
             untrained = f"{_percent(baselines['scratch'][protocol])} (scratch)"
         accuracy.add_row(_words(protocol), untrained, _percent(result), _settings(result))
-    return Group(accuracy, resource_table(summary["strategies"], summary["strategy"]))
+    tables = [accuracy] if summary["evaluation"] else []
+    return Group(*tables, resource_table(summary["strategies"], summary["strategy"]))
 
 
 def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:

@@ -341,13 +341,13 @@ def remove(*names: str) -> Callable[[Path], None]:
     [
         (remove(""), "is not a folder; accepted: a folder with PATH/train/CLASS/* and PATH/test/CLASS/*, or"),
         (remove("test"), "has a folder train and none for testing; accepted: test or val or validation beside it"),
-        (remove("train", "test"), "has no images, so nothing could judge the encoder; accepted: PATH/train/CLASS"),
+        (remove("train", "test"), "has no images for training; accepted: PATH/train/CLASS"),
         (remove("train/dog"), "has test images of classes without training images: dog; accepted: the same"),
         (remove("test/dog", "test/cat"), "has test images without a class, or none; accepted: a class folder each, of"),
         (lambda root: picture(root / "test" / "x.png", 1), "has test images without a class, or none; accepted:"),
         (
             lambda root: (remove("train/dog", "train/cat")(root), picture(root / "train" / "x.png", 1)),
-            "has 1 training images and no class folder, so nothing could judge the encoder; accepted: ",
+            "has test images of classes without training images: cat, dog; accepted: the same",
         ),
         (
             lambda root: (root / "train" / "cat" / "self").symlink_to(root / "train"),

@@ -14,7 +14,7 @@ from conftest import small_config
 from PIL import Image
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import checkpoint, evaluate, experiment, load_encoder, resources, simulate, tree
+from lwfedssl_jax import checkpoint, evaluate, experiment, load_encoder, report, resources, simulate, tree
 from lwfedssl_jax.config import Config, ConfigError, resolve
 from lwfedssl_jax.data import feed
 from lwfedssl_jax.workdir import WorkDir
@@ -320,6 +320,28 @@ def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
         by_lane = pixels_WxNxHxWxC[np.arange(run.lanes)[:, None], plan.examples]
         np.testing.assert_array_equal(by_lane, images[whole.examples])
     assert Heard.lines[:2] == ["decoding 36 of 48 images", "decoding 48 of 48 images"]
+
+
+def test_a_flat_folder_is_trained_on_and_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
+    fields = {"data__name": f"folder:{tmp_path}/data", "strategy__name": "end_to_end", "federation__rounds": 1}
+    with pytest.raises(ConfigError, match=r"partition\.kind: dirichlet needs labels, .*; accepted here: iid, "):
+        simulate.prepare(small_config(**fields))
+    with pytest.raises(ConfigError, match=r"evaluation\.fine_tune_epochs: 11 needs labels, .*; accepted: 0"):
+        simulate.prepare(small_config(**fields, partition__kind="iid", evaluation__fine_tune_epochs=11))
+    for _ in range(2):  # the second time from the cache
+        run = simulate.prepare(small_config(**fields, partition__kind="iid"))
+        assert (len(run.dataset.train_images), len(run.dataset.test_images), run.dataset.classes) == (24, 0, 0)
+    summary = train(run.config, tmp_path / "run")
+    assert summary["evaluation"] == {}
+    assert summary["resources"]["measured"]["upload_bytes"] > 0
+    assert load_encoder(tmp_path / "run")(run.dataset.train_images).shape == (24, 8)
+    assert not (tmp_path / "run" / "plots" / "accuracy.png").exists()
+    assert "protocol" not in repr(report.summary_tables(summary).renderables[0])
 
 
 def test_a_server_share_that_does_not_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

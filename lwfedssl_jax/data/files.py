@@ -25,7 +25,7 @@ TEST_FOLDERS = ("test", "val", "validation")
 TEST_SHARE = 0.2  # of each class, where the folder has no split
 CLIENT_COLUMNS = ("client", "client_id", "user_id")
 
-FOLDER_FORMS = "PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*"
+FOLDER_FORMS = "PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, or without classes PATH/*"
 NPZ_FORM = "MedMNIST's npz: uint8 train_images and test_images of NxHxW or NxHxWx3, integer labels of Nx1"
 
 
@@ -45,12 +45,13 @@ def path_of(config: DataConfig) -> Path:
 def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     """Images by class; those that lie beside the class folders of the training images have no label.
 
-    Without ``train/``, a fifth of each class is for testing. With a file ``clients.csv`` (columns file, relative to
+    Without ``train/``, a fifth of each class is for testing. A flat folder, without classes, has no test images, and
+    nothing judges the encoder. With a file ``clients.csv`` (columns file, relative to
     the folder, and client), training images belong to clients.
 
     Raises:
-      ConfigError: nothing there, a folder that cannot be read or is reached twice, no class, a class with test images
-        only, or one that cannot be split; ``clients.csv`` does not say of every training image whose it is.
+      ConfigError: nothing there, a folder that cannot be read or is reached twice, a class with test images only, or
+        one that cannot be split; ``clients.csv`` does not say of every training image whose it is.
     """
     root = path_of(config)
     if not os.path.isdir(root):
@@ -58,24 +59,22 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     others: list[str] = []
     if (root / "train").is_dir():
         tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
-        if not tests:
+        train = _images(config, root / "train", others)
+        test = _images(config, tests[0], others) if tests else []
+        if not tests and any(file.label for file in train):
             raise refuse(config, "has a folder train and none for testing", f"{' or '.join(TEST_FOLDERS)} beside it")
-        train, test = _images(config, root / "train", others), _images(config, tests[0], others)
     else:
         train, test = _images(config, root, others), []
     if others:
         note(f"{len(others):,} files of {root} do not end like images and are left out: {first_of(others)}")
-    if not any(file.label for file in train):
-        found = f"{len(train):,} training images and no class folder" if train else "no images"
-        raise refuse(
-            config,
-            f"has {found}, so nothing could judge the encoder",
-            f"{FOLDER_FORMS}; images beside the class folders are trained on without labels",
-        )
-    if not (root / "train").is_dir():
-        train, test = _split(config, train)
+    if not train:
+        raise refuse(config, "has no images for training", FOLDER_FORMS)
     classes = sorted({file.label for file in train if file.label})
-    if not test or not all(file.label for file in test):
+    if not classes and not test:
+        note(f"{root} has no class folders: the encoder is trained, and not judged")
+    elif not (root / "train").is_dir():
+        train, test = _split(config, train)
+    if classes and not (test and all(file.label for file in test)):
         raise refuse(config, "has test images without a class, or none", f"a class folder each, of {first_of(classes)}")
     if unknown := sorted({str(file.label) for file in test} - set(classes)):
         raise refuse(config, f"has test images of classes without training images: {first_of(unknown)}", "the same")

@@ -70,6 +70,11 @@ def partition(
             f"partition.kind: natural needs a data set that says whose each image is (a feature of tfds, clients.csv "
             f"of a folder; data.client_column names it); accepted here: {others}"
         )
+    if config.kind in ("dirichlet", "shards") and (labels_N < 0).all():
+        raise ConfigError(
+            f"partition.kind: {config.kind} needs labels, which no training image has; accepted here: iid, quantity, "
+            "natural, shared"
+        )
     by_N = clients_N if config.kind == "natural" and clients_N is not None else labels_N
     rest = np.delete(np.arange(len(labels_N)), held)
     if len(held):

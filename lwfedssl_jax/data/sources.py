@@ -28,7 +28,7 @@ class Dataset(NamedTuple):
     @property
     def classes(self) -> int:
         """Number of classes: one more than the largest label."""
-        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+        return int(max(self.train_labels.max(), self.test_labels.max(initial=-1))) + 1
 
     @property
     def labelled(self) -> np.ndarray:
