@@ -134,9 +134,11 @@ class WorkDir:
         self._lock.release()
 
     def save(self, rounds: int, state: Tree, always_kept: Collection[int]) -> None:
-        """See ``checkpoint.save``."""
+        """See ``checkpoint.save``; lines of a later round, which was given up, are left out."""
         with self.writing(f"checkpoint {rounds}"):
-            metrics = (self.path / METRICS).read_bytes() if (self.path / METRICS).exists() else b""
+            file = self.path / METRICS
+            lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+            metrics = b"".join(line for line in lines if (content := _whole(line)) and content["round"] <= rounds)
             checkpoint.save(self._checkpoints, rounds, state, metrics, always_kept)
 
     def append(self, line: dict[str, Any]) -> None:

@@ -192,6 +192,18 @@ def test_metrics_survive_cuts_and_damage_and_go_back_to_the_checkpoint(tmp_path:
         assert [line["round"] for line in workdir.metrics()][-1] == 3
 
 
+def test_lines_of_a_round_that_was_given_up_are_in_no_checkpoint(tmp_path: Path) -> None:
+    workdir = WorkDir(tmp_path / "run", small_config())
+    workdir.open(1, 1)
+    for number in (1, 2):
+        workdir.append({"round": number})
+    workdir.save(1, state(1), ())
+    workdir.close()
+    again = WorkDir(tmp_path / "run", small_config())
+    again.restore()
+    assert again.metrics() == [{"round": 1}]
+
+
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again_by_itself(tmp_path: Path) -> None:
     started(tmp_path / "run")
     for manifest in (tmp_path / "run" / "checkpoints").rglob(checkpoint.MANIFEST):
