@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, and verified against a manifest of hashes before they are used."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lwfedssl_jax.tree import Tree
 
@@ -117,13 +119,16 @@ def _save_state(path: Path, state: Tree) -> None:
     import orbax.checkpoint as ocp
 
     # Threads of orbax print and log what it raises here too.
+    state = jax.device_get(state)
+    if shutil.disk_usage(path.parent).free < sum(np.asarray(x).nbytes for x in jax.tree.leaves(state)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before orbax leaves threads behind that complain
     hook, threading.excepthook = threading.excepthook, lambda _: None
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with _checkpointer() as checkpointer:
-            checkpointer.save(path.absolute(), args=ocp.args.StandardSave(jax.device_get(state)))
+            checkpointer.save(path.absolute(), args=ocp.args.StandardSave(state))
     except ValueError as error:
         if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of tensorstore
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,11 @@ def test_a_full_disk_leaves_what_was_saved(saved: Path, tmp_path: Path, monkeypa
     found, faults = checkpoint.load(folder)
     assert found is not None
     assert (found.rounds, faults) == (7, {})
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(folder, 9, state(9))
+    assert checkpoint.numbers(folder) == [2, 5, 6, 7]
 
     workdir = WorkDir(tmp_path / "run", small_config())
     workdir.open(1, 1)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_files import load, refused
 
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import files, sources, tfds
@@ -54,19 +55,6 @@ def builder(
 
 def prepare(*args: Any, **kwargs: Any) -> None:
     builder(*args, **kwargs)(file_format="array_record", data_dir=tfds.folder()).download_and_prepare()
-
-
-def load(name: str, size: int = 4, **fields: Any) -> sources.Dataset:
-    config = DataConfig(name=name, image_size=size, **fields)
-    return sources.find(config).load(config)
-
-
-def refused(name: str, **fields: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        load(name, **fields)
-    assert "\n" not in str(error.value)
-    assert "; accepted: " in str(error.value)
-    return str(error.value)
 
 
 def png(value: int, size: tuple[int, int] = (6, 5), mode: str = "RGB") -> bytes:
