@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 # Each module may import those of the lines above it, and nothing of the package besides.
 ORDER = [
     ["config", "interrupts"],
-    ["tree"],
+    ["tree", "errors"],
     ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
     ["models.vit", "models.resnet", "models.heads", "data.feed", "data.files", "data.tfds"],
     ["stages", "additions", "data.sources"],
@@ -21,8 +21,8 @@ ORDER = [
     ["finetune", "checkpoint", "export", "report"],
     ["workdir"],
     ["simulate"],
-    ["experiment"],
-    ["progress"],
+    ["experiment", "sweep"],
+    ["progress", "workers"],
     ["cli"],
 ]
 MODULES = [module for line in ORDER for module in line]
