@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
 COSTS = ("traffic_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
-KNOWN_BY_VALUE = (STRATEGY, "objective.name", "data.name", "model.name", "partition.kind", "federation.aggregator")
-ALL_PAIRS = 4  # settings, up to which every pair is compared
-SAME = 1e-9  # accuracies as near as this are equal but for rounding
 
 
 class Run(NamedTuple):
@@ -128,6 +125,11 @@ def _sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
         return {}
 
 
+def sweep_name(directory: Path) -> str:
+    """The name of the sweep whose directory it is; empty where it is none's."""
+    return str(_json(directory / "sweep.json").get("name", ""))
+
+
 def read_run(path: Path) -> Run | None:
     """The run in a work directory; None where the directory holds none."""
     entries, summary = _json(path / "config.json"), _json(path / "summary.json")
@@ -214,8 +216,8 @@ def _summarised(run: Run) -> dict[str, float]:
         "rounds": float(summary["rounds"]),
         "seconds": float(summary["seconds"]),
         "measured_bytes_per_client": (measured["download_bytes"] + measured["upload_bytes"]) / measured["clients"],
-        **_costs(summary["resources"], ""),
-        **_costs(summary["strategies"].get(END_TO_END, {}), f"{END_TO_END}."),
+        **ledger_costs(summary["resources"]),
+        **ledger_costs(summary["strategies"].get(END_TO_END, {}), f"{END_TO_END}."),
     }
     for protocol, result in summary["evaluation"].items():
         found[f"accuracy.{protocol}"] = float(result["accuracy"])
@@ -225,6 +227,7 @@ def _summarised(run: Run) -> dict[str, float]:
     return found
 
 
-def _costs(ledger: dict[str, Any], prefix: str) -> dict[str, float]:
+def ledger_costs(ledger: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A ledger's totals under the names of ``COSTS``; NaN where not known."""
     values = (ledger.get(key) for key in ("total_bytes", *COSTS[1:]))
     return {prefix + cost: float("nan" if v is None else v) for cost, v in zip(COSTS, values, strict=True)}
