@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -63,6 +63,16 @@ class Resources:
     """Compile one client's training step of each stage to learn its peak memory."""
     compilation_cache: str | None = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One HTML page, figures and tables about one or several runs."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """DIR: a run's work directory, or one with runs below it, such as a sweep's."""
+    out: Path | None = None
+    """Where report.html, plots/ and tables/ go; by default DIR, and for several the folder `report`."""
 
 
 Options = TypeVar("Options", Train, Resources)
@@ -203,6 +213,33 @@ def resources(arguments: list[str]) -> None:
             out.print(f"{name} cannot run with this config: {why}", markup=False)
 
 
+def report_runs(arguments: list[str]) -> None:
+    """The ``report`` command."""
+    check_not_empty(arguments)
+    with refusals_in_one_line():
+        options = tyro.cli(Report, prog="run.py report", args=arguments)
+    if not options.directories:
+        raise ConfigError("DIR: report needs one first, found nothing; accepted: a directory with runs")
+    from lwfedssl_jax import comparison, page, results, tables
+
+    found = results.load_results(*options.directories)
+    out = options.out or (options.directories[0] if len(options.directories) == 1 else Path("report"))
+    try:
+        written = page.write_report(options.directories, out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {out} cannot be written ({error.strerror or error}); accepted: a directory you can write to"
+        ) from error
+    console = Console()
+    runs, settings = comparison.settle(found)
+    if settings:
+        console.print(tables.rich_table(tables.settings_table(runs, settings).words))
+    for name, why in zip(found["name"], found["fault"], strict=True):
+        if why:
+            console.print(f"left out: {name}: {why}", markup=False, highlight=False, soft_wrap=True)
+    console.print(written, markup=False, highlight=False, soft_wrap=True)
+
+
 def can_draw(path: Path) -> bool:
     """Whether a picture can be written there."""
     from lwfedssl_jax.devices import can_hold
@@ -222,7 +259,12 @@ def list_configs(arguments: list[str]) -> None:
         print(f"{name:<{width}}  {line}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "resources": resources, "list": list_configs}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "resources": resources,
+    "report": report_runs,
+    "list": list_configs,
+}
 
 
 def print_help() -> None:
@@ -233,6 +275,8 @@ def print_help() -> None:
     print("      train, evaluate, write the work directory; continues an unfinished run")
     print("  resources CONFIG [--section.field VALUE ...] [--json] [--no-memory] [--plot FILE.png]")
     print("      what one client spends under each strategy; trains nothing")
+    print("  report DIR [DIR ...] [--out OUT]")
+    print("      one page, figures and tables about all runs in these directories")
     print("  list")
     print("      the configs that exist\n")
     print("`python run.py COMMAND --help` lists every option.")
@@ -255,10 +299,17 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         )
     check_not_empty(arguments)
     default = options(config_name=arguments[0], config=configs.load(arguments[0]))
+    with refusals_in_one_line():
+        return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Turns the parser's refusals into ConfigErrors."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+            yield
     except SystemExit as stop:
         if stop.code:
             raise ConfigError(one_line(errors.getvalue())) from None

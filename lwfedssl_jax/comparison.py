@@ -153,10 +153,9 @@ class Difference(NamedTuple):
         said = f"{self.setting} {side} {self.against} by {100 * abs(self.mean):.1f} points"
         if self.why_not:
             return f"{said} ({self.why_not})"
-        return (
-            f"{said} (95 % CI {100 * self.low:.1f} to {100 * self.high:.1f}, p = {self.p:.2g}, "
-            f"adjusted {self.p_holm:.2g}, {self.seeds} seeds)"
-        )
+        adjusted = "" if np.isnan(self.p_holm) else f", adjusted {self.p_holm:.2g}"
+        interval = f"95 % CI {100 * self.low:.1f} to {100 * self.high:.1f}"
+        return f"{said} ({interval}, p = {self.p:.2g}{adjusted}, {self.seeds} seeds)"
 
 
 def differences(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str) -> list[Difference]:

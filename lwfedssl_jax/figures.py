@@ -22,6 +22,15 @@ AXES = {
 }
 
 
+class Look(NamedTuple):
+    """How a setting is drawn: ``style`` where all settings are, ``line`` as ``name`` in its panel of curves."""
+
+    panel: str
+    name: str
+    style: dict[str, Any]
+    line: dict[str, Any]
+
+
 class Curve(NamedTuple):
     """A setting's curves in a panel: each seed's values by round, and where its stages end."""
 
@@ -32,14 +41,15 @@ class Curve(NamedTuple):
     ends: tuple[float, ...] = ()
 
 
-def look(settings: Sequence[Setting]) -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """For each setting's label a panel, what its line is called there, and its style.
+def look(settings: Sequence[Setting]) -> dict[str, Look]:
+    """How each setting is drawn, by its label.
 
     Up to seven settings share a panel and have a colour and a marker each. Of more, strategies have the colours and
     what else differs the markers and panels; where strategies do not differ, seven settings share a panel.
     """
     if len(settings) <= len(STYLES):
-        return {s.label: ("", s.label, style) for s, style in zip(settings, STYLES, strict=False)}
+        styles = [style | _line(i) for i, style in enumerate(STYLES)]
+        return {s.label: Look("", s.label, style, style) for s, style in zip(settings, styles, strict=False)}
     strategies, rests = (
         list(dict.fromkeys(values)) for values in zip(*((s.strategy, s.rest) for s in settings), strict=False)
     )
@@ -50,10 +60,18 @@ def look(settings: Sequence[Setting]) -> dict[str, tuple[str, str, dict[str, Any
             color, other = i % len(STYLES), i // len(STYLES) + i % len(STYLES)
         marker = STYLES[other % len(STYLES)]["marker"]
         hollow = {"markerfacecolor": "white"} if other // len(STYLES) % 2 else {}
-        style = STYLES[color] | {"marker": marker} | hollow
-        by_strategy = (s.rest or "as usual", s.strategy, style)
-        looks[s.label] = by_strategy if len(strategies) > 1 else (f"settings {i // 7 * 7 + 1} on", s.label, style)
+        style = STYLES[color] | _line(color) | {"marker": marker} | hollow
+        if len(strategies) > 1:
+            looks[s.label] = Look(s.rest or "as usual", s.strategy, style, STYLES[color] | _line(color))
+        else:
+            looks[s.label] = Look(
+                f"settings {i // 7 * 7 + 1} to {min(i // 7 * 7 + 7, len(settings))}", s.label, style, style
+            )
     return looks
+
+
+def _line(i: int) -> dict[str, str]:
+    return {"linestyle": ("-", "--", "-.")[i % 3]}  # dotted lines are stages
 
 
 def plot_costs(
@@ -68,36 +86,54 @@ def plot_costs(
     """
     looks, summary = look(settings), over_seeds(runs)
     costs = [cost for cost in AXES if runs[cost].notna().any()]
+    known = [b for b in baselines if protocol in b.accuracy]
     legend_columns = max(1, 3 - max(len(label) for label in looks) // 30)
-    lines = -(-len(settings) // legend_columns)
-    figure, (axes,) = panels(1, len(costs), size=(3.2 * len(costs) + 0.6, 3.4 + 0.2 * lines), sharey=True)
+    lines = -(-(len(settings) + len(known)) // legend_columns)
+    figure, (axes,) = panels(1, len(costs), size=(3.2 * len(costs) + 0.6, 3.2 + 0.2 * lines), sharey=True)
     for panel, cost in zip(axes, costs, strict=True):
         scale, name = unit(cost, runs[cost].max())
-        for setting in settings:
-            _, _, style = looks[setting.label]
-            own = runs[runs["setting"] == setting.label]
-            mean, std, count = summary.loc[setting.label, f"accuracy.{protocol}"]
-            panel.plot(
-                own[cost] / scale, 100 * own[f"accuracy.{protocol}"], linestyle="none", alpha=0.55, zorder=2,
-                **style | {"markersize": 3, "markeredgewidth": 0.5},
-            )  # fmt: skip
-            x, spread = summary.loc[setting.label, (cost, "mean")] / scale, 100 * std if count > 1 else None
+        placed: list[tuple[float, float]] = []
+        for label, (_, _, style, _) in looks.items():
+            own, x = runs[runs["setting"] == label], summary.loc[label, (cost, "mean")] / scale
+            mean, std, count = summary.loc[label, f"accuracy.{protocol}"]
+            near = 0.03 * runs[cost].max() / scale
+            beside = sum(abs(x - other) < near and abs(mean - y) < 0.1 for other, y in placed)
+            placed.append((x, mean))
+            at = {"linestyle": "none", "transform": _moved(panel, -8 * beside), "zorder": 3}
             panel.errorbar(
-                [x], [100 * mean], spread, linestyle="none", capsize=3, label=setting.label, zorder=3,
-                **style | {"markersize": 8},
+                [x], [100 * mean], 100 * std if count > 1 else None, capsize=3, label=label,
+                **style | at | {"markersize": 7, "markeredgecolor": style["color"]},
             )  # fmt: skip
-        for i, baseline in enumerate(b for b in baselines if protocol in b.accuracy):
+            at = {"linestyle": "none", "transform": _moved(panel, 6 - 8 * beside), "alpha": 0.6, "zorder": 2}
+            values = 100 * own[f"accuracy.{protocol}"]
+            spread = [100 * (mean + side * np.nan_to_num(std)) for side in (-1, 1)]
+            panel.update_datalim([(x, y) for y in (*spread, *values.dropna())])  # what is moved does not count
+            panel.plot(own[cost] / scale, values, **style | at | {"markersize": 3, "markeredgewidth": 0.5})
+        for i, baseline in enumerate(known):
             mean = 100 * baseline.accuracy[protocol][0]
-            panel.axhline(mean, color="0.35", linestyle=(":", "-.", (0, (1, 4)))[i % 3], label=baseline.label)
+            line = (":", "-.", (0, (1, 4)))[i % 3]
+            panel.axhline(mean, color="0.35", linestyle=line, label=baseline.label)
+        panel.autoscale_view()
         panel.set(xlabel=f"{AXES[cost]}\n({name})")
         panel.grid(alpha=0.3)
         if runs[cost].max() > WIDE_RANGE * runs[cost].min() > 0:
             panel.set_xscale("log")
         else:
-            panel.set_xlim(0, 1.1 * runs[cost].max() / scale or 1)
+            panel.set_xlim(0, 1.12 * runs[cost].max() / scale or 1)
     axes[0].set(ylabel=f"{protocol_words(protocol)}\naccuracy (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=legend_columns)
+    handles, labels = axes[0].get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] not in looks)
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=legend_columns
+    )
     return figure
+
+
+def _moved(panel: Any, points: float) -> Any:
+    """The panel's coordinates, so many points to the right."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return panel.transData + ScaledTranslation(points / 72, 0, panel.figure.dpi_scale_trans)
 
 
 def plot_curves(curves: Sequence[Curve], ylabel: str, *, share_y: bool) -> Any:
@@ -124,10 +160,14 @@ def plot_curves(curves: Sequence[Curve], ylabel: str, *, share_y: bool) -> Any:
                 panel.axvline(end, color=color, linestyle=":", linewidth=1, zorder=1)
         panel.grid(alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=True)
+    for i, panel in enumerate(axes.flat[: len(titles)]):
+        if i % across == 0:
+            panel.set(ylabel=ylabel)
+        if i + across >= len(titles):  # nothing below
+            panel.set(xlabel="round (dotted: a new stage)")
+            panel.tick_params(labelbottom=True)
     for panel in axes.flat[len(titles) :]:
         panel.remove()
-    figure.supxlabel("round (dotted: a new stage)", fontsize="medium")
-    figure.supylabel(ylabel, fontsize="medium")
     handles: dict[str, Any] = {}
     for panel in axes.flat[: len(titles)]:
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))

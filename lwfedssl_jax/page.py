@@ -90,10 +90,11 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "settings": settings,
         "said": {field: shared[field] for field in SAID if field in shared},
         "protocols": [protocol_words(p) for p in names],
-        "headline": [str(sentence) for sentence in headline(finished, settings, names)],
+        "headline": list(headline(finished, settings, names)),
         "tables": {name: table and table.words for name, table in shown.items()},
         "differences": {protocol_words(p): [str(d) for d in ds] for p, ds in found.items()},
         "costs": [_costs_figure(finished, settings, p, out) for p in names] if len(settings) > 1 else [],
+        "in_one_panel": len(settings) <= len(STYLES),
         "curves": list(_curve_figures(members, settings, names, runs, out)),
         "spending": _picture(members[settings[0].label][0].path / "plots" / "resources.png", "What a client spends")
         if len(settings) == 1
@@ -135,12 +136,16 @@ def headline(runs: "pd.DataFrame", settings: Sequence[Setting], names: Sequence[
             continue
         best = max(members, key=lambda s: float(accuracy[s.label]))
         reached = tables.accuracy_words(summary.loc[best.label, f"accuracy.{names[0]}"])
-        where = f"On {data}, " if data else ""
-        yield f"{where}{best.label} reached {'the most' if len(members) > 1 else ''} {reached} % by " + (
-            f"{protocol_words(names[0])}{_untrained(summary, best, names[0])}{_spent(summary, best)}."
+        seeds = int(summary.loc[best.label, (f"accuracy.{names[0]}", "count")])
+        over = f" over {seeds} seeds" if seeds > 1 else ""
+        yield (
+            f"{f'On {data}, ' if data else ''}{best.label} {'is best: it ' * (len(members) > 1)}reached {reached} % by "
+            f"{protocol_words(names[0])}{over}{_untrained(summary, best, names[0])}{_spent(summary, best)}."
         )
         if rival := _rival(best, members, accuracy):
-            yield f"{paired(runs, best.label, rival.label, names[0])}{_spent(summary, rival)}."
+            difference = paired(runs, best.label, rival.label, names[0])
+            chance = " This may be chance." if difference.low <= 0 <= difference.high else ""
+            yield f"{difference}{_spent(summary, rival)}.{chance}"
 
 
 def _untrained(summary: "pd.DataFrame", setting: Setting, protocol: str) -> str:
@@ -181,7 +186,7 @@ def _costs_figure(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: s
         _uri("svg+xml", svg),
         f"Accuracy by {protocol_words(protocol)} against traffic, operations and memory. {numbers}",
         f"Accuracy by {protocol_words(protocol)} against what it costs a client over the whole run. Small: every run; "
-        "large: mean ± standard deviation over seeds.",
+        "large, to its left: mean ± standard deviation over seeds. Settings that spend the same stand side by side.",
     )
 
 
@@ -197,7 +202,7 @@ def _curve_figures(
     looks = figures.look(settings)
 
     def curve(label: str, protocol: str) -> figures.Curve | None:
-        panel, name, style = looks[label]
+        panel, name, _, style = looks[label]
         seeds = [_over_rounds(run, protocol) for run in members[label]]
         rounds = [line for line in members[label][0].lines if "event" not in line]
         if len(set.intersection(*map(set, seeds))) < 2:
@@ -226,7 +231,7 @@ def _curve_figures(
     for p in names:
         what = f"Accuracy by {protocol_words(p)}"
         curves = [curve(label, p) for label in labels]
-        yield from figure(curves, f"accuracy_over_rounds_{p}", what, f"{protocol_words(p)}: accuracy (%)", True)
+        yield from figure(curves, f"accuracy_over_rounds_{p}", what, f"{protocol_words(p)}\naccuracy (%)", True)
 
 
 def _over_rounds(run: Run, protocol: str) -> dict[int, float]:

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import rich.table
+from rich.markup import escape
+
 from lwfedssl_jax.comparison import Difference, Setting, over_seeds, protocols
 from lwfedssl_jax.report import MIB, protocol_words
 from lwfedssl_jax.results import COSTS, END_TO_END, SEED, ledger_costs
@@ -218,3 +221,15 @@ def latex(words: "pd.DataFrame") -> str:
     """A tabular that needs the package booktabs only, every character that LaTeX would read escaped."""
     text = words.to_latex(index=False, escape=True, column_format="l" + "r" * (len(words.columns) - 1))
     return str(text).replace("±", r"$\pm$")
+
+
+def rich_table(words: "pd.DataFrame") -> rich.table.Table:
+    """A settings table for a terminal: of the protocols the first, and what fits beside it."""
+    accuracies = [name for name in words.columns if name.endswith("(%)")]
+    names = [name for name in words.columns if name not in (*accuracies[1:], "seeds", "training (s)")]
+    shown = rich.table.Table()
+    for name in names:
+        shown.add_column(escape(name), justify="left" if name == "setting" else "right", overflow="fold")
+    for row in words[names].itertuples(index=False, name=None):
+        shown.add_row(*map(escape, row))
+    return shown
