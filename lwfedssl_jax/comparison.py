@@ -154,7 +154,8 @@ class Difference(NamedTuple):
         if self.why_not:
             return f"{said} ({self.why_not})"
         adjusted = "" if np.isnan(self.p_holm) else f", adjusted {self.p_holm:.2g}"
-        interval = f"95 % CI {100 * self.low:.1f} to {100 * self.high:.1f}"
+        low, high = (self.low, self.high) if self.mean >= 0 else (-self.high, -self.low)
+        interval = f"95 % CI {100 * low:.1f} to {100 * high:.1f}"
         return f"{said} ({interval}, p = {self.p:.2g}{adjusted}, {self.seeds} seeds)"
 
 
