@@ -97,7 +97,7 @@ def plot_costs(
             own, x = runs[runs["setting"] == label], summary.loc[label, (cost, "mean")] / scale
             mean, std, count = summary.loc[label, f"accuracy.{protocol}"]
             near = 0.03 * runs[cost].max() / scale
-            beside = sum(abs(x - other) < near and abs(mean - y) < 0.1 for other, y in placed)
+            beside = sum(abs(x - other) < near and abs(mean - y) < 0.1 for other, y in placed) % 4
             placed.append((x, mean))
             at = {"linestyle": "none", "transform": _moved(panel, -8 * beside), "zorder": 3}
             panel.errorbar(

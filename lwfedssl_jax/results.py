@@ -135,14 +135,14 @@ def read_run(path: Path) -> Run | None:
     entries, summary = _json(path / "config.json"), _json(path / "summary.json")
     config = entries.pop("config", None)
     try:
-        fields = {f"{section}.{k}": v for section, values in config.items() for k, v in values.items()}
+        fields = {f"{section}.{k}": _plain(v) for section, values in config.items() for k, v in values.items()}
     except AttributeError:
         if not (path / METRICS).is_file():
             return None  # another program's config.json
         return Run(path, {}, {}, [], {}, "config.json is damaged", "")
     run = Run(path, fields, entries, [], summary, "", "")
     try:
-        run = run._replace(lines=read_lines(path))
+        run = run._replace(lines=[line for line in read_lines(path) if _is_usable(line)])
     except OSError as error:
         return run._replace(summary={}, fault=f"{METRICS} cannot be read ({error.strerror})")
     if not (path / "summary.json").is_file():
@@ -152,6 +152,20 @@ def read_run(path: Path) -> Run | None:
     except (AttributeError, KeyError, TypeError, ValueError):
         return run._replace(summary={}, fault="summary.json is damaged")
     return run
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as ``config.to_dict`` gives it; what is none becomes words."""
+    return value if isinstance(value, str | int | float | list | None) else str(value)
+
+
+def _is_usable(line: dict[str, Any]) -> bool:
+    """Whether a line is as ``train`` writes it, as far as anybody here relies on it."""
+    if not isinstance(line["round"], int):
+        return False
+    if "event" in line:
+        return isinstance(line.get("accuracy"), int | float) and isinstance(line.get("protocol"), str)
+    return "stage" in line and isinstance(line.get("loss"), int | float | None)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -212,12 +226,13 @@ def _summarised(run: Run) -> dict[str, float]:
     """The columns that come from the summary; raises whatever a damaged one makes of it."""
     summary = run.summary
     measured = summary["resources"]["measured"]
+    ledgers = {name: ledger_costs(ledger, f"{name}.") for name, ledger in summary["strategies"].items()}
     found = {
         "rounds": float(summary["rounds"]),
         "seconds": float(summary["seconds"]),
         "measured_bytes_per_client": (measured["download_bytes"] + measured["upload_bytes"]) / measured["clients"],
         **ledger_costs(summary["resources"]),
-        **ledger_costs(summary["strategies"].get(END_TO_END, {}), f"{END_TO_END}."),
+        **ledgers.get(END_TO_END, {}),
     }
     for protocol, result in summary["evaluation"].items():
         found[f"accuracy.{protocol}"] = float(result["accuracy"])
@@ -230,4 +245,4 @@ def _summarised(run: Run) -> dict[str, float]:
 def ledger_costs(ledger: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """A ledger's totals under the names of ``COSTS``; NaN where not known."""
     values = (ledger.get(key) for key in ("total_bytes", *COSTS[1:]))
-    return {prefix + cost: float("nan" if v is None else v) for cost, v in zip(COSTS, values, strict=True)}
+    return {prefix + cost: float("nan") if v is None else float(v) for cost, v in zip(COSTS, values, strict=True)}
