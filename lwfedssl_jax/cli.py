@@ -1,7 +1,9 @@
 """The command line: parse, dispatch, one line for bad input."""
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -10,7 +12,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,7 +21,7 @@ import tyro
 from rich.console import Console
 
 from lwfedssl_jax import config as configs
-from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.config import Config, ConfigError, RuntimeConfig
 from lwfedssl_jax.errors import FailedRunsError, foreseen
 from lwfedssl_jax.interrupts import Interrupts
 
@@ -82,6 +84,16 @@ class Sweep:
     """Runs that differ in numbers and seeds only, in one program side by side; 0: as many as pay off on the device."""
     compilation_cache: str | None = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One HTML page, figures and tables about one or several runs."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """DIR: a run's work directory, or one with runs below it, such as a sweep's."""
+    out: Path | None = None
+    """Where report.html, plots/ and tables/ go; by default DIR, and for several the folder `report`."""
 
 
 Options = TypeVar("Options", Train, Resources)
@@ -266,7 +278,8 @@ def sweep_as_told(options: Sweep) -> None:
     failed: dict[str, str] = {}
     try:
         with progress.status("tracing"):
-            costs = {run.directory: shared.once(run.config, lambda run=run: round_costs(run.config)) for run in runs}
+            alike = {run.directory: dataclasses.replace(run.config, runtime=RuntimeConfig()) for run in runs}
+            costs = {d: shared.once(config, functools.partial(round_costs, config)) for d, config in alike.items()}
         with SweepProgress(progress, runs, costs, finished) as table:
 
             def hear(run: sweeps.SweepRun, event: dict[str, Any]) -> None:
@@ -288,6 +301,33 @@ def sweep_as_told(options: Sweep) -> None:
     if failed:
         reasons = "; ".join(f"{run}: {why}" for run, why in failed.items())
         raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed, the same command tries them again: {reasons}")
+
+
+def report_runs(arguments: list[str]) -> None:
+    """The ``report`` command."""
+    check_not_empty(arguments)
+    with refusals_in_one_line():
+        options = tyro.cli(Report, prog="run.py report", args=arguments)
+    if not options.directories:
+        raise ConfigError("DIR: report needs one first, found nothing; accepted: a directory with runs")
+    from lwfedssl_jax import comparison, page, results, tables
+
+    found = results.load_results(*options.directories)
+    out = options.out or (options.directories[0] if len(options.directories) == 1 else Path("report"))
+    try:
+        written = page.write_report(options.directories, out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {out} cannot be written ({error.strerror or error}); accepted: a directory you can write to"
+        ) from error
+    console = Console()
+    runs, settings = comparison.settle(found)
+    if settings:
+        console.print(tables.rich_table(tables.settings_table(runs, settings).words))
+    for name, why in zip(found["name"], found["fault"], strict=True):
+        if why:
+            console.print(f"left out: {name}: {why}", markup=False, highlight=False, soft_wrap=True)
+    console.print(written, markup=False, highlight=False, soft_wrap=True)
 
 
 def can_draw(path: Path) -> bool:
@@ -313,6 +353,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "resources": resources,
     "sweep": sweep,
+    "report": report_runs,
     "list": list_configs,
 }
 
@@ -327,6 +368,8 @@ def print_help() -> None:
     print("      what one client spends under each strategy; trains nothing")
     print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N]")
     print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
+    print("  report DIR [DIR ...] [--out OUT]")
+    print("      one page, figures and tables about all runs in these directories")
     print("  list")
     print("      the configs that exist\n")
     print("`python run.py COMMAND --help` lists every option.")
@@ -349,10 +392,17 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         )
     check_not_empty(arguments)
     default = options(config_name=arguments[0], config=configs.load(arguments[0]))
+    with refusals_in_one_line():
+        return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Turns the parser's refusals into ConfigErrors."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+            yield
     except SystemExit as stop:
         if stop.code:
             raise ConfigError(one_line(errors.getvalue())) from None

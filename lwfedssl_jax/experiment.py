@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lwfedssl_jax import evaluate, export, finetune, report, resources
+from lwfedssl_jax import evaluate, export, finetune, page, report, resources
 from lwfedssl_jax.client import program_config
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import from_all, from_first
@@ -380,4 +380,6 @@ def finish(
         report.plot_distance(lines, plots / "client_distance.png")
         report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
+    with workdir.writing("report.html"):
+        page.write_report([workdir.path], workdir.path)
     return summary
