@@ -299,8 +299,11 @@ def sweep_as_told(options: Sweep) -> None:
         directory.close()
     Console().print(written, markup=False, highlight=False, soft_wrap=True)
     if failed:
-        reasons = "; ".join(f"{run}: {why}" for run, why in failed.items())
-        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed, the same command tries them again: {reasons}")
+        reasons: dict[str, list[str]] = {}
+        for run, why in failed.items():
+            reasons.setdefault(why, []).append(run)
+        text = "; ".join(f"{why} ({' | '.join(of_why)})" for why, of_why in reasons.items())
+        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed, which the same command tries again: {text}")
 
 
 def report_runs(arguments: list[str]) -> None:
