@@ -79,8 +79,8 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
             tables.write(table, out / "tables")
     (out / "tables").mkdir(parents=True, exist_ok=True)
     results.to_csv(out / "tables" / "runs.csv", index=False)
-    kinds = {run.about.get("device", "unknown device"): None for run in runs if run.about}
-    versions = {f"{k} {v}": None for run in runs for k, v in run.about.get("versions", {}).items()}
+    kinds = {str(run.about.get("device", "unknown device")): None for run in runs if run.about}
+    versions = {f"{k} {v}": None for run in runs for k, v in _versions(run)}
     shared = _shared(runs)
     return {
         "version": __version__,
@@ -107,6 +107,11 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "devices": list(kinds),
         "versions": list(versions),
     }
+
+
+def _versions(run: Run) -> list[tuple[str, Any]]:
+    versions = run.about.get("versions")
+    return list(versions.items()) if isinstance(versions, dict) else []
 
 
 def _shared(runs: Sequence[Run]) -> dict[str, str]:

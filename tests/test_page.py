@@ -147,6 +147,8 @@ def test_one_run_and_one_that_is_not_finished_have_pages_too(tmp_path: Path) -> 
         ("metrics.jsonl", '"loss": 3.0', '"loss": "x"'),
         ("metrics.jsonl", '"round": 2', '"round": null'),
         ("config.json", '"vit_tiny"', '{"a": 1}'),
+        ("config.json", '"cpu: one"', '{"a": 1}'),
+        ("config.json", '{"jax": "0.10.2"}', "[1]"),
         ("summary.json", '"total_bytes": 10485760', '"total_bytes": [1]'),
         ("summary.json", '"peak_memory_bytes"', '"peak"'),
         ("summary.json", '"untrained"', '"unknown"'),
