@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
+SPENDING = "What a client spends under each strategy: over the rounds, and in all for other numbers of local epochs."
 BASE = "quickstart"  # of the command lines that would repeat runs
 SAID = (  # what a page says at its top of what all its runs share
     "data.name", "partition.kind", "partition.beta", "partition.clients", "federation.clients_per_round", "model.name",
@@ -78,8 +79,8 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
             tables.write(table, out / "tables")
     (out / "tables").mkdir(parents=True, exist_ok=True)
     results.to_csv(out / "tables" / "runs.csv", index=False)
-    kinds = {run.about.get("device", "unknown device"): None for run in runs if run.about}
-    versions = {f"{k} {v}": None for run in runs for k, v in run.about.get("versions", {}).items()}
+    kinds = {str(run.about.get("device", "unknown device")): None for run in runs if run.about}
+    versions = {f"{k} {v}": None for run in runs for k, v in _versions(run)}
     shared = _shared(runs)
     return {
         "version": __version__,
@@ -96,7 +97,7 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "costs": [_costs_figure(finished, settings, p, out) for p in names] if len(settings) > 1 else [],
         "in_one_panel": len(settings) <= len(STYLES),
         "curves": list(_curve_figures(members, settings, names, runs, out)),
-        "spending": _picture(members[settings[0].label][0].path / "plots" / "resources.png", "What a client spends")
+        "spending": _picture(members[settings[0].label][0].path / "plots" / "resources.png", SPENDING)
         if len(settings) == 1
         else None,
         "populations": list(itertools.islice(_populations(runs), SHOWN_POPULATIONS)),
@@ -106,6 +107,11 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "devices": list(kinds),
         "versions": list(versions),
     }
+
+
+def _versions(run: Run) -> list[tuple[str, Any]]:
+    versions = run.about.get("versions")
+    return list(versions.items()) if isinstance(versions, dict) else []
 
 
 def _shared(runs: Sequence[Run]) -> dict[str, str]:
