@@ -12,6 +12,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.devices import from_all, from_first
 from lwfedssl_jax.interrupts import Interrupts
 from lwfedssl_jax.simulate import Listener, Run, Simulator, State, check_finite, initial_params, prepare, to_save
+from lwfedssl_jax.tracking import Tracking
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
@@ -45,7 +46,7 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
     if from_first(np.array(finished is not None)):
         return finished or {}
     try:
-        with Interrupts(listener.note) as interrupts:
+        with Interrupts(listener.note) as interrupts, Tracking(config, workdir, listener) as listener:
             interrupts.check()
             if workdir:
                 workdir.take()
@@ -203,4 +204,5 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener, interru
         report.plot_distance(lines, plots / "client_distance.png")
         report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
+    listener.finished(summary)
     return summary

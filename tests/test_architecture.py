@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 # Each module may import those of the lines above it, and nothing of the package besides.
 ORDER = [
     ["config", "interrupts"],
-    ["tree"],
+    ["tree", "trackers"],
     ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
     ["models.vit", "models.resnet", "models.heads", "data.feed", "data.files", "data.tfds"],
     ["stages", "additions", "data.sources"],
@@ -21,10 +21,12 @@ ORDER = [
     ["finetune", "checkpoint", "export", "report"],
     ["workdir"],
     ["simulate"],
+    ["tracking"],
     ["experiment"],
     ["progress"],
     ["cli"],
 ]
+HEAVY = ("tensorflow_datasets", "matplotlib", "orbax", "pandas", "wandb", "tensorboardX")
 MODULES = [module for line in ORDER for module in line]
 
 
@@ -56,4 +58,4 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
         for node in ast.parse(file.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(n.split(".")[0] in ("tensorflow_datasets", "matplotlib", "orbax") for n in names), file
+            assert not any(n.split(".")[0] in HEAVY for n in names), file
