@@ -61,7 +61,7 @@ class Tracking(Listener):
 
     def finished(self, summary: dict[str, Any]) -> None:
         self._listener.finished(summary)
-        self._summary = summary_values(summary)
+        self._summary = summary_values(summary) if self._trackers else None
 
     def loading(self, what: str) -> None:
         self._listener.loading(what)
@@ -115,4 +115,5 @@ def summary_values(summary: dict[str, Any]) -> dict[str, float]:
         f"{of}/{name}": result["accuracy"] for of, results in judged.items() for name, result in results.items()
     }
     costs = ("total_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
-    return accuracies | {"seconds": summary["seconds"], **{name: summary["resources"][name] for name in costs}}
+    spent = {name: value for name in costs if (value := summary["resources"][name]) is not None}
+    return accuracies | {"seconds": summary["seconds"], **spent}
