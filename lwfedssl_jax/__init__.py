@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lwfedssl_jax.config import Config
     from lwfedssl_jax.export import TrainedEncoder
     from lwfedssl_jax.library import Run
@@ -51,3 +53,10 @@ def load_encoder(directory: str | Path) -> "TrainedEncoder":
     from lwfedssl_jax import export
 
     return export.load_encoder(directory)
+
+
+def load_results(*directories: str | Path) -> "pd.DataFrame":
+    """A row for each run under the directories; see ``results.load_results``."""
+    from lwfedssl_jax import results
+
+    return results.load_results(*directories)
