@@ -1,5 +1,7 @@
 """The library from Python: a script or a notebook builds a config, trains it, and looks at what came out."""
 
+import functools
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,6 @@ from lwfedssl_jax.checks import check
 from lwfedssl_jax.cli import default_workdir
 from lwfedssl_jax.config import Config, choose
 from lwfedssl_jax.progress import ConsoleProgress, NotebookProgress
-from lwfedssl_jax.simulate import Listener
 from lwfedssl_jax.workdir import WorkDir
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ class Run:
         protocol = protocol or next(iter(self.summary["evaluation"]), "")
         for run in runs.values():
             choose("protocol", protocol, run.summary["evaluation"])
-        return report.accuracy_against_traffic({name: [run._lines()] for name, run in runs.items()}, protocol)
+        figure = report.accuracy_against_traffic({name: [run._lines()] for name, run in runs.items()}, protocol)
+        figure._repr_png_ = functools.partial(_png, figure)  # for notebooks that have not loaded pyplot
+        return figure
 
     def encoder(self) -> export.TrainedEncoder:
         """``images -> features``; see ``load_encoder``."""
@@ -85,6 +88,12 @@ class Run:
         return WorkDir(self.directory, self.config).metrics()
 
 
+def _png(figure: "Figure") -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
     """The named config, or that of a Python file, with ``{"section.field": value}`` replaced, checked and complete.
 
@@ -92,14 +101,13 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
       ConfigError: naming the field, the value and what is accepted.
     """
     config = configs.resolve(configs.override(configs.load(name), overrides or {}))
+    set_up()
     check(config)
     return config
 
 
 def train(config: Config, directory: str | Path | None = None, progress: bool = True) -> Run:
     """Train, evaluate and write the work directory; an interrupted run continues, a finished one is only read.
-
-    Each CPU core becomes a device, unless JAX is in use already.
 
     Args:
       config: as ``load_config`` gives it, or a ``Config`` of your own.
@@ -110,13 +118,18 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
       ConfigError: bad input; see ``experiment.train`` for this and all else.
     """
     config = configs.resolve(config)
-    devices.set_up_cpu()
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        devices.set_up_cache(None)
+    set_up()
     path = default_workdir(config.strategy.name, config) if directory is None else Path(directory)
     workdir = WorkDir(path, config)
     if workdir.summary is not None or not progress:
-        return Run(path, config, experiment.train(config, workdir, Listener()))
+        return Run(path, config, experiment.train(config, workdir))
     console = Console(stderr=True)
     with NotebookProgress(console) if console.is_jupyter else ConsoleProgress(console) as listener:
         return Run(path, config, experiment.train(config, workdir, listener))
+
+
+def set_up() -> None:
+    """A device for each CPU core and a cache of compiled programs, unless JAX has started, or has a cache, already."""
+    devices.set_up_cpu()
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        devices.set_up_cache(None)
