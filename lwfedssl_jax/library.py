@@ -14,7 +14,7 @@ from lwfedssl_jax import config as configs
 from lwfedssl_jax import devices, experiment, export, report
 from lwfedssl_jax.checks import check
 from lwfedssl_jax.cli import default_workdir
-from lwfedssl_jax.config import Config, choose
+from lwfedssl_jax.config import Config, ConfigError, choose
 from lwfedssl_jax.progress import ConsoleProgress, NotebookProgress
 from lwfedssl_jax.workdir import WorkDir
 
@@ -73,7 +73,9 @@ class Run:
           ConfigError: the protocol has not judged one of the runs.
         """
         runs = {run.directory.name: run for run in (self, *others)}
-        protocol = protocol or next(iter(self.summary["evaluation"]), "")
+        if not self.summary["evaluation"]:
+            raise ConfigError(f"protocol: none has judged {self.directory}; accepted: a run whose images have labels")
+        protocol = protocol or next(iter(self.summary["evaluation"]))
         for run in runs.values():
             choose("protocol", protocol, run.summary["evaluation"])
         figure = report.accuracy_against_traffic({name: [run._lines()] for name, run in runs.items()}, protocol)

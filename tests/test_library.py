@@ -48,7 +48,7 @@ def test_the_readmes_example(
     assert metrics["accuracy.knn"].iloc[-1] == run.summary["evaluation"]["knn"]["accuracy"]
     assert metrics["accuracy.knn"].iloc[0] == run.summary["baselines"]["untrained"]["knn"]["accuracy"]
     assert run.resources.loc["layerwise", "total_bytes"] < run.resources.loc["progressive", "total_bytes"]
-    assert run.encoder()(np.zeros((2, 8, 8, 1), np.uint8)).shape == (2, 8)
+    assert run.encoder()(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 8)
     assert lw.load_results("runs")["accuracy.knn"].tolist() == [run.summary["evaluation"]["knn"]["accuracy"]]
 
     compiled.clear()
@@ -62,9 +62,9 @@ def test_the_readmes_example(
 
 
 def test_a_config_is_checked_where_it_is_made() -> None:
-    with pytest.raises(ConfigError, match="strategy.name: unknown 'layers'"):
+    with pytest.raises(ConfigError, match=r"strategy.name: unknown 'layers'"):
         lw.load_config("quickstart", {"strategy.name": "layers"})
-    with pytest.raises(ConfigError, match="federation.round: no such field"):
+    with pytest.raises(ConfigError, match=r"federation.round: no such field"):
         lw.load_config("quickstart", {"federation.round": 3})
 
 
@@ -73,9 +73,9 @@ def test_importing_the_package_does_not_import_jax() -> None:
     subprocess.run([sys.executable, "-c", command], check=True, cwd=ROOT)
 
 
-def test_jax_may_be_in_use_already() -> None:
+def test_jax_may_be_in_use_already(tmp_path: Path) -> None:
     command = "import jax; jax.devices(); from lwfedssl_jax import library; library.set_up(); print(jax.device_count())"
-    environment = {"PATH": "", "JAX_PLATFORMS": "cpu", "HOME": str(ROOT)}
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", command], check=True, cwd=ROOT, capture_output=True, text=True, env=environment
     )
@@ -118,9 +118,8 @@ def test_the_notebook_is_committed_as_it_ran() -> None:
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"execute_result", "display_data"}  # no error, no warning
     assert sum("image/png" in output["data"] for output in outputs) == 2
-    assert not re.search(
-        r"/(home|tmp|root|work|usr)/", json.dumps([output["data"].get("text/plain") for output in outputs])
-    )
+    texts = [output["data"]["text/plain"] for output in outputs]
+    assert not re.search(r"/(home|tmp|root|usr)/", json.dumps(texts))
     assert all(cell["outputs"] for cell in cells)
 
 
@@ -133,6 +132,6 @@ def test_the_default_directory_is_the_configs(tmp_path: Path, monkeypatch: pytes
     runs = [lw.train(small_config(runtime__seed=seed), progress=False) for seed in (0, 0, 1)]
     assert runs[0].directory == runs[1].directory != runs[2].directory
     assert runs[0].directory.parent == Path("runs")
-    with pytest.raises(ConfigError, match="protocol: unknown ''; accepted: none"):
+    with pytest.raises(ConfigError, match="protocol: none has judged"):
         runs[0].plot()
     assert report.STYLES
