@@ -1,7 +1,6 @@
 """The command line: parse, dispatch, one line for bad input."""
 
 import contextlib
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -21,7 +20,7 @@ import tyro
 from rich.console import Console
 
 from lwfedssl_jax import config as configs
-from lwfedssl_jax.config import Config, ConfigError, RuntimeConfig
+from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.errors import FailedRunsError, foreseen
 from lwfedssl_jax.interrupts import Interrupts
 
@@ -278,7 +277,7 @@ def sweep_as_told(options: Sweep) -> None:
     failed: dict[str, str] = {}
     try:
         with progress.status("tracing"):
-            alike = {run.directory: dataclasses.replace(run.config, runtime=RuntimeConfig()) for run in runs}
+            alike = {run.directory: configs.override(run.config, {"runtime.seed": 0}) for run in runs}
             costs = {d: shared.once(config, functools.partial(round_costs, config)) for d, config in alike.items()}
         with SweepProgress(progress, runs, costs, finished) as table:
 

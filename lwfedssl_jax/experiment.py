@@ -27,6 +27,7 @@ from lwfedssl_jax.simulate import (
     to_save,
 )
 from lwfedssl_jax.stages import Stage
+from lwfedssl_jax.tracking import Tracking
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
@@ -134,7 +135,9 @@ def train_together(members: Sequence[Member], shared: Shared | None = None) -> N
         if from_first(np.array(finished is not None)):
             member.summary = finished or {}
     try:
-        with Interrupts(members[0].listener.note) as interrupts:
+        with Interrupts(members[0].listener.note) as interrupts, contextlib.ExitStack() as trackers:
+            for member in members:
+                member.listener = trackers.enter_context(Tracking(member.config, member.workdir, member.listener))
             interrupts.check()
             waiting: dict[int, list[tuple[Member, Run]]] = {}
             for member in members:
@@ -382,4 +385,5 @@ def finish(
     workdir.write_json("summary.json", summary)
     with workdir.writing("report.html"):
         page.write_report([workdir.path], workdir.path)
+    listener.finished(summary)
     return summary
