@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lwfedssl_jax import evaluate, export, finetune, report, resources
+from lwfedssl_jax import evaluate, export, finetune, fleet, plan, report, resources
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.devices import from_all, from_first
 from lwfedssl_jax.interrupts import Interrupts
@@ -51,6 +51,10 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
                 workdir.take()
             run = prepare(config, listener=listener)
             interrupts.check()
+            if config.fleet.devices:
+                run = run._replace(fleet=plan.fleet_of_clients(config, run.clients.sizes, listener.compiling))
+                listener.note(plan.describe_fleet(run.fleet, run.clients.sizes))
+                interrupts.check()
             found, faults = workdir.restore() if workdir else (None, {})
             for rounds, why in faults.items():
                 listener.note(f"checkpoint {rounds} is damaged: {why}")
@@ -195,6 +199,8 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener, interru
         | {"measured": measured | {"clients": run.config.partition.clients, "scope": MEASURED}},
         "strategies": strategies,
     }
+    if run.fleet:
+        summary["fleet"] = fleet.summary(run.fleet, run.clients.sizes)
     workdir.save_encoder(export.encoder_files(run.config, run.task, params))
     interrupts.check()
     with workdir.writing("plots"):

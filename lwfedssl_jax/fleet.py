@@ -200,7 +200,9 @@ def affords(device: DeviceClass, row: Mapping[str, Any], examples_N: np.ndarray,
 
 def seconds_of_a_round(device: DeviceClass, row: Mapping[str, Any], examples_N: np.ndarray) -> np.ndarray:
     """N seconds: download, two operations for each multiply-add that the stage executes, upload; speeds are known."""
-    assert device.gflops and device.uplink_mbps and device.downlink_mbps
+    assert device.gflops is not None
+    assert device.uplink_mbps is not None
+    assert device.downlink_mbps is not None
     of_a_sample = 2 * row["flops_executed"] / (device.gflops * 1e9)
     download, upload = row["download_bytes"] / device.downlink_mbps, row["upload_bytes"] / device.uplink_mbps
     return (examples_N * of_a_sample + 8 * (download + upload) / 1e6) / row["rounds"]
@@ -215,60 +217,61 @@ def deal(devices: Sequence[DeviceClass], clients: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, FLEET_STREAM]).permutation(np.repeat(np.arange(len(devices)), whole))
 
 
-def eligible(
+class Fleet(NamedTuple):
+    """The clients of a run on the devices of a fleet.
+
+    Attributes:
+      devices: the classes.
+      class_N: of each client, as an index.
+      per_stage: of the run's ledger with peak memory.
+      can: for each stage's number, which of the N clients can take part in it.
+    """
+
+    devices: Sequence[DeviceClass]
+    class_N: np.ndarray
+    per_stage: Sequence[Mapping[str, Any]]
+    can: dict[int, np.ndarray]
+
+
+def make_fleet(
     devices: Sequence[DeviceClass],
-    class_N: np.ndarray,
     per_stage: Sequence[Mapping[str, Any]],
     examples_N: np.ndarray,
     deadline: float,
-) -> dict[int, np.ndarray]:
-    """For each stage's number, which of the N clients can take part in it.
-
-    Args:
-      devices: the classes.
-      class_N: of each client (``deal``).
-      per_stage: of a ledger with peak memory.
-      examples_N: of each client.
-      deadline: seconds that a round may take; 0 for any.
-    """
-    return {
-        row["stage"]: np.select(
-            [class_N == number for number in range(len(devices))],
-            [affords(device, row, examples_N, deadline) for device in devices],
-        )
+    seed: int,
+) -> Fleet:
+    """Clients with so many examples, dealt to the classes by the seed; the rest is as for ``take_part``."""
+    class_N = deal(devices, len(examples_N), seed)
+    of_class = [class_N == number for number in range(len(devices))]
+    can = {
+        row["stage"]: np.select(of_class, [affords(device, row, examples_N, deadline) for device in devices])
         for row in per_stage
     }
+    return Fleet(devices, class_N, per_stage, can)
 
 
-def summary(
-    devices: Sequence[DeviceClass],
-    class_N: np.ndarray,
-    per_stage: Sequence[Mapping[str, Any]],
-    examples_N: np.ndarray,
-    deadline: float,
-) -> list[dict[str, Any]]:
-    """What ``summary.json`` says of each class: its clients, the stages that each of them takes part in, seconds.
+def summary(fleet: Fleet, examples_N: np.ndarray) -> list[dict[str, Any]]:
+    """What ``summary.json`` says of each class.
 
-    ``round_seconds_by_stage`` are those of the slowest of its clients that takes part in the stage; None where
-    none does, and for all stages where the speed is not known.
+    Returns:
+      ``name``, ``clients``, ``stages`` that some of them take part in, ``clients_by_stage`` that do, and
+      ``round_seconds_by_stage`` of the slowest of these, None where there is none or its speed is not known.
     """
-    can, result = eligible(devices, class_N, per_stage, examples_N, deadline), []
-    for number, device in enumerate(devices):
-        mine = class_N == number
-        seconds = [
-            float(seconds_of_a_round(device, row, examples_N[mine & can[row["stage"]]]).max(initial=0)) or None
-            if device.has_speed
-            else None
-            for row in per_stage
-        ]
-        stages = [row["stage"] for row in per_stage if mine.any() and can[row["stage"]][mine].all()]
+    result = []
+    for number, device in enumerate(fleet.devices):
+        taking = [fleet.can[row["stage"]] & (fleet.class_N == number) for row in fleet.per_stage]
         result.append(
             {
                 "name": device.name,
-                "clients": int(mine.sum()),
-                "stages": stages,
-                "clients_by_stage": [int(can[row["stage"]][mine].sum()) for row in per_stage],
-                "round_seconds_by_stage": seconds,
+                "clients": int((fleet.class_N == number).sum()),
+                "stages": [row["stage"] for row, who in zip(fleet.per_stage, taking, strict=True) if who.any()],
+                "clients_by_stage": [int(who.sum()) for who in taking],
+                "round_seconds_by_stage": [
+                    float(seconds_of_a_round(device, row, examples_N[who]).max())
+                    if device.has_speed and who.any()
+                    else None
+                    for row, who in zip(fleet.per_stage, taking, strict=True)
+                ],
             }
         )
     return result

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich import box
 from rich.console import Group
 from rich.markup import escape
@@ -14,7 +15,7 @@ from rich.table import Table
 from lwfedssl_jax import fleet
 from lwfedssl_jax.config import Config, ConfigError, device_classes, divisors, override, to_dict
 from lwfedssl_jax.data import sources
-from lwfedssl_jax.fleet import DeviceClass, Part
+from lwfedssl_jax.fleet import DeviceClass, Fleet, Part
 from lwfedssl_jax.resources import Ledger, Notify, each_strategy, ledgers_of
 from lwfedssl_jax.stages import STRATEGIES
 
@@ -139,7 +140,7 @@ def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], di
       ConfigError: all are.
     """
     depth = config.model.depth
-    numbers = sorted({*divisors(depth)[:-1], config.strategy.layers_per_stage} or {1})
+    numbers = sorted({*divisors(depth)[:-1], config.strategy.layers_per_stage})
     found: dict[tuple[str, int, bool], Config] = {}
     refused: dict[str, str] = {}
     for strategy in STRATEGIES:
@@ -328,6 +329,42 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
+def fleet_of_clients(config: Config, examples_N: np.ndarray, notify: Notify = lambda _: None) -> Fleet:
+    """The clients of a run on the config's fleet; compiles a step of each stage for its peak memory.
+
+    Args:
+      config: resolved, with ``fleet.devices``.
+      examples_N: of each client.
+      notify: told what is being compiled.
+
+    Raises:
+      ConfigError: no client with examples can take part in some stage.
+    """
+    devices, deadline = device_classes(config), config.fleet.deadline_seconds
+    per_stage = ledgers_of({"": config}, memory=True, notify=notify)[""]["per_stage"]
+    made = fleet.make_fleet(devices, per_stage, examples_N, deadline, config.runtime.seed)
+    for row in per_stage:
+        if not (made.can[row["stage"]] & (examples_N > 0)).any():
+            most = max(device.memory_gb for device in devices)
+            slow = f", or a round in fleet.deadline_seconds {deadline:g}" if deadline else ""
+            raise ConfigError(
+                f"fleet.devices: no client can take part in stage {row['stage']} of {len(per_stage)}, which needs "
+                f"{row['peak_memory_bytes'] / 1e9:.3g} GB (they have up to {most:.3g} GB){slow}; accepted: devices "
+                "that can, a smaller optimizer.batch_size, runtime.remat True, or strategy.name layerwise"
+            )
+    return made
+
+
+def describe_fleet(of: Fleet, examples_N: np.ndarray) -> str:
+    """A line: each class, its clients, and in which stages they take part."""
+    stages = len(of.per_stage)
+    told = fleet.summary(of, examples_N)
+    return "fleet: " + "; ".join(
+        f"{c['name']} {c['clients']} clients, stages {words(c['stages'], stages) if c['clients'] else 'none'}"
+        for c in told
+    )
+
+
 def table(plan: Plan, width: int) -> Group:
     """The plan on one screen of so many columns: a line an option, the recommendation, and what it asks of each class.
 
@@ -356,7 +393,7 @@ def table(plan: Plan, width: int) -> Group:
         peaks = [row["peak_memory_bytes"] for row in option.ledger["per_stage"]]
         accuracy = f"{100 * option.measured.accuracy:.1f}" if option.measured else ""
         shown.add_row(
-            option.strategy,
+            f"{'→ ' if option is plan.recommended else ''}{option.strategy}",
             str(option.layers_per_stage),
             "yes" if option.remat else "",
             _range(*(_short(peak / memory[0]) for peak in (peaks[0], max(peaks)))),
