@@ -52,8 +52,9 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
             run = prepare(config, listener=listener)
             interrupts.check()
             if config.fleet.devices:
-                run = run._replace(fleet=plan.fleet_of_clients(config, run.clients.sizes, listener.compiling))
-                listener.note(plan.describe_fleet(run.fleet, run.clients.sizes))
+                on_devices = plan.fleet_of_clients(config, run.clients.sizes, listener.compiling)
+                listener.note(plan.describe_fleet(on_devices, run.clients.sizes))
+                run = run._replace(fleet=on_devices)
                 interrupts.check()
             found, faults = workdir.restore() if workdir else (None, {})
             for rounds, why in faults.items():

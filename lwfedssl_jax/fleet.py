@@ -222,13 +222,13 @@ class Fleet(NamedTuple):
 
     Attributes:
       devices: the classes.
-      class_N: of each client, as an index.
+      classes: N, of each client, as an index.
       per_stage: of the run's ledger with peak memory.
       can: for each stage's number, which of the N clients can take part in it.
     """
 
     devices: Sequence[DeviceClass]
-    class_N: np.ndarray
+    classes: np.ndarray
     per_stage: Sequence[Mapping[str, Any]]
     can: dict[int, np.ndarray]
 
@@ -259,11 +259,11 @@ def summary(fleet: Fleet, examples_N: np.ndarray) -> list[dict[str, Any]]:
     """
     result = []
     for number, device in enumerate(fleet.devices):
-        taking = [fleet.can[row["stage"]] & (fleet.class_N == number) for row in fleet.per_stage]
+        taking = [fleet.can[row["stage"]] & (fleet.classes == number) for row in fleet.per_stage]
         result.append(
             {
                 "name": device.name,
-                "clients": int((fleet.class_N == number).sum()),
+                "clients": int((fleet.classes == number).sum()),
                 "stages": [row["stage"] for row, who in zip(fleet.per_stage, taking, strict=True) if who.any()],
                 "clients_by_stage": [int(who.sum()) for who in taking],
                 "round_seconds_by_stage": [
