@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lwfedssl_jax.export import TrainedEncoder
 
 __version__ = "0.1.0"
@@ -32,3 +34,10 @@ def load_encoder(directory: str | Path) -> "TrainedEncoder":
     from lwfedssl_jax import export  # not before it is needed: JAX takes seconds
 
     return export.load_encoder(directory)
+
+
+def load_results(*directories: str | Path) -> "pd.DataFrame":
+    """A row for each run under the directories; see ``results.load_results``."""
+    from lwfedssl_jax import results
+
+    return results.load_results(*directories)

@@ -16,6 +16,7 @@ from lwfedssl_jax import checkpoint
 from lwfedssl_jax.checkpoint import METRICS, Checkpoint
 from lwfedssl_jax.config import Config, ConfigError, to_dict
 from lwfedssl_jax.devices import PROBE, can_hold
+from lwfedssl_jax.results import read_lines, whole_line
 from lwfedssl_jax.tree import Tree
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl_jax")
@@ -94,7 +95,7 @@ class WorkDir:
         written = file.read_bytes() if file.exists() else b""
         if found and written.startswith(kept):
             for line in written[len(kept) :].splitlines(keepends=True):
-                if not (content := _whole(line)) or content["round"] > found.rounds:
+                if not (content := whole_line(line)) or content["round"] > found.rounds:
                     break
                 kept += line
         self._replace(METRICS, kept)
@@ -138,7 +139,7 @@ class WorkDir:
         with self.writing(f"checkpoint {rounds}"):
             file = self.path / METRICS
             lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-            metrics = b"".join(line for line in lines if (content := _whole(line)) and content["round"] <= rounds)
+            metrics = b"".join(line for line in lines if (content := whole_line(line)) and content["round"] <= rounds)
             checkpoint.save(self._checkpoints, rounds, state, metrics, always_kept)
 
     def append(self, line: dict[str, Any]) -> None:
@@ -148,9 +149,7 @@ class WorkDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of ``metrics.jsonl``, in order."""
-        file = self.path / METRICS
-        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        return [content for line in lines if (content := _whole(line))]
+        return read_lines(self.path)
 
     def save_encoder(self, files: dict[str, bytes]) -> None:
         """What ``export.encoder_files`` gives."""
@@ -225,15 +224,6 @@ class WorkDir:
 def _is_ours(path: Path) -> bool:
     """Whether a file may be left by a process that was killed before it wrote ``config.json``."""
     return path.name in (LOCK, ".config.json.new") or path.name.startswith(PROBE)
-
-
-def _whole(line: bytes) -> dict[str, Any] | None:
-    """A line's content; None where it was cut or damaged."""
-    try:
-        content = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) and "round" in content else None
 
 
 def _listed(faults: dict[int, str]) -> str:

@@ -1,0 +1,230 @@
+"""Runs read back from their work directories: frames, settings, means over seeds, paired comparisons."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lwfedssl_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRICS = "metrics.jsonl"
+SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
+COSTS = ("traffic_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
+KNOWN_BY_VALUE = (STRATEGY, "objective.name", "data.name", "model.name", "partition.kind", "federation.aggregator")
+ALL_PAIRS = 4  # settings, up to which every pair is compared
+SAME = 1e-9  # accuracies as near as this are equal but for rounding
+
+
+class Run(NamedTuple):
+    """What a work directory holds, as far as it can be read.
+
+    Attributes:
+      path: the directory, which may not be there for a run of a sweep.
+      config: ``{"section.field": value}``, lists as in JSON.
+      about: the rest of ``config.json``: versions, device, lanes.
+      lines: the whole lines of ``metrics.jsonl``.
+      summary: of a finished run; else empty.
+      fault: why the run is not finished; empty where it is.
+      label: its setting's name in the sweep, if it is of one.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    about: dict[str, Any]
+    lines: list[dict[str, Any]]
+    summary: dict[str, Any]
+    fault: str
+    label: str
+
+
+def load_results(*directories: str | Path) -> "pd.DataFrame":
+    """One row for each run under the directories, at any depth, finished or not.
+
+    Returns:
+      ``path``, ``name``, ``finished``, ``fault`` (why not), ``label`` (in a sweep), ``config_file`` (hash of the
+      user's own), every config field as ``section.field`` (lists as words with spaces between), ``accuracy.PROTOCOL``
+      with ``std.PROTOCOL`` over its draws, ``untrained.PROTOCOL`` and ``scratch.PROTOCOL``, in [0, 1];
+      ``traffic_bytes`` (a client's, both directions, by the ledger), ``measured_bytes_per_client``,
+      ``flops_paper_rule``, ``flops_executed`` (of a sample), ``peak_memory_bytes``, and the same of end_to_end with
+      this config as ``end_to_end.traffic_bytes`` and so on; ``rounds`` and ``seconds`` so far. NaN where not known.
+
+    Raises:
+      ConfigError: a directory does not exist, cannot be read or holds no run.
+    """
+    return frame(find_runs(directories))
+
+
+def load_metrics(*directories: str | Path) -> "pd.DataFrame":
+    """One row for each line of ``metrics.jsonl`` of the runs under the directories, with the run's ``path``.
+
+    Raises:
+      ConfigError: as ``load_results``.
+    """
+    import pandas as pd
+
+    return pd.DataFrame([{"path": str(run.path)} | line for run in find_runs(directories) for line in run.lines])
+
+
+def find_runs(directories: Sequence[str | Path]) -> list[Run]:
+    """The runs under the directories, each once: by its place, a sweep's in the sweep's order.
+
+    Raises:
+      ConfigError: as ``load_results``.
+    """
+    runs: dict[Path, Run] = {}
+    for directory in map(Path, directories):
+        if not directory.is_dir():
+            raise ConfigError(f"DIR: {directory} is no directory; accepted: a run's work directory, or one above it")
+        found = list(_runs_under(directory))
+        if not found:
+            raise ConfigError(f"DIR: {directory} holds no run; accepted: a run's work directory, or one above it")
+        for run in found:
+            runs.setdefault(run.path.resolve(), run)
+    return list(runs.values())
+
+
+def _runs_under(directory: Path) -> Iterator[Run]:
+    listed: dict[Path, tuple[str, str, dict[str, Any]]] = {}
+    paths = []
+    try:
+        for place, folders, files in os.walk(directory, onerror=_raise):
+            folders.sort()
+            if "sweep.json" in files:
+                listed |= _sweep(Path(place))
+            if "config.json" in files and (run := read_run(Path(place))):
+                paths.append(run.path)
+                folders.clear()
+    except OSError as error:
+        raise ConfigError(
+            f"DIR: {error.filename} cannot be read ({error.strerror}); accepted: a directory you can read"
+        ) from error
+    for path in [*listed, *(p for p in paths if p not in listed)]:
+        label, failed, overrides = listed.get(path, ("", "", {}))
+        run = read_run(path) or Run(path, overrides, {}, [], {}, "not begun", "")
+        yield run._replace(label=label, fault=(run.fault and failed) or run.fault)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
+    """Label, why it failed, and overrides of a sweep's runs; none where ``sweep.json`` is damaged."""
+    content = _json(place / "sweep.json")
+    try:
+        return {
+            place / run["directory"]: (
+                str(run.get("label", "")),
+                str(content.get("failed", {}).get(run["directory"], "")),
+                dict(run.get("overrides", {})) | {SEED: run["seed"]},
+            )
+            for run in content.get("runs", [])
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def read_run(path: Path) -> Run | None:
+    """The run in a work directory; None where the directory holds none."""
+    entries, summary = _json(path / "config.json"), _json(path / "summary.json")
+    config = entries.pop("config", None)
+    try:
+        fields = {f"{section}.{k}": v for section, values in config.items() for k, v in values.items()}
+    except AttributeError:
+        if not (path / METRICS).is_file():
+            return None  # another program's config.json
+        return Run(path, {}, {}, [], {}, "config.json is damaged", "")
+    run = Run(path, fields, entries, [], summary, "", "")
+    try:
+        run = run._replace(lines=read_lines(path))
+    except OSError as error:
+        return run._replace(summary={}, fault=f"{METRICS} cannot be read ({error.strerror})")
+    if not (path / "summary.json").is_file():
+        return run._replace(fault=f"unfinished after {_rounds(run)} of {fields.get('federation.rounds')} rounds")
+    try:
+        _summarised(run)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return run._replace(summary={}, fault="summary.json is damaged")
+    return run
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a work directory's ``metrics.jsonl``, in order; none where it is not there."""
+    file = path / METRICS
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [content for line in lines if (content := whole_line(line))]
+
+
+def whole_line(line: bytes) -> dict[str, Any] | None:
+    """The content of a line of ``metrics.jsonl``; None where it was cut or damaged."""
+    try:
+        content = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and "round" in content else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _rounds(run: Run) -> int:
+    return sum("event" not in line for line in run.lines)
+
+
+def frame(runs: Sequence[Run]) -> "pd.DataFrame":
+    """See ``load_results``."""
+    import pandas as pd
+
+    rows = []
+    for run in runs:
+        seconds = [line["seconds"] for line in run.lines if isinstance(line.get("seconds"), int | float)]
+        rows.append(
+            {
+                "path": str(run.path),
+                "name": run.path.resolve().name,
+                "finished": not run.fault,
+                "fault": run.fault,
+                "label": run.label,
+                "config_file": str(run.about.get("config_file", "")),
+                **{k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in run.config.items()},
+                **{cost: float("nan") for cost in COSTS},
+                "measured_bytes_per_client": float("nan"),
+                "rounds": _rounds(run),
+                "seconds": sum(seconds),
+                **({} if run.fault else _summarised(run)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _summarised(run: Run) -> dict[str, float]:
+    """The columns that come from the summary; raises whatever a damaged one makes of it."""
+    summary = run.summary
+    measured = summary["resources"]["measured"]
+    found = {
+        "rounds": float(summary["rounds"]),
+        "seconds": float(summary["seconds"]),
+        "measured_bytes_per_client": (measured["download_bytes"] + measured["upload_bytes"]) / measured["clients"],
+        **_costs(summary["resources"], ""),
+        **_costs(summary["strategies"].get(END_TO_END, {}), f"{END_TO_END}."),
+    }
+    for protocol, result in summary["evaluation"].items():
+        found[f"accuracy.{protocol}"] = float(result["accuracy"])
+        found[f"std.{protocol}"] = float(result.get("std", "nan"))
+    for baseline, results in summary["baselines"].items():
+        found |= {f"{baseline}.{protocol}": float(result["accuracy"]) for protocol, result in results.items()}
+    return found
+
+
+def _costs(ledger: dict[str, Any], prefix: str) -> dict[str, float]:
+    values = (ledger.get(key) for key in ("total_bytes", *COSTS[1:]))
+    return {prefix + cost: float("nan" if v is None else v) for cost, v in zip(COSTS, values, strict=True)}
