@@ -244,7 +244,7 @@ def make_fleet(
     class_N = deal(devices, len(examples_N), seed)
     of_class = [class_N == number for number in range(len(devices))]
     can = {
-        row["stage"]: np.select(of_class, [affords(device, row, examples_N, deadline) for device in devices])
+        row["stage"]: np.select(of_class, [affords(device, row, examples_N, deadline) for device in devices], False)
         for row in per_stage
     }
     return Fleet(devices, class_N, per_stage, can)
