@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.models.encoder import Depth
@@ -96,7 +97,7 @@ def terms_of(config: Config) -> tuple[tuple[Term, float], ...]:
 
 
 def kept_layers(
-    key: jax.Array, rate: float, droppable: Depth, first: Depth, depth: Depth, layers: int
+    key: jax.Array, rate: ArrayLike, droppable: Depth, first: Depth, depth: Depth, layers: int
 ) -> tuple[jax.Array, jax.Array]:
     """Depth dropout: which of ``depth`` layers a step's forward passes run (Guo et al., 2023).
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.client import ClientState, Sent, Task, client_init, client_step
+from lwfedssl_jax.client import ClientState, Hyper, Sent, Task, client_init, client_step
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.stages import Stage, freeze
 from lwfedssl_jax.tree import Tree
@@ -44,6 +44,7 @@ def calibrate(
     task: Task,
     batch_size: int,
     steps: int,
+    hyper: Hyper,
     params: Tree,
     rows: Tree,
     depth: jax.Array,
@@ -55,6 +56,7 @@ def calibrate(
     Args:
       task: static.
       batch_size, steps: static; a batch is drawn from all images without repeats, and of no more than there are.
+      hyper: in place of the task's.
       params: of all layers.
       rows: where those to be trained are (``whole``).
       depth: how many layers exist.
@@ -64,7 +66,7 @@ def calibrate(
     Returns:
       The parameters and the mean loss.
     """
-    task = task._replace(terms=(), depth_dropout=0.0)
+    task = task._replace(terms=(), drops_layers=False, hyper=hyper._replace(weights=()))
     none = jnp.int32(0)
     nothing = jax.tree.map(lambda _: None, params)
     sent = Sent(tree.take(params, rows), tree.present(params, rows), nothing, depth, none, none)

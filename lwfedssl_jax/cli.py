@@ -1,7 +1,9 @@
 """The command line: parse, dispatch, one line for bad input."""
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -10,23 +12,24 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
 
 from lwfedssl_jax import config as configs
 from lwfedssl_jax import fleet
-from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.config import Config, ConfigError, RuntimeConfig
+from lwfedssl_jax.errors import FailedRunsError, foreseen
 from lwfedssl_jax.interrupts import Interrupts
 
 USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
-ADVICE = "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, or --runtime.feed streamed"
 HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
+MOST_JOBS = 1024
 EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -101,6 +104,34 @@ class Plan:
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Run a grid of configs and seeds, or what is left of it, and report it."""
+
+    sweep_name: tyro.conf.Positional[str]
+    """SWEEP: a name of configs/sweeps, or a path to a Python file of the same form."""
+    workdir: Path | None = None
+    """Where the sweep lives; by default runs/sweeps/SWEEP."""
+    dry_run: bool = False
+    """Only list the runs, their operations and the time they should take here."""
+    jobs: int = 1
+    """Processes that do runs at the same time, each with a share of the cores, or with a GPU."""
+    together: int = 0
+    """Runs that differ in numbers and seeds only, in one program side by side; 0: as many as pay off on the device."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One HTML page, figures and tables about one or several runs."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """DIR: a run's work directory, or one with runs below it, such as a sweep's."""
+    out: Path | None = None
+    """Where report.html, plots/ and tables/ go; by default DIR, and for several the folder `report`."""
+
+
 Options = TypeVar("Options", Train, Resources, Plan)
 
 
@@ -130,21 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explain(error: BaseException) -> int:
     """Print what went wrong, in one line if it was foreseen, and return the exit code."""
-    if isinstance(error, ConfigError):
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # what it quotes may have line breaks
-        return EXIT_BAD_INPUT
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; `train` continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if isinstance(error, OSError) and error.strerror:
-        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
-    elif isinstance(error, FloatingPointError | OSError):
-        print(f"error: {error}", file=sys.stderr)
-    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        print(f"error: out of memory ({str(error).splitlines()[0]}); {ADVICE}", file=sys.stderr)
+    if line := foreseen(error):
+        print(f"error: {line}", file=sys.stderr)
     else:
         traceback.print_exception(error)
-    return EXIT_FAILURE
+    return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_FAILURE
 
 
 def train(arguments: list[str]) -> None:
@@ -310,6 +334,109 @@ def check_plot(path: Path | None) -> None:
         )
 
 
+def sweep(arguments: list[str]) -> None:
+    """The ``sweep`` command."""
+    with Interrupts():
+        sweep_as_told(parse_sweep(arguments))
+
+
+def parse_sweep(arguments: list[str]) -> Sweep:
+    """The options of ``sweep``.
+
+    Raises:
+      ConfigError: no SWEEP, an unknown option, or a value that is empty or does not parse.
+      SystemExit: after ``--help``.
+    """
+    check_not_empty(arguments)
+    with refusals_in_one_line():
+        options = tyro.cli(Sweep, prog="run.py sweep", args=arguments)
+    for name, least in (("jobs", 1), ("together", 0)):
+        if not least <= (value := getattr(options, name)) <= MOST_JOBS:
+            raise ConfigError(f"--{name}: {value} is out of range; accepted: {least} to {MOST_JOBS}")
+    return options
+
+
+def sweep_as_told(options: Sweep) -> None:
+    """Have a sweep's runs done by workers, with progress on standard error, and report them."""
+    import jax
+
+    from lwfedssl_jax import devices, page
+    from lwfedssl_jax import sweep as sweeps
+    from lwfedssl_jax.client import program_config
+    from lwfedssl_jax.progress import SweepProgress, estimates_table, round_costs
+    from lwfedssl_jax.simulate import Shared
+    from lwfedssl_jax.workers import Pool
+
+    devices.set_up_cpu()
+    if not options.dry_run:
+        jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+    name, about, runs = sweeps.load_sweep(options.sweep_name)
+    path = options.workdir or Path("runs") / "sweeps" / name
+    directory = sweeps.SweepDirectory(path, name, about, runs)
+    devices.set_up_cache(options.compilation_cache)
+    finished = {run.directory for run in runs if directory.is_finished(run)}
+    shared, progress = Shared(), Console(stderr=True)
+    if options.dry_run:
+        with progress.status("tracing, and timing a step of each kind of run"):
+            estimates = sweeps.estimate(runs, shared)
+        Console().print(estimates_table(runs, estimates, finished, options.jobs))
+        return
+    directory.take()
+    failed: dict[str, str] = {}
+    try:
+        with progress.status("tracing"):
+            alike = {run.directory: dataclasses.replace(run.config, runtime=RuntimeConfig()) for run in runs}
+            costs = {d: shared.once(config, functools.partial(round_costs, config)) for d, config in alike.items()}
+        with SweepProgress(progress, runs, costs, finished) as table:
+
+            def hear(run: sweeps.SweepRun, event: dict[str, Any]) -> None:
+                table.hear(run, event)
+                if event["event"] == "failed":
+                    failed[f"{run.label}, seed {run.seed}"] = event["why"]
+                    directory.fail(run.directory, event["why"])
+
+            request = {
+                "path": str(path), "sweep": options.sweep_name, "cache": options.compilation_cache,
+                "together": options.together,
+            }  # fmt: skip
+            groups = {run.directory: program_config(run.config) for run in runs}
+            Pool(request, groups, options.jobs, hear).run([run for run in runs if run.directory not in finished])
+        written = page.write_report([path], path)
+    finally:
+        directory.close()
+    Console().print(written, markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        reasons = "; ".join(f"{run}: {why}" for run, why in failed.items())
+        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed, the same command tries them again: {reasons}")
+
+
+def report_runs(arguments: list[str]) -> None:
+    """The ``report`` command."""
+    check_not_empty(arguments)
+    with refusals_in_one_line():
+        options = tyro.cli(Report, prog="run.py report", args=arguments)
+    if not options.directories:
+        raise ConfigError("DIR: report needs one first, found nothing; accepted: a directory with runs")
+    from lwfedssl_jax import comparison, page, results, tables
+
+    found = results.load_results(*options.directories)
+    out = options.out or (options.directories[0] if len(options.directories) == 1 else Path("report"))
+    try:
+        written = page.write_report(options.directories, out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {out} cannot be written ({error.strerror or error}); accepted: a directory you can write to"
+        ) from error
+    console = Console()
+    runs, settings = comparison.settle(found)
+    if settings:
+        console.print(tables.rich_table(tables.settings_table(runs, settings).words))
+    for name, why in zip(found["name"], found["fault"], strict=True):
+        if why:
+            console.print(f"left out: {name}: {why}", markup=False, highlight=False, soft_wrap=True)
+    console.print(written, markup=False, highlight=False, soft_wrap=True)
+
+
 def can_draw(path: Path) -> bool:
     """Whether a picture can be written there."""
     from lwfedssl_jax.devices import can_hold
@@ -333,6 +460,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "resources": resources,
     "plan": plan,
+    "sweep": sweep,
+    "report": report_runs,
     "list": list_configs,
 }
 
@@ -348,6 +477,10 @@ def print_help() -> None:
     print("  plan CONFIG [--section.field VALUE ...] --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X")
     print("       [--watts X] | --devices FLEET.csv [--results DIR] [--json] [--plot FILE.png]")
     print("      which strategy and how many layers a stage a fleet can afford; trains nothing")
+    print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N]")
+    print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
+    print("  report DIR [DIR ...] [--out OUT]")
+    print("      one page, figures and tables about all runs in these directories")
     print("  list")
     print("      the configs that exist\n")
     print("`python run.py COMMAND --help` lists every option.")
@@ -370,10 +503,17 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         )
     check_not_empty(arguments)
     default = options(config_name=arguments[0], config=configs.load(arguments[0]))
+    with refusals_in_one_line():
+        return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Turns the parser's refusals into ConfigErrors."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+            yield
     except SystemExit as stop:
         if stop.code:
             raise ConfigError(one_line(errors.getvalue())) from None

@@ -5,20 +5,22 @@ The frozen part is run forward once a view, for both branches: the target's froz
 equal the online ones at all times, an average of equals.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.additions import PUBLIC_STREAM, Local, Term, kept_layers, terms_of
 from lwfedssl_jax.augment import RECIPES, Recipe, normalise, two_views
-from lwfedssl_jax.config import MODELS, Config, ModelConfig, VitSize, choose
+from lwfedssl_jax.config import MODELS, Config, EvaluationConfig, FleetConfig, ModelConfig, VitSize, choose, override
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import Head, mlp_head
@@ -28,26 +30,43 @@ from lwfedssl_jax.objectives import OBJECTIVES, Objective
 from lwfedssl_jax.tree import Tree
 
 
+class Hyper(NamedTuple):
+    """Numbers of a config that programs take as arguments: runs that differ in these alone share what is compiled.
+
+    Attributes:
+      learning_rate: as the optimizer runs at (``Config.learning_rate``).
+      weights: of the terms of the loss, in ``Task.terms``'s order.
+      weight_decay, temperature, momentum, depth_dropout: the config's.
+    """
+
+    learning_rate: ArrayLike
+    weight_decay: ArrayLike
+    temperature: ArrayLike
+    momentum: ArrayLike
+    depth_dropout: ArrayLike
+    weights: tuple[ArrayLike, ...]
+
+
 class Task(NamedTuple):
-    """Everything static that local training needs; parameters are
-    ``{"encoder": F, "statistics": F's running averages, "projection": H, "prediction": Q}``,
+    """Everything that local training needs besides parameters and data; all but ``hyper`` is static.
+
+    Parameters are ``{"encoder": F, "statistics": F's running averages, "projection": H, "prediction": Q}``,
     Q only where the objective has it.
     """
 
     encoder: Encoder
     heads: dict[str, Head]
     objective: Objective
-    temperature: float
-    momentum: float
-    optimizer: optax.GradientTransformation
+    optimizer: Callable[[Hyper], optax.GradientTransformation]
     recipe: Recipe
     dtype: DTypeLike
     image_shape: tuple[int, int, int]
     layers: int
-    depth_dropout: float
-    terms: tuple[tuple[Term, float], ...]
+    drops_layers: bool
+    terms: tuple[Term, ...]
     divergence: float
     vmap_on_cpu: bool
+    hyper: Hyper
 
 
 Route = tuple[Depth, jax.Array | None]  # how many layers run, and which (see Encoder)
@@ -87,6 +106,34 @@ class ClientState(NamedTuple):
     scale: jax.Array
 
 
+# Fields that programs take as arguments, or never see: batches, cohorts and judgements are the host's.
+FREE_FIELDS = (
+    "partition.kind",
+    "partition.beta",
+    "partition.shards_per_client",
+    "partition.allow_empty",
+    "partition.examples_per_client",
+    "partition.size_sigma",
+    "objective.temperature",
+    "objective.momentum",
+    "federation.dropout",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "runtime.seed",
+)
+
+
+def program_config(config: Config) -> Config:
+    """A stand-in for all configs that run by the same programs: they differ in ``FREE_FIELDS``, in how they are
+    judged, in their fleet, and in the weights of terms and the rate of depth dropout where these are not 0.
+    """
+    named = (text.partition("=") for text in config.additions.terms)
+    free: dict[str, Any] = {name: operator.attrgetter(name)(Config()) for name in FREE_FIELDS}
+    free["additions.terms"] = tuple(f"{name}=1" for name, _, weight in named if float(weight))
+    free["additions.depth_dropout"] = 0.5 if config.additions.depth_dropout else 0.0
+    return dataclasses.replace(override(config, free), evaluation=EvaluationConfig(), fleet=FleetConfig())
+
+
 def make_task(config: Config) -> Task:
     """The task of a resolved config.
 
@@ -100,6 +147,7 @@ def make_task(config: Config) -> Task:
     objective = choose("objective.name", config.objective.name, OBJECTIVES)
     hidden, output = config.objective.hidden_dim, config.objective.output_dim
     encoder = make_encoder(config.model, image_shape, dtype, remat=config.runtime.remat)
+    terms = terms_of(config)
     heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
     if objective.has_prediction:
         heads["prediction"] = mlp_head(2, output, hidden, output, dtype)
@@ -107,17 +155,23 @@ def make_task(config: Config) -> Task:
         encoder=encoder,
         heads=heads,
         objective=objective,
-        temperature=config.objective.temperature,
-        momentum=config.objective.momentum,
-        optimizer=optax.adamw(config.learning_rate, weight_decay=config.optimizer.weight_decay),
+        optimizer=lambda hyper: optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay),
         recipe=RECIPES[recipe_name],
         dtype=np.promote_types(dtype, jnp.float32),
         image_shape=image_shape,
         layers=config.model.depth,
-        depth_dropout=config.additions.depth_dropout,
-        terms=terms_of(config),
+        drops_layers=bool(config.additions.depth_dropout),
+        terms=tuple(term for term, _ in terms),
         divergence=config.federation.divergence,
         vmap_on_cpu=config.cpu_lanes > 1,
+        hyper=Hyper(
+            learning_rate=config.learning_rate,
+            weight_decay=config.optimizer.weight_decay,
+            temperature=config.objective.temperature,
+            momentum=config.objective.momentum,
+            depth_dropout=config.additions.depth_dropout,
+            weights=tuple(weight for _, weight in terms),
+        ),
     )
 
 
@@ -150,7 +204,7 @@ def weights_of(trainable: Tree) -> Tree:
 def client_init(task: Task, trainable: Tree) -> ClientState:
     """State at the start of a round, from what the server sent."""
     target = {k: trainable[k] for k in ("encoder", "projection")} if task.objective.has_target else {}
-    return ClientState(trainable, task.optimizer.init(weights_of(trainable)), target, jnp.zeros(()))
+    return ClientState(trainable, task.optimizer(task.hyper).init(weights_of(trainable)), target, jnp.zeros(()))
 
 
 def client_step(
@@ -159,7 +213,7 @@ def client_step(
     """One optimizer step on one batch, then the target's moving average.
 
     Args:
-      task: static.
+      task: static, but for its numbers, which may be traced.
       state: the client's.
       sent: what the server sent; its frozen part is shared by all clients and both branches.
       images_BxHxWxC: uint8.
@@ -177,18 +231,18 @@ def client_step(
     gradient = jax.value_and_grad(_loss, argnums=1, has_aux=True)
     public = public_batch(task, sent, len(mask_B), key)
     (loss, statistics), grads = gradient(task, weights, state, sent, x, mask_B, route, public)
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, weights)
+    updates, opt_state = task.optimizer(task.hyper).update(grads, state.opt_state, weights)
     updates = jax.tree.map(_keep_present, weights_of(sent.present), updates)
     weights = optax.apply_updates(weights, updates)
-    target = tree.ema(state.target, {k: weights[k] for k in state.target}, task.momentum)
+    target = tree.ema(state.target, {k: weights[k] for k in state.target}, task.hyper.momentum)
     return state._replace(trainable=weights | {"statistics": statistics}, opt_state=opt_state, target=target), loss
 
 
 def routes(task: Task, sent: Sent, key: jax.Array) -> tuple[Route, Route]:
     """Which trainable and which frozen layers a step runs: all, or those that depth dropout keeps."""
-    if not task.depth_dropout:
+    if not task.drops_layers:
         return (sent.depth, None), (sent.frozen_depth, None)
-    kept = functools.partial(kept_layers, key, task.depth_dropout, sent.droppable, layers=task.layers)
+    kept = functools.partial(kept_layers, key, task.hyper.depth_dropout, sent.droppable, layers=task.layers)
     order, count = kept(sent.frozen_depth, sent.depth)
     frozen_order, frozen_count = kept(0, sent.frozen_depth)
     return (count, order), (frozen_count, frozen_order)
@@ -237,14 +291,14 @@ def _loss(
     with_negatives = task.objective.loss_with_negatives
     if with_negatives and "dictionary" in sent.shared:
         negatives = sent.shared["dictionary"], sent.shared["filled"]
-        loss = with_negatives(online, goal, mask_B, task.temperature, negatives)
+        loss = with_negatives(online, goal, mask_B, task.hyper.temperature, negatives)
     else:
-        loss = task.objective.loss(online, goal, mask_B, task.temperature)
+        loss = task.objective.loss(online, goal, mask_B, task.hyper.temperature)
     received = weights_of(sent.trainable)
     local = Local(
         weights, received, weights_of(sent.present), projection, lambda: project(received), mask_B, project_public
     )
-    for term, weight in task.terms:
+    for term, weight in zip(task.terms, task.hyper.weights, strict=True):
         loss += weight * term(local)
     return loss, new_statistics
 

@@ -27,6 +27,9 @@ CONFIG_DIR = next(
 )
 
 
+SWEEPS = "sweeps"  # its folder that has sweeps
+
+
 class ConfigError(ValueError):
     """Bad input: one line that names the field, the value and what is accepted."""
 
@@ -397,16 +400,9 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
         close = difflib.get_close_matches(name, known, n=3)
         names = f", such as {', '.join(close)}" if close else ""
         raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or a name of `list`{names}")
-    module = types.ModuleType("lwfedssl_config")
-    module.__file__ = str(path)
-    try:  # not by import, which would write and trust a __pycache__
-        exec(compile(path.read_bytes(), path, "exec"), vars(module))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the user's own file: whatever it raises is bad input
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"CONFIG: {path} does not run ({what}); accepted: a file that defines `config`") from error
-    config = getattr(module, "config", None)
+    if name.startswith(f"{SWEEPS}/"):
+        raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {path.stem}` runs the sweep)")
+    config = getattr(run_file(path, "CONFIG", "config"), "config", None)
     if not isinstance(config, Config):
         found = f"found {type(config).__name__}; accepted: `config = Config(...)`"
         raise ConfigError(f"CONFIG: {path} defines no config, {found}")
@@ -414,8 +410,26 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
     return config
 
 
+def run_file(path: Path, argument: str, what: str) -> types.ModuleType:
+    """A Python file that is to define ``what``, run as a module.
+
+    Raises:
+      ConfigError: it does not run.
+    """
+    module = types.ModuleType("lwfedssl_config")
+    module.__file__ = str(path)
+    try:  # not by import, which would write and trust a __pycache__
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own file: whatever it raises is bad input
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{argument}: {path} does not run ({why}); accepted: a file that defines `{what}`") from error
+    return module
+
+
 def available(config_dir: Path = CONFIG_DIR) -> list[tuple[str, str]]:
-    """``(name, first line of its docstring)`` of every config under ``config_dir``."""
+    """``(name, first line of its docstring)`` of every config, and of every sweep, under ``config_dir``."""
     return [
         (
             path.relative_to(config_dir).with_suffix("").as_posix(),

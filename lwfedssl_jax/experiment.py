@@ -1,17 +1,32 @@
 """A whole run: rounds, evaluation, checkpoints, work directory, summary. The only module that sees everything."""
 
+import contextlib
 import hashlib
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
-from lwfedssl_jax import evaluate, export, finetune, fleet, plan, report, resources
-from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax import evaluate, export, finetune, fleet, page, plan, report, resources
+from lwfedssl_jax.client import program_config
+from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import from_all, from_first
 from lwfedssl_jax.interrupts import Interrupts
-from lwfedssl_jax.simulate import Listener, Run, Simulator, State, check_finite, initial_params, prepare, to_save
+from lwfedssl_jax.simulate import (
+    Listener,
+    Run,
+    Shared,
+    Simulator,
+    State,
+    check_finite,
+    initial_params,
+    prepare,
+    to_save,
+)
+from lwfedssl_jax.stages import Stage
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
@@ -21,13 +36,67 @@ FINE_TUNE = "fine_tune"  # the protocol's name
 MEASURED = "bytes and seconds: all clients, all rounds; flops_executed: a sample, as in the ledger"
 
 
-def train(config: Config, workdir: WorkDir | None, listener: Listener | None = None) -> dict[str, Any]:
+@dataclass
+class Member:
+    """A run on its way to its end.
+
+    Attributes:
+      config: resolved.
+      workdir: belongs to this config; None in every process but the first of several.
+      listener: hears of progress.
+      done: rounds that are finished.
+      saved: what the checkpoint after them holds.
+      summary: the content of ``summary.json``, once the run is finished; nothing where there is no work directory.
+      error: why it ended before.
+    """
+
+    config: Config
+    workdir: WorkDir | None
+    listener: Listener = field(default_factory=Listener)
+    done: int = 0
+    saved: Tree = field(default_factory=dict)
+    summary: dict[str, Any] | None = None
+    error: Exception | None = None
+
+    @property
+    def is_going(self) -> bool:
+        """Neither finished nor failed."""
+        return self.summary is None and self.error is None
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Keeps the error of this run alone, for the others to go on."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+
+
+class Everyone(Listener):
+    """What is done for several runs at once, told to the listeners of all."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
+
+    def compiling(self, what: str) -> None:
+        for member in self._members:
+            member.listener.compiling(what)
+
+    def steps(self, round_number: int, done: int, total: int) -> None:
+        for member in self._members:
+            member.listener.steps(round_number, done, total)
+
+
+def train(
+    config: Config, workdir: WorkDir | None, listener: Listener | None = None, shared: Shared | None = None
+) -> dict[str, Any]:
     """Run the experiment, or what is left of it, and write the work directory.
 
     Args:
       config: resolved.
       workdir: belongs to this config; None in every process but the first of several.
       listener: hears of progress.
+      shared: with other runs of this process.
 
     Returns:
       The content of ``summary.json``; nothing where there is no work directory.
@@ -39,52 +108,143 @@ def train(config: Config, workdir: WorkDir | None, listener: Listener | None = N
       KeyboardInterrupt: on Ctrl-C or SIGTERM, after the current call; the last finished round has been saved.
       OSError: something cannot be written, such as on a full disk; what was saved before is whole.
     """
-    listener = listener or Listener()
-    check_same_config(config)
-    finished = workdir.summary if workdir else None
-    if from_first(np.array(finished is not None)):
-        return finished or {}
+    member = Member(config, workdir, listener or Listener())
+    train_together([member], shared)
+    if member.error:
+        raise member.error
+    return member.summary or {}
+
+
+def train_together(members: Sequence[Member], shared: Shared | None = None) -> None:
+    """Run several experiments, or what is left of them, side by side; they end with a summary or an error each.
+
+    Args:
+      members: one, or several with one ``program_config`` for which ``go_together``; those that have not come equally
+        far, and more than fit the memory, run one after the other.
+      shared: with other runs of this process.
+
+    Raises:
+      ConfigError: processes of one run have different configs.
+      KeyboardInterrupt: on Ctrl-C or SIGTERM, after the current call; the last finished round has been saved.
+    """
+    shared = shared or Shared()
+    for member in members:
+        check_same_config(member.config)
+        finished = member.workdir.summary if member.workdir else None
+        if from_first(np.array(finished is not None)):
+            member.summary = finished or {}
     try:
-        with Interrupts(listener.note) as interrupts:
+        with Interrupts(members[0].listener.note) as interrupts:
             interrupts.check()
-            if workdir:
-                workdir.take()
-            run = prepare(config, listener=listener)
-            interrupts.check()
-            if config.fleet.devices:
-                on_devices = plan.fleet_of_clients(config, run.clients.sizes, listener.compiling)
-                listener.note(plan.describe_fleet(on_devices, run.clients.sizes))
-                run = run._replace(fleet=on_devices)
-                interrupts.check()
-            found, faults = workdir.restore() if workdir else (None, {})
-            for rounds, why in faults.items():
-                listener.note(f"checkpoint {rounds} is damaged: {why}")
-            done = int(from_first(np.int32(found.rounds if found else 0)))
-            left = [stage for stage in run.stages if done < stage.first_round + stage.rounds]
-            simulator = Simulator(run, left, listener, interrupts.check)
-            run = simulator.run  # with lanes that fit
-            params, state = simulator.take_up(done, found.state if found else {})
-            interrupts.check()
-            if workdir:
-                workdir.open(run.lanes, run.mesh.size)
-                with workdir.writing("plots"):
-                    report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
-                listener.start(run, done)
-            if workdir and not done:
-                log_evaluation(run, workdir, listener, config.model.depth, 0, params)
-            params = run_rounds(simulator, workdir, listener, interrupts, done, params, state)
-            summary = finish(run, workdir, params, listener, interrupts) if workdir else {}
-            interrupts.check()
-            return summary
+            waiting: dict[int, list[tuple[Member, Run]]] = {}
+            for member in members:
+                with member.failing():
+                    if member.is_going:
+                        run = begin(member, shared, interrupts)
+                        waiting.setdefault(member.done, []).append((member, run))
+            for group in waiting.values():
+                while group:
+                    count = run_group(group, shared, interrupts)
+                    del group[:count]
     finally:
-        if workdir:
-            workdir.close()
+        for member in members:
+            if member.workdir:
+                member.workdir.close()
+
+
+def begin(member: Member, shared: Shared, interrupts: Interrupts) -> Run:
+    """Take the work directory, load what the run needs and find out how far it has come."""
+    workdir, listener = member.workdir, member.listener
+    if workdir:
+        workdir.take()
+    run = prepare(member.config, listener=listener, shared=shared)
+    interrupts.check()
+    if member.config.fleet.devices:
+        run = on_fleet(run, listener, shared)
+        interrupts.check()
+    found, faults = workdir.restore() if workdir else (None, {})
+    for rounds, why in faults.items():
+        listener.note(f"checkpoint {rounds} is damaged: {why}")
+    member.done = int(from_first(np.int32(found.rounds if found else 0)))
+    member.saved = found.state if found else {}
+    return run
+
+
+def on_fleet(run: Run, listener: Listener, shared: Shared) -> Run:
+    """The run with its clients on the devices of its fleet.
+
+    Raises:
+      ConfigError: see ``plan.fleet_of_clients``.
+    """
+    config = run.config
+    priced = lambda: resources.ledgers_of({"": config}, memory=True, notify=listener.compiling)[""]  # noqa: E731
+    alike = override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})
+    per_stage = shared.once(("ledger", alike), priced)["per_stage"]
+    on_devices = plan.fleet_of_clients(config, per_stage, run.clients.sizes)
+    listener.note(plan.describe_fleet(on_devices, run.clients.sizes))
+    return run._replace(fleet=on_devices)
+
+
+def run_group(group: Sequence[tuple[Member, Run]], shared: Shared, interrupts: Interrupts) -> int:
+    """Run as many of a group, the first ones, as fit the memory side by side, to their end.
+
+    Returns:
+      How many these are.
+    """
+    count, simulator = len(group), None
+    while simulator is None:
+        members, (run, *others) = [member for member, _ in group[:count]], [run for _, run in group[:count]]
+        done = members[0].done
+        left = [stage for stage in run.stages if done < stage.first_round + stage.rounds]
+        try:
+            simulator = Simulator(run, left, Everyone(members), interrupts.check, shared, others)
+        except MemoryError:
+            if count == 1:
+                raise
+            count //= 2
+        except Exception as error:  # before anything of any of them is written
+            for member in members:
+                member.error = error
+            return count
+    try:
+        params, state = simulator.take_up(done, *[member.saved for member in members])
+        interrupts.check()
+        for number, (member, run) in enumerate(zip(members, simulator.runs, strict=True)):
+            member.saved = {}
+            with member.failing():
+                open_run(member, run, simulator.of_run(number, params))
+        params = run_rounds(simulator, members, interrupts, done, params, state)
+        for number, (member, run) in enumerate(zip(members, simulator.runs, strict=True)):
+            with member.failing():
+                if member.is_going:
+                    of_run = simulator.of_run(number, params)
+                    member.summary = (
+                        finish(run, member.workdir, of_run, member.listener, interrupts, shared)
+                        if member.workdir
+                        else {}
+                    )
+        interrupts.check()
+    except Exception as error:  # of all of them, such as of the device
+        for member in members:
+            member.error = member.error or (error if member.is_going else None)
+    return count
+
+
+def open_run(member: Member, run: Run, params: Tree) -> None:
+    """Make the work directory, or go on with it, and judge the encoder that nothing has trained yet."""
+    workdir, listener = member.workdir, member.listener
+    if workdir:
+        workdir.open(run.lanes, run.mesh.size)
+        with workdir.writing("plots"):
+            report.plot_clients(run.dataset.train_labels, run.clients, workdir.path)
+        listener.start(run, member.done)
+        if not member.done:
+            log_evaluation(run, workdir, listener, run.config.model.depth, 0, params)
 
 
 def run_rounds(
     simulator: Simulator,
-    workdir: WorkDir | None,
-    listener: Listener,
+    members: Sequence[Member],
     interrupts: Interrupts,
     done: int,
     params: Tree,
@@ -93,32 +253,58 @@ def run_rounds(
     """The rounds after the first ``done``; saves after every round of a minute, else every minute, and every stage."""
     run, last_saved = simulator.run, time.monotonic()
     ends = [stage.first_round + stage.rounds for stage in run.stages]
-    every = run.config.evaluation.every
+
+    def save(number: int) -> None:
+        member = members[number]
+        if member.workdir and done:
+            of_run = to_save(simulator.of_run(number, params), simulator.of_run(number, state))
+            member.workdir.save(done, of_run, ends)
+
     try:
         with interrupts.held_back():
             for stage, last in zip(run.stages, ends, strict=True):
                 if done >= last:
                     continue
-                listener.stage(stage)
+                for member in members:
+                    member.listener.stage(stage)
                 if done == stage.first_round:
                     state = None
-                for number in range(done + 1, last + 1):
-                    new_params, new_state, line = simulator.run_round(stage, params, state, number)
-                    if workdir:
-                        workdir.append(line)
-                        listener.round(line)
-                        if number == last or (every and number % every == 0):
-                            log_evaluation(run, workdir, listener, stage.depth, number, new_params)
-                    params, state, done = new_params, new_state, number
-                    if workdir and (number == last or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
-                        workdir.save(done, to_save(params, state), ends)
-                        last_saved = time.monotonic()
+                while done < last and any(member.is_going for member in members):
+                    new_params, new_state, lines = simulator.run_rounds(stage, params, state, done + 1)
+                    for number, (member, line) in enumerate(zip(members, lines, strict=True)):
+                        if not member.is_going:
+                            continue
+                        with member.failing():
+                            log_round(member, simulator.runs[number], stage, line, simulator.of_run(number, new_params))
+                        if isinstance(member.error, FloatingPointError):
+                            with member.failing():
+                                save(number)
+                    params, state, done = new_params, new_state, done + 1
+                    due = done == last or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
+                    for number, member in enumerate(members):
+                        with member.failing():
+                            if due and member.is_going:
+                                save(number)
+                                last_saved = time.monotonic()
                     interrupts.check()
-    except (KeyboardInterrupt, FloatingPointError):
-        if workdir and done:
-            workdir.save(done, to_save(params, state), ends)
+    except KeyboardInterrupt:
+        for number, member in enumerate(members):
+            if member.is_going:
+                save(number)
         raise
     return params
+
+
+def log_round(member: Member, run: Run, stage: Stage, line: dict[str, Any] | FloatingPointError, params: Tree) -> None:
+    """Write a round's line, and judge the encoder where that is due; ``line`` as ``Simulator.run_rounds`` gives it."""
+    if isinstance(line, FloatingPointError):
+        raise line
+    if member.workdir:
+        member.workdir.append(line)
+        member.listener.round(line)
+        number, every = line["round"], run.config.evaluation.every
+        if number == stage.first_round + stage.rounds or (every and number % every == 0):
+            log_evaluation(run, member.workdir, member.listener, stage.depth, number, params)
 
 
 def check_same_config(config: Config) -> None:
@@ -174,7 +360,9 @@ def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, interrupts: 
         listener.evaluation(line)
 
 
-def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener, interrupts: Interrupts) -> dict[str, Any]:
+def finish(
+    run: Run, workdir: WorkDir, params: Tree, listener: Listener, interrupts: Interrupts, shared: Shared
+) -> dict[str, Any]:
     """Write the encoder, the summary and the plots of a run whose rounds are done."""
     if run.config.evaluation.fine_tune_epochs:
         log_fine_tuning(run, workdir, listener, interrupts, params)
@@ -185,7 +373,9 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener, interru
         if line.get("event") == "evaluation":
             result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol", "baseline")}
             results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
-    strategies = resources.all_strategies(run.config, memory=True, notify=listener.compiling)
+    ledgers = lambda: resources.all_strategies(run.config, memory=True, notify=listener.compiling)  # noqa: E731
+    of_all = {"strategy.name": "", "additions.depth_dropout": run.config.additions.depth_dropout}
+    strategies = shared.once(("ledgers", override(program_config(run.config), of_all)), ledgers)
     measured = {key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")}
     if run.config.additions.depth_dropout:
         measured["flops_executed"] = resources.measured_operations(run.config, rounds)
@@ -210,4 +400,6 @@ def finish(run: Run, workdir: WorkDir, params: Tree, listener: Listener, interru
         report.plot_distance(lines, plots / "client_distance.png")
         report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
+    with workdir.writing("report.html"):
+        page.write_report([workdir.path], workdir.path)
     return summary

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 Negatives = tuple[jax.Array, jax.Array]  # MxD, normalised, and M, False where a row counts for nothing
 
@@ -28,18 +29,18 @@ class Objective(NamedTuple):
       loss_with_negatives: ``loss`` with further ``negatives`` for every anchor; None where there are none.
     """
 
-    loss: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
+    loss: Callable[[jax.Array, jax.Array, jax.Array, ArrayLike], jax.Array]
     has_target: bool
     has_prediction: bool
     paper_views: int
-    loss_with_negatives: Callable[[jax.Array, jax.Array, jax.Array, float, Negatives], jax.Array] | None = None
+    loss_with_negatives: Callable[[jax.Array, jax.Array, jax.Array, ArrayLike, Negatives], jax.Array] | None = None
 
 
 def simclr_loss(
     online_2xBxD: jax.Array,
     target_2xBxD: jax.Array,
     mask_B: jax.Array,
-    temperature: float,
+    temperature: ArrayLike,
     negatives: Negatives | None = None,
 ) -> jax.Array:
     """NT-Xent over 2B views (Chen et al., 2020, arXiv 2002.05709, eq. 1).
@@ -60,7 +61,7 @@ def mocov3_loss(
     online_2xBxD: jax.Array,
     target_2xBxD: jax.Array,
     mask_B: jax.Array,
-    temperature: float,
+    temperature: ArrayLike,
     negatives: Negatives | None = None,
 ) -> jax.Array:
     """``nce(q1, k2) + nce(q2, k1)`` (Chen et al., 2021, arXiv 2104.02057, alg. 1), without the factor 2t.
@@ -72,7 +73,7 @@ def mocov3_loss(
 
 
 def nce(
-    q_BxD: jax.Array, k_BxD: jax.Array, mask_B: jax.Array, temperature: float, negatives: Negatives | None = None
+    q_BxD: jax.Array, k_BxD: jax.Array, mask_B: jax.Array, temperature: ArrayLike, negatives: Negatives | None = None
 ) -> jax.Array:
     """Mean cross entropy of ``q @ k.T / temperature`` (both l2-normalised) against the diagonal."""
     q, k = normalise(q_BxD), normalise(k_BxD)
@@ -80,7 +81,7 @@ def nce(
     return _masked_mean(_cross_entropy(*logits, jnp.arange(len(mask_B))), mask_B)
 
 
-def byol_loss(online_2xBxD: jax.Array, target_2xBxD: jax.Array, mask_B: jax.Array, temperature: float) -> jax.Array:
+def byol_loss(online_2xBxD: jax.Array, target_2xBxD: jax.Array, mask_B: jax.Array, temperature: ArrayLike) -> jax.Array:
     """``2 - 2 cos(q, k)`` summed over both directions (Grill et al., 2020, arXiv 2006.07733, eq. 2)."""
     del temperature
     q, k = normalise(online_2xBxD), normalise(target_2xBxD)[::-1]
@@ -94,7 +95,7 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def _with_negatives(
-    logits: jax.Array, allowed: jax.Array, anchors_NxD: jax.Array, temperature: float, negatives: Negatives | None
+    logits: jax.Array, allowed: jax.Array, anchors_NxD: jax.Array, temperature: ArrayLike, negatives: Negatives | None
 ) -> tuple[jax.Array, jax.Array]:
     """A column more for each of ``negatives``; ``allowed`` may have one row for all anchors."""
     if negatives is None:

@@ -142,6 +142,18 @@ def plan_round(
     return Round(sum(lengths), sum(steps_K), calls())
 
 
+def side_by_side(rounds: Sequence[Iterator[tuple[Plan, int]]], idle: Plan) -> Iterator[tuple[Plan, int]]:
+    """The calls of several rounds at once, with a leading axis over rounds; one that has ended is idle.
+
+    Args:
+      rounds: each one's ``Round.calls``, all of one shape.
+      idle: of that shape (``empty_plan``).
+    """
+    for calls in itertools.zip_longest(*rounds):
+        plans = [idle if call is None else call[0] for call in calls]
+        yield Plan(*map(np.stack, zip(*plans, strict=True))), max(call[1] for call in calls if call)
+
+
 def empty_plan(steps: int, lanes: int, batch_size: int) -> Plan:
     """A plan of idle lanes."""
     return Plan(

@@ -16,6 +16,7 @@ from lwfedssl_jax import fleet
 from lwfedssl_jax.config import Config, ConfigError, device_classes, divisors, override, to_dict
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.fleet import DeviceClass, Fleet, Part
+from lwfedssl_jax.report import protocol_words
 from lwfedssl_jax.resources import Ledger, Notify, each_strategy, ledgers_of
 from lwfedssl_jax.stages import STRATEGIES
 
@@ -204,10 +205,11 @@ def recommend(
     reason = f"{best.name}: {share} can take part in every stage."
     if best.measured:
         runs = f"mean of {best.measured.runs} runs" if best.measured.runs > 1 else "1 run"
-        why = f"it has the highest measured accuracy, {100 * best.measured.accuracy:.1f} % ({protocol}, {runs})"
+        by = f"{100 * best.measured.accuracy:.1f} % ({protocol_words(protocol)}, {runs})"
+        why = f"it has the highest measured accuracy, {by}"
     else:
         why = f"{best.strategy} is the most accurate as published ({' > '.join(PUBLISHED)})"
-        why += f"; none of them is in the results by {protocol}" if protocol else ""
+        why += f"; none of them is in the results by {protocol_words(protocol)}" if protocol else ""
     least = "time" if best.seconds else "traffic"
     if len(fit) > 1:
         reason += f" Of the {len(fit)} options of which that is so {why}; among equals it takes least {least}."
@@ -329,19 +331,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def fleet_of_clients(config: Config, examples_N: np.ndarray, notify: Notify = lambda _: None) -> Fleet:
-    """The clients of a run on the config's fleet; compiles a step of each stage for its peak memory.
+def fleet_of_clients(config: Config, per_stage: Sequence[Mapping[str, Any]], examples_N: np.ndarray) -> Fleet:
+    """The clients of a run on the config's fleet.
 
     Args:
       config: resolved, with ``fleet.devices``.
+      per_stage: of its ledger with peak memory.
       examples_N: of each client.
-      notify: told what is being compiled.
 
     Raises:
       ConfigError: no client with examples can take part in some stage.
     """
     devices, deadline = device_classes(config), config.fleet.deadline_seconds
-    per_stage = ledgers_of({"": config}, memory=True, notify=notify)[""]["per_stage"]
     made = fleet.make_fleet(devices, per_stage, examples_N, deadline, config.runtime.seed)
     for row in per_stage:
         if not (made.can[row["stage"]] & (examples_N > 0)).any():
@@ -358,10 +359,11 @@ def fleet_of_clients(config: Config, examples_N: np.ndarray, notify: Notify = la
 def describe_fleet(of: Fleet, examples_N: np.ndarray) -> str:
     """A line: each class, its clients, and in which stages they take part."""
     stages = len(of.per_stage)
-    told = fleet.summary(of, examples_N)
+    told = {c["name"]: (c["clients"], c["stages"]) for c in fleet.summary(of, examples_N)}
+    takes = {"yes": "in all stages", "out": "in no stage"}
     return "fleet: " + "; ".join(
-        f"{c['name']} {c['clients']} clients, stages {words(c['stages'], stages) if c['clients'] else 'none'}"
-        for c in told
+        f"{name}, {clients} clients: {takes.get(words(part_in, stages), words(part_in, stages))}"
+        for name, (clients, part_in) in told.items()
     )
 
 
@@ -411,7 +413,7 @@ def table(plan: Plan, width: int) -> Group:
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
     ]
     if plan.protocol:
-        lines.append(f"accuracy: {plan.protocol}; blank where the results do not have it.")
+        lines.append(f"accuracy: {protocol_words(plan.protocol)}; blank where the results do not have it.")
     chosen = [plan.reason]
     if plan.recommended:
         chosen += [_demand(d, p, plan.recommended) for d, p in zip(plan.devices, plan.recommended.parts, strict=True)]

@@ -1,17 +1,36 @@
 """A run as it goes: a live line in a terminal, else a line every few seconds."""
 
 import time
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 from lwfedssl_jax import resources
+from lwfedssl_jax.config import Config
 from lwfedssl_jax.simulate import Listener, Run
 from lwfedssl_jax.stages import Stage
+from lwfedssl_jax.sweep import Estimate, SweepRun
 
+SHOWN_AS = {"running": "bold", "failed": "red", "finished": "", "waiting": "dim"}
 SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
+
+
+def round_costs(config: Config) -> list[float]:
+    """Multiply-adds of a sample in each round, as executed."""
+    per_stage = resources.ledger(config)["per_stage"]
+    return [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
+
+
+def clock(seconds: float) -> str:
+    """``minutes:seconds``, with hours where there are some."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}" if hours else f"{minutes}:{int(seconds) % 60:02d}"
 
 
 class ConsoleProgress(Listener):
@@ -59,8 +78,7 @@ class ConsoleProgress(Listener):
         if finished_rounds:
             self.say(f"continuing after round {finished_rounds}")
         # A round's cost depends on its stage: progress is measured in operations, not rounds.
-        per_stage = resources.ledger(config)["per_stage"]
-        costs = [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
+        costs = round_costs(config)
         self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
         self._left_at_start = self._left[finished_rounds]
 
@@ -96,8 +114,7 @@ class ConsoleProgress(Listener):
 
     def _time_left(self) -> str:
         done = self._left_at_start - self._left[self._number]
-        seconds = self._training / done * self._left[self._number]
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        return clock(self._training / done * self._left[self._number])
 
     def _show(self, text: str, *, always: bool = False) -> None:
         if self._console.is_terminal:
@@ -106,3 +123,102 @@ class ConsoleProgress(Listener):
         elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self.say(text)
+
+
+def estimates_table(
+    runs: Sequence[SweepRun], estimates: Sequence[Estimate], finished: Collection[str], jobs: int
+) -> Group:
+    """A sweep before it starts: what each run takes, and the time of those that are left."""
+    table = Table(title="Multiply-adds, and seconds of training at the speed of a step timed here")
+    for column in ("run", "setting", "seed", "operations", "training"):
+        table.add_column(column, justify="right" if column in ("seed", "operations", "training") else "left")
+    left = 0.0
+    for number, (run, of_run) in enumerate(zip(runs, estimates, strict=True), 1):
+        done = run.directory in finished
+        left += 0.0 if done else of_run.seconds
+        shown = "finished" if done else clock(of_run.seconds)
+        table.add_row(str(number), escape(run.label), str(run.seed), f"{of_run.operations / 1e12:,.3g} T", shown)
+    at_once = f", {jobs} at once" if jobs > 1 else ""
+    text = f"{len(runs)} runs, {len(finished)} finished; about {clock(left / jobs)} of training left{at_once}"
+    return Group(table, f"{text}; loading, compiling and judging come on top")
+
+
+class SweepProgress:
+    """A sweep's runs as they go: a live table in a terminal, else a line for each that ends.
+
+    Args:
+      console: to print to.
+      runs: all of the sweep.
+      costs: of each round, by the run's directory (``round_costs`` times its samples).
+      finished: directories of those that were finished before.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        runs: Sequence[SweepRun],
+        costs: Mapping[str, Sequence[float]],
+        finished: Collection[str],
+    ) -> None:
+        self._console, self._runs, self._costs = console, runs, costs
+        self._state = {run.directory: "finished" if run.directory in finished else "waiting" for run in runs}
+        self._text = {run.directory: "before" if run.directory in finished else "" for run in runs}
+        self._done = dict.fromkeys(self._state, 0.0)  # work of this command
+        self._first: dict[str, int] = {}  # round before the first of this command
+        self._left = {run.directory: 0.0 if run.directory in finished else sum(costs[run.directory]) for run in runs}
+        self._accuracy: dict[str, dict[str, float]] = {}
+        self._began = time.monotonic()
+        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "SweepProgress":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def hear(self, run: SweepRun, event: Mapping[str, Any]) -> None:
+        """What a worker says of a run (``workers.Pool``)."""
+        name, kind = run.directory, event["event"]
+        if kind == "started":
+            self._state[name], self._text[name] = "running", "loading"
+        elif kind == "compiling":
+            self._text[name] = f"compiling {event['what']}"
+        elif kind == "round":
+            number, costs = event["round"], self._costs[name]
+            first = self._first.setdefault(name, number - 1)
+            self._done[name], self._left[name] = sum(costs[first:number]), sum(costs[number:])
+            self._text[name] = f"stage {event['stage']}, round {number}/{len(costs)}"
+        elif kind == "evaluation":
+            self._accuracy.setdefault(name, {})[event["protocol"]] = event["accuracy"]
+        elif kind in ("finished", "failed"):
+            self._state[name], self._left[name] = kind, 0.0
+            scores = [f"{p} {100 * a:.1f} %" for p, a in self._accuracy.get(name, {}).items()]
+            self._text[name] = event["why"] if kind == "failed" else ", ".join(scores)
+            if not self._console.is_terminal:
+                text = f"{self._counts()}: {run.label}, seed {run.seed} {kind}: {self._text[name]}"
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _counts(self) -> str:
+        states = list(self._state.values())
+        counts = [f"{states.count(s)} {s}" for s in ("finished", "running", "failed", "waiting") if s in states]
+        done, left = sum(self._done.values()), sum(self._left.values())
+        if done and left:
+            counts.append(f"about {clock((time.monotonic() - self._began) / done * left)} left")
+        return ", ".join(counts)
+
+    def _table(self) -> Table:
+        table = Table(title=self._counts(), expand=True)
+        for column, width in (("setting", None), ("seed", 6), ("", 9), ("", None)):
+            table.add_column(column, width=width, no_wrap=True, overflow="ellipsis")
+        order = ("running", "failed", "finished", "waiting")
+        rows = sorted(self._runs, key=lambda run: order.index(self._state[run.directory]))
+        room = max(4, self._console.height - 8)
+        for run in rows[:room]:
+            state, text = self._state[run.directory], self._text[run.directory]
+            table.add_row(escape(run.label), str(run.seed), state, escape(text), style=SHOWN_AS[state])
+        if len(rows) > room:
+            table.add_row(f"and {len(rows) - room} more", "", "", "")
+        return table

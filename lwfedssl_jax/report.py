@@ -48,7 +48,7 @@ def plot_partitions(labels_N: np.ndarray, populations: Mapping[str, Sequence[np.
     """
     counts = {title: _class_counts(labels_N, clients) for title, clients in populations.items()}
     shares = {title: 100 * c / np.maximum(c.sum(1, keepdims=True), 1) for title, c in counts.items()}
-    figure, axes = _panels(
+    figure, axes = panels(
         2, len(counts), size=(2.2 * len(counts) + 1.2, 3.6), sharex="col", sharey="row", height_ratios=(1, 3)
     )
     for (title, counts_KxC), (top, below) in zip(counts.items(), axes.T, strict=True):
@@ -90,7 +90,7 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
         points = [line for line in evaluations if line["protocol"] == protocol]
         points.sort(key=lambda p: int(p["round"]))  # training from scratch is written last
         x, y = [traffic[p["round"]] for p in points], [100 * p["accuracy"] for p in points]
-        label = _words(protocol) + (" (at 0: from scratch)" if any("baseline" in p for p in points) else "")
+        label = protocol_words(protocol) + (" (at 0: from scratch)" if any("baseline" in p for p in points) else "")
         line = "none" if any("baseline" in p for p in points) else "-"  # from scratch is no beginning of the training
         spread = [100 * p.get("std", 0) for p in points]
         axes.errorbar(x, y, spread, marker=marker, linestyle=line, capsize=3, label=label)
@@ -130,7 +130,7 @@ def plot_accuracy_against_traffic(
     Raises:
       ValueError: the protocol has judged the runs of a label at no round that they share.
     """
-    figure, axes = _figure(f"Accuracy against traffic: {_words(protocol)}")
+    figure, axes = _figure(f"Accuracy against traffic: {protocol_words(protocol)}")
     most = 0
     for style, (label, seeds) in zip(itertools.cycle(STYLES), runs.items(), strict=False):
         accuracies = [
@@ -166,7 +166,7 @@ def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, 
     """
     memory = all(ledger["peak_memory_bytes"] is not None for ledger in strategies.values())
     epochs = np.arange(1, max(SHOWN_EPOCHS, local_epochs) + 1)
-    figure, axes = _panels(2, 2 + memory, size=(3.2 * (2 + memory), 5.6))
+    figure, axes = panels(2, 2 + memory, size=(3.2 * (2 + memory), 5.6))
     (*_, operations, traffic), (*_, operations_of_e, traffic_of_e) = axes
     for number, (style, (name, ledger)) in enumerate(zip(itertools.cycle(STYLES), strategies.items(), strict=False)):
         rounds = [stage["rounds"] for stage in ledger["per_stage"]]
@@ -219,7 +219,7 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
       protocol: by which accuracies were measured; empty where none is known.
       path: of the picture.
     """
-    figure, axes = _panels(1, 4 if protocol else 2, size=(15 if protocol else 9, 4.4))
+    figure, axes = panels(1, 4 if protocol else 2, size=(15 if protocol else 9, 4.4))
     memory, share, *reached = axes[0]
     styles = dict(zip(dict.fromkeys(option.strategy for option in options), itertools.cycle(STYLES), strict=False))
     drawn = {(option.strategy, option.remat): option for option in reversed(options)}
@@ -259,8 +259,8 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
                 point = of(option), 100 * option.measured.accuracy
                 panel.plot(*point, **style)
                 panel.annotate(str(option.layers_per_stage), point, (5, 3), textcoords="offset points", fontsize=8)
-        panel.set(xlabel=label, ylabel=f"accuracy by {_words(protocol)} (%)")
-    for panel in axes[0]:
+        panel.set(xlabel=label, ylabel=f"accuracy by {protocol_words(protocol)} (%)")
+    for panel in (memory, share, *reached):
         panel.grid(alpha=0.3)
     title = "numbers: layers a stage" if protocol else None
     figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, title=title)
@@ -297,7 +297,7 @@ def summary_tables(summary: dict[str, Any]) -> Group:
             untrained = _percent(baselines["untrained"][protocol])
         else:
             untrained = f"{_percent(baselines['scratch'][protocol])} (scratch)"
-        accuracy.add_row(_words(protocol), untrained, _percent(result), _settings(result))
+        accuracy.add_row(protocol_words(protocol), untrained, _percent(result), _settings(result))
     tables = [accuracy] if summary["evaluation"] else []
     return Group(*tables, resource_table(summary["strategies"], summary["strategy"]))
 
@@ -323,7 +323,8 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
     return table
 
 
-def _words(protocol: str) -> str:
+def protocol_words(protocol: str) -> str:
+    """A protocol's name for a reader."""
     if protocol == "fine_tune":
         return "fine-tuning"
     kind, _, labels = protocol.rpartition("_")
@@ -357,20 +358,25 @@ def _class_counts(labels_N: np.ndarray, clients: Sequence[np.ndarray]) -> np.nda
     return np.stack([np.bincount(labels_N[clients[i]] + 1, minlength=labels_N.max() + 2)[1:] for i in shown])
 
 
+def stage_ends(rounds: Sequence[dict[str, Any]]) -> list[float]:
+    """Where between two rounds (their lines of ``metrics.jsonl``) a new stage begins."""
+    return [a["round"] + 0.5 for a, b in itertools.pairwise(rounds) if a["stage"] != b["stage"]]
+
+
 def _mark_stages(axes: Any, rounds: list[dict[str, Any]]) -> None:
-    for before, after in itertools.pairwise(rounds):
-        if before["stage"] != after["stage"]:
-            axes.axvline(before["round"] + 0.5, color="0.7", linestyle=":")
+    for end in stage_ends(rounds):
+        axes.axvline(end, color="0.7", linestyle=":")
     axes.set(xlabel="round (dotted: a new stage)")
 
 
 def _figure(title: str) -> tuple[Any, Any]:
-    figure, axes = _panels(1, 1, size=(6, 4))
+    figure, axes = panels(1, 1, size=(6, 4))
     axes[0, 0].set_title(title)
     return figure, axes[0, 0]
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float], **layout: Any) -> tuple[Any, Any]:
+def panels(rows: int, columns: int, size: tuple[float, float], **layout: Any) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes as an array of rows and columns."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=size, layout="constrained")

@@ -7,6 +7,7 @@ second list of layer sizes.
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -29,6 +30,7 @@ from lwfedssl_jax.client import (
     init_params,
     make_task,
     param_layers,
+    program_config,
 )
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import program_memory
@@ -63,7 +65,9 @@ def ledgers_of(configs: Mapping[Key, Config], *, memory: bool, notify: Notify = 
     known: Known = {}
     ledgers = {name: ledger(c, known) for name, c in configs.items()}
     if memory:
-        programs = {name: [lower_step(c, part, known) for part in stage_parts(c)] for name, c in configs.items()}
+        # As `program_config` has it, for runs that differ in numbers alone to find one compiled program in the cache.
+        alike = {name: program_config(c) for name, c in configs.items()}
+        programs = {name: [lower_step(c, part, known) for part in stage_parts(c)] for name, c in alike.items()}
         peaks = peak_memory([p for of_config in programs.values() for p, _ in of_config], notify)
         for name, result in ledgers.items():
             for row, (program, unseen) in zip(result["per_stage"], programs[name], strict=True):
@@ -327,6 +331,23 @@ def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(distinct, pool.map(peak, enumerate(distinct.values(), 1)), strict=True))
+
+
+def step_rate(config: Config, repeats: int = 5) -> float:
+    """Multiply-adds a second of one client's step here, in the last stage; compiles it and takes the median."""
+    plain = override(config, {"additions.depth_dropout": 0.0})
+    part = stage_parts(plain)[-1]
+    step, (state, sent, images, mask, _) = _step(plain, part.trainable, part.frozen)
+    zeros = lambda tree_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree_)  # noqa: E731
+    depths = {"depth": part.stage.trainable_depth, "frozen_depth": part.stage.frozen_depth}
+    sent = zeros(sent)._replace(**{name: jnp.int32(depth) for name, depth in depths.items()})
+    arguments = zeros(state), sent, zeros(images), jnp.ones(mask.shape, bool), jax.random.key(0)
+    program, seconds = jax.jit(step).lower(*arguments).compile(), []
+    for _ in range(1 + repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return executed_operations(plain, part) * config.optimizer.batch_size / float(np.median(seconds[1:]))
 
 
 def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
 COSTS = ("traffic_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
-KNOWN_BY_VALUE = (STRATEGY, "objective.name", "data.name", "model.name", "partition.kind", "federation.aggregator")
-ALL_PAIRS = 4  # settings, up to which every pair is compared
-SAME = 1e-9  # accuracies as near as this are equal but for rounding
 
 
 class Run(NamedTuple):
@@ -128,19 +125,24 @@ def _sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
         return {}
 
 
+def sweep_name(directory: Path) -> str:
+    """The name of the sweep whose directory it is; empty where it is none's."""
+    return str(_json(directory / "sweep.json").get("name", ""))
+
+
 def read_run(path: Path) -> Run | None:
     """The run in a work directory; None where the directory holds none."""
     entries, summary = _json(path / "config.json"), _json(path / "summary.json")
     config = entries.pop("config", None)
     try:
-        fields = {f"{section}.{k}": v for section, values in config.items() for k, v in values.items()}
+        fields = {f"{section}.{k}": _plain(v) for section, values in config.items() for k, v in values.items()}
     except AttributeError:
         if not (path / METRICS).is_file():
             return None  # another program's config.json
         return Run(path, {}, {}, [], {}, "config.json is damaged", "")
     run = Run(path, fields, entries, [], summary, "", "")
     try:
-        run = run._replace(lines=read_lines(path))
+        run = run._replace(lines=[line for line in read_lines(path) if _is_usable(line)])
     except OSError as error:
         return run._replace(summary={}, fault=f"{METRICS} cannot be read ({error.strerror})")
     if not (path / "summary.json").is_file():
@@ -150,6 +152,20 @@ def read_run(path: Path) -> Run | None:
     except (AttributeError, KeyError, TypeError, ValueError):
         return run._replace(summary={}, fault="summary.json is damaged")
     return run
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as ``config.to_dict`` gives it; what is none becomes words."""
+    return value if isinstance(value, str | int | float | list | None) else str(value)
+
+
+def _is_usable(line: dict[str, Any]) -> bool:
+    """Whether a line is as ``train`` writes it, as far as anybody here relies on it."""
+    if not isinstance(line["round"], int):
+        return False
+    if "event" in line:
+        return isinstance(line.get("accuracy"), int | float) and isinstance(line.get("protocol"), str)
+    return "stage" in line and isinstance(line.get("loss"), int | float | None)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -210,12 +226,13 @@ def _summarised(run: Run) -> dict[str, float]:
     """The columns that come from the summary; raises whatever a damaged one makes of it."""
     summary = run.summary
     measured = summary["resources"]["measured"]
+    ledgers = {name: ledger_costs(ledger, f"{name}.") for name, ledger in summary["strategies"].items()}
     found = {
         "rounds": float(summary["rounds"]),
         "seconds": float(summary["seconds"]),
         "measured_bytes_per_client": (measured["download_bytes"] + measured["upload_bytes"]) / measured["clients"],
-        **_costs(summary["resources"], ""),
-        **_costs(summary["strategies"].get(END_TO_END, {}), f"{END_TO_END}."),
+        **ledger_costs(summary["resources"]),
+        **ledgers.get(END_TO_END, {}),
     }
     for protocol, result in summary["evaluation"].items():
         found[f"accuracy.{protocol}"] = float(result["accuracy"])
@@ -225,6 +242,7 @@ def _summarised(run: Run) -> dict[str, float]:
     return found
 
 
-def _costs(ledger: dict[str, Any], prefix: str) -> dict[str, float]:
+def ledger_costs(ledger: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A ledger's totals under the names of ``COSTS``; NaN where not known."""
     values = (ledger.get(key) for key in ("total_bytes", *COSTS[1:]))
-    return {prefix + cost: float("nan" if v is None else v) for cost, v in zip(COSTS, values, strict=True)}
+    return {prefix + cost: float("nan") if v is None else float(v) for cost, v in zip(COSTS, values, strict=True)}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lwfedssl_jax import fedca, tree
 from lwfedssl_jax.aggregation import Aggregator
-from lwfedssl_jax.client import ClientState, Sent, Task, client_init, client_step, routes, weights_of
+from lwfedssl_jax.client import ClientState, Hyper, Sent, Task, client_init, client_step, routes, weights_of
 from lwfedssl_jax.packing import Plan
 from lwfedssl_jax.starts import Memory, Start, begin
 from lwfedssl_jax.tree import Tree
@@ -118,6 +118,7 @@ def run_steps(
     first: jax.Array,
     steps: jax.Array,
     round_key: jax.Array,
+    hyper: Hyper,
 ) -> Carry:
     """Run ``steps`` steps of ``plan``, from its row ``first`` on, in every lane.
 
@@ -131,6 +132,7 @@ def run_steps(
         or one for each (G = W).
       plan: C steps, of which any part can be run: calls of all lengths share a program.
       round_key: ``fold_in(seed, round)``; client and step are folded in here.
+      hyper: in place of the task's.
     """
     batch_size = plan.examples.shape[-1]
     shared_pool = len(images_GxNxHxWxC) == 1
@@ -144,17 +146,20 @@ def run_steps(
         first: jax.Array,
         steps: jax.Array,
         round_key: jax.Array,
+        hyper: Hyper,
     ) -> Carry:
+        of_run = task._replace(hyper=hyper)
+
         def lane_step(lane: Carry, row: Plan, memory: Memory | None, pool_NxHxWxC: jax.Array) -> Carry:
-            state = tree.where(row.step == 0, begin(task, start, sent, memory), lane.client)
+            state = tree.where(row.step == 0, begin(of_run, start, sent, memory), lane.client)
             key = jax.random.fold_in(jax.random.fold_in(round_key, row.client), row.step)
             mask_B = jnp.arange(batch_size) < row.real
             batch_BxHxWxC = pool_NxHxWxC[row.examples]
-            state, loss = client_step(task, state, sent, batch_BxHxWxC, mask_B, key)
+            state, loss = client_step(of_run, state, sent, batch_BxHxWxC, mask_B, key)
             if start is not None:  # what a client keeps is read from its lane after the call
                 state = tree.where(row.busy, state, lane.client)
             client, weight = jnp.asarray(row.client), jnp.asarray(row.weight)
-            uploaded = fedca.upload(task, sent, state.trainable, batch_BxHxWxC, mask_B, key, client, weight)
+            uploaded = fedca.upload(of_run, sent, state.trainable, batch_BxHxWxC, mask_B, key, client, weight)
             real = jnp.where(row.busy, row.real, 0)
             loss = jnp.where(real > 0, loss.astype(jnp.float32) * real.astype(jnp.float32), 0)
             loss = jnp.where(row.step == 0, 0, lane.loss) + loss
@@ -164,7 +169,7 @@ def run_steps(
             finished, good = weight > 0, is_finite(added)
             total = tree.where(finished & good, jax.tree.map(jnp.add, lane.total, added), lane.total)
             left_out = lane.left_out + (finished & ~good).astype(jnp.int32)
-            layers = sum(count for count, _ in routes(task, sent, key))
+            layers = sum(count for count, _ in routes(of_run, sent, key))
             layers = lane.layers + jnp.where(row.busy, layers, 0)
             return Carry(state, loss, samples, total, left_out, layers)
 
@@ -180,10 +185,10 @@ def run_steps(
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(BY_LANE, ALL, BY_LANE, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL, ALL),
+        in_specs=(BY_LANE, ALL, BY_LANE, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL, ALL, ALL),
         out_specs=BY_LANE,
         check_vma=False,  # nothing is reduced over lanes here; the check would sum what is not to be summed
-    )(carry, sent, memory, images_GxNxHxWxC, plan, first, steps, round_key)
+    )(carry, sent, memory, images_GxNxHxWxC, plan, first, steps, round_key, hyper)
 
 
 def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carry:

@@ -2,8 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ from jax.typing import ArrayLike
 from lwfedssl_jax import calibration, evaluate, fedca, tree
 from lwfedssl_jax.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.checks import check
-from lwfedssl_jax.client import Sent, Task, init_params, make_task, param_layers
+from lwfedssl_jax.client import Hyper, Sent, Task, init_params, make_task, param_layers, program_config
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.data import feed, sources
 from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
-from lwfedssl_jax.devices import from_first, lanes_and_mesh, memory_limit, placer, program_memory
+from lwfedssl_jax.devices import SAMPLES_AT_ONCE, from_first, lanes_and_mesh, memory_limit, placer, program_memory
 from lwfedssl_jax.fleet import Fleet
-from lwfedssl_jax.packing import Plan, Round, empty_plan, plan_round
+from lwfedssl_jax.packing import Plan, Round, empty_plan, plan_round, side_by_side
 from lwfedssl_jax.rounds import ALL, BY_LANE, LANES, PLAN_BY_LANE, Carry, finish_round, run_steps, start_round
 from lwfedssl_jax.stages import Stage, make_stages
 from lwfedssl_jax.starts import Memory, Start, keep, make_start, no_memory
@@ -36,6 +36,12 @@ RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before th
 # Streams of the seed; clients add round, client and step to theirs.
 INIT_STREAM, ROUND_STREAM, SERVER_STREAM, BASE_STREAM = 0, 1, 2, 3
 SAMPLING_STREAM, BATCHES_STREAM = 1, 2  # of NumPy's generators; 0 and 3 are the partition's
+
+
+Made = TypeVar("Made")
+# What of ``Sent`` has a run axis where runs go together: all but what the stage alone says.
+OF_STAGE = ("present", "depth", "frozen_depth", "droppable")
+SENT_BY_RUN = Sent._make(None if name in OF_STAGE else 0 for name in Sent._fields)
 
 
 class Listener:
@@ -88,8 +94,22 @@ class Run(NamedTuple):
     fleet: Fleet | None = None
 
 
+class Shared:
+    """What the runs of a process have in common, made once: data sets, programs, ledgers."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` gave when the key was new."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+
 class State(NamedTuple):
-    """What lasts from round to round of a stage besides the parameters.
+    """What lasts from round to round of a stage besides the parameters; of runs that go together, a leading run axis.
 
     Attributes:
       server: the aggregator's state.
@@ -107,7 +127,7 @@ class Program(NamedTuple):
 
     Attributes:
       start: ``(params, rows, depths, shared) -> (sent, empty carry)``.
-      steps: ``(carry, sent, memory, images, plan, first, steps, round_key) -> carry``.
+      steps: ``(carry, sent, memory, images, plan, first, steps, round_key, hyper) -> carry``.
       finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, measured, dictionary)``.
     """
 
@@ -116,25 +136,32 @@ class Program(NamedTuple):
     finish: jax.stages.Compiled
 
 
-def prepare(config: Config, devices: Sequence[Any] | None = None, listener: Listener | None = None) -> Run:
+def prepare(
+    config: Config,
+    devices: Sequence[Any] | None = None,
+    listener: Listener | None = None,
+    shared: Shared | None = None,
+) -> Run:
     """Load the data, deal it out, lay out the stages; nothing is compiled.
 
     Args:
       config: resolved.
       devices: to be used; by default all.
       listener: hears how the data is loaded.
+      shared: with other runs of this process.
 
     Raises:
       ConfigError: the data set is not installed or does not serve the partition or a protocol, or
         parts of the config do not go together; the server's images do not fit a device.
     """
-    listener = listener or Listener()
+    listener, shared = listener or Listener(), shared or Shared()
     check(config)
     task = make_task(config)
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
     aggregator, start = make_aggregator(config), make_start(config, task)
-    dataset = sources.find(config.data).load(config.data, listener.loading, listener.note)
+    load = lambda: sources.find(config.data).load(config.data, listener.loading, listener.note)  # noqa: E731
+    dataset = shared.once(("data", config.data), load)
     evaluate.check(config.evaluation, dataset)
     of_server = server_examples(config.partition, dataset.train_labels, config.runtime.seed)
     clients = partition(config.partition, dataset.train_labels, config.runtime.seed, dataset.train_clients)
@@ -156,7 +183,9 @@ def prepare(config: Config, devices: Sequence[Any] | None = None, listener: List
         stages,
         lanes,
         mesh,
-        evaluate.make_encode(task.encoder, task.recipe, task.dtype),
+        shared.once(
+            ("encode", program_config(config)), lambda: evaluate.make_encode(task.encoder, task.recipe, task.dtype)
+        ),
         aggregator,
         start,
         no_memory(task, stages[0]) if start else None,
@@ -164,7 +193,10 @@ def prepare(config: Config, devices: Sequence[Any] | None = None, listener: List
 
 
 class Simulator:
-    """A run on its devices: where the images are, and the programs compiled so far.
+    """A run on its devices, or several that go together: where the images are, and the programs compiled so far.
+
+    Runs that go together (``go_together``) make each round as one program, by ``vmap``; parameters and state then
+    have a leading run axis.
 
     Args:
       run: what is to be run.
@@ -172,12 +204,15 @@ class Simulator:
         not asked for become fewer where these need more memory than there is.
       listener: hears of compilations and steps.
       between_calls: called after each call of a round's program; may raise to give the round up.
+      shared: with other simulators of this process.
+      others: that go together with ``run``.
 
     Attributes:
-      run: the run, with as many lanes and devices as are used.
+      runs: with as many lanes and devices as are used.
 
     Raises:
       ConfigError: the lanes that the user asks for, or a single one, do not fit the memory.
+      MemoryError: so many runs together do not fit.
     """
 
     def __init__(
@@ -186,35 +221,50 @@ class Simulator:
         stages: Sequence[Stage] = (),
         listener: Listener | None = None,
         between_calls: Callable[[], None] = lambda: None,
+        shared: Shared | None = None,
+        others: Sequence[Run] = (),
     ) -> None:
-        self.run = run
+        self.runs = (run, *others)
         self._listener = listener or Listener()
         self._between_calls = between_calls
+        self._shared = shared or Shared()
         # Steps of a call; several processes must make the same calls.
         self._pace = 1 if jax.process_count() == 1 else CALL_STEPS
-        self._calibrations: dict[str, Callable[..., tuple[Tree, jax.Array]]] = {}
         shapes = jax.eval_shape(lambda: initial_params(run))
-        self._traffic = Traffic(
-            shapes,
-            run.layers,
-            len(run.clients),
-            calibrated=bool(run.config.additions.calibration_steps),
-            dictionary=fedca.dictionary_bytes(run.config),
-            base=fedca.has_base(run.config),
-        )
+        self._traffic = [
+            Traffic(
+                shapes,
+                each.layers,
+                len(each.clients),
+                calibrated=bool(each.config.additions.calibration_steps),
+                dictionary=fedca.dictionary_bytes(each.config),
+                base=fedca.has_base(each.config),
+            )
+            for each in self.runs
+        ]
         self._set_up()
         while (needed := max((self._needed(stage) for stage in stages), default=0)) > self._limit:
-            self.run = with_fewer_lanes(self.run, needed, self._limit)
+            if others:
+                raise MemoryError(f"{len(self.runs)} runs together need {needed} bytes on each device")
+            self.runs = (with_fewer_lanes(self.run, needed, self._limit),)
             self._set_up()
 
     def _set_up(self) -> None:
-        self._programs: dict[str, Program] = {}
         mesh, images, kind = self.run.mesh, self.run.dataset.train_images, self.run.config.runtime.feed
         self._limit = memory_limit(mesh)
-        if kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * self._limit):
-            self._feed = feed.resident(images, placer(mesh, ALL))
+        self._resident = kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * self._limit)
+        if self._resident:
+            place = lambda: feed.resident(images, placer(mesh, ALL))  # noqa: E731
+            self._feed = self._shared.once(("images", self.run.config.data, mesh), place)
         else:
-            self._feed = feed.streamed(images, placer(mesh, BY_LANE))
+            self._feed = feed.streamed(images, placer(mesh, self._by_run(BY_LANE)))
+        numbers = [jax.tree.map(functools.partial(np.asarray, dtype=r.task.dtype), r.task.hyper) for r in self.runs]
+        self._hyper = self._gather(numbers)
+
+    @property
+    def run(self) -> Run:
+        """The run, or the first of those that go together."""
+        return self.runs[0]
 
     def _needed(self, stage: Stage) -> int:
         return program_memory(self.program(stage).steps)
@@ -223,18 +273,47 @@ class Simulator:
         """Arrays on all devices, the same on each."""
         return jax.tree.map(placer(self.run.mesh, ALL), x)
 
+    def _gather(self, of_runs: Sequence[Tree]) -> Tree:
+        """Each run's arrays, on all devices."""
+        return self.place(jax.device_get(of_runs[0]) if len(of_runs) == 1 else tree.stack(jax.device_get(of_runs)))
+
+    def _by_run(self, spec: PartitionSpec) -> PartitionSpec:
+        return spec if len(self.runs) == 1 else PartitionSpec(None, *spec)
+
+    def of_run(self, number: int, x: Tree) -> Tree:
+        """One run's part of parameters or state."""
+        return x if len(self.runs) == 1 else jax.tree.map(lambda leaf: leaf[number], x)
+
     def program(self, stage: Stage) -> Program:
         """The programs of a stage, compiled once for all stages of the same shapes."""
-        key = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
-        if key not in self._programs:
-            self._listener.compiling(f"the round, {self.run.lanes} lane{'s' * (self.run.lanes > 1)}")
-            self._programs[key] = compile_stage(self.run, stage, self._feed)
-        return self._programs[key]
+        run, count = self.run, len(self.runs)
+
+        def compiled() -> Program:
+            together = f"{count} runs, each with " if count > 1 else ""
+            self._listener.compiling(f"the round, {together}{run.lanes} lane{'s' * (run.lanes > 1)}")
+            return compile_stage(run, stage, self._feed, count)
+
+        shapes = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
+        layout = run.lanes, run.mesh, count, self._resident
+        return self._shared.once(("round", program_config(run.config), layout, shapes), compiled)
 
     def run_round(
         self, stage: Stage, params: Tree, state: State | None, number: int
     ) -> tuple[Tree, State, dict[str, Any]]:
-        """One round: draw the cohort, train the clients that report, aggregate what they trained.
+        """``run_rounds`` of the only run.
+
+        Raises:
+          FloatingPointError: no client's update is finite.
+        """
+        params, state, (line,) = self.run_rounds(stage, params, state, number)
+        if isinstance(line, FloatingPointError):
+            raise line
+        return params, state, line
+
+    def run_rounds(
+        self, stage: Stage, params: Tree, state: State | None, number: int
+    ) -> tuple[Tree, State, list[dict[str, Any] | FloatingPointError]]:
+        """One round of each run: draw the cohort, train the clients that report, aggregate what they trained.
 
         Args:
           stage: that the round is in.
@@ -243,71 +322,72 @@ class Simulator:
           number: of the round, from 1.
 
         Returns:
-          The new global parameters (the old ones if nobody reports), the new state, and the
-          round's metrics line. What was passed in stays as it was.
-
-        Raises:
-          FloatingPointError: no client's update is finite.
+          The new global parameters (the old ones if nobody reports), the new state, and each run's metrics line,
+          or what is wrong where no client's update is finite. What was passed in stays as it was.
         """
         base = self._base
         began = time.monotonic()
         program, run = self.program(stage), self.run
-        cohort, reporting = draw_cohort(run, number)
-        dictionary = self.place(fedca.empty(run.config, run.task)) if state is None else state.dictionary
-        slots = {"cohort": self.place(fedca.padded(run.config, cohort))} if dictionary else {}
+        cohorts = [draw_cohort(each, number) for each in self.runs]
+        if state is None:
+            dictionary = self._gather([fedca.empty(each.config, each.task) for each in self.runs])
+        else:
+            dictionary = state.dictionary
+        slots = [fedca.padded(each.config, cohort) for each, (cohort, _) in zip(self.runs, cohorts, strict=True)]
+        of_cohort = {"cohort": self._gather(slots)} if dictionary else {}
         rows = self.place(stage.rows)
         depths = self.place(stage.depths)
-        sent, carry = program.start(params, rows, depths, base | dictionary | slots)
-        server, clients = (run.aggregator.init(sent), {}) if state is None else (state.server, dict(state.clients))
-        line: dict[str, Any] = {
-            "round": number,
-            "stage": stage.number,
-            "loss": None,
-            "client_distance": None,
-            "clients": len(reporting),
-            "dropped": len(cohort) - len(reporting),
-            "left_out": 0,
-            "cannot_afford": int((~run.fleet.can[stage.number]).sum()) if run.fleet else 0,
-            "examples": 0,
-            "steps": 0,
-            "download_bytes": self._traffic.download(stage, cohort),
-            "upload_bytes": len(reporting) * self._traffic.upload(stage),
-            "lane_utilisation": 0.0,
-        }
-        if len(reporting):
-            work = lay_out(run, reporting, number)
-            carry = self._train(program, sent, carry, clients, work, number)
+        sent, carry = program.start(params, rows, depths, base | dictionary | of_cohort)
+        clients = {} if state is None else dict(state.clients)
+        server = by_run(run.aggregator.init, (SENT_BY_RUN,), len(self.runs))(sent) if state is None else state.server
+        lines = [
+            begun_line(each, stage, number, traffic, *cohort)
+            for each, traffic, cohort in zip(self.runs, self._traffic, cohorts, strict=True)
+        ]
+        works = [
+            lay_out(each, reporting, number) if reporting else None
+            for each, (_, reporting) in zip(self.runs, cohorts, strict=True)
+        ]
+        if any(works):
+            carry = self._train(program, sent, carry, clients, works, number)
             params, server, measured, dictionary = program.finish(params, rows, server, sent, carry)
-            left_out = int(measured["left_out"])
-            if left_out == len(reporting):
-                raise not_finite(run.config, "no client's update is finite", number)
-            line |= {
-                "left_out": left_out,
-                "loss": float(measured["loss"]),
-                "client_distance": float(measured["client_distance"]) if len(reporting) > 1 else 0.0,
-                "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
-                "steps": work.steps,
-                "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
-            }
-            if run.config.additions.depth_dropout and stage.trained_before:
-                skipped = work.steps * stage.depth - int(measured["layers"])
-                line["layers_skipped"] = round(skipped / (work.steps * stage.trained_before), 4)
-            if run.config.additions.calibration_steps:
+            for i, (work, (_, reporting)) in enumerate(zip(works, cohorts, strict=True)):
+                if work is not None:
+                    of_run = jax.device_get(self.of_run(i, measured))
+                    lines[i] |= measured_line(self.runs[i], stage, work, reporting, of_run)
+            if run.config.additions.calibration_steps and lines[0]["left_out"] < lines[0]["clients"]:
                 key = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
                 steps = run.config.additions.calibration_steps
-                calibrated, line["calibration_loss"] = self._calibrate(stage, params, steps, key)
+                calibrated, lines[0]["calibration_loss"] = self._calibrate(stage, params, steps, key)
                 params = self.place(from_first(calibrated))
-                check_finite(run.config, "the calibration's loss is not finite", number, line["calibration_loss"])
-        return params, State(server, clients, dictionary), line | {"seconds": round(time.monotonic() - began, 4)}
+                check_finite(run.config, "the calibration's loss is not finite", number, lines[0]["calibration_loss"])
+        seconds = round((time.monotonic() - began) / len(self.runs), 4)
+        return (
+            params,
+            State(server, clients, dictionary),
+            [
+                not_finite(each.config, "no client's update is finite", number)
+                if 0 < line["clients"] == line["left_out"]
+                else line | {"seconds": seconds}
+                for each, line in zip(self.runs, lines, strict=True)
+            ],
+        )
 
     def _train(
-        self, program: Program, sent: Sent, carry: Carry, clients: dict[int, Memory], work: Round, number: int
+        self,
+        program: Program,
+        sent: Sent,
+        carry: Carry,
+        clients: dict[int, Memory],
+        works: Sequence[Round | None],
+        number: int,
     ) -> Carry:
         """The round's local training, call by call; ``clients`` get what they keep of it."""
-        key = self.place(np.asarray(jax.random.key_data(round_key(self.run.config.runtime.seed, number))))
-        put_plan = placer(self.run.mesh, PLAN_BY_LANE)
-        done = 0
-        pieces = self._feed(work.calls)
+        keys = [np.asarray(jax.random.key_data(round_key(run.config.runtime.seed, number))) for run in self.runs]
+        key = self._gather(keys)
+        put_plan = placer(self.run.mesh, self._by_run(PLAN_BY_LANE))
+        total, done = max(work.length for work in works if work), 0
+        pieces = self._feed(self._calls(works))
         piece = next(pieces, None)
         while piece is not None:
             images, host_plan, steps = piece
@@ -318,45 +398,39 @@ class Simulator:
                 count = min(self._pace, steps - first)
                 asked = time.monotonic()
                 which = self.place((np.int32(first), np.int32(count)))
-                carry = program.steps(carry, sent, memory, images, plan, *which, key)
+                carry = program.steps(carry, sent, memory, images, plan, *which, key, self._hyper)
                 if first + count == steps:
                     piece = next(pieces, None)  # made while the device works
                 jax.block_until_ready(carry)
                 first, done = first + count, done + count
                 if jax.process_count() == 1:
                     self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
-                self._listener.steps(number, done, work.length)
+                self._listener.steps(number, done, total)
                 self._between_calls()
             self._remember(clients, carry, host_plan)
         return carry
 
-    def take_up(self, rounds: int, saved: Tree) -> tuple[Tree, State | None]:
+    def _calls(self, works: Sequence[Round | None]) -> Iterator[tuple[Plan, int]]:
+        if len(works) == 1:
+            return works[0].calls if works[0] else iter(())
+        idle = empty_plan(CALL_STEPS, self.run.lanes, self.run.config.optimizer.batch_size)
+        return side_by_side([work.calls if work else iter(()) for work in works], idle)
+
+    def take_up(self, rounds: int, saved: Tree, *of_others: Tree) -> tuple[Tree, State | None]:
         """Continue after so many rounds with what ``to_save`` gave; from the beginning where that is empty.
 
         Returns:
           The parameters, on all devices, and the state, None at a stage's beginning.
         """
-        run = self.run
-        params, server, clients, dictionary = initial_params(run), None, {}, {}
-        for stage in run.stages:
-            last = stage.first_round + stage.rounds
-            for number in range(stage.first_round + 1, min(last, rounds) + 1):
-                self._traffic.download(stage, draw_cohort(run, number)[0])
-            if stage.first_round < rounds < last:
-                sent = functools.partial(send, stage, rows=stage.rows, depths=stage.depths)
-                shapes = jax.eval_shape(lambda p, sent=sent: run.aggregator.init(sent(p)), params)
-                server = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-                dictionary = fedca.empty(run.config, run.task)
-        if saved:
-            params = saved["params"]
-            form, no_memory = jax.tree.structure(server), jax.tree.structure(run.no_memory)
-            server = jax.tree.unflatten(form, saved["server"]) if server is not None else None
-            clients = {int(c): jax.tree.unflatten(no_memory, leaves) for c, leaves in saved["clients"].items()}
-            dictionary = saved["dictionary"] if server is not None else {}
-        if rounds:
-            params, server, dictionary = from_first((params, server, dictionary))
-        params, server, dictionary = self.place((params, server, dictionary))
-        return params, None if server is None else State(server, clients, dictionary)
+        taken = [
+            taken_up(run, traffic, rounds, of_run)
+            for run, traffic, of_run in zip(self.runs, self._traffic, (saved, *of_others), strict=True)
+        ]
+        params, states = self._gather([params for params, _ in taken]), [state for _, state in taken]
+        if (first := states[0]) is None:
+            return params, None
+        server, dictionary = self._gather([(s.server, s.dictionary) for s in states if s])
+        return params, State(server, first.clients, dictionary)
 
     @functools.cached_property
     def _base(self) -> Tree:
@@ -393,15 +467,98 @@ class Simulator:
         """The server's own training, on one device; what it gives is on the host."""
         run = self.run
         stage = calibration.whole(stage, run.layers)
-        program = str((steps, jax.tree.map(np.shape, stage.rows)))
-        if program not in self._calibrations:
+
+        def traced() -> Callable[..., tuple[Tree, jax.Array]]:
             self._listener.compiling("the server's training")
-            static = run.task, run.config.optimizer.batch_size, steps
-            self._calibrations[program] = jax.jit(functools.partial(calibration.calibrate, *static))
-        params, loss = self._calibrations[program](
-            jax.device_get(params), stage.rows, np.int32(stage.depth), run.server_images, key
+            return jax.jit(functools.partial(calibration.calibrate, run.task, run.config.optimizer.batch_size, steps))
+
+        shapes = str(jax.tree.map(np.shape, stage.rows))
+        calibrate = self._shared.once(("calibration", program_config(run.config), steps, shapes), traced)
+        params, loss = calibrate(
+            jax.device_get((self._hyper, params)), stage.rows, np.int32(stage.depth), run.server_images, key
         )
         return jax.device_get(params), float(loss)
+
+
+def go_together(config: Config) -> bool:
+    """Whether runs of a config can be one program: nothing of theirs is kept or trained between rounds by itself."""
+    alone = config.additions.calibration_steps or config.additions.base_steps
+    return not alone and config.federation.client_start == "global" and jax.process_count() == 1
+
+
+def runs_at_once(config: Config) -> int:
+    """How many runs pay off side by side: on accelerators as many as fill one with samples, elsewhere one."""
+    lanes, mesh = lanes_and_mesh(config, LANES)
+    if mesh.devices.flat[0].platform == "cpu" or not go_together(config):
+        return 1
+    return max(1, SAMPLES_AT_ONCE * mesh.size // (lanes * config.optimizer.batch_size))
+
+
+def by_run(f: Callable[..., Any], in_axes: tuple[Any, ...], runs: int, out_axes: Any = 0) -> Callable[..., Any]:
+    """``f`` for each of several runs at once."""
+    return jax.vmap(f, in_axes, out_axes) if runs > 1 else f
+
+
+def begun_line(
+    run: Run, stage: Stage, number: int, traffic: Traffic, cohort: list[int], reporting: list[int]
+) -> dict[str, Any]:
+    """A round's line of ``metrics.jsonl``, as it is if nobody reports."""
+    return {
+        "round": number,
+        "stage": stage.number,
+        "loss": None,
+        "client_distance": None,
+        "clients": len(reporting),
+        "dropped": len(cohort) - len(reporting),
+        "left_out": 0,
+        "cannot_afford": int((~run.fleet.can[stage.number]).sum()) if run.fleet else 0,
+        "examples": 0,
+        "steps": 0,
+        "download_bytes": traffic.download(stage, cohort),
+        "upload_bytes": len(reporting) * traffic.upload(stage),
+        "lane_utilisation": 0.0,
+    }
+
+
+def measured_line(
+    run: Run, stage: Stage, work: Round, reporting: list[int], measured: dict[str, Any]
+) -> dict[str, Any]:
+    """What a round's training adds to its line; ``measured`` as ``finish_round`` gives it."""
+    line = {
+        "left_out": int(measured["left_out"]),
+        "loss": float(measured["loss"]),
+        "client_distance": float(measured["client_distance"]) if len(reporting) > 1 else 0.0,
+        "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
+        "steps": work.steps,
+        "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
+    }
+    if run.config.additions.depth_dropout and stage.trained_before:
+        skipped = work.steps * stage.depth - int(measured["layers"])
+        line["layers_skipped"] = round(skipped / (work.steps * stage.trained_before), 4)
+    return line
+
+
+def taken_up(run: Run, traffic: Traffic, rounds: int, saved: Tree) -> tuple[Tree, State | None]:
+    """What ``Simulator.take_up`` gives of one run, on the host; ``traffic`` hears of the rounds that were."""
+    params, server, clients, dictionary = initial_params(run), None, {}, {}
+    for stage in run.stages:
+        last = stage.first_round + stage.rounds
+        for number in range(stage.first_round + 1, min(last, rounds) + 1):
+            traffic.download(stage, draw_cohort(run, number)[0])
+        if stage.first_round < rounds < last:
+            sent = functools.partial(send, stage, rows=stage.rows, depths=stage.depths)
+            shapes = jax.eval_shape(lambda p, sent=sent: run.aggregator.init(sent(p)), params)
+            server = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+            dictionary = fedca.empty(run.config, run.task)
+    if saved:
+        params = saved["params"]
+        form, no_memory = jax.tree.structure(server), jax.tree.structure(run.no_memory)
+        server = jax.tree.unflatten(form, saved["server"]) if server is not None else None
+        clients = {int(c): jax.tree.unflatten(no_memory, leaves) for c, leaves in saved["clients"].items()}
+        dictionary = saved["dictionary"] if server is not None else {}
+    if rounds:
+        params, server, dictionary = from_first((params, server, dictionary))
+    return params, None if server is None else State(server, clients, dictionary)
 
 
 def to_save(params: Tree, state: State | None) -> Tree:
@@ -417,8 +574,15 @@ def send(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) ->
     return Sent(tree.take(params, rows), tree.present(params, rows), frozen, *map(jnp.asarray, depths))
 
 
-def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
-    """Compile a stage's programs ahead of time: they refuse other shapes instead of recompiling."""
+def compile_stage(run: Run, stage: Stage, feed: feed.Feed, runs: int = 1) -> Program:
+    """Compile a stage's programs ahead of time: they refuse other shapes instead of recompiling.
+
+    Args:
+      run: of which they are, or any of those that go together.
+      stage: or any of the same shapes.
+      feed: gives the images.
+      runs: how many go together.
+    """
 
     def start(params: Tree, rows: Tree, depths: tuple[jax.Array, ...], shared: Tree) -> tuple[Sent, Carry]:
         sent = send(stage, params, rows, depths)._replace(shared=shared)
@@ -433,37 +597,57 @@ def compile_stage(run: Run, stage: Stage, feed: feed.Feed) -> Program:
         first: jax.Array,
         count: jax.Array,
         key: jax.Array,
+        hyper: Hyper,
     ) -> Carry:
         key = jax.random.wrap_key_data(key)
         static = (run.task, run.aggregator, run.start, run.mesh)
-        return run_steps(*static, carry, sent, memory, images, plan, first, count, key)
+        return run_steps(*static, carry, sent, memory, images, plan, first, count, key, hyper)
 
     def finish(params: Tree, rows: Tree, state: Tree, sent: Sent, carry: Carry) -> tuple[Tree, Tree, Tree, Tree]:
-        state, trainable, measured, dictionary = finish_round(run.aggregator, state, sent, carry)
-        return tree.put(params, rows, trainable), state, measured, dictionary
+        new_state, trainable, measured, dictionary = finish_round(run.aggregator, state, sent, carry)
+        new = tree.put(params, rows, trainable), new_state, dictionary
+        old = params, state, {name: sent.shared[name] for name in dictionary}
+        params, state, dictionary = tree.where(carry.total.examples.sum() > 0, new, old)
+        return params, state, measured, dictionary
 
     def shapes(x: Tree, spec: PartitionSpec) -> Tree:
         sharding = NamedSharding(run.mesh, spec)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), x)
 
-    everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, BY_LANE)
-    params, rows = shapes(jax.eval_shape(lambda: initial_params(run)), ALL), shapes(stage.rows, ALL)
-    number = shapes(jax.ShapeDtypeStruct((), np.int32), ALL)
-    key = shapes(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), ALL)
-    depths = jax.tree.map(lambda _: number, stage.depths)
-    trainable = jax.eval_shape(tree.take, params, rows)
-    shared = shapes(fedca.shapes(run.config, run.task, trainable, len(run.server_images)), ALL)
-    sent, carry = jax.eval_shape(start, params, rows, depths, shared)
-    sent, carry = shapes(sent, ALL), shapes(carry, BY_LANE)
-    state = shapes(jax.eval_shape(run.aggregator.init, sent), ALL)
-    wide = lambda x: jax.ShapeDtypeStruct((run.lanes, *x.shape), x.dtype)  # noqa: E731
-    memory = shapes(jax.tree.map(wide, run.no_memory), BY_LANE)
+    def of_runs(x: Tree, *lanes: int) -> Tree:
+        """With an axis for the runs, where there are several, and one for lanes, where these are given."""
+        wide = (runs, *lanes) if runs > 1 else lanes
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*wide, *x.shape), x.dtype), x)
+
     idle = empty_plan(CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
+    idle = idle if runs == 1 else next(side_by_side([iter([(idle, 0)])] * runs, idle))[0]
     images, plan, _ = next(feed(iter([(idle, 0)])))
+    own_images = 0 if len(images.shape) > 5 else None
+    init = by_run(run.aggregator.init, (SENT_BY_RUN,), runs)
+    start = by_run(start, (0, None, None, 0), runs, (SENT_BY_RUN, 0))
+    steps = by_run(steps, (0, SENT_BY_RUN, 0, own_images, 0, None, None, 0, 0), runs)
+    finish = by_run(finish, (0, None, 0, SENT_BY_RUN, 0), runs)
+
+    lanes, plan_lanes = (
+        (BY_LANE, PLAN_BY_LANE) if runs == 1 else (PartitionSpec(None, *BY_LANE), PartitionSpec(None, *PLAN_BY_LANE))
+    )
+    everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, lanes)
+    one = jax.eval_shape(lambda: initial_params(run))
+    params, rows = shapes(of_runs(one), ALL), shapes(stage.rows, ALL)
+    number = shapes(jax.ShapeDtypeStruct((), np.int32), ALL)
+    key = shapes(of_runs(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))), ALL)
+    hyper = shapes(of_runs(jax.tree.map(lambda _: jax.ShapeDtypeStruct((), run.task.dtype), run.task.hyper)), ALL)
+    depths = jax.tree.map(lambda _: number, stage.depths)
+    trainable = jax.eval_shape(tree.take, one, rows)
+    shared = shapes(of_runs(fedca.shapes(run.config, run.task, trainable, len(run.server_images))), ALL)
+    sent, carry = jax.eval_shape(start, params, rows, depths, shared)
+    sent, carry = shapes(sent, ALL), shapes(carry, lanes)
+    state = shapes(jax.eval_shape(init, sent), ALL)
+    memory = shapes(of_runs(run.no_memory, run.lanes), lanes)
     return Program(
         start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths, shared).compile(),
         steps=jax.jit(steps, donate_argnums=0)
-        .lower(carry, sent, memory, images, shapes(plan, PLAN_BY_LANE), number, number, key)
+        .lower(carry, sent, memory, images, shapes(plan, plan_lanes), number, number, key, hyper)
         .compile(),
         finish=jax.jit(finish, out_shardings=everywhere).lower(params, rows, state, sent, carry).compile(),
     )

@@ -6,6 +6,7 @@ indices, whose shapes alone decide which program runs: equal shapes share one. W
 leaves out is ``None``, which JAX treats as an empty subtree.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -79,6 +80,11 @@ def ema(target: Tree, online: Tree, momentum: ArrayLike) -> Tree:
 def where(condition: ArrayLike, if_true: Tree, if_false: Tree) -> Tree:
     """Leaf-wise ``jnp.where`` on one scalar condition."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Trees of host arrays as one with a leading axis over them."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def size(tree: Tree) -> int:

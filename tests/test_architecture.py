@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 ORDER = [
     ["fleet"],
     ["config", "interrupts"],
-    ["tree", "results"],
+    ["tree", "errors", "results"],
     ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
     ["models.vit", "models.resnet", "models.heads", "data.feed", "data.files", "data.tfds"],
     ["stages", "additions", "data.sources"],
@@ -20,10 +20,13 @@ ORDER = [
     ["checks"],
     ["rounds", "evaluate", "resources"],
     ["finetune", "checkpoint", "export", "report"],
-    ["workdir", "plan"],
+    ["workdir", "comparison", "plan"],
+    ["tables"],
+    ["figures"],
+    ["page"],
     ["simulate"],
-    ["experiment"],
-    ["progress"],
+    ["experiment", "sweep"],
+    ["progress", "workers"],
     ["cli"],
 ]
 HEAVY = ("tensorflow_datasets", "matplotlib", "orbax", "pandas", "scipy", "jinja2", "wandb", "tensorboardX")

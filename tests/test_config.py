@@ -13,7 +13,7 @@ from lwfedssl_jax.config import Config, ConfigError, override, resolve
 from lwfedssl_jax.simulate import prepare
 from lwfedssl_jax.stages import stage_depths
 
-NAMES = [name for name, _ in configs.available()]
+NAMES = [name for name, _ in configs.available() if not name.startswith(configs.SWEEPS)]
 
 
 @pytest.mark.parametrize("name", NAMES)

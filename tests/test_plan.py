@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import SMALL, small_config
 
@@ -77,10 +76,10 @@ def test_measured_accuracy_goes_before_the_published_order() -> None:
     excluding = option("end_to_end", 2.0, measured=Measured(0.99, 3))
     best, reason = chosen(whole, growing, layerwise, excluding, protocol="knn")
     assert best is layerwise
-    assert "highest measured accuracy, 90.0 % (knn, mean of 3 runs)" in reason
+    assert "highest measured accuracy, 90.0 % (kNN, mean of 3 runs)" in reason
     best, reason = chosen(whole, growing, excluding, protocol="knn")
     assert best is growing
-    assert "none of them is in the results by knn" in reason
+    assert "none of them is in the results by kNN" in reason
 
 
 def test_where_nothing_fits_the_nearest_is_said() -> None:
@@ -99,21 +98,13 @@ def test_options_are_distinct() -> None:
     assert all((c.strategy.name, c.strategy.layers_per_stage, c.runtime.remat) == key for key, c in found.items())
 
 
-def test_a_step_that_options_share_is_compiled_once_and_nothing_else_changes() -> None:
-    found, _ = plan.each_option(small_config(model__depth=4, federation__rounds=4))
-    found = {key: config for key, config in found.items() if key[1] > 1 and not key[2]}
-    seen: list[str] = []
-    ledgers = resources.ledgers_of(found, memory=True, notify=seen.append)
-    assert len(seen) == 3  # layers 1-2 alone, 3-4 above a frozen prefix, all
-    for key, ledger in ledgers.items():
-        peaks = [row.pop("peak_memory_bytes") for row in ledger["per_stage"]]
-        assert ledger.pop("peak_memory_bytes") == max(peaks) >= min(peaks) > 0
-        alone = resources.ledger(found[key])
-        assert [ledger, *ledger["per_stage"]] == [
-            {name: value for name, value in part.items() if name not in ("peak_memory_bytes", "per_stage")}
-            | ({"per_stage": ledger["per_stage"]} if part is alone else {})
-            for part in (alone, *alone["per_stage"])
-        ]
+def test_what_options_share_is_traced_once_and_nothing_else_changes() -> None:
+    found, _ = plan.each_option(small_config(model__depth=2))
+    assert resources.ledgers_of(found, memory=False) == {key: resources.ledger(config) for key, config in found.items()}
+    known: dict[Any, Any] = {}
+    steps = [resources.lower_step(c, part, known)[0] for c in found.values() for part in resources.stage_parts(c)]
+    assert len(steps) == 2 * (1 + 2 + 2)
+    assert len({step.as_text() for step in steps}) == len(known) == 2 * 3  # layer 1, layer 2, both; remat or not
 
 
 def test_examples_of_a_client() -> None:
@@ -233,4 +224,4 @@ def test_a_class_that_cannot_afford_a_stage_takes_no_part_in_it(tmp_path: Path) 
 def test_a_stage_that_nobody_can_afford_is_refused() -> None:
     config = small_config(strategy__name="progressive", fleet__devices=(f"a count=1 memory_gb={between_stages()}",))
     with pytest.raises(ConfigError, match=r"^fleet.devices: no client can take part in stage 3 of 3, .*; accepted: "):
-        plan.fleet_of_clients(config, np.full(4, 15))
+        experiment.train(config, None)

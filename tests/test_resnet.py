@@ -268,9 +268,9 @@ def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(resources, "all_strategies", lambda config, **_: {"layerwise": resources.ledger(config)})
     compile_stage, programs = simulate.compile_stage, dict[int, simulate.Program]()
 
-    def compile_once(run: simulate.Run, stage: Stage, feed: Any) -> simulate.Program:
+    def compile_once(run: simulate.Run, stage: Stage, feed: Any, runs: int) -> simulate.Program:
         if stage.number not in programs:
-            programs[stage.number] = compile_stage(run, stage, feed)
+            programs[stage.number] = compile_stage(run, stage, feed, runs)
         return programs[stage.number]
 
     monkeypatch.setattr(simulate, "compile_stage", compile_once)

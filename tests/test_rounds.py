@@ -14,7 +14,7 @@ from reference import train_round
 
 from lwfedssl_jax import simulate, tree
 from lwfedssl_jax.aggregation import WEIGHTED_MEAN, Aggregator
-from lwfedssl_jax.client import Sent, client_init, client_step
+from lwfedssl_jax.client import Sent, client_init, client_step, program_config
 from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.data.partition import Population
 from lwfedssl_jax.stages import Stage
@@ -264,3 +264,74 @@ def test_clients_whose_update_is_not_finite_are_left_out(monkeypatch: pytest.Mon
     assert line["loss"] == expected_line["loss"] > 0
     assert line["client_distance"] == expected_line["client_distance"] > 0
     assert set(state.clients) == set(expected_state.clients) == {0, 3}
+
+
+DIFFERENT: list[dict[str, Any]] = [
+    {},
+    {"runtime__seed": 3, "optimizer__learning_rate": 0.02, "additions__terms": ("proximal=0.1",)},
+    {
+        "runtime__seed": 1, "optimizer__weight_decay": 0.1, "objective__temperature": 0.5, "objective__momentum": 0.5,
+        "federation__dropout": 0.5, "partition__beta": 5.0, "additions__depth_dropout": 0.9,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout"), [("layerwise", (2, 2, "resident")), ("progressive", (1, 1, "streamed"))]
+)
+def test_runs_that_go_together_equal_each_alone(
+    strategy: str, layout: tuple[int, int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds of unlike seeds, numbers and partitions, in one of which one of the runs has nobody who reports.
+
+    Under SGD: see ``test_equals_naive_round``.
+    """
+    decayed_sgd = lambda rate, weight_decay: optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate))  # noqa: E731
+    monkeypatch.setattr(optax, "adamw", decayed_sgd)
+    lanes, devices, feed = layout
+    same: dict[str, Any] = {
+        "strategy__name": strategy, "runtime__lanes": lanes, "runtime__feed": feed, "federation__clients_per_round": 2,
+        "additions__terms": ("proximal=0.3",), "additions__depth_dropout": 0.3, "federation__aggregator": "fedavgm",
+        "partition__clients": 6, "optimizer__learning_rate": 0.05,
+    }  # fmt: skip
+    with float64():
+        configs = [override(small_config(**same | changes), {"runtime.precision": "float64"}) for changes in DIFFERENT]
+        assert len({program_config(config) for config in configs}) == 1
+        runs = [simulate.prepare(config, jax.devices()[:devices]) for config in configs]
+        stage = runs[0].stages[1]
+        nobody = next(n for n in range(1, 30) if not simulate.draw_cohort(runs[2], n)[1])
+        alone = [after_rounds(simulate.Simulator(run), stage, [nobody, nobody + 1]) for run in runs]
+        together = simulate.Simulator(runs[0], others=runs[1:])
+        params, state, lines = after_rounds(together, stage, [nobody, nobody + 1])
+        for i, (own_params, own_state, own_lines) in enumerate(alone):
+            assert max_difference(together.of_run(i, params), own_params) < 1e-9
+            assert max_difference(together.of_run(i, state.server), own_state.server) < 1e-9
+            for mine, shared in zip(own_lines, lines, strict=True):
+                assert set(mine[0]) == set(shared[i])
+                same_keys = set(mine[0]) - {"seconds", "loss", "client_distance"}
+                assert {k: mine[0][k] for k in same_keys} == {k: shared[i][k] for k in same_keys}
+                assert (shared[i]["loss"] or 0) == pytest.approx(mine[0]["loss"] or 0, rel=1e-5)
+    assert lines[0][2]["clients"] == 0
+    assert lines[0][2]["loss"] is None
+    apart = [max_difference(alone[0][0], other[0]) for other in alone[1:]]
+    assert min(apart) > 1e-3
+
+
+def after_rounds(simulator: simulate.Simulator, stage: Stage, numbers: list[int]) -> tuple[tree.Tree, Any, list[Any]]:
+    params, state = simulator.take_up(0, {}, *[{}] * (len(simulator.runs) - 1))
+    lines = []
+    for number in numbers:
+        params, state, of_round = simulator.run_rounds(stage, params, state, number)
+        lines.append(of_round)
+    return params, state, lines
+
+
+def test_a_run_that_is_not_finite_leaves_the_others_alone() -> None:
+    configs = [small_config(optimizer__learning_rate=rate) for rate in (0.1, 3e38)]
+    runs = [simulate.prepare(config) for config in configs]
+    lines = after_rounds(simulate.Simulator(runs[0], others=runs[1:]), runs[0].stages[0], [1, 2])[2]
+    alone = after_rounds(simulate.Simulator(runs[0]), runs[0].stages[0], [1, 2])[2]
+    for (line, error), (expected,) in zip(lines, alone, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+        assert isinstance(error, FloatingPointError)
+        assert "optimizer.learning_rate (3e+38)" in str(error)

@@ -149,7 +149,8 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
 
     apart = {c: apart_of(jax.device_get(after), own[c].trainable) for c in own}
     divergence = 0.0 if name == "fedema" else float(np.median(list(apart.values())))
-    no_update = run.task.optimizer._replace(update=lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), s))
+    adamw = run.task.optimizer(run.task.hyper)
+    no_update = lambda _: adamw._replace(update=lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), s))  # noqa: E731
     still = simulate.Simulator(run._replace(task=run.task._replace(optimizer=no_update, divergence=divergence)))
     branches = set()
     for number, grown in ((2, 1.0), (3, 1.1)):

@@ -356,3 +356,55 @@ def test_a_server_share_that_does_not_fit_the_device(monkeypatch: pytest.MonkeyP
 def test_default_config_is_the_papers() -> None:
     config = resolve(Config())
     assert (config.federation.rounds, config.federation.local_epochs, config.optimizer.batch_size) == (180, 3, 512)
+
+
+def test_runs_together_are_the_same_runs(tmp_path: Path, compiled: list[str]) -> None:
+    """Interrupted, continued, one of them failing on the way; each writes what it would alone, but rounding."""
+    numbers = [
+        {"runtime__seed": 1, "optimizer__learning_rate": 0.01},
+        {"runtime__seed": 2, "optimizer__learning_rate": 3e38},
+        {"runtime__seed": 3, "objective__temperature": 0.5, "federation__dropout": 0.3, "evaluation__every": 1},
+    ]
+    configs = [small_config(federation__rounds=4, **changes) for changes in numbers]
+    members = [experiment.Member(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
+    members[2].listener = Interrupting(2)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.train_together(members)
+    assert isinstance(members[1].error, FloatingPointError)
+    assert [checkpoint.numbers(tmp_path / name / "checkpoints")[-1:] for name in "012"] == [[2], [], [2]]
+    before = len(compiled)
+    members = [experiment.Member(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
+    experiment.train_together(members)
+    assert "no client's update is finite in round 1" in str(members[1].error)
+    assert compiled[before:].count("jit(steps)") == 3  # of the two that go on, both stages; of the other, alone
+    for member, config, name in zip(members, configs, "012", strict=True):
+        if name == "1":
+            assert not (tmp_path / name / "summary.json").exists()
+            continue
+        alone = train(config, tmp_path / f"alone{name}")
+        assert member.summary is not None
+        assert set(member.summary) == set(alone)
+        assert (
+            member.summary["resources"]["measured"]["download_bytes"]
+            == alone["resources"]["measured"]["download_bytes"]
+        )
+        found, expected = (WorkDir(tmp_path / d, config).metrics() for d in (name, f"alone{name}"))
+        assert [set(line) for line in found] == [set(line) for line in expected]
+        for line, same in zip(found, expected, strict=True):
+            numbers = {"loss", "client_distance", "lane_utilisation"} & set(line)
+            scores = {"seconds", "accuracy", "std", "mean_per_class_accuracy", "precision", "recall", "f1"}
+            equal = set(line) - numbers - scores
+            assert {k: line[k] for k in equal} == {k: same[k] for k in equal}
+            assert {k: line[k] for k in numbers} == pytest.approx({k: same[k] for k in numbers}, rel=0.02)
+
+
+def test_shared_runs_compile_once_and_write_the_same_bits(tmp_path: Path, compiled: list[str]) -> None:
+    shared = simulate.Shared()
+    configs = [small_config(runtime__seed=seed, optimizer__learning_rate=0.1 + seed / 10) for seed in (0, 1)]
+    for config, name in zip(configs, "ab", strict=True):
+        before = len(compiled)
+        experiment.train(config, WorkDir(tmp_path / name, config), shared=shared)
+    assert not {f"jit({name})" for name in ("steps", "start", "finish", "forward")} & set(compiled[before:])
+    train(configs[1], tmp_path / "alone")
+    encoders = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("a", "b", "alone")]
+    assert encoders[0] != encoders[1] == encoders[2]

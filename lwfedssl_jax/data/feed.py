@@ -27,14 +27,14 @@ def streamed(images_NxHxWxC: np.ndarray, put_by_lane: Put) -> Feed:
 
     Args:
       images_NxHxWxC: uint8, on the host.
-      put_by_lane: an array's first axis, the lanes, over the devices.
+      put_by_lane: an array's axis of lanes, the first one or that behind the runs', over the devices.
     """
 
     def feed(calls: Iterator[tuple[Plan, int]]) -> Iterator[tuple[jax.Array, Plan, int]]:
         for plan, steps in calls:
-            c, w, b = plan.examples.shape
-            images_WxNxHxWxC = images_NxHxWxC[plan.examples.swapaxes(0, 1).reshape(w, c * b)]
-            at = np.broadcast_to(np.arange(c * b, dtype=np.int32).reshape(c, 1, b), (c, w, b))
+            *runs, c, w, b = plan.examples.shape
+            images_WxNxHxWxC = images_NxHxWxC[plan.examples.swapaxes(-3, -2).reshape(*runs, w, c * b)]
+            at = np.broadcast_to(np.arange(c * b, dtype=np.int32).reshape(c, 1, b), plan.examples.shape)
             yield put_by_lane(images_WxNxHxWxC), plan._replace(examples=at), steps
 
     return feed

@@ -1,0 +1,231 @@
+"""Sweeps: a grid of configs and seeds from one file, and the directory that its runs share."""
+
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+
+from lwfedssl_jax import config as configs
+from lwfedssl_jax import resources
+from lwfedssl_jax.checks import check
+from lwfedssl_jax.client import program_config
+from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, Config, ConfigError, load, override, resolve
+from lwfedssl_jax.devices import can_hold
+from lwfedssl_jax.simulate import Shared, prepare
+
+INDEX, LOCK = "sweep.json", ".sweep.lock"
+LONGEST_NAME = 80
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs around one config: each of ``runs`` x each row of ``zip`` x each combination of ``product`` x each seed.
+
+    Fields are named as on the command line, ``{"section.field": values}``.
+
+    Attributes:
+      base: what all runs have in common: a config, or its name or file.
+      product: each field's values, all combined.
+      zip: fields that change together: the first values, the second ones, and so on.
+      runs: whole settings, one by one.
+      seeds: of each setting; averages and differences are over them.
+    """
+
+    base: str | Config = "quickstart"
+    product: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    zip: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    runs: Sequence[Mapping[str, Any]] = ({},)
+    seeds: Sequence[int] = (0,)
+
+
+class SweepRun(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+      directory: of its work directory, below the sweep's.
+      label: its setting, without the seed.
+      overrides: of the base config, without the seed.
+      seed: ``runtime.seed``.
+      config: resolved.
+      code: see ``WorkDir``.
+    """
+
+    directory: str
+    label: str
+    overrides: dict[str, Any]
+    seed: int
+    config: Config
+    code: str
+
+
+def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> tuple[str, str, list[SweepRun]]:
+    """``(name, first line of the docstring, runs)`` of ``config_dir/sweeps/NAME.py``, or of a Python file.
+
+    Raises:
+      ConfigError: no such sweep, the file does not run, it defines no ``sweep``, or one of its runs is not valid.
+    """
+    known = [path.stem for path in sorted((config_dir / SWEEPS).glob("*.py"))]
+    own = name.endswith(".py")
+    path = Path(name) if own else config_dir / SWEEPS / f"{name.removeprefix(f'{SWEEPS}/')}.py"
+    if not os.path.isfile(path) or not (own or path.stem in known):
+        names = ", ".join(difflib.get_close_matches(name, known) or known)
+        raise ConfigError(f"SWEEP: no sweep {name!r}; accepted: a path to a .py file, or one of {names}")
+    module = configs.run_file(path, "SWEEP", "sweep")
+    sweep = getattr(module, "sweep", None)
+    if not isinstance(sweep, Sweep):
+        found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
+        raise ConfigError(f"SWEEP: {path} defines no sweep, {found}")
+    return path.stem, (module.__doc__ or "").strip().split("\n")[0], runs_of(sweep)
+
+
+def runs_of(sweep: Sweep) -> list[SweepRun]:
+    """All runs, those of a setting together; each has been checked as far as it can be without data.
+
+    Raises:
+      ConfigError: an axis that is not as it should be, a run that is not valid, or two that are the same.
+    """
+    base = load(sweep.base) if isinstance(sweep.base, str) else sweep.base
+    own_file = isinstance(sweep.base, str) and sweep.base.endswith(".py")
+    code = hashlib.sha256(Path(str(sweep.base)).read_bytes()).hexdigest() if own_file else ""
+    settings = list(settings_of(sweep))
+    varied = [f for f in dict.fromkeys(itertools.chain(*settings)) if len({repr(s.get(f)) for s in settings}) > 1]
+    runs: list[SweepRun] = []
+    for setting, seed in itertools.product(settings, sweep.seeds):
+        label = ", ".join(words(f, setting[f]) for f in varied if f in setting) or "base"
+        try:
+            config = resolve(override(base, {**setting, "runtime.seed": seed}))
+            check(config)
+        except ConfigError as error:
+            raise ConfigError(f"SWEEP: run {label!r}, seed {seed}: {error}") from error
+        digest = hashlib.sha256((json.dumps(configs.to_dict(config)) + code).encode()).hexdigest()[:8]
+        slug = re.sub(r"[^a-zA-Z0-9.=]+", "_", label)[:LONGEST_NAME]
+        runs.append(SweepRun(f"runs/{slug}-seed{seed}-{digest}", label, dict(setting), seed, config, code))
+    for i, run in enumerate(runs):
+        if same := [other for other in runs[:i] if other.config == run.config]:
+            raise ConfigError(
+                f"SWEEP: runs {same[0].label!r} and {run.label!r}, seed {run.seed}, are the same; "
+                "accepted: each run once"
+            )
+    return runs
+
+
+def settings_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """The overrides of each setting, without seeds."""
+    axes = {**sweep.product, **sweep.zip}
+    for name, values in axes.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ConfigError(f"SWEEP: {name}: {values!r} is no axis; accepted: a list of at least one value")
+    if not sweep.runs or not sweep.seeds:
+        raise ConfigError("SWEEP: runs and seeds: one is empty; accepted: at least one entry each")
+    for name in [*axes, *itertools.chain(*sweep.runs)]:
+        if name == "runtime.seed":
+            raise ConfigError("SWEEP: runtime.seed is an axis of its own; accepted: Sweep(seeds=(0, 1, 2))")
+        if name in sweep.product and (name in sweep.zip or any(name in run for run in sweep.runs)):
+            raise ConfigError(f"SWEEP: {name} is on two axes; accepted: each field in one of product, zip and runs")
+    if len(lengths := {name: len(values) for name, values in sweep.zip.items()}) and len(set(lengths.values())) > 1:
+        raise ConfigError(f"SWEEP: zip: its fields have unlike numbers of values ({lengths}); accepted: equally many")
+    rows = [dict(zip(sweep.zip, row, strict=True)) for row in zip(*sweep.zip.values(), strict=True)] or [{}]
+    combined = [dict(zip(sweep.product, values, strict=True)) for values in itertools.product(*sweep.product.values())]
+    for own, row, values in itertools.product(sweep.runs, rows, combined):
+        yield {**own, **row, **values}
+
+
+def words(name: str, value: Any) -> str:
+    """A field and its value as a person would say it: names stand for themselves."""
+    shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    plain = name.rpartition(".")[2].replace("_", " ")
+    return shown if plain == "name" else f"{plain} {shown or 'none'}"
+
+
+class SweepDirectory:
+    """A directory that holds a sweep: ``sweep.json``, and a work directory for each run below ``runs``.
+
+    Runs that an earlier form of the sweep left there stay, and count no longer.
+
+    Raises:
+      ConfigError: the directory holds something else, cannot be written, or another process is using it (``take``).
+    """
+
+    def __init__(self, path: Path, name: str, about: str, runs: Sequence[SweepRun]) -> None:
+        self.path = path
+        self._content: dict[str, Any] = {
+            "name": name,
+            "about": about,
+            "runs": [
+                {"directory": r.directory, "overrides": r.overrides, "seed": r.seed, "label": r.label} for r in runs
+            ],
+            "failed": {},
+        }
+        self._lock = filelock.FileLock(path / LOCK, timeout=0)
+        there = [p for p in path.iterdir() if p.name != LOCK] if path.is_dir() else []
+        if (path.exists() and not path.is_dir()) or (there and not (path / INDEX).is_file()):
+            raise ConfigError(f"--workdir: {path} holds no sweep; accepted: a new or empty directory, or a sweep's")
+        if not can_hold(path):
+            raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
+
+    def take(self) -> None:
+        """Make the directory this process's and write ``sweep.json``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise ConfigError(
+                f"--workdir: {self.path} is in use by another process; accepted: another directory, or wait"
+            ) from None
+        self._write()
+
+    def close(self) -> None:
+        """Let other processes use the directory."""
+        self._lock.release()
+
+    def fail(self, directory: str, why: str) -> None:
+        """Note that a run has ended without a result."""
+        self._content["failed"][directory] = why
+        self._write()
+
+    def is_finished(self, run: SweepRun) -> bool:
+        """Whether a run has its summary."""
+        return (self.path / run.directory / "summary.json").is_file()
+
+    def _write(self) -> None:
+        part = self.path / f".{INDEX}.new"
+        part.write_text(json.dumps(self._content, indent=1) + "\n")
+        part.replace(self.path / INDEX)
+
+
+class Estimate(NamedTuple):
+    """What a run will take.
+
+    Attributes:
+      operations: multiply-adds of the local training of all clients in all rounds.
+      seconds: of it, on all lanes, at the speed of one client's step that was timed here.
+    """
+
+    operations: float
+    seconds: float
+
+
+def estimate(runs: Sequence[SweepRun], shared: Shared) -> list[Estimate]:
+    """What each run will take; reads the data, and compiles and times one step for each program of a last stage."""
+    found = []
+    for run in runs:
+        config = run.config
+        plain = override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})
+        cost = shared.once(("cost", plain), functools.partial(resources.ledger, plain))["flops_executed"]
+        ready = prepare(config, shared=shared)  # for the clients' sizes; nothing is compiled
+        drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
+        operations = cost * float(ready.clients.sizes.sum()) * drawn
+        rate = shared.once(("rate", plain), functools.partial(resources.step_rate, plain))
+        at_once = ready.mesh.size if jax.default_backend() == "cpu" else ready.lanes
+        found.append(Estimate(operations, operations / rate / at_once))
+    return found

@@ -1,0 +1,235 @@
+"""Tables of settings, costs, differences and runs: as words for a page or paper, as numbers for programs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import rich.table
+from rich.markup import escape
+
+from lwfedssl_jax.comparison import Difference, Setting, over_seeds, protocols
+from lwfedssl_jax.report import MIB, protocol_words
+from lwfedssl_jax.results import COSTS, END_TO_END, SEED, ledger_costs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GIGA = 10**9
+TRAFFIC, RULE, EXECUTED, MEMORY = COSTS
+# Units by the largest value they are for, from the paper's: operations in 10⁹, traffic in 1000 MiB.
+UNITS: dict[str, list[tuple[float, float, str]]] = {
+    TRAFFIC: [(MIB, 1024, "KiB"), (1000 * MIB, MIB, "MiB"), (float("inf"), 1000 * MIB, "1000 MiB")],
+    MEMORY: [(MIB, 1024, "KiB"), (1024 * MIB, MIB, "MiB"), (float("inf"), 1024 * MIB, "GiB")],
+    RULE: [(1e8, 1e6, "M"), (1e13, GIGA, "G"), (float("inf"), 1e12, "T")],
+}
+UNITS[EXECUTED] = UNITS[RULE]
+TITLES = {TRAFFIC: "traffic", RULE: "FLOPs, paper's rule", EXECUTED: "FLOPs executed", MEMORY: "peak memory"}
+UNKNOWN = "-"
+
+
+class Table(NamedTuple):
+    """A table twice: ``words`` as it is shown, ``numbers`` in full precision and plain units."""
+
+    name: str
+    words: "pd.DataFrame"
+    numbers: "pd.DataFrame"
+
+
+def unit(cost: str, largest: float) -> tuple[float, str]:
+    """What to divide a cost by to show it, and that unit's name."""
+    return next((scale, name) for upto, scale, name in UNITS[cost] if not largest >= upto)
+
+
+def settings_table(runs: "pd.DataFrame", settings: Sequence[Setting]) -> Table:
+    """Accuracies by every protocol and costs of every setting, and the baselines below.
+
+    Args:
+      runs, settings: as ``comparison.settle`` gives them.
+    """
+    summary = over_seeds(runs)
+    rows = [
+        {
+            "setting": s.label,
+            "seeds": int((runs["setting"] == s.label).sum()),
+            **{p: tuple(summary.loc[s.label, f"accuracy.{p}"]) for p in protocols(runs)},
+            **_costs(summary.loc[s.label], (TRAFFIC, EXECUTED, MEMORY)),
+            "seconds": summary.loc[s.label, ("seconds", "mean")],
+        }
+        for s in settings
+    ]
+    rows += [{"setting": b.label, "seeds": b.seeds, **b.accuracy} for b in baselines(runs, settings)]
+    whole = [s.label for s in settings if s.strategy == END_TO_END]
+    words = _settings_words(rows, protocols(runs), whole)
+    return Table("settings", words, _settings_numbers(rows, protocols(runs)))
+
+
+def _costs(row: "pd.Series", costs: Sequence[str]) -> dict[str, float]:
+    """Of a row of ``over_seeds``, and beside each its ratio to what end_to_end spends with the same config."""
+    return {c: float(row[c, "mean"]) for c in costs} | {f"{c}.ratio": ratio(row, c) for c in costs}
+
+
+def ratio(row: "pd.Series", cost: str) -> float:
+    """A setting's cost (its row of ``over_seeds``) against that of end_to_end with the same config; NaN if unknown."""
+    whole = float(row.get((f"{END_TO_END}.{cost}", "mean"), "nan"))
+    return float(row[cost, "mean"]) / whole if whole else float("nan")
+
+
+def _settings_words(rows: list[dict[str, Any]], names: Sequence[str], whole: Sequence[str]) -> "pd.DataFrame":
+    import pandas as pd
+
+    units = {c: unit(c, max((r[c] for r in rows if c in r), default=0)) for c in (TRAFFIC, EXECUTED, MEMORY)}
+    shown = []
+    for row in rows:
+        words = {"setting": row["setting"], "seeds": str(row["seeds"])}
+        for p in names:
+            words[f"{protocol_words(p)} (%)"] = accuracy_words(row[p], row["seeds"]) if p in row else UNKNOWN
+        for cost, (scale, name) in units.items():
+            against = float("nan") if row["setting"] in whole else row.get(f"{cost}.ratio", float("nan"))
+            words[f"{TITLES[cost]} ({name})"] = cost_words(row.get(cost, float("nan")), against, scale)
+        words["training (s)"] = f"{row['seconds']:.0f}" if "seconds" in row else UNKNOWN
+        shown.append(words)
+    return pd.DataFrame(shown)
+
+
+def _settings_numbers(rows: list[dict[str, Any]], names: Sequence[str]) -> "pd.DataFrame":
+    import pandas as pd
+
+    flat = []
+    for row in rows:
+        numbers = {k: v for k, v in row.items() if k not in names}
+        for p in names:
+            mean, std, _ = row.get(p, (float("nan"),) * 3)
+            numbers |= {f"{p} %": 100 * mean, f"{p} % std": 100 * std}
+        flat.append(numbers)
+    return pd.DataFrame(flat)
+
+
+def accuracy_words(over_seeds: Sequence[float], of: float = 0) -> str:
+    """Mean, std and count in %: with the spread where there are several seeds, and their number where not ``of``."""
+    mean, std, count = over_seeds
+    if not count:
+        return UNKNOWN
+    spread = f" ± {100 * std:.1f}" if count > 1 else ""
+    return f"{100 * mean:.1f}{spread}" + (f" (n = {count:.0f})" if of and count != of else "")
+
+
+def cost_words(value: float, against: float, scale: float) -> str:
+    """``1.66 (0.20x)``: a cost, and its ratio to end_to_end's; either may be NaN."""
+    if math.isnan(value):
+        return UNKNOWN
+    return f"{value / scale:.2f}" + ("" if math.isnan(against) else f" ({against:.2f}x)")
+
+
+class Baseline(NamedTuple):
+    """Accuracies of an encoder that was not trained with the method: mean, sample std and count over seeds."""
+
+    label: str
+    seeds: int
+    accuracy: dict[str, tuple[float, float, float]]
+
+
+def baselines(runs: "pd.DataFrame", settings: Sequence[Setting]) -> list[Baseline]:
+    """The untrained encoder and training from scratch, once for all settings that have the same ones."""
+    found = []
+    for kind, words in (("untrained", "untrained"), ("scratch", "from scratch")):
+        columns = [c for p in protocols(runs) if (c := f"{kind}.{p}") in runs]
+        groups: dict[tuple[float, ...], list[Setting]] = {}
+        for s in settings:
+            means = runs.loc[runs["setting"] == s.label, columns].mean().dropna()
+            if len(means):
+                groups.setdefault(tuple(means.round(9)), []).append(s)
+        for members in groups.values():
+            of = runs[runs["setting"].isin([s.label for s in members])].drop_duplicates(SEED)
+            numbers = {c.partition(".")[2]: (of[c].mean(), of[c].std(), of[c].count()) for c in columns}
+            kept = {p: n for p, n in numbers.items() if n[2]}
+            found.append(Baseline(words + (_whose(members) if len(groups) > 1 else ""), len(of), kept))
+    return found
+
+
+def _whose(members: Sequence[Setting]) -> str:
+    data = {str(s.values.get("data.name", "")) for s in members}
+    if len(data) == 1 and data != {""}:
+        return f", {data.pop()}"
+    more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+    return f", {members[0].label}{more}"
+
+
+def resources_table(
+    runs: "pd.DataFrame", settings: Sequence[Setting], strategies: Mapping[str, dict[str, Any]] | None = None
+) -> Table:
+    """Memory, FLOPs and communication with ratios to end_to_end, in the paper's form.
+
+    Args:
+      runs, settings: as ``comparison.settle`` gives them.
+      strategies: ledgers, to show these instead (of one config, whose strategies were not all run).
+    """
+    import pandas as pd
+
+    order = (MEMORY, RULE, EXECUTED, TRAFFIC)
+    if strategies is None:
+        label, whole = "setting", [s.label for s in settings if s.strategy == END_TO_END]
+        summary = over_seeds(runs)
+        rows = {s.label: _costs(summary.loc[s.label], order) for s in settings}
+    else:
+        label, whole = "strategy", [END_TO_END]
+        spent = {name: ledger_costs(ledger) for name, ledger in strategies.items()}
+        base = spent.get(END_TO_END, dict.fromkeys(order, float("nan")))
+        rows = {k: v | {f"{c}.ratio": v[c] / base[c] if base[c] else float("nan") for c in v} for k, v in spent.items()}
+    units = {c: unit(c, max(row[c] for row in rows.values())) for c in order}
+    titles = TITLES | {TRAFFIC: "communication"}
+    words = []
+    for name, row in rows.items():
+        ratios = {c: float("nan") if name in whole else row[f"{c}.ratio"] for c in order}
+        cells = {f"{titles[c]} ({u})": cost_words(row[c], ratios[c], scale) for c, (scale, u) in units.items()}
+        words.append({label: name} | cells)
+    return Table("resources", pd.DataFrame(words), pd.DataFrame([{label: k} | v for k, v in rows.items()]))
+
+
+def differences_table(found: Sequence[Difference]) -> Table:
+    """Differences between settings as ``comparison.differences`` gives them."""
+    import pandas as pd
+
+    words = []
+    for d in found:
+        tested = not d.why_not
+        words.append(
+            {
+                "setting": d.setting,
+                "against": d.against,
+                "protocol": protocol_words(d.protocol),
+                "seeds": str(d.seeds),
+                "difference (points)": f"{100 * d.mean:+.1f}" if d.seeds else UNKNOWN,
+                "95 % CI": f"{100 * d.low:+.1f} to {100 * d.high:+.1f}" if tested else d.why_not,
+                "p": f"{d.p:.2g}" if tested else UNKNOWN,
+                "p adjusted": f"{d.p_holm:.2g}" if tested else UNKNOWN,
+            }
+        )
+    return Table("significance", pd.DataFrame(words), pd.DataFrame(found, columns=Difference._fields))
+
+
+def write(table: Table, folder: Path) -> None:
+    """``NAME.csv`` of the numbers, ``NAME.md`` and ``NAME.tex`` (a tabular for booktabs) of the words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table.numbers.to_csv(folder / f"{table.name}.csv", index=False)
+    cells = table.words.map(lambda cell: str(cell).replace("|", "\\|"))
+    (folder / f"{table.name}.md").write_text(cells.to_markdown(index=False, disable_numparse=True) + "\n")
+    (folder / f"{table.name}.tex").write_text(latex(table.words))
+
+
+def latex(words: "pd.DataFrame") -> str:
+    """A tabular that needs the package booktabs only, every character that LaTeX would read escaped."""
+    text = words.to_latex(index=False, escape=True, column_format="l" + "r" * (len(words.columns) - 1))
+    return str(text).replace("±", r"$\pm$")
+
+
+def rich_table(words: "pd.DataFrame") -> rich.table.Table:
+    """A settings table for a terminal: of the protocols the first, and what fits beside it."""
+    accuracies = [name for name in words.columns if name.endswith("(%)")]
+    names = [name for name in words.columns if name not in (*accuracies[1:], "seeds", "training (s)")]
+    shown = rich.table.Table()
+    for name in names:
+        shown.add_column(escape(name), justify="left" if name == "setting" else "right", overflow="fold")
+    for row in words[names].itertuples(index=False, name=None):
+        shown.add_row(*map(escape, row))
+    return shown

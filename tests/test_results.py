@@ -1,0 +1,272 @@
+"""Runs read back, settings, means and paired differences, against numbers worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t as student
+
+import lwfedssl_jax
+from lwfedssl_jax import comparison, results, tables
+from lwfedssl_jax.config import Config, ConfigError, override, resolve, to_dict
+
+MIB = 2**20
+COST = {"end_to_end": 1.0, "layerwise": 0.25, "progressive": 0.5}
+
+
+def ledger(share: float) -> dict[str, Any]:
+    return {
+        "total_bytes": int(share * 40 * MIB), "flops_paper_rule": share * 2e9, "flops_executed": share * 3e9,
+        "peak_memory_bytes": int(share * 16 * MIB),
+    }  # fmt: skip
+
+
+def write_run(
+    path: Path, accuracy: dict[str, float] | None = None, untrained: float = 0.25, **changes: Any
+) -> dict[str, Any]:
+    """A work directory of two stages of two rounds; without accuracies of a run that has not ended."""
+    fields = {k.replace("__", "."): v for k, v in changes.items()}
+    config = to_dict(resolve(override(Config(), {"federation.rounds": 4, "model.depth": 2} | fields)))
+    path.mkdir(parents=True)
+    about = {"config": config, "config_file": "", "device": "cpu: one", "versions": {"jax": "0.10.2"}}
+    (path / "config.json").write_text(json.dumps(about))
+    lines: list[dict[str, Any]] = [
+        {"event": "evaluation", "round": 0, "protocol": p, "accuracy": untrained} for p in accuracy or {}
+    ]
+    for number in range(1, 5 if accuracy else 3):
+        lines.append(
+            {"round": number, "stage": (number + 1) // 2, "loss": 4.0 - number, "seconds": 2.0, "clients": 3,
+             "dropped": 1, "download_bytes": 40, "upload_bytes": 24}
+        )  # fmt: skip
+    lines += [{"event": "evaluation", "round": 4, "protocol": p, "accuracy": a} for p, a in (accuracy or {}).items()]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    strategies = {name: ledger(share) for name, share in COST.items()}
+    summary = {
+        "strategy": config["strategy"]["name"],
+        "rounds": 4,
+        "seconds": 8.0,
+        "evaluation": {p: {"accuracy": a, "std": 0.125} for p, a in (accuracy or {}).items()},
+        "baselines": {"untrained": {p: {"accuracy": untrained} for p in accuracy or {}}},
+        "resources": strategies[config["strategy"]["name"]]
+        | {"measured": {"download_bytes": 500, "upload_bytes": 300, "clients": 10}},
+        "strategies": strategies,
+    }
+    if accuracy:
+        (path / "summary.json").write_text(json.dumps(summary))
+    return config
+
+
+# Accuracies by seed, in which layerwise is 4, 6 and 11 points below end_to_end.
+SEEDS = {"end_to_end": (0.80, 0.82, 0.87), "layerwise": (0.76, 0.76, 0.76), "progressive": (0.80, 0.83, 0.86)}
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("nine")
+    for strategy, accuracies in SEEDS.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_run(
+                top / "runs" / f"{strategy}-{seed}",
+                {"linear_probe_5": accuracy, "knn": 0.5},
+                strategy__name=strategy,
+                runtime__seed=seed,
+            )
+    return top
+
+
+def test_a_run_is_a_row(nine: Path) -> None:
+    found = lwfedssl_jax.load_results(nine)
+    assert len(found) == 9
+    row = found.set_index("name").loc["layerwise-1"]
+    assert row["path"] == str(nine / "runs" / "layerwise-1")
+    assert row["finished"]
+    assert (row["strategy.name"], row["runtime.seed"], row["evaluation.labels_per_class"]) == ("layerwise", 1, "5 20 0")
+    assert (row["accuracy.linear_probe_5"], row["std.knn"], row["untrained.knn"]) == (0.76, 0.125, 0.25)
+    assert (row["traffic_bytes"], row["end_to_end.traffic_bytes"]) == (10 * MIB, 40 * MIB)
+    assert (row["flops_paper_rule"], row["flops_executed"], row["peak_memory_bytes"]) == (0.5e9, 0.75e9, 4 * MIB)
+    assert (row["measured_bytes_per_client"], row["rounds"], row["seconds"]) == (80, 4, 8)
+    assert results.load_results(nine, nine / "runs").equals(found)
+    lines = results.load_metrics(nine / "runs" / "layerwise-1")
+    assert len(lines) == 8
+    assert lines.loc[lines["event"].isna(), "loss"].tolist() == [3, 2, 1, 0]
+
+
+def test_unfinished_and_damaged_runs_are_rows(tmp_path: Path) -> None:
+    whole = {"knn": 0.5}
+    write_run(tmp_path / "unfinished")
+    for name in ("summary", "no_protocol", "config", "metrics"):
+        write_run(tmp_path / name, whole)
+    (tmp_path / "summary" / "summary.json").write_text("{")
+    (tmp_path / "no_protocol" / "summary.json").write_text('{"evaluation": 3}')
+    (tmp_path / "config" / "config.json").write_bytes(b"\xff")
+    with (tmp_path / "metrics" / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 5, "lo')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model": "of another program"}')
+    found = results.load_results(tmp_path).set_index("name")
+    assert found["fault"].to_dict() == {
+        "unfinished": "unfinished after 2 of 4 rounds",
+        "summary": "summary.json is damaged",
+        "no_protocol": "summary.json is damaged",
+        "config": "config.json is damaged",
+        "metrics": "",
+    }
+    assert found["finished"].equals(found["fault"] == "")
+    assert found.loc["unfinished", "rounds"] == 2
+    assert math.isnan(found.loc["unfinished", "traffic_bytes"])
+
+
+def test_runs_of_a_sweep_keep_its_order_names_and_failures(tmp_path: Path) -> None:
+    runs = [
+        {"directory": f"runs/{n}", "overrides": {"partition.beta": b}, "seed": 0, "label": f"beta = {b}"}
+        for n, b in (("z", 0.1), ("a", 0.5), ("bad", 0.0), ("later", 5.0))
+    ]
+    content = {"name": "mine", "about": "", "runs": runs, "failed": {"runs/bad": "partition.beta: too small"}}
+    for run in runs[:2]:
+        write_run(tmp_path / run["directory"], {"knn": 0.5}, partition__beta=run["overrides"]["partition.beta"])
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    found = results.load_results(tmp_path)
+    assert found["name"].tolist() == ["z", "a", "bad", "later"]
+    assert found["fault"].tolist() == ["", "", "partition.beta: too small", "not begun"]
+    assert [s.label for s in comparison.settle(found)[1]] == ["beta = 0.1", "beta = 0.5"]
+    assert results.sweep_name(tmp_path) == "mine"
+    (tmp_path / "sweep.json").write_text('{"runs": [3]}')
+    assert results.load_results(tmp_path)["name"].tolist() == ["a", "z"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_a_directory_without_a_run_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=f"DIR: .*{name} .*accepted"):
+        results.load_results(tmp_path / name)
+
+
+def label(*changes: dict[str, Any]) -> list[str]:
+    rows = [
+        {"finished": True, "label": "", "config_file": "", "runtime.seed": 0, "strategy.name": "layerwise"} | c
+        for c in changes
+    ]
+    return [s.label for s in comparison.settle(pd.DataFrame(rows))[1]]
+
+
+def test_labels_hold_what_tells_settings_apart() -> None:
+    assert label({}) == ["layerwise"]
+    assert label({}, {"runtime.seed": 1}) == ["layerwise"]
+    beta, layers = "partition.beta", "strategy.layers_per_stage"
+    assert label({beta: 0.1}, {beta: 0.5}) == ["beta 0.1", "beta 0.5"]
+    assert label({}, {"strategy.name": "progressive", beta: 0.5}) == ["layerwise", "progressive"]  # beta tells no more
+    assert label({"additions.terms": ""}, {"additions.terms": "proximal=1"}) == ["terms none", "terms proximal=1"]
+    usual = [{layers: 1, "strategy.name": s} for s in ("layerwise", "progressive", "end_to_end")]
+    assert label(*usual, {layers: 2})[2:] == ["end_to_end", "layerwise, layers per stage 2"]
+    assert label({"config_file": "0123456789"}, {"config_file": ""}) == ["config file 01234567", "config file by name"]
+
+
+def test_a_seed_counts_once(nine: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "again", {"linear_probe_5": 0.1}, strategy__name="layerwise", runtime__seed=1)
+    runs, settings = comparison.settle(results.load_results(nine, tmp_path))
+    assert [s.label for s in settings] == list(SEEDS)
+    assert len(runs) == 9
+    mean, std, count = comparison.over_seeds(runs).loc["end_to_end", "accuracy.linear_probe_5"]
+    assert (mean, count) == (pytest.approx(0.83), 3)
+    assert std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
+
+
+def test_differences_are_paired_over_seeds(nine: Path) -> None:
+    runs, settings = comparison.settle(results.load_results(nine))
+    below, even, above = comparison.differences(runs, settings, "linear_probe_5")
+    assert [(d.setting, d.against) for d in (below, even, above)] == [
+        ("layerwise", "end_to_end"), ("progressive", "end_to_end"), ("progressive", "layerwise"),
+    ]  # fmt: skip
+    values = np.array([0.04, 0.06, 0.11])
+    error = math.sqrt(((values - 0.07) ** 2).sum() / 2 / 3)
+    half = 4.302652729911275 * error  # of Student's t with 2 degrees of freedom
+    assert below.mean == pytest.approx(-0.07)
+    assert (below.low, below.high) == (pytest.approx(-0.07 - half), pytest.approx(-0.07 + half))
+    assert below.p == pytest.approx(2 * student.sf(0.07 / error, 2))
+    assert even.mean == pytest.approx(0)
+    assert above.p < below.p < even.p
+    assert above.p_holm == pytest.approx(3 * above.p)
+    assert below.p_holm == pytest.approx(max(3 * above.p, 2 * below.p))
+    assert str(below) == (
+        "layerwise below end_to_end by 7.0 points (95 % CI -2.0 to 16.0, p = 0.078, adjusted 0.17, 3 seeds)"
+    )
+
+
+def test_without_spread_or_seeds_nothing_is_tested(nine: Path) -> None:
+    runs, settings = comparison.settle(results.load_results(nine))
+    same = comparison.differences(runs, settings, "knn")
+    assert all(d.mean == 0 and math.isnan(d.p) and math.isnan(d.p_holm) for d in same)
+    assert same[0].why_not == "the same in all 3 seeds: no test"
+    one = runs[(runs["strategy.name"] != "layerwise") | (runs["runtime.seed"] == 2)]
+    assert comparison.paired(one, "layerwise", "end_to_end", "linear_probe_5").why_not == "1 common seed: no test"
+    none = runs[(runs["strategy.name"] == "layerwise") == (runs["runtime.seed"] == 2)]
+    apart = comparison.paired(none, "layerwise", "end_to_end", "linear_probe_5")
+    assert str(apart) == "layerwise and end_to_end share no seed"
+
+
+def test_holm_by_hand() -> None:
+    nan = float("nan")
+    assert comparison.holm([0.04, nan, 0.01, 0.03]) == pytest.approx([0.06, nan, 0.03, 0.06], nan_ok=True)
+    assert comparison.holm([0.7, 0.9]) == [1, 1]
+    assert comparison.holm([]) == []
+
+
+def test_many_settings_stand_against_the_end_to_end_that_is_nearest() -> None:
+    names = [(s, b, d) for d in ("digits", "other") for b in (0.1, 0.5) for s in ("layerwise", "end_to_end")]
+    settings = [
+        comparison.Setting(f"{s} {b} {d}", s, "", {"strategy.name": s, "partition.beta": b, "data.name": d})
+        for s, b, d in names
+    ]
+    pairs = [(a.label, b.label) for a, b in comparison._pairs(settings)]
+    assert pairs == [(f"layerwise {b} {d}", f"end_to_end {b} {d}") for s, b, d in names if s == "layerwise"]
+    alike = [s._replace(strategy="layerwise") for s in settings]
+    assert {b.label for _, b in comparison._pairs(alike)} == {alike[0].label}
+
+
+def test_every_format_says_the_same(nine: Path, tmp_path: Path) -> None:
+    runs, settings = comparison.settle(results.load_results(nine))
+    table = tables.settings_table(runs, settings)
+    assert table.words["linear probe, 5 labels a class (%)"].tolist() == [
+        "83.0 ± 3.6", "76.0 ± 0.0", "83.0 ± 3.0", "25.0 ± 0.0",
+    ]  # fmt: skip
+    assert table.words["traffic (MiB)"].tolist() == ["40.00", "10.00 (0.25x)", "20.00 (0.50x)", "-"]
+    tables.write(table, tmp_path)
+    markdown = (tmp_path / "settings.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown]
+    assert cells[0] == list(table.words.columns)
+    assert cells[2:] == table.words.to_numpy().tolist()
+    tex = (tmp_path / "settings.tex").read_text().splitlines()
+    body = [line for line in tex if line.endswith(r"\\")]
+    said = [[c.strip() for c in line.removesuffix(r"\\").split("&")] for line in body]
+    plain = [[c.replace(r"$\pm$", "±").replace(r"\_", "_").replace(r"\%", "%") for c in row] for row in said]
+    assert plain == [cells[0], *cells[2:]]
+    assert [line for line in tex if "rule" in line] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    numbers = pd.read_csv(tmp_path / "settings.csv")
+    accuracy = zip(numbers["linear_probe_5 %"], numbers["linear_probe_5 % std"], strict=True)
+    assert [f"{mean:.1f} ± {std:.1f}" for mean, std in accuracy] == [row[2] for row in cells[2:]]
+    assert numbers["traffic_bytes"].tolist()[:3] == [40 * MIB, 10 * MIB, 20 * MIB]
+
+
+def test_costs_are_in_the_papers_form() -> None:
+    whole = {"flops_paper_rule": 585.6e9, "flops_executed": 2e12, "peak_memory_bytes": 8 * 2**30}
+    strategies = {
+        "end_to_end": whole | {"total_bytes": 8400 * MIB},
+        "layerwise": whole | {"total_bytes": 1660 * MIB, "flops_paper_rule": 139.4e9, "peak_memory_bytes": None},
+    }
+    words = tables.resources_table(pd.DataFrame(), [], strategies).words.set_index("strategy")
+    assert words["communication (1000 MiB)"].tolist() == ["8.40", "1.66 (0.20x)"]
+    assert words["FLOPs, paper's rule (G)"].tolist() == ["585.60", "139.40 (0.24x)"]
+    assert words["peak memory (GiB)"].tolist() == ["8.00", "-"]
+
+
+def test_latex_and_markdown_take_any_character(tmp_path: Path) -> None:
+    words = pd.DataFrame({"a_b": ["50 % & {#1} ~^ \\x $ 1 ± 2 | 3"]})
+    tables.write(tables.Table("odd", words, words), tmp_path)
+    line = (tmp_path / "odd.tex").read_text().splitlines()[4]
+    said = r"50 \% \& \{\#1\} \textasciitilde \textasciicircum \space \textbackslash x \$ 1 $\pm$ 2 | 3 \\"
+    assert line == said
+    assert r"1 ± 2 \| 3" in (tmp_path / "odd.md").read_text()
