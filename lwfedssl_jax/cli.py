@@ -275,7 +275,10 @@ def plan(arguments: list[str]) -> None:
     if options.results:
         from lwfedssl_jax.results import load_results
 
-        rows = load_results(options.results).to_dict("records")
+        try:
+            rows = load_results(options.results).to_dict("records")
+        except ConfigError as error:  # it names DIR, as `report` has it
+            raise ConfigError(f"--results: {str(error).removeprefix('DIR: ')}") from None
         accuracies, protocol = plans.measured_accuracies(config, rows, options.protocol)
     plans.each_option(config)
     devices.set_up_cache(options.compilation_cache)
