@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from lwfedssl_jax import config as configs
+from lwfedssl_jax import fleet
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.errors import FailedRunsError, foreseen
 from lwfedssl_jax.interrupts import Interrupts
@@ -68,6 +69,41 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Which strategy and how many layers a stage a fleet of devices can afford; trains nothing."""
+
+    config_name: tyro.conf.Positional[str]
+    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
+    memory_gb: float | None = None
+    """One kind of device: memory that training may take, in GB (1e9 bytes)."""
+    gflops: float | None = None
+    """With --memory-gb: 1e9 floating-point operations a second, sustained; a multiply-add is two. Without it, or a
+    link's speed, no time is told."""
+    uplink_mbps: float | None = None
+    """With --memory-gb: from the device, in 1e6 bit/s."""
+    downlink_mbps: float | None = None
+    """With --memory-gb: to the device, in 1e6 bit/s."""
+    watts: float | None = None
+    """With --memory-gb: drawn while it trains and exchanges; tells energy."""
+    devices: Path | None = None
+    """Instead, several kinds: a CSV file with the columns name, count, memory_gb, and those of the others above that
+    are known. Without --memory-gb and --devices those of the config: fleet.devices."""
+    examples: int | None = None
+    """Images that a client has, where the data set does not tell without being read."""
+    results: Path | None = None
+    """Runs, such as a sweep's directory: the accuracy that each option reached."""
+    protocol: str | None = None
+    """With --results: which protocol's accuracy, such as knn; by default the one that most runs have."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    plot: Path | None = None
+    """Also draw memory and the share of the fleet over the stages: a file that ends in .png, .pdf or .svg."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Run a grid of configs and seeds, or what is left of it, and report it."""
 
@@ -95,7 +131,7 @@ class Report:
     """Where report.html, plots/ and tables/ go; by default DIR, and for several the folder `report`."""
 
 
-Options = TypeVar("Options", Train, Resources)
+Options = TypeVar("Options", Train, Resources, Plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,11 +232,7 @@ def resources(arguments: list[str]) -> None:
     from lwfedssl_jax.checks import check
 
     config = configs.resolve(options.config)
-    if options.plot and not can_draw(options.plot):
-        raise ConfigError(
-            f"--plot: {options.plot} cannot be drawn; accepted: a file in an existing folder that you can write to, "
-            f"that ends in {', '.join(PICTURES)}"
-        )
+    check_plot(options.plot)
     devices.set_up_cache(options.compilation_cache)
     check(config)
     _, refused = ledgers.each_strategy(config)
@@ -224,6 +256,84 @@ def resources(arguments: list[str]) -> None:
         out.print(report.resource_table(strategies))
         for name, why in refused.items():
             out.print(f"{name} cannot run with this config: {why}", markup=False)
+
+
+def plan(arguments: list[str]) -> None:
+    """The ``plan`` command."""
+    options = parse(Plan, arguments)
+    config = configs.resolve(with_fleet(options))
+    from lwfedssl_jax import devices, report
+    from lwfedssl_jax import plan as plans
+
+    check_plot(options.plot)
+    if options.protocol is not None and options.results is None:
+        raise ConfigError("--protocol: it belongs to --results; accepted: both, or none")
+    examples = plans.examples_of_a_client(config, options.examples)
+    accuracies: dict[plans.Stages, plans.Measured] = {}
+    protocol = ""
+    if options.results:
+        from lwfedssl_jax.results import load_results
+
+        try:
+            rows = load_results(options.results).to_dict("records")
+        except ConfigError as error:  # it names DIR, as `report` has it
+            raise ConfigError(f"--results: {str(error).removeprefix('DIR: ')}") from None
+        accuracies, protocol = plans.measured_accuracies(config, rows, options.protocol)
+    plans.each_option(config)
+    devices.set_up_cache(options.compilation_cache)
+    with Console(stderr=True).status("tracing") as status:
+        notify = lambda what: status.update(f"compiling {what}")  # noqa: E731
+        made = plans.make_plan(config, examples, accuracies, protocol, notify)
+    if options.plot:
+        report.plot_plan(made.devices, made.options, protocol, options.plot)
+    if options.json:
+        print(json.dumps(plans.to_plain(made), indent=1))
+    else:
+        out = Console(highlight=False)
+        out.print(plans.table(made, out.width))
+
+
+def with_fleet(options: Plan) -> Config:
+    """The config with the devices that the options describe, else with its own.
+
+    Raises:
+      ConfigError: they describe none, or two fleets.
+    """
+    one = {field: value for field in fleet.QUANTITIES if (value := getattr(options, field)) is not None}
+    if options.devices and one:
+        raise ConfigError(f"--devices: {options.devices} besides --memory-gb or its like; accepted: one of the two")
+    if one and options.memory_gb is None:
+        raise ConfigError(f"--memory-gb: nothing besides --{next(iter(one)).replace('_', '-')}; accepted: GB")
+    if not (one or options.devices or options.config.fleet.devices):
+        raise ConfigError(
+            "--memory-gb: nothing; accepted: --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X, "
+            "--devices FILE.csv, or a config with fleet.devices"
+        )
+    for field, value in one.items():
+        if not fleet.LEAST <= value <= fleet.MOST:
+            accepted = f"accepted: {fleet.LEAST:g} to {fleet.MOST:g}"
+            raise ConfigError(f"--{field.replace('_', '-')}: {value} is out of range; {accepted}")
+    try:
+        classes = fleet.read_csv(options.devices) if options.devices else []
+    except ValueError as error:
+        raise ConfigError(f"--devices: {error}") from None
+    if one:
+        classes = [fleet.DeviceClass("device", 1, **one)]
+    changes = {"fleet.devices": tuple(map(fleet.describe, classes))} if classes else {}
+    return configs.override(options.config, changes)
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a picture that cannot be drawn.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    if path and not can_draw(path):
+        raise ConfigError(
+            f"--plot: {path} cannot be drawn; accepted: a file in an existing folder that you can write to, "
+            f"that ends in {', '.join(PICTURES)}"
+        )
 
 
 def sweep(arguments: list[str]) -> None:
@@ -354,6 +464,7 @@ def list_configs(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "resources": resources,
+    "plan": plan,
     "sweep": sweep,
     "report": report_runs,
     "list": list_configs,
@@ -368,6 +479,9 @@ def print_help() -> None:
     print("      train, evaluate, write the work directory; continues an unfinished run")
     print("  resources CONFIG [--section.field VALUE ...] [--json] [--no-memory] [--plot FILE.png]")
     print("      what one client spends under each strategy; trains nothing")
+    print("  plan CONFIG [--section.field VALUE ...] --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X")
+    print("       [--watts X] | --devices FLEET.csv [--results DIR] [--json] [--plot FILE.png]")
+    print("      which strategy and how many layers a stage a fleet can afford; trains nothing")
     print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N]")
     print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
     print("  report DIR [DIR ...] [--out OUT]")

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from lwfedssl_jax import tree
 from lwfedssl_jax.additions import PUBLIC_STREAM, Local, Term, kept_layers, terms_of
 from lwfedssl_jax.augment import RECIPES, Recipe, normalise, two_views
-from lwfedssl_jax.config import MODELS, Config, EvaluationConfig, ModelConfig, VitSize, choose, override
+from lwfedssl_jax.config import MODELS, Config, EvaluationConfig, FleetConfig, ModelConfig, VitSize, choose, override
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import Head, mlp_head
@@ -126,13 +126,13 @@ FREE_FIELDS = (
 
 def program_config(config: Config) -> Config:
     """A stand-in for all configs that run by the same programs: they differ in ``FREE_FIELDS``, in how they are
-    judged, and in the weights of terms and the rate of depth dropout where these are not 0.
+    judged, in their fleet, and in the weights of terms and the rate of depth dropout where these are not 0.
     """
     named = (text.partition("=") for text in config.additions.terms)
     free: dict[str, Any] = {name: operator.attrgetter(name)(Config()) for name in FREE_FIELDS}
     free["additions.terms"] = tuple(f"{name}=1" for name, _, weight in named if float(weight))
     free["additions.depth_dropout"] = 0.5 if config.additions.depth_dropout else 0.0
-    return dataclasses.replace(override(config, free), evaluation=EvaluationConfig())
+    return dataclasses.replace(override(config, free), evaluation=EvaluationConfig(), fleet=FleetConfig())
 
 
 def make_task(config: Config) -> Task:

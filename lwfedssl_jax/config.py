@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
+from lwfedssl_jax import fleet
+
 # In a checkout the named configs lie beside the package, in a wheel inside it.
 CONFIG_DIR = next(
     (d for d in (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs") if d.is_dir()),
@@ -277,6 +279,18 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class FleetConfig:
+    """The devices that the clients run on; without any, each client can do everything."""
+
+    devices: tuple[str, ...] = ()
+    """Each class as "NAME count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=50 watts=3", the last four where
+    known; or one path to a CSV file with these columns and name. Clients whose class cannot afford a stage take no
+    part in it."""
+    deadline_seconds: NonNegative = 0.0
+    """A device that would need longer for a round of a stage takes no part in it either; 0: no deadline."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -290,6 +304,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
     @property
     def cpu_lanes(self) -> int:
@@ -342,7 +357,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def resolve(config: Config) -> Config:
-    """Validate ``config`` and fill in the named model's sizes.
+    """Validate ``config``, fill in the named model's sizes, and put a CSV file's device classes in its place.
 
     Raises:
       ConfigError: a value is of the wrong type, outside its range or choices, or does
@@ -356,8 +371,22 @@ def resolve(config: Config) -> Config:
     given = {k: getattr(config.model, k) for k in size}
     chosen = {k: default if given[k] in (0, "auto") else given[k] for k, default in size.items()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **chosen))
+    devices = tuple(map(fleet.describe, device_classes(config)))
+    config = dataclasses.replace(config, fleet=dataclasses.replace(config.fleet, devices=devices))
     _check_together(config)
     return config
+
+
+def device_classes(config: Config) -> list[fleet.DeviceClass]:
+    """What ``fleet.devices`` describes.
+
+    Raises:
+      ConfigError: it does not, or the CSV file it names does not.
+    """
+    try:
+        return fleet.load(config.fleet.devices)
+    except ValueError as error:
+        raise ConfigError(f"fleet.devices: {error}") from None
 
 
 def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
@@ -467,12 +496,12 @@ def _check_together(config: Config) -> None:
     elif data.image_size % model.patch_size:
         raise ConfigError(
             f"model.patch_size: {model.patch_size} does not divide data.image_size {data.image_size}; "
-            f"accepted: one of {', '.join(map(str, _divisors(data.image_size)))}"
+            f"accepted: one of {', '.join(map(str, divisors(data.image_size)))}"
         )
     elif model.width % model.heads:
         raise ConfigError(
             f"model.heads: {model.heads} does not divide model.width {model.width}; "
-            f"accepted: one of {', '.join(map(str, _divisors(model.width)))}"
+            f"accepted: one of {', '.join(map(str, divisors(model.width)))}"
         )
     if data.name == "synthetic" and data.synthetic_examples < data.synthetic_classes:
         raise ConfigError(
@@ -489,6 +518,13 @@ def _check_together(config: Config) -> None:
             f"federation.clients_per_round: {config.federation.clients_per_round} is more than the "
             f"population; accepted: 0 to partition.clients {config.partition.clients}"
         )
+    deadline, slow = config.fleet.deadline_seconds, [d.name for d in device_classes(config) if not d.has_speed]
+    if deadline and (slow or not config.fleet.devices):
+        found = f"{slow[0]!r} has not" if slow else "there is none"
+        raise ConfigError(
+            f"fleet.deadline_seconds: {deadline} needs classes in fleet.devices with gflops, uplink_mbps and "
+            f"downlink_mbps, and {found}; accepted: 0.0, or classes that say them"
+        )
     judge = config.evaluation
     if not (judge.labels_per_class or judge.neighbours or judge.fine_tune_epochs):
         raise ConfigError(
@@ -501,6 +537,7 @@ def _check_together(config: Config) -> None:
         )
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """In order, 1 and ``n`` among them."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})

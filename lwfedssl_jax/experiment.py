@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lwfedssl_jax import evaluate, export, finetune, page, report, resources
+from lwfedssl_jax import evaluate, export, finetune, fleet, page, plan, report, resources
 from lwfedssl_jax.client import program_config
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import from_all, from_first
@@ -162,12 +162,30 @@ def begin(member: Member, shared: Shared, interrupts: Interrupts) -> Run:
         workdir.take()
     run = prepare(member.config, listener=listener, shared=shared)
     interrupts.check()
+    if member.config.fleet.devices:
+        run = on_fleet(run, listener, shared)
+        interrupts.check()
     found, faults = workdir.restore() if workdir else (None, {})
     for rounds, why in faults.items():
         listener.note(f"checkpoint {rounds} is damaged: {why}")
     member.done = int(from_first(np.int32(found.rounds if found else 0)))
     member.saved = found.state if found else {}
     return run
+
+
+def on_fleet(run: Run, listener: Listener, shared: Shared) -> Run:
+    """The run with its clients on the devices of its fleet.
+
+    Raises:
+      ConfigError: see ``plan.fleet_of_clients``.
+    """
+    config = run.config
+    priced = lambda: resources.ledgers_of({"": config}, memory=True, notify=listener.compiling)[""]  # noqa: E731
+    alike = override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})
+    per_stage = shared.once(("ledger", alike), priced)["per_stage"]
+    on_devices = plan.fleet_of_clients(config, per_stage, run.clients.sizes)
+    listener.note(plan.describe_fleet(on_devices, run.clients.sizes))
+    return run._replace(fleet=on_devices)
 
 
 def run_group(group: Sequence[tuple[Member, Run]], shared: Shared, interrupts: Interrupts) -> int:
@@ -375,6 +393,8 @@ def finish(
         | {"measured": measured | {"clients": run.config.partition.clients, "scope": MEASURED}},
         "strategies": strategies,
     }
+    if run.fleet:
+        summary["fleet"] = fleet.summary(run.fleet, run.clients.sizes)
     workdir.save_encoder(export.encoder_files(run.config, run.task, params))
     interrupts.check()
     with workdir.writing("plots"):

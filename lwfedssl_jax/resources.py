@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ LAYER_NORM_OPERATIONS = 5  # an element, fvcore's convention
 
 Ledger = dict[str, Any]
 Notify = Callable[[str], None]
+Key = TypeVar("Key")
+Known = dict[Any, Any]  # what has been traced, by all that it depends on
 
 
 def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: None) -> dict[str, Ledger]:
@@ -55,12 +57,18 @@ def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: N
       notify: told what is being compiled.
     """
     configs, _ = each_strategy(config)
-    ledgers: dict[str, Ledger] = {name: ledger(c) for name, c in configs.items()}
+    return ledgers_of(configs, memory=memory, notify=notify)
+
+
+def ledgers_of(configs: Mapping[Key, Config], *, memory: bool, notify: Notify = lambda _: None) -> dict[Key, Ledger]:
+    """The ledger of each config; a step that stages of several have in common is traced and compiled once."""
+    known: Known = {}
+    ledgers = {name: ledger(c, known) for name, c in configs.items()}
     if memory:
         # As `program_config` has it, for runs that differ in numbers alone to find one compiled program in the cache.
         alike = {name: program_config(c) for name, c in configs.items()}
-        programs = {name: [lower_step(c, part) for part in stage_parts(c)] for name, c in alike.items()}
-        peaks = peak_memory([p for of_strategy in programs.values() for p, _ in of_strategy], notify)
+        programs = {name: [lower_step(c, part, known) for part in stage_parts(c)] for name, c in alike.items()}
+        peaks = peak_memory([p for of_config in programs.values() for p, _ in of_config], notify)
         for name, result in ledgers.items():
             for row, (program, unseen) in zip(result["per_stage"], programs[name], strict=True):
                 row["peak_memory_bytes"] = peaks[program.as_text()] + unseen
@@ -83,8 +91,12 @@ def each_strategy(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
     return configs, refused
 
 
-def ledger(config: Config) -> Ledger:
+def ledger(config: Config, known: Known | None = None) -> Ledger:
     """Traffic and operations of one client that takes part in every round of a (resolved) config.
+
+    Args:
+      config: resolved.
+      known: ledgers that are given the same dict trace what they have in common once.
 
     Returns:
       What `resources --json` prints of one strategy, without peak memory, which needs compilations
@@ -101,7 +113,7 @@ def ledger(config: Config) -> Ledger:
       * ``server_flops_executed``: of the server's calibration and base model in all, its whole batches counted.
       * ``flops_recomputed``: what of ``flops_executed`` the backward pass recomputes (``runtime.remat``).
     """
-    task = make_task(config)
+    task, known = make_task(config), {} if known is None else known
     keeping = override(config, {"runtime.remat": False})
     per_stage: list[dict[str, Any]] = []
     worst_case = 0
@@ -109,11 +121,9 @@ def ledger(config: Config) -> Ledger:
         stage, trainable = part.stage, part.trainable
         exchanged = BYTES_PER_PARAMETER * tree.size(trainable) * stage.rounds
         everything = BYTES_PER_PARAMETER * tree.size((trainable, part.frozen)) * stage.rounds
-        executed = expected(config, part, functools.partial(executed_operations, config))
-        kept = (
-            expected(config, part, functools.partial(executed_operations, keeping))
-            if config.runtime.remat
-            else executed
+        by_rule = operations_of_a_sample(config, part, functools.partial(paper_operations, task), known)
+        executed, kept = (
+            operations_of_a_sample(c, part, functools.partial(executed_operations, c), known) for c in (config, keeping)
         )
         from_dictionary, to_dictionary = (stage.rounds * n for n in fedca.dictionary_bytes(config))
         base = BYTES_PER_PARAMETER * tree.size(trainable) * fedca.has_base(config)  # a single stage: fetched once
@@ -128,7 +138,7 @@ def ledger(config: Config) -> Ledger:
                 "trainable_parameters": tree.size(trainable),
                 "download_bytes": (everything if calibrated else exchanged) + from_dictionary + base,
                 "upload_bytes": exchanged + to_dictionary,
-                "flops_paper_rule": round(samples * expected(config, part, functools.partial(paper_operations, task))),
+                "flops_paper_rule": round(samples * by_rule),
                 "flops_executed": round(samples * executed),
                 "flops_recomputed": round(samples * (executed - kept)),
                 "server_flops_executed": server_steps(config, stage) * server_operations(config, part),
@@ -221,6 +231,16 @@ def expected(config: Config, part: StagePart, operations: Callable[[StagePart], 
     return (1 - rate) * operations(part) + rate * operations(part._replace(stage=stage))
 
 
+def operations_of_a_sample(config: Config, part: StagePart, rule: functools.partial[Any], known: Known) -> float:
+    """``expected`` by a rule, once for all stages of the same depths."""
+    stage = part.stage
+    before = stage.trained_before if config.additions.depth_dropout else 0
+    key = rule.func, _of_a_step(config), stage.depth, stage.frozen_depth, before
+    if key not in known:
+        known[key] = expected(config, part, rule)
+    return float(known[key])
+
+
 def paper_operations(task: Task, part: StagePart) -> int:
     """Multiply-adds of one training sample by the paper's rule (see ``ledger``)."""
     image = jax.ShapeDtypeStruct((1, *task.image_shape), task.dtype)
@@ -272,7 +292,7 @@ def server_operations(config: Config, part: StagePart) -> int:
     return round(executed_operations(plain, all_trained(config, part.stage)) * config.optimizer.batch_size)
 
 
-def lower_step(config: Config, part: StagePart) -> tuple[jax.stages.Lowered, int]:
+def lower_step(config: Config, part: StagePart, known: Known | None = None) -> tuple[jax.stages.Lowered, int]:
     """One client's training step at the config's batch size, its state donated as in the round.
 
     Returns:
@@ -285,8 +305,12 @@ def lower_step(config: Config, part: StagePart) -> tuple[jax.stages.Lowered, int
         part.stage.frozen,
         part.frozen,
     )
-    step, arguments = _step(config, part.trainable, one_row)
-    return jax.jit(step, donate_argnums=0).lower(*arguments), tree.nbytes(part.frozen) - tree.nbytes(one_row)
+    known = {} if known is None else known
+    key = lower_step, _of_a_step(config), str((part.trainable, one_row))
+    if key not in known:
+        step, arguments = _step(config, part.trainable, one_row)
+        known[key] = jax.jit(step, donate_argnums=0).lower(*arguments)
+    return known[key], tree.nbytes(part.frozen) - tree.nbytes(one_row)
 
 
 def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[str, int]:
@@ -295,11 +319,15 @@ def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[
     These are the compiler's numbers for this device.
     """
     distinct = {program.as_text(): program for program in programs}  # strategies share programs
+    # On a CPU the effort goes into machine code, and this one is never run; its memory is the same.
+    options: dict[str, str | bool] | None = (
+        {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    )
 
     def peak(item: tuple[int, jax.stages.Lowered]) -> int:
         number, program = item
         notify(f"one client's step for its peak memory, program {number} of {len(distinct)}")
-        return program_memory(program.compile())
+        return program_memory(program.compile(options))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(distinct, pool.map(peak, enumerate(distinct.values(), 1)), strict=True))
@@ -364,6 +392,11 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield item.jaxpr
             elif isinstance(item, Jaxpr):
                 yield item
+
+
+def _of_a_step(config: Config) -> Config:
+    """A config without what no single step depends on: how stages follow each other."""
+    return override(config, {"strategy.name": "", "strategy.layers_per_stage": 1})
 
 
 def _step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -20,6 +20,7 @@ from lwfedssl_jax.data import feed, sources
 from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.devices import SAMPLES_AT_ONCE, from_first, lanes_and_mesh, memory_limit, placer, program_memory
+from lwfedssl_jax.fleet import Fleet
 from lwfedssl_jax.packing import Plan, Round, empty_plan, plan_round, side_by_side
 from lwfedssl_jax.rounds import ALL, BY_LANE, LANES, PLAN_BY_LANE, Carry, finish_round, run_steps, start_round
 from lwfedssl_jax.stages import Stage, make_stages
@@ -93,6 +94,7 @@ class Run(NamedTuple):
     aggregator: Aggregator
     start: Start | None
     no_memory: Memory | None
+    fleet: Fleet | None = None
 
 
 class Shared:
@@ -342,7 +344,8 @@ class Simulator:
         clients = {} if state is None else dict(state.clients)
         server = by_run(run.aggregator.init, (SENT_BY_RUN,), len(self.runs))(sent) if state is None else state.server
         lines = [
-            begun_line(stage, number, traffic, *cohort) for traffic, cohort in zip(self._traffic, cohorts, strict=True)
+            begun_line(each, stage, number, traffic, *cohort)
+            for each, traffic, cohort in zip(self.runs, self._traffic, cohorts, strict=True)
         ]
         works = [
             lay_out(each, reporting, number) if reporting else None
@@ -499,7 +502,9 @@ def by_run(f: Callable[..., Any], in_axes: tuple[Any, ...], runs: int, out_axes:
     return jax.vmap(f, in_axes, out_axes) if runs > 1 else f
 
 
-def begun_line(stage: Stage, number: int, traffic: Traffic, cohort: list[int], reporting: list[int]) -> dict[str, Any]:
+def begun_line(
+    run: Run, stage: Stage, number: int, traffic: Traffic, cohort: list[int], reporting: list[int]
+) -> dict[str, Any]:
     """A round's line of ``metrics.jsonl``, as it is if nobody reports."""
     return {
         "round": number,
@@ -509,6 +514,7 @@ def begun_line(stage: Stage, number: int, traffic: Traffic, cohort: list[int], r
         "clients": len(reporting),
         "dropped": len(cohort) - len(reporting),
         "left_out": 0,
+        "cannot_afford": int((~run.fleet.can[stage.number]).sum()) if run.fleet else 0,
         "examples": 0,
         "steps": 0,
         "download_bytes": traffic.download(stage, cohort),
@@ -685,10 +691,19 @@ def not_finite(config: Config, what: str, number: int) -> FloatingPointError:
     )
 
 
+def able(run: Run, number: int) -> np.ndarray:
+    """The clients whose devices can take part in a round: all, or those of the fleet that can afford its stage."""
+    if not run.fleet:
+        return np.arange(run.config.partition.clients)
+    stage = next(stage for stage in run.stages if number <= stage.first_round + stage.rounds)
+    return np.flatnonzero(run.fleet.can[stage.number])
+
+
 def draw_cohort(run: Run, number: int) -> tuple[list[int], list[int]]:
     """The clients drawn in a round that have data, and those of them that report."""
     rng = np.random.default_rng([run.config.runtime.seed, SAMPLING_STREAM, number])
-    cohort = np.sort(rng.choice(run.config.partition.clients, run.config.cohort_size, replace=False))
+    clients = able(run, number)
+    cohort = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
     stays = rng.random(len(cohort)) >= run.config.federation.dropout
     has_data = run.clients.sizes[cohort] > 0
     return cohort[has_data].tolist(), cohort[has_data & stays].tolist()

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 
 # Each module may import those of the lines above it, and nothing of the package besides.
 ORDER = [
+    ["fleet"],
     ["config", "interrupts"],
     ["tree", "errors", "results", "trackers"],
     ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
@@ -19,7 +20,7 @@ ORDER = [
     ["checks"],
     ["rounds", "evaluate", "resources"],
     ["finetune", "checkpoint", "export", "report"],
-    ["workdir", "comparison"],
+    ["workdir", "comparison", "plan"],
     ["tables"],
     ["figures"],
     ["page"],

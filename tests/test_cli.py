@@ -27,7 +27,7 @@ def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFi
     assert all(command in out for command in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["train", "resources"])
+@pytest.mark.parametrize("command", ["train", "resources", "plan"])
 def test_help_of_a_command_names_every_section(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_train_prints_progress_and_a_table_and_then_only_the_summary(
 
 
 BAD = [
-    (["fly"], "COMMAND: unknown 'fly'; accepted: train, resources, list"),
+    (["fly"], "COMMAND: unknown 'fly'; accepted: train, resources, plan, sweep, report, l"),
     (["trian"], "COMMAND: unknown 'trian'; accepted: train"),
     (["train"], "CONFIG: train needs one first, found nothing"),
     (["train", "--workdir", "x"], "CONFIG: train needs one first, found '--workdir'"),
@@ -122,6 +122,23 @@ BAD = [
     (["resources", "quickstart", "--plot", "costs.doc"], "--plot: costs.doc cannot be drawn; accepted: a file in an"),
     (["resources", "quickstart", "--plot", "no/costs.png"], "--plot: no/costs.png cannot be drawn; accepted: a file"),
     (["resources", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
+    (["train", "quickstart", "--fleet.devices", "x.csv"], "fleet.devices: x.csv cannot be read (No such file or dir"),
+    (["train", "quickstart", "--fleet.devices", "phone"], "fleet.devices: 'phone' does not say count; accepted: NAM"),
+    (["train", "quickstart", "--fleet.deadline-seconds", "5"], "fleet.deadline_seconds: 5.0 needs classes in fleet"),
+    (["plan", "quickstart"], "--memory-gb: nothing; accepted: --memory-gb X --gflops X --uplink-mbps X --downlink-m"),
+    (["plan", "quickstart", "--gflops", "5"], "--memory-gb: nothing besides --gflops; accepted: GB"),
+    (["plan", "quickstart", "--memory-gb", "-1"], "--memory-gb: -1.0 is out of range; accepted: 1e-06 to 1e+12"),
+    (["plan", "quickstart", "--memory-gb", "1", "--gflops", "nan"], "--gflops: nan is out of range; accepted: 1e-06"),
+    (["plan", "quickstart", "--memory-gb", "x"], "Error parsing --memory-gb"),
+    (["plan", "quickstart", "--devices", "no.csv"], "--devices: no.csv cannot be read (No such file or directory); a"),
+    (["plan", "quickstart", "--devices", "no.csv", "--watts", "3"], "--devices: no.csv besides --memory-gb or its"),
+    (["plan", "quickstart", "--memory-gb", "1", "--examples", "0"], "--examples: 0 is out of range; accepted: at le"),
+    (["plan", "fashion_mnist", "--memory-gb", "1"], "--examples: nothing, and how many images a client of data.name"),
+    (["plan", "quickstart", "--memory-gb", "1", "--protocol", "knn"], "--protocol: it belongs to --results; accepted"),
+    (["plan", "quickstart", "--memory-gb", "1", "--results", "no"], "--results: no is no directory; accepted: a run"),
+    (["plan", "quickstart", "--memory-gb", "1", "--plot", "costs.doc"], "--plot: costs.doc cannot be drawn; accepte"),
+    (["plan", "quickstart", "--memory-gb", "1", "--fleet.deadline-seconds", "5"], "fleet.deadline_seconds: 5.0 need"),
+    (["plan", "quickstart", "--memory-gb", "1", "--federation.rounds", "0"], "federation.rounds: 0 is out of range;"),
 ]  # fmt: skip
 
 

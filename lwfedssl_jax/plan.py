@@ -1,0 +1,524 @@
+"""Which strategy and how many layers a stage a fleet can afford."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from lwfedssl_jax import fleet
+from lwfedssl_jax.config import Config, ConfigError, device_classes, divisors, override, to_dict
+from lwfedssl_jax.data import sources
+from lwfedssl_jax.fleet import DeviceClass, Fleet, Part
+from lwfedssl_jax.report import protocol_words
+from lwfedssl_jax.resources import Ledger, Notify, each_strategy, ledgers_of
+from lwfedssl_jax.stages import STRATEGIES
+
+PUBLISHED = ("progressive", "end_to_end", "layerwise")  # by accuracy, best first (arXiv 2401.11647)
+PROTOCOLS = ("fine_tune", "linear_probe_all")  # preferred where results have several
+IN_RESULTS = ("strategy", "runtime", "evaluation", "fleet")  # sections in which runs that are compared may differ
+
+WIDTH = 50  # of the table besides the classes
+
+Stages = tuple[tuple[int, int], ...]  # (frozen_depth, depth) of each
+
+
+class Measured(NamedTuple):
+    """Accuracy in [0, 1] of an option: its mean over so many runs."""
+
+    accuracy: float
+    runs: int
+
+
+class Option(NamedTuple):
+    """A way to train, and what each class can do of it.
+
+    Attributes:
+      strategy, layers_per_stage, remat: of the config.
+      ledger: with peak memory.
+      parts: of each class.
+      shares: of the devices that can take part in each stage, and last in every one.
+      measured: None where no results have it.
+    """
+
+    strategy: str
+    layers_per_stage: int
+    remat: bool
+    ledger: Ledger
+    parts: list[Part]
+    shares: list[float]
+    measured: Measured | None
+
+    @property
+    def name(self) -> str:
+        """For a sentence."""
+        layers = f", {self.layers_per_stage} layer{'s' * (self.layers_per_stage > 1)} a stage"
+        remat = ", with runtime.remat" if self.remat else ""
+        return f"{self.strategy}{layers if len(self.ledger['per_stage']) > 1 else ''}{remat}"
+
+    @property
+    def everywhere(self) -> float:
+        """Share of the devices that can take part in every stage."""
+        return self.shares[-1]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run on the slowest class whose speed is known, of those that take part throughout."""
+        all_ = len(self.ledger["per_stage"])
+        return max((p.seconds for p in self.parts if p.seconds is not None and len(p.stages) == all_), default=0.0)
+
+
+class Plan(NamedTuple):
+    """What ``plan`` prints.
+
+    Attributes:
+      config: resolved, with the fleet.
+      devices: its classes.
+      examples: of a client.
+      options: all that can run.
+      refused: of those that cannot run with the rest of the config, why.
+      recommended: the choice of ``recommend``; None where no class can take part throughout in any.
+      reason: why, in sentences.
+      protocol: by which results are compared; empty without any.
+    """
+
+    config: Config
+    devices: list[DeviceClass]
+    examples: float
+    options: list[Option]
+    refused: dict[str, str]
+    recommended: Option | None
+    reason: str
+    protocol: str
+
+
+def make_plan(
+    config: Config,
+    examples: float,
+    measured: Mapping[Stages, Measured],
+    protocol: str = "",
+    notify: Notify = lambda _: None,
+) -> Plan:
+    """Price every option and see what each class of the fleet can do of it; compiles a step of each.
+
+    Args:
+      config: resolved; its strategy and ``runtime.remat`` are varied.
+      examples: that a client trains on.
+      measured: accuracies (``measured_accuracies``), and ``protocol`` by which.
+      notify: told what is being compiled.
+
+    Raises:
+      ConfigError: no option can run.
+    """
+    configs, refused = each_option(config)
+    ledgers = ledgers_of(configs, memory=True, notify=notify)
+    devices = device_classes(config)
+    options = []
+    for (strategy, layers, remat), ledger in ledgers.items():
+        deadline = config.fleet.deadline_seconds
+        parts = [fleet.take_part(device, ledger["per_stage"], examples, deadline) for device in devices]
+        accuracy = measured.get(stages_of(config, strategy, layers))
+        shares = shares_by_stage(devices, parts, len(ledger["per_stage"]))
+        options.append(Option(strategy, layers, remat, ledger, parts, shares, accuracy))
+    recommended, reason = recommend(config, devices, options, protocol)
+    return Plan(config, devices, examples, options, refused, recommended, reason, protocol)
+
+
+def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], dict[str, str]]:
+    """Each strategy with the numbers of layers a stage that divide the depth, and the config's own, and remat or not.
+
+    Returns:
+      The config by strategy, layers a stage and ``runtime.remat``, one for all that have the same stages; and why
+      strategies are refused.
+
+    Raises:
+      ConfigError: all are.
+    """
+    depth = config.model.depth
+    numbers = sorted({*divisors(depth)[:-1], config.strategy.layers_per_stage})
+    found: dict[tuple[str, int, bool], Config] = {}
+    refused: dict[str, str] = {}
+    for strategy in STRATEGIES:
+        for remat in (False, True):
+            seen = {stages_of(config, s, k) for s, k, _ in found if s != strategy}
+            for number in numbers:
+                stages = stages_of(config, strategy, number)
+                if stages in seen:
+                    continue
+                seen.add(stages)
+                layers = depth if len(stages) == 1 else number
+                changes = {"strategy.layers_per_stage": layers, "runtime.remat": remat}
+                of_strategy, why = each_strategy(override(config, changes))
+                if strategy in of_strategy:
+                    found[strategy, layers, remat] = of_strategy[strategy]
+                else:
+                    refused[f"{strategy}, {layers} layer{'s' * (layers > 1)} a stage"] = why[strategy]
+    if not found:
+        raise ConfigError(next(iter(refused.values())))
+    return found, refused
+
+
+def stages_of(config: Config, strategy: str, layers_per_stage: int) -> Stages:
+    """What makes two options the same, but for ``runtime.remat``."""
+    return tuple(STRATEGIES[strategy](config.model.depth, layers_per_stage))
+
+
+def shares_by_stage(devices: Sequence[DeviceClass], parts: Sequence[Part], stages: int) -> list[float]:
+    """Share of the devices that can take part in each stage, and at the end in all of them."""
+    total = sum(device.count for device in devices)
+    pairs = list(zip(devices, parts, strict=True))
+    of_stage = [sum(d.count for d, p in pairs if s in p.stages) / total for s in range(1, stages + 1)]
+    return [*of_stage, sum(d.count for d, p in pairs if len(p.stages) == stages) / total]
+
+
+def recommend(
+    config: Config, devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str
+) -> tuple[Option | None, str]:
+    """The option to take, and why.
+
+    Of the options in which the largest share of the devices can take part in every stage: the one with the highest
+    measured accuracy, if any of them is measured; else by the published order of accuracies (progressive, end_to_end,
+    layerwise; others last). Among equals the one of least time on the slowest class, then of least traffic, then of
+    fewest operations. None if no class can take part in every stage of any option; the reason then says what is
+    nearest.
+    """
+    most = max(option.everywhere for option in options)
+    if not most:
+        lacking = [_lacking(config, device, number, options) for number, device in enumerate(devices)]
+        return None, " ".join(["No class can take part in every stage of any option.", *lacking])
+    fit = [option for option in options if option.everywhere == most]
+    known = [option for option in fit if option.measured]
+
+    def order(option: Option) -> tuple[float, ...]:
+        rank = (*PUBLISHED, option.strategy).index(option.strategy)
+        first = -option.measured.accuracy if option.measured else rank
+        return first, option.seconds, option.ledger["total_bytes"], option.ledger["flops_executed"]
+
+    best = min(known or fit, key=order)
+    share = "all devices" if most == 1 else f"{_percent(most)} of the devices, the most that any option reaches,"
+    reason = f"{best.name}: {share} can take part in every stage."
+    if best.measured:
+        runs = f"mean of {best.measured.runs} runs" if best.measured.runs > 1 else "1 run"
+        by = f"{100 * best.measured.accuracy:.1f} % ({protocol_words(protocol)}, {runs})"
+        why = f"it has the highest measured accuracy, {by}"
+    else:
+        why = f"{best.strategy} is the most accurate as published ({' > '.join(PUBLISHED)})"
+        why += f"; none of them is in the results by {protocol_words(protocol)}" if protocol else ""
+    least = "time" if best.seconds else "traffic"
+    if len(fit) > 1:
+        reason += f" Of the {len(fit)} options of which that is so {why}; among equals it takes least {least}."
+    plain = [option for option in options if not option.remat]
+    if best.remat and plain:
+        other, _ = recommend(config, devices, plain, protocol)
+        found = f"{other.name}, {_percent(other.everywhere)} of the devices" if other else "nothing fits"
+        reason += f" Without runtime.remat: {found}."
+    stages = len(best.ledger["per_stage"])
+    out = [number for number, part in enumerate(best.parts) if len(part.stages) < stages]
+    return best, " ".join([reason, *(_lacking(config, devices[number], number, options) for number in out)])
+
+
+def _lacking(config: Config, device: DeviceClass, number: int, options: Sequence[Option]) -> str:
+    """What the class of that number lacks for the option that comes nearest to it."""
+    least = min(options, key=lambda option: option.ledger["peak_memory_bytes"])
+    peak, has = least.ledger["peak_memory_bytes"] / 1e9, device.memory_gb
+    if peak > has:
+        batch = 2 ** math.floor(math.log2(config.optimizer.batch_size * has / peak))
+        hint = f", or try optimizer.batch_size {batch}" if batch >= 2 else ""
+        return (
+            f"{device.name}: every option needs {peak:.3g} GB or more ({least.name}), {peak - has:.2g} GB above what "
+            f"it has{hint}."
+        )
+    fitting = [option for option in options if option.ledger["peak_memory_bytes"] <= has * 1e9]
+    slowest = {option.name: max(option.parts[number].round_seconds or [0.0]) for option in fitting}
+    name = min(slowest, key=lambda name: slowest[name])
+    if config.fleet.deadline_seconds < slowest[name]:
+        return (
+            f"{device.name}: with fleet.deadline_seconds {config.fleet.deadline_seconds:g} it is too slow for every "
+            f"option that fits its memory: a round takes up to {_time(slowest[name])} ({name})."
+        )
+    return f"{device.name}: it could take part throughout in {name}."
+
+
+def examples_of_a_client(config: Config, given: int | None) -> float:
+    """How many images a client trains on; the mean where they are unequal, and the median of shared ones.
+
+    Args:
+      config: resolved.
+      given: by the user; None to take them from a data set whose size is known without reading one from disk.
+
+    Raises:
+      ConfigError: it is not known.
+    """
+    if given is not None:
+        if given < 1:
+            raise ConfigError(f"--examples: {given} is out of range; accepted: at least 1")
+        return given
+    source = sources.find(config.data)
+    if config.partition.kind == "shared":
+        return config.partition.examples_per_client
+    if config.data.name not in ("digits", "synthetic"):
+        raise ConfigError(
+            f"--examples: nothing, and how many images a client of data.name {config.data.name} has is not known "
+            "without reading it; accepted: their number"
+        )
+    synthetic = config.data.name == "synthetic"
+    total = config.data.synthetic_examples if synthetic else len(source.load(config.data).train_images)
+    return (total - round(config.partition.server_share * total)) / config.partition.clients
+
+
+def measured_accuracies(
+    config: Config, rows: Sequence[Mapping[str, Any]], protocol: str | None
+) -> tuple[dict[Stages, Measured], str]:
+    """Mean accuracy of each option that results have, and the protocol it is by.
+
+    Finished runs count that differ from the config in strategy, runtime and evaluation alone. Their fleet is the
+    config's, or, where none has that, they have none.
+
+    Args:
+      config: resolved.
+      rows: of ``results.load_results``.
+      protocol: such as ``knn``; None for the one that most runs have, fine-tuning first.
+
+    Raises:
+      ConfigError: no run is like the config, or none has the protocol.
+    """
+    finished = [row for row in rows if row["finished"]]
+    plain = {
+        f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
+        for section, values in to_dict(config).items()
+        for name, value in values.items()
+    }
+    same = [name for name in plain if name.split(".")[0] not in IN_RESULTS]
+    others = [[name for name in same if row.get(name) != plain[name]] for row in finished]
+    alike = [row for row, differing in zip(finished, others, strict=True) if not differing]
+    mine = [row for row in alike if row.get("fleet.devices") == plain["fleet.devices"]]
+    runs = mine or [row for row in alike if row.get("fleet.devices") in (None, "")]
+    if not runs:
+        found = f"{len(finished)} finished runs, none like this config"
+        if finished and not alike:
+            row, differing = min(zip(finished, others, strict=True), key=lambda pair: len(pair[1]))
+            found += f": {differing[0]} is {row.get(differing[0])!r} there, {plain[differing[0]]!r} here"
+        raise ConfigError(
+            f"--results: {found}; accepted: runs that differ from it in {', '.join(IN_RESULTS[:-1])} alone"
+        )
+    counts = {
+        name: sum(_is_number(row.get(f"accuracy.{name}")) for row in runs)
+        for name in sorted({c.removeprefix("accuracy.") for row in runs for c in row if c.startswith("accuracy.")})
+    }
+    known = [name for name in counts if counts[name]]
+    if not known or (protocol and protocol not in known):
+        raise ConfigError(
+            f"--protocol: {protocol or 'nothing'} has judged none of the runs; accepted: {', '.join(known) or 'none'}"
+        )
+    first = lambda name: PROTOCOLS.index(name) if name in PROTOCOLS else len(PROTOCOLS)  # noqa: E731
+    chosen = protocol or min(known, key=lambda name: (-counts[name], first(name)))
+    values: dict[Stages, list[float]] = {}
+    for row in runs:
+        value = row.get(f"accuracy.{chosen}")
+        if _is_number(value) and row["strategy.name"] in STRATEGIES:
+            stages = stages_of(config, row["strategy.name"], int(row["strategy.layers_per_stage"]))
+            values.setdefault(stages, []).append(float(value))  # type: ignore[arg-type]
+    return {stages: Measured(sum(of) / len(of), len(of)) for stages, of in values.items()}, chosen
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def fleet_of_clients(config: Config, per_stage: Sequence[Mapping[str, Any]], examples_N: np.ndarray) -> Fleet:
+    """The clients of a run on the config's fleet.
+
+    Args:
+      config: resolved, with ``fleet.devices``.
+      per_stage: of its ledger with peak memory.
+      examples_N: of each client.
+
+    Raises:
+      ConfigError: no client with examples can take part in some stage.
+    """
+    devices, deadline = device_classes(config), config.fleet.deadline_seconds
+    made = fleet.make_fleet(devices, per_stage, examples_N, deadline, config.runtime.seed)
+    for row in per_stage:
+        if not (made.can[row["stage"]] & (examples_N > 0)).any():
+            most = max(device.memory_gb for device in devices)
+            slow = f", or a round in fleet.deadline_seconds {deadline:g}" if deadline else ""
+            raise ConfigError(
+                f"fleet.devices: no client can take part in stage {row['stage']} of {len(per_stage)}, which needs "
+                f"{row['peak_memory_bytes'] / 1e9:.3g} GB (they have up to {most:.3g} GB){slow}; accepted: devices "
+                "that can, a smaller optimizer.batch_size, runtime.remat True, or strategy.name layerwise"
+            )
+    return made
+
+
+def describe_fleet(of: Fleet, examples_N: np.ndarray) -> str:
+    """A line: each class, its clients, and in which stages they take part."""
+    stages = len(of.per_stage)
+    told = {c["name"]: (c["clients"], c["stages"]) for c in fleet.summary(of, examples_N)}
+    takes = {"yes": "in all stages", "out": "in no stage"}
+    return "fleet: " + "; ".join(
+        f"{name}, {clients} clients: {takes.get(words(part_in, stages), words(part_in, stages))}"
+        for name, (clients, part_in) in told.items()
+    )
+
+
+def table(plan: Plan, width: int) -> Group:
+    """The plan on one screen of so many columns: a line an option, the recommendation, and what it asks of each class.
+
+    Energy stands beside the time where there is room.
+    """
+    config, options = plan.config, plan.options
+    memory, traffic = (_unit(max(o.ledger[key] for o in options)) for key in ("peak_memory_bytes", "total_bytes"))
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.title = (
+        f"{config.model.name}, {config.objective.name}: {config.federation.rounds} rounds, "
+        f"{config.federation.local_epochs} local epochs of {plan.examples:,.0f} images a client, "
+        f"batch {config.optimizer.batch_size}"
+    )
+    shown.add_column("strategy", no_wrap=True)
+    shown.add_column("layers\na stage", justify="right")
+    shown.add_column("remat")
+    shown.add_column(f"memory\n{memory[1]}", justify="right", no_wrap=True)
+    shown.add_column("fleet\n%", justify="right", no_wrap=True)
+    for device in plan.devices:
+        shown.add_column(escape(f"{device.name}\n{device.count:,} x {device.memory_gb:.3g} GB"), justify="right")
+    shown.add_column(f"traffic\n{traffic[1]}", justify="right")
+    if plan.protocol:
+        shown.add_column("accu-\nracy %", justify="right")
+    energy = width >= WIDTH + 15 * len(plan.devices)
+    for option, following in zip(options, [*options[1:], None], strict=True):
+        peaks = [row["peak_memory_bytes"] for row in option.ledger["per_stage"]]
+        accuracy = f"{100 * option.measured.accuracy:.1f}" if option.measured else ""
+        shown.add_row(
+            f"{'→ ' if option is plan.recommended else ''}{option.strategy}",
+            str(option.layers_per_stage),
+            "yes" if option.remat else "",
+            _range(*(_short(peak / memory[0]) for peak in (peaks[0], max(peaks)))),
+            _range(*(f"{100 * share:.0f}" for share in (option.shares[0], option.everywhere))),
+            *(_cell(part, option.ledger, energy=energy) for part in option.parts),
+            _short(option.ledger["total_bytes"] / traffic[0]),
+            *([accuracy] if plan.protocol else []),
+            style="bold reverse" if option is plan.recommended else "",
+            end_section=following is not None and following.strategy != option.strategy,
+        )
+    lines = [
+        "memory: of a step in the first stage → the most of any stage, by the compiler for "
+        f"{jax.devices()[0].device_kind}. fleet: devices that can take part in the first stage → in every one. "
+        "Times are of a device that takes part in every round.",
+        *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
+    ]
+    if plan.protocol:
+        lines.append(f"accuracy: {protocol_words(plan.protocol)}; blank where the results do not have it.")
+    chosen = [plan.reason]
+    if plan.recommended:
+        chosen += [_demand(d, p, plan.recommended) for d, p in zip(plan.devices, plan.recommended.parts, strict=True)]
+    return Group(shown, *(f"[dim]{escape(line)}[/]" for line in lines), "", *map(escape, chosen))
+
+
+def _demand(device: DeviceClass, part: Part, option: Option) -> str:
+    """What the option asks of a device."""
+    if not part.stages:
+        return f"{device.name}: takes no part."
+    rounds = sum(row["rounds"] for row in option.ledger["per_stage"] if row["stage"] in part.stages)
+    asked = [f"{_short(part.traffic_bytes / size)} {unit} of traffic" for size, unit in [_unit(part.traffic_bytes)]]
+    if part.round_seconds and part.seconds:
+        most = max(part.round_seconds[stage - 1] for stage in part.stages)
+        asked.insert(0, f"up to {_time(most)} a round, {_time(part.seconds)} for its {rounds} rounds")
+    if part.energy_wh is not None:
+        asked.append(f"{_short(part.energy_wh)} Wh")
+    return f"{device.name}: {', '.join(asked)}."
+
+
+def _cell(part: Part, ledger: Ledger, *, energy: bool) -> str:
+    """What a class does in an option: its time and energy, or from which stage on it is out."""
+    stages = len(ledger["per_stage"])
+    if len(part.stages) < stages:
+        return f"[red]{words(part.stages, stages)}[/]"
+    if part.seconds is None:
+        return "yes"
+    return _time(part.seconds) + (f" {_short(part.energy_wh)} Wh" if energy and part.energy_wh is not None else "")
+
+
+def words(part_in: Sequence[int], stages: int) -> str:
+    """In which stages a class takes part: yes, out, out from S, or only those."""
+    if len(part_in) == stages:
+        return "yes"
+    if not part_in:
+        return "out"
+    if list(part_in) == list(range(1, len(part_in) + 1)):
+        return f"out from {len(part_in) + 1}"
+    runs = [s for s in part_in if s - 1 not in part_in], [s for s in part_in if s + 1 not in part_in]
+    return "only " + ",".join(_range(str(a), str(b), "-") for a, b in zip(*runs, strict=True))
+
+
+def _range(first: str, last: str, arrow: str = "→") -> str:
+    return first if first == last else f"{first}{arrow}{last}"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{_short(seconds / size)} {unit}"
+    return f"{_short(seconds)} s"
+
+
+def _short(x: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+
+
+def _unit(nbytes: float) -> tuple[float, str]:
+    return (1e9, "GB") if nbytes >= 5e8 else (1e6, "MB")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def to_plain(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON, units in the keys; of an option's classes the stages that they take part in."""
+
+    def option(of: Option) -> dict[str, Any]:
+        return {
+            "strategy": of.strategy,
+            "layers_per_stage": of.layers_per_stage,
+            "remat": of.remat,
+            "share_every_stage": of.everywhere,
+            "share_first_stage": of.shares[0],
+            "share_by_stage": of.shares[:-1],
+            "peak_memory_bytes": of.ledger["peak_memory_bytes"],
+            "traffic_bytes": of.ledger["total_bytes"],
+            "flops_executed_a_sample": of.ledger["flops_executed"],
+            "accuracy": of.measured.accuracy if of.measured else None,
+            "accuracy_runs": of.measured.runs if of.measured else 0,
+            "classes": [
+                {
+                    "name": device.name,
+                    "stages": part.stages,
+                    "says": words(part.stages, len(of.ledger["per_stage"])),
+                    "round_seconds_by_stage": part.round_seconds,
+                    "slowest_round_seconds": max(part.round_seconds) if part.round_seconds else None,
+                    "seconds": part.seconds,
+                    "traffic_bytes": part.traffic_bytes,
+                    "energy_wh": part.energy_wh,
+                }
+                for device, part in zip(plan.devices, of.parts, strict=True)
+            ],
+            "per_stage": of.ledger["per_stage"],
+        }
+
+    return {
+        "config": to_dict(plan.config),
+        "devices": [dataclasses.asdict(device) for device in plan.devices],
+        "examples_of_a_client": plan.examples,
+        "protocol": plan.protocol or None,
+        "options": [option(of) for of in plan.options],
+        "refused": plan.refused,
+        "recommended": plan.options.index(plan.recommended) if plan.recommended else None,
+        "reason": plan.reason,
+    }
