@@ -362,7 +362,7 @@ def sweep_as_told(options: Sweep) -> None:
     """Have a sweep's runs done by workers, with progress on standard error, and report them."""
     import jax
 
-    from lwfedssl_jax import devices, page
+    from lwfedssl_jax import devices
     from lwfedssl_jax import sweep as sweeps
     from lwfedssl_jax.client import program_config
     from lwfedssl_jax.progress import SweepProgress, estimates_table, round_costs
@@ -403,10 +403,9 @@ def sweep_as_told(options: Sweep) -> None:
             }  # fmt: skip
             groups = {run.directory: program_config(run.config) for run in runs}
             Pool(request, groups, options.jobs, hear).run([run for run in runs if run.directory not in finished])
-        written = page.write_report([path], path)
+        write_and_print_report([path], path)
     finally:
         directory.close()
-    Console().print(written, markup=False, highlight=False, soft_wrap=True)
     if failed:
         reasons: dict[str, list[str]] = {}
         for run, why in failed.items():
@@ -422,16 +421,20 @@ def report_runs(arguments: list[str]) -> None:
         options = tyro.cli(Report, prog="run.py report", args=arguments)
     if not options.directories:
         raise ConfigError("DIR: report needs one first, found nothing; accepted: a directory with runs")
-    from lwfedssl_jax import comparison, page, results, tables
-
-    found = results.load_results(*options.directories)
     out = options.out or (options.directories[0] if len(options.directories) == 1 else Path("report"))
     try:
-        written = page.write_report(options.directories, out)
+        write_and_print_report(options.directories, out)
     except OSError as error:
         raise ConfigError(
             f"--out: {out} cannot be written ({error.strerror or error}); accepted: a directory you can write to"
         ) from error
+
+
+def write_and_print_report(directories: Sequence[Path], out: Path) -> None:
+    """The page, and on standard output its table of settings, what it leaves out, and where it is."""
+    from lwfedssl_jax import comparison, page, results, tables
+
+    found, written = results.load_results(*directories), page.write_report(directories, out)
     console = Console()
     runs, settings = comparison.settle(found)
     if settings:
