@@ -139,7 +139,7 @@ class Pool:
             for run in worker.begun:
                 self._hear(run, {"event": "failed", "why": why})
             waiting[:0] = [run for run in worker.at_work if run not in worker.begun]
-            if worker.at_work and waiting:
+            if waiting:
                 self._begin(number)
         elif event["event"] == "ready":
             unit = self._next_unit(worker, waiting, event["at_once"])
