@@ -372,9 +372,9 @@ def sweep_as_told(options: Sweep) -> None:
     devices.set_up_cpu()
     if not options.dry_run:
         jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
-    name, about, runs = sweeps.load_sweep(options.sweep_name)
-    path = options.workdir or Path("runs") / "sweeps" / name
-    directory = sweeps.SweepDirectory(path, name, about, runs)
+    asked = sweeps.load_sweep(options.sweep_name)
+    path, runs = options.workdir or Path("runs") / "sweeps" / asked.name, asked.runs
+    directory = sweeps.SweepDirectory(path, asked)
     devices.set_up_cache(options.compilation_cache)
     finished = {run.directory for run in runs if directory.is_finished(run)}
     shared, progress = Shared(), Console(stderr=True)

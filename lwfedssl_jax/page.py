@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lwfedssl_jax import __version__, figures, tables
 from lwfedssl_jax.comparison import Setting, baseline_of, differences, over_seeds, paired, protocols, settle
-from lwfedssl_jax.config import load, resolve, to_dict
+from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, load, resolve, to_dict
 from lwfedssl_jax.report import STYLES, protocol_words, stage_ends
 from lwfedssl_jax.results import END_TO_END, SEED, STRATEGY, Run, find_runs, frame, sweep_name
 
@@ -281,8 +281,10 @@ def _uri(kind: str, content: bytes) -> str:
 
 def commands(runs: Sequence[Run], directories: Sequence[str | Path]) -> Iterator[str]:
     """Command lines that would measure the runs again, and write the page."""
-    for sweep in filter(None, (sweep_name(Path(d)) for d in directories)):
-        yield f"python run.py sweep {shlex.quote(sweep)}"
+    for directory in filter(sweep_name, map(Path, directories)):
+        named = sweep_name(directory)
+        own = shlex.join([str(directory / "sweep.py"), "--workdir", str(directory)])
+        yield f"python run.py sweep {named if (CONFIG_DIR / SWEEPS / f'{named}.py').is_file() else own}"
     grouped: dict[str, list[str]] = {}
     for run in runs:
         if run.about and not run.label:

@@ -223,8 +223,7 @@ def main() -> None:
     devices.set_up_cache(request["cache"])
     import jax
 
-    *_, runs = load_sweep(request["sweep"])
-    by_directory = {run.directory: run for run in runs}
+    by_directory = {run.directory: run for run in load_sweep(request["sweep"]).runs}
     shared = Shared()
     with contextlib.suppress(KeyboardInterrupt), Interrupts() as interrupts:
         at_once = request["together"] != 1 and (request["together"] > 1 or jax.default_backend() != "cpu")

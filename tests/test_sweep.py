@@ -101,7 +101,7 @@ def test_names_and_directories_that_hold_no_sweep_are_refused(
 
 
 def test_the_quickstarts_sweep_has_three_strategies_and_seeds() -> None:
-    name, about, runs = load_sweep("quickstart_sweep")
+    name, about, _, runs = load_sweep("quickstart_sweep")
     assert (name, len(runs)) == ("quickstart_sweep", 9)
     assert "15 minutes" in about
     assert {(run.label, run.seed) for run in runs} == {
@@ -190,7 +190,8 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
     _, rest = first.communicate(timeout=120)
     assert first.returncode == 130
     assert rest.splitlines()[-1].startswith("interrupted; the same command continues")
-    *_, runs = load_sweep(str(tmp_path / "mine.py"))
+    mine = load_sweep(str(tmp_path / "mine.py"))
+    runs = mine.runs
     finished = tmp_path / "out" / runs[0].directory
     before = (finished / "summary.json").stat().st_mtime_ns
 
@@ -205,7 +206,7 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
     assert [run["directory"] for run in written["runs"]] == [run.directory for run in runs]
     assert set(written["failed"]) == {runs[1].directory, runs[2].directory}
     assert "no client's update is finite in round 1" in written["failed"][runs[2].directory]
-    directory = SweepDirectory(tmp_path / "out", "mine", "", runs)
+    directory = SweepDirectory(tmp_path / "out", mine)
     assert [directory.is_finished(run) for run in runs] == [True, False, False, True]
     for run in (runs[0], runs[3]):
         summary = WorkDir(tmp_path / "out" / run.directory, run.config).summary
@@ -214,3 +215,5 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "learning rate 0.05" in page
     assert "exit code 7" in page
+    assert "python run.py sweep out/sweep.py --workdir out" in page
+    assert load_sweep(str(tmp_path / "out" / "sweep.py")).runs == runs
