@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lwfedssl_jax import evaluate, export, finetune, fleet, page, plan, report, resources
+from lwfedssl_jax import evaluate, export, finetune, fleet, plan, report, resources
 from lwfedssl_jax.client import program_config
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import from_all, from_first
 from lwfedssl_jax.interrupts import Interrupts
+from lwfedssl_jax.page import write_report
 from lwfedssl_jax.simulate import (
     Listener,
     Run,
@@ -404,6 +405,6 @@ def finish(
         report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
     with workdir.writing("report.html"):
-        page.write_report([workdir.path], workdir.path)
+        write_report([workdir.path], workdir.path)
     listener.finished(summary)
     return summary
