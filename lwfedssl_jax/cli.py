@@ -269,8 +269,7 @@ def plan(arguments: list[str]) -> None:
     if options.protocol is not None and options.results is None:
         raise ConfigError("--protocol: it belongs to --results; accepted: both, or none")
     examples = plans.examples_of_a_client(config, options.examples)
-    accuracies: dict[plans.Stages, plans.Measured] = {}
-    protocol = ""
+    measured = plans.NO_RESULTS
     if options.results:
         from lwfedssl_jax.results import load_results
 
@@ -278,14 +277,14 @@ def plan(arguments: list[str]) -> None:
             rows = load_results(options.results).to_dict("records")
         except ConfigError as error:  # it names DIR, as `report` has it
             raise ConfigError(f"--results: {str(error).removeprefix('DIR: ')}") from None
-        accuracies, protocol = plans.measured_accuracies(config, rows, options.protocol)
+        measured = plans.measured_accuracies(config, rows, options.protocol)
     plans.each_option(config)
     devices.set_up_cache(options.compilation_cache)
     with Console(stderr=True).status("tracing") as status:
         notify = lambda what: status.update(f"compiling {what}")  # noqa: E731
-        made = plans.make_plan(config, examples, accuracies, protocol, notify)
+        made = plans.make_plan(config, examples, measured, notify)
     if options.plot:
-        report.plot_plan(made.devices, made.options, protocol, options.plot)
+        report.plot_plan(made.devices, made.options, measured.protocol, options.plot)
     if options.json:
         print(json.dumps(plans.to_plain(made), indent=1))
     else:

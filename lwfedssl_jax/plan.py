@@ -36,6 +36,23 @@ class Measured(NamedTuple):
     runs: int
 
 
+class Results(NamedTuple):
+    """What runs have reached.
+
+    Attributes:
+      protocol: by which their accuracy is told; empty where there are none.
+      on_fleet: whether their clients were on the fleet that is asked about; else all took part in everything.
+      found: by an option's stages and ``runtime.remat``.
+    """
+
+    protocol: str = ""
+    on_fleet: bool = False
+    found: Mapping[tuple[Stages, bool], Measured] = {}
+
+
+NO_RESULTS = Results()
+
+
 class Option(NamedTuple):
     """A way to train, and what each class can do of it.
 
@@ -85,7 +102,7 @@ class Plan(NamedTuple):
       refused: of those that cannot run with the rest of the config, why.
       recommended: the choice of ``recommend``; None where no class can take part throughout in any.
       reason: why, in sentences.
-      protocol: by which results are compared; empty without any.
+      results: that were asked for.
     """
 
     config: Config
@@ -95,22 +112,16 @@ class Plan(NamedTuple):
     refused: dict[str, str]
     recommended: Option | None
     reason: str
-    protocol: str
+    results: Results
 
 
-def make_plan(
-    config: Config,
-    examples: float,
-    measured: Mapping[Stages, Measured],
-    protocol: str = "",
-    notify: Notify = lambda _: None,
-) -> Plan:
+def make_plan(config: Config, examples: float, results: Results = NO_RESULTS, notify: Notify = lambda _: None) -> Plan:
     """Price every option and see what each class of the fleet can do of it; compiles a step of each.
 
     Args:
       config: resolved; its strategy and ``runtime.remat`` are varied.
       examples: that a client trains on.
-      measured: accuracies (``measured_accuracies``), and ``protocol`` by which.
+      results: accuracies (``measured_accuracies``).
       notify: told what is being compiled.
 
     Raises:
@@ -123,11 +134,11 @@ def make_plan(
     for (strategy, layers, remat), ledger in ledgers.items():
         deadline = config.fleet.deadline_seconds
         parts = [fleet.take_part(device, ledger["per_stage"], examples, deadline) for device in devices]
-        accuracy = measured.get(stages_of(config, strategy, layers))
+        accuracy = results.found.get((stages_of(config, strategy, layers), remat))
         shares = shares_by_stage(devices, parts, len(ledger["per_stage"]))
         options.append(Option(strategy, layers, remat, ledger, parts, shares, accuracy))
-    recommended, reason = recommend(config, devices, options, protocol)
-    return Plan(config, devices, examples, options, refused, recommended, reason, protocol)
+    recommended, reason = recommend(config, devices, options, results.protocol)
+    return Plan(config, devices, examples, options, refused, recommended, reason, results)
 
 
 def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], dict[str, str]]:
@@ -272,13 +283,11 @@ def examples_of_a_client(config: Config, given: int | None) -> float:
     return (total - round(config.partition.server_share * total)) / config.partition.clients
 
 
-def measured_accuracies(
-    config: Config, rows: Sequence[Mapping[str, Any]], protocol: str | None
-) -> tuple[dict[Stages, Measured], str]:
-    """Mean accuracy of each option that results have, and the protocol it is by.
+def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], protocol: str | None) -> Results:
+    """Mean accuracy of each option that results have.
 
     Finished runs count that differ from the config in strategy, runtime and evaluation alone. Their fleet is the
-    config's, or, where none has that, they have none.
+    config's, and then ``runtime.remat`` decides who took part; or, where none has that, they have none.
 
     Args:
       config: resolved.
@@ -297,7 +306,7 @@ def measured_accuracies(
     same = [name for name in plain if name.split(".")[0] not in IN_RESULTS]
     others = [[name for name in same if row.get(name) != plain[name]] for row in finished]
     alike = [row for row, differing in zip(finished, others, strict=True) if not differing]
-    mine = [row for row in alike if row.get("fleet.devices") == plain["fleet.devices"]]
+    mine = [row for row in alike if plain["fleet.devices"] and row.get("fleet.devices") == plain["fleet.devices"]]
     runs = mine or [row for row in alike if row.get("fleet.devices") in (None, "")]
     if not runs:
         found = f"{len(finished)} finished runs, none like this config"
@@ -318,13 +327,14 @@ def measured_accuracies(
         )
     first = lambda name: PROTOCOLS.index(name) if name in PROTOCOLS else len(PROTOCOLS)  # noqa: E731
     chosen = protocol or min(known, key=lambda name: (-counts[name], first(name)))
-    values: dict[Stages, list[float]] = {}
+    values: dict[tuple[Stages, bool], list[float]] = {}
     for row in runs:
         value = row.get(f"accuracy.{chosen}")
         if _is_number(value) and row["strategy.name"] in STRATEGIES:
             stages = stages_of(config, row["strategy.name"], int(row["strategy.layers_per_stage"]))
-            values.setdefault(stages, []).append(float(value))  # type: ignore[arg-type]
-    return {stages: Measured(sum(of) / len(of), len(of)) for stages, of in values.items()}, chosen
+            for remat in (bool(row["runtime.remat"]),) if mine else (False, True):
+                values.setdefault((stages, remat), []).append(float(value))  # type: ignore[arg-type]
+    return Results(chosen, bool(mine), {key: Measured(sum(of) / len(of), len(of)) for key, of in values.items()})
 
 
 def _is_number(value: object) -> bool:
@@ -372,7 +382,7 @@ def table(plan: Plan, width: int) -> Group:
 
     Energy stands beside the time where there is room.
     """
-    config, options = plan.config, plan.options
+    config, options, protocol = plan.config, plan.options, plan.results.protocol
     memory, traffic = (_unit(max(o.ledger[key] for o in options)) for key in ("peak_memory_bytes", "total_bytes"))
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.title = (
@@ -381,15 +391,16 @@ def table(plan: Plan, width: int) -> Group:
         f"batch {config.optimizer.batch_size}"
     )
     shown.add_column("strategy", no_wrap=True)
-    shown.add_column("layers\na stage", justify="right")
-    shown.add_column("remat")
+    shown.add_column("k", justify="right", no_wrap=True)
+    shown.add_column("re-\nmat", no_wrap=True)
     shown.add_column(f"memory\n{memory[1]}", justify="right", no_wrap=True)
     shown.add_column("fleet\n%", justify="right", no_wrap=True)
     for device in plan.devices:
-        shown.add_column(escape(f"{device.name}\n{device.count:,} x {device.memory_gb:.3g} GB"), justify="right")
-    shown.add_column(f"traffic\n{traffic[1]}", justify="right")
-    if plan.protocol:
-        shown.add_column("accu-\nracy %", justify="right")
+        head = escape(f"{device.name}\n{device.count:,} x\n{device.memory_gb:.3g} GB")
+        shown.add_column(head, justify="right", no_wrap=True)
+    shown.add_column(f"traf-\nfic\n{traffic[1]}", justify="right", no_wrap=True)
+    if protocol:
+        shown.add_column("acc.\n%", justify="right", no_wrap=True)
     energy = width >= WIDTH + 15 * len(plan.devices)
     for option, following in zip(options, [*options[1:], None], strict=True):
         peaks = [row["peak_memory_bytes"] for row in option.ledger["per_stage"]]
@@ -402,18 +413,19 @@ def table(plan: Plan, width: int) -> Group:
             _range(*(f"{100 * share:.0f}" for share in (option.shares[0], option.everywhere))),
             *(_cell(part, option.ledger, energy=energy) for part in option.parts),
             _short(option.ledger["total_bytes"] / traffic[0]),
-            *([accuracy] if plan.protocol else []),
+            *([accuracy] if protocol else []),
             style="bold reverse" if option is plan.recommended else "",
             end_section=following is not None and following.strategy != option.strategy,
         )
     lines = [
-        "memory: of a step in the first stage → the most of any stage, by the compiler for "
+        "k: layers a stage. memory: of a step in the first stage → the most of any stage, by the compiler for "
         f"{jax.devices()[0].device_kind}. fleet: devices that can take part in the first stage → in every one. "
-        "Times are of a device that takes part in every round.",
+        "out ≥s: cannot take part from stage s on. Times are of a device in every round.",
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
     ]
-    if plan.protocol:
-        lines.append(f"accuracy: {protocol_words(plan.protocol)}; blank where the results do not have it.")
+    if protocol:
+        who = "on this fleet" if plan.results.on_fleet else "in which all clients take part throughout"
+        lines.append(f"acc.: accuracy by {protocol_words(protocol)}, of runs {who}; blank where there is none.")
     chosen = [plan.reason]
     if plan.recommended:
         chosen += [_demand(d, p, plan.recommended) for d, p in zip(plan.devices, plan.recommended.parts, strict=True)]
@@ -438,7 +450,7 @@ def _cell(part: Part, ledger: Ledger, *, energy: bool) -> str:
     """What a class does in an option: its time and energy, or from which stage on it is out."""
     stages = len(ledger["per_stage"])
     if len(part.stages) < stages:
-        return f"[red]{words(part.stages, stages)}[/]"
+        return f"[red]{words(part.stages, stages).replace('from ', '≥')}[/]"
     if part.seconds is None:
         return "yes"
     return _time(part.seconds) + (f" {_short(part.energy_wh)} Wh" if energy and part.energy_wh is not None else "")
@@ -516,7 +528,8 @@ def to_plain(plan: Plan) -> dict[str, Any]:
         "config": to_dict(plan.config),
         "devices": [dataclasses.asdict(device) for device in plan.devices],
         "examples_of_a_client": plan.examples,
-        "protocol": plan.protocol or None,
+        "protocol": plan.results.protocol or None,
+        "results_on_this_fleet": plan.results.on_fleet,
         "options": [option(of) for of in plan.options],
         "refused": plan.refused,
         "recommended": plan.options.index(plan.recommended) if plan.recommended else None,

@@ -226,8 +226,8 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
       protocol: by which accuracies were measured; empty where none is known.
       path: of the picture.
     """
-    figure, axes = panels(1, 4 if protocol else 2, size=(15 if protocol else 9, 4.4))
-    memory, share, *reached = axes[0]
+    figure, axes = panels(2 if protocol else 1, 2, size=(9, 8 if protocol else 4.4))
+    memory, share, *reached = axes.flat
     styles = dict(zip(dict.fromkeys(option.strategy for option in options), itertools.cycle(STYLES), strict=False))
     drawn = {(option.strategy, option.remat): option for option in reversed(options)}
     for number, ((strategy, remat), option) in enumerate(reversed(drawn.items())):
@@ -246,7 +246,7 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
         memory.annotate(
             f"{device.name} {device.memory_gb:g} GB",
             (1, device.memory_gb), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", fontsize=8,
+            ha="right", fontsize=8, bbox={"facecolor": "white", "alpha": 0.7, "pad": 0.5, "linewidth": 0},
         )  # fmt: skip
     memory.set(yscale="log", ylabel="peak memory of a step (GB)")
     share.set(ylabel="devices that can take part (%)", ylim=(-4, 104))
@@ -267,6 +267,7 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
                 panel.plot(*point, **style)
                 panel.annotate(str(option.layers_per_stage), point, (5, 3), textcoords="offset points", fontsize=8)
         panel.set(xlabel=label, ylabel=f"accuracy by {protocol_words(protocol)} (%)")
+        panel.set_xlim(0, 1.08 * panel.dataLim.x1 or 1)
     for panel in (memory, share, *reached):
         panel.grid(alpha=0.3)
     title = "numbers: layers a stage" if protocol else None
