@@ -18,20 +18,39 @@ N         examples of a data set
 ========  ==========================================================
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lwfedssl_jax.config import Config
     from lwfedssl_jax.export import TrainedEncoder
+    from lwfedssl_jax.library import Run
 
 __version__ = "0.1.0"
+
+# Imports wait until they are needed: JAX takes seconds.
+
+
+def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> "Config":
+    """A named config with ``{"section.field": value}`` replaced, checked; see ``library.load_config``."""
+    from lwfedssl_jax import library
+
+    return library.load_config(name, overrides)
+
+
+def train(config: "Config", directory: str | Path | None = None, progress: bool = True) -> "Run":
+    """Run a config in a work directory, or what is left of it; see ``library.train``."""
+    from lwfedssl_jax import library
+
+    return library.train(config, directory, progress)
 
 
 def load_encoder(directory: str | Path) -> "TrainedEncoder":
     """``images -> features`` of a finished run; see ``export.load_encoder``."""
-    from lwfedssl_jax import export  # not before it is needed: JAX takes seconds
+    from lwfedssl_jax import export
 
     return export.load_encoder(directory)
 

@@ -1,6 +1,6 @@
 """Every check of a config that needs neither data nor a compilation; each part's own check stands with the part."""
 
-from lwfedssl_jax import calibration, fedca
+from lwfedssl_jax import calibration, fedca, trackers
 from lwfedssl_jax.aggregation import make_aggregator
 from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import MODELS, Config, ConfigError, VitSize, choose
@@ -22,6 +22,7 @@ def check(config: Config) -> None:
     make_start(config, task)
     calibration.check(config)
     fedca.check(config)
+    trackers.check(config)
     rate = config.additions.depth_dropout
     if rate and stages == 1:
         raise ConfigError(

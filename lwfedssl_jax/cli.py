@@ -1,7 +1,6 @@
 """The command line: parse, dispatch, one line for bad input."""
 
 import contextlib
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from lwfedssl_jax import config as configs
 from lwfedssl_jax import fleet
-from lwfedssl_jax.config import Config, ConfigError, RuntimeConfig
+from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.errors import FailedRunsError, foreseen
 from lwfedssl_jax.interrupts import Interrupts
 
@@ -362,7 +361,7 @@ def sweep_as_told(options: Sweep) -> None:
     """Have a sweep's runs done by workers, with progress on standard error, and report them."""
     import jax
 
-    from lwfedssl_jax import devices, page
+    from lwfedssl_jax import devices
     from lwfedssl_jax import sweep as sweeps
     from lwfedssl_jax.client import program_config
     from lwfedssl_jax.progress import SweepProgress, estimates_table, round_costs
@@ -372,9 +371,9 @@ def sweep_as_told(options: Sweep) -> None:
     devices.set_up_cpu()
     if not options.dry_run:
         jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
-    name, about, runs = sweeps.load_sweep(options.sweep_name)
-    path = options.workdir or Path("runs") / "sweeps" / name
-    directory = sweeps.SweepDirectory(path, name, about, runs)
+    asked = sweeps.load_sweep(options.sweep_name)
+    path, runs = options.workdir or Path("runs") / "sweeps" / asked.name, asked.runs
+    directory = sweeps.SweepDirectory(path, asked)
     devices.set_up_cache(options.compilation_cache)
     finished = {run.directory for run in runs if directory.is_finished(run)}
     shared, progress = Shared(), Console(stderr=True)
@@ -387,7 +386,7 @@ def sweep_as_told(options: Sweep) -> None:
     failed: dict[str, str] = {}
     try:
         with progress.status("tracing"):
-            alike = {run.directory: dataclasses.replace(run.config, runtime=RuntimeConfig()) for run in runs}
+            alike = {run.directory: configs.override(run.config, {"runtime.seed": 0}) for run in runs}
             costs = {d: shared.once(config, functools.partial(round_costs, config)) for d, config in alike.items()}
         with SweepProgress(progress, runs, costs, finished) as table:
 
@@ -403,13 +402,15 @@ def sweep_as_told(options: Sweep) -> None:
             }  # fmt: skip
             groups = {run.directory: program_config(run.config) for run in runs}
             Pool(request, groups, options.jobs, hear).run([run for run in runs if run.directory not in finished])
-        written = page.write_report([path], path)
+        write_and_print_report([path], path)
     finally:
         directory.close()
-    Console().print(written, markup=False, highlight=False, soft_wrap=True)
     if failed:
-        reasons = "; ".join(f"{run}: {why}" for run, why in failed.items())
-        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed, the same command tries them again: {reasons}")
+        reasons: dict[str, list[str]] = {}
+        for run, why in failed.items():
+            reasons.setdefault(why, []).append(run)
+        text = "; ".join(f"{why} ({' | '.join(of_why)})" for why, of_why in reasons.items())
+        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed, which the same command tries again: {text}")
 
 
 def report_runs(arguments: list[str]) -> None:
@@ -419,16 +420,20 @@ def report_runs(arguments: list[str]) -> None:
         options = tyro.cli(Report, prog="run.py report", args=arguments)
     if not options.directories:
         raise ConfigError("DIR: report needs one first, found nothing; accepted: a directory with runs")
-    from lwfedssl_jax import comparison, page, results, tables
-
-    found = results.load_results(*options.directories)
     out = options.out or (options.directories[0] if len(options.directories) == 1 else Path("report"))
     try:
-        written = page.write_report(options.directories, out)
+        write_and_print_report(options.directories, out)
     except OSError as error:
         raise ConfigError(
             f"--out: {out} cannot be written ({error.strerror or error}); accepted: a directory you can write to"
         ) from error
+
+
+def write_and_print_report(directories: Sequence[Path], out: Path) -> None:
+    """The page, and on standard output its table of settings, what it leaves out, and where it is."""
+    from lwfedssl_jax import comparison, page, results, tables
+
+    found, written = results.load_results(*directories), page.write_report(directories, out)
     console = Console()
     runs, settings = comparison.settle(found)
     if settings:

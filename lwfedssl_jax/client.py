@@ -120,6 +120,7 @@ FREE_FIELDS = (
     "optimizer.learning_rate",
     "optimizer.weight_decay",
     "runtime.seed",
+    "runtime.trackers",
 )
 
 

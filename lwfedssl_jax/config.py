@@ -274,6 +274,8 @@ class RuntimeConfig:
     feed: Literal["auto", "resident", "streamed"] = "auto"
     """resident: all images on the device; streamed: those of the next steps, while these run; auto: resident if they
     fit."""
+    trackers: tuple[str, ...] = ()
+    """Besides the work directory: tensorboard (event files in DIR/tensorboard), wandb (Weights & Biases)."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The devices a run uses: set-up before JAX starts, the mesh of lanes, placing arrays, memory."""
 
+import contextlib
 import os
 import re
 import socket
@@ -26,14 +27,15 @@ def set_up_cpu() -> None:
     """Make each CPU core a device of its own, unless ``XLA_FLAGS`` or ``JAX_NUM_CPU_DEVICES`` say otherwise.
 
     Clients side by side on a core each are faster than the products of one client split over
-    the cores. Must be called before JAX starts its backends.
+    the cores. Changes nothing where JAX has started its backends.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     now = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     if "JAX_NUM_CPU_DEVICES" not in os.environ and now != cores:
-        jax.config.update("jax_num_cpu_devices", cores)
+        with contextlib.suppress(RuntimeError):  # too late
+            jax.config.update("jax_num_cpu_devices", cores)
 
 
 def set_up_cache(folder: str | None) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lwfedssl_jax import evaluate, export, finetune, fleet, page, plan, report, resources
+from lwfedssl_jax import evaluate, export, finetune, fleet, plan, report, resources
 from lwfedssl_jax.client import program_config
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import from_all, from_first
 from lwfedssl_jax.interrupts import Interrupts
+from lwfedssl_jax.page import write_report
 from lwfedssl_jax.simulate import (
     Listener,
     Run,
@@ -27,6 +28,7 @@ from lwfedssl_jax.simulate import (
     to_save,
 )
 from lwfedssl_jax.stages import Stage
+from lwfedssl_jax.tracking import Tracking
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
@@ -134,7 +136,9 @@ def train_together(members: Sequence[Member], shared: Shared | None = None) -> N
         if from_first(np.array(finished is not None)):
             member.summary = finished or {}
     try:
-        with Interrupts(members[0].listener.note) as interrupts:
+        with Interrupts(members[0].listener.note) as interrupts, contextlib.ExitStack() as trackers:
+            for member in members:
+                member.listener = trackers.enter_context(Tracking(member.config, member.workdir, member.listener))
             interrupts.check()
             waiting: dict[int, list[tuple[Member, Run]]] = {}
             for member in members:
@@ -401,5 +405,6 @@ def finish(
         report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
     with workdir.writing("report.html"):
-        page.write_report([workdir.path], workdir.path)
+        write_report([workdir.path], workdir.path)
+    listener.finished(summary)
     return summary

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lwfedssl_jax import __version__, figures, tables
 from lwfedssl_jax.comparison import Setting, baseline_of, differences, over_seeds, paired, protocols, settle
-from lwfedssl_jax.config import load, resolve, to_dict
+from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, load, resolve, to_dict
 from lwfedssl_jax.report import STYLES, protocol_words, stage_ends
 from lwfedssl_jax.results import END_TO_END, SEED, STRATEGY, Run, find_runs, frame, sweep_name
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
+SPENDING = "What a client spends under each strategy: over the rounds, and in all for other numbers of local epochs."
 BASE = "quickstart"  # of the command lines that would repeat runs
 SAID = (  # what a page says at its top of what all its runs share
     "data.name", "partition.kind", "partition.beta", "partition.clients", "federation.clients_per_round", "model.name",
@@ -78,8 +79,8 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
             tables.write(table, out / "tables")
     (out / "tables").mkdir(parents=True, exist_ok=True)
     results.to_csv(out / "tables" / "runs.csv", index=False)
-    kinds = {run.about.get("device", "unknown device"): None for run in runs if run.about}
-    versions = {f"{k} {v}": None for run in runs for k, v in run.about.get("versions", {}).items()}
+    kinds = {str(run.about.get("device", "unknown device")): None for run in runs if run.about}
+    versions = {f"{k} {v}": None for run in runs for k, v in _versions(run)}
     shared = _shared(runs)
     return {
         "version": __version__,
@@ -96,7 +97,7 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "costs": [_costs_figure(finished, settings, p, out) for p in names] if len(settings) > 1 else [],
         "in_one_panel": len(settings) <= len(STYLES),
         "curves": list(_curve_figures(members, settings, names, runs, out)),
-        "spending": _picture(members[settings[0].label][0].path / "plots" / "resources.png", "What a client spends")
+        "spending": _picture(members[settings[0].label][0].path / "plots" / "resources.png", SPENDING)
         if len(settings) == 1
         else None,
         "populations": list(itertools.islice(_populations(runs), SHOWN_POPULATIONS)),
@@ -106,6 +107,11 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "devices": list(kinds),
         "versions": list(versions),
     }
+
+
+def _versions(run: Run) -> list[tuple[str, Any]]:
+    versions = run.about.get("versions")
+    return list(versions.items()) if isinstance(versions, dict) else []
 
 
 def _shared(runs: Sequence[Run]) -> dict[str, str]:
@@ -275,8 +281,10 @@ def _uri(kind: str, content: bytes) -> str:
 
 def commands(runs: Sequence[Run], directories: Sequence[str | Path]) -> Iterator[str]:
     """Command lines that would measure the runs again, and write the page."""
-    for sweep in filter(None, (sweep_name(Path(d)) for d in directories)):
-        yield f"python run.py sweep {shlex.quote(sweep)}"
+    for directory in filter(sweep_name, map(Path, directories)):
+        named = sweep_name(directory)
+        own = shlex.join([str(directory / "sweep.py"), "--workdir", str(directory)])
+        yield f"python run.py sweep {named if (CONFIG_DIR / SWEEPS / f'{named}.py').is_file() else own}"
     grouped: dict[str, list[str]] = {}
     for run in runs:
         if run.about and not run.label:

@@ -19,6 +19,7 @@ from lwfedssl_jax.sweep import Estimate, SweepRun
 
 SHOWN_AS = {"running": "bold", "failed": "red", "finished": "", "waiting": "dim"}
 SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
+SECONDS_BETWEEN_UPDATES = 0.3  # in a notebook
 
 
 def round_costs(config: Config) -> list[float]:
@@ -222,3 +223,29 @@ class SweepProgress:
         if len(rows) > room:
             table.add_row(f"and {len(rows) - room} more", "", "", "")
         return table
+
+
+class NotebookProgress(ConsoleProgress):
+    """The same as one output of a notebook's cell, which changes in place and ends in a line or two."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        from IPython.display import display
+
+        self._said: list[str] = []
+        self._output = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def say(self, text: str) -> None:
+        self._said.append(text)
+        self._show("", always=True)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Said by no line: a run has dozens."""
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        self.say(f"{summary['rounds']} rounds in {summary['seconds']:.0f} s")
+
+    def _show(self, text: str, *, always: bool = False) -> None:
+        if always or time.monotonic() - self._printed > SECONDS_BETWEEN_UPDATES:
+            self._printed = time.monotonic()
+            self._output.update({"text/plain": "\n".join([*self._said, text])}, raw=True)

@@ -119,13 +119,20 @@ def plot_distance(lines: list[dict[str, Any]], path: Path) -> None:
 def plot_accuracy_against_traffic(
     runs: Mapping[str, Sequence[list[dict[str, Any]]]], protocol: str, path: Path
 ) -> None:
+    """``accuracy_against_traffic`` as a picture."""
+    _save(accuracy_against_traffic(runs, protocol), path)
+
+
+def accuracy_against_traffic(runs: Mapping[str, Sequence[list[dict[str, Any]]]], protocol: str) -> Any:
     """Accuracy by one protocol against traffic: a line a label, a band of one standard deviation over its runs.
 
     Args:
       runs: for each label the lines of ``metrics.jsonl`` of its runs, which differ in the seed; what all of
         them have evaluated is shown.
       protocol: such as ``knn`` or ``linear_probe_5``.
-      path: of the picture.
+
+    Returns:
+      The matplotlib figure.
 
     Raises:
       ValueError: the protocol has judged the runs of a label at no round that they share.
@@ -153,7 +160,7 @@ def plot_accuracy_against_traffic(
     title = "mean ± standard deviation over runs" if most > 1 else None
     figure.legend(loc="outside lower center", ncols=3, title=title)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    return figure
 
 
 def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, path: Path) -> None:

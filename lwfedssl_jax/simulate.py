@@ -74,6 +74,9 @@ class Listener:
     def evaluation(self, line: dict[str, Any]) -> None:
         """An evaluation's line of ``metrics.jsonl``."""
 
+    def finished(self, summary: dict[str, Any]) -> None:
+        """The run is over and its summary written."""
+
 
 class Run(NamedTuple):
     """A config and all that is derived from it before anything is compiled."""

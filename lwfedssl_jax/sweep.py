@@ -23,7 +23,7 @@ from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, Config, ConfigError, load, o
 from lwfedssl_jax.devices import can_hold
 from lwfedssl_jax.simulate import Shared, prepare
 
-INDEX, LOCK = "sweep.json", ".sweep.lock"
+INDEX, SOURCE, LOCK = "sweep.json", "sweep.py", ".sweep.lock"
 LONGEST_NAME = 80
 
 
@@ -68,8 +68,24 @@ class SweepRun(NamedTuple):
     code: str
 
 
-def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> tuple[str, str, list[SweepRun]]:
-    """``(name, first line of the docstring, runs)`` of ``config_dir/sweeps/NAME.py``, or of a Python file.
+class SweepFile(NamedTuple):
+    """A sweep as its file has it.
+
+    Attributes:
+      name: the file's, without its folder.
+      about: the first line of its docstring.
+      source: its text.
+      runs: see ``runs_of``.
+    """
+
+    name: str
+    about: str
+    source: str
+    runs: list[SweepRun]
+
+
+def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
+    """The sweep in ``config_dir/sweeps/NAME.py``, or in a Python file.
 
     Raises:
       ConfigError: no such sweep, the file does not run, it defines no ``sweep``, or one of its runs is not valid.
@@ -85,7 +101,8 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> tuple[str, str, list
     if not isinstance(sweep, Sweep):
         found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
         raise ConfigError(f"SWEEP: {path} defines no sweep, {found}")
-    return path.stem, (module.__doc__ or "").strip().split("\n")[0], runs_of(sweep)
+    about = (module.__doc__ or "").strip().split("\n")[0]
+    return SweepFile(path.stem, about, path.read_text(), runs_of(sweep))
 
 
 def runs_of(sweep: Sweep) -> list[SweepRun]:
@@ -148,7 +165,7 @@ def words(name: str, value: Any) -> str:
 
 
 class SweepDirectory:
-    """A directory that holds a sweep: ``sweep.json``, and a work directory for each run below ``runs``.
+    """A directory that holds a sweep: ``sweep.json``, its file as ``sweep.py``, and the work directories in ``runs``.
 
     Runs that an earlier form of the sweep left there stay, and count no longer.
 
@@ -156,13 +173,14 @@ class SweepDirectory:
       ConfigError: the directory holds something else, cannot be written, or another process is using it (``take``).
     """
 
-    def __init__(self, path: Path, name: str, about: str, runs: Sequence[SweepRun]) -> None:
-        self.path = path
+    def __init__(self, path: Path, sweep: SweepFile) -> None:
+        self.path, self._source = path, sweep.source
         self._content: dict[str, Any] = {
-            "name": name,
-            "about": about,
+            "name": sweep.name,
+            "about": sweep.about,
             "runs": [
-                {"directory": r.directory, "overrides": r.overrides, "seed": r.seed, "label": r.label} for r in runs
+                {"directory": r.directory, "overrides": r.overrides, "seed": r.seed, "label": r.label}
+                for r in sweep.runs
             ],
             "failed": {},
         }
@@ -183,6 +201,7 @@ class SweepDirectory:
                 f"--workdir: {self.path} is in use by another process; accepted: another directory, or wait"
             ) from None
         self._write()
+        (self.path / SOURCE).write_text(self._source)
 
     def close(self) -> None:
         """Let other processes use the directory."""

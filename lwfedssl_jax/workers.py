@@ -139,7 +139,7 @@ class Pool:
             for run in worker.begun:
                 self._hear(run, {"event": "failed", "why": why})
             waiting[:0] = [run for run in worker.at_work if run not in worker.begun]
-            if worker.at_work and waiting:
+            if waiting:
                 self._begin(number)
         elif event["event"] == "ready":
             unit = self._next_unit(worker, waiting, event["at_once"])
@@ -223,8 +223,7 @@ def main() -> None:
     devices.set_up_cache(request["cache"])
     import jax
 
-    *_, runs = load_sweep(request["sweep"])
-    by_directory = {run.directory: run for run in runs}
+    by_directory = {run.directory: run for run in load_sweep(request["sweep"]).runs}
     shared = Shared()
     with contextlib.suppress(KeyboardInterrupt), Interrupts() as interrupts:
         at_once = request["together"] != 1 and (request["together"] > 1 or jax.default_backend() != "cpu")

@@ -9,6 +9,7 @@ import jax.monitoring
 import optax
 import pytest
 
+from lwfedssl_jax import experiment
 from lwfedssl_jax.config import Config, override, resolve
 
 # Four devices; and less time on code that is run for a moment only.
@@ -44,6 +45,12 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(optax, name, lenient(getattr(optax, name)))
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page that ends a run costs seconds; runs of a module's fixtures, made before this one, have it."""
+    monkeypatch.setattr(experiment, "write_report", lambda directories, out: None)
 
 
 SMALL: dict[str, Any] = {

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
 ORDER = [
     ["fleet"],
     ["config", "interrupts"],
-    ["tree", "errors", "results"],
+    ["tree", "errors", "results", "trackers"],
     ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
     ["models.vit", "models.resnet", "models.heads", "data.feed", "data.files", "data.tfds"],
     ["stages", "additions", "data.sources"],
@@ -25,9 +25,11 @@ ORDER = [
     ["figures"],
     ["page"],
     ["simulate"],
+    ["tracking"],
     ["experiment", "sweep"],
     ["progress", "workers"],
     ["cli"],
+    ["library"],
 ]
 HEAVY = ("tensorflow_datasets", "matplotlib", "orbax", "pandas", "scipy", "jinja2", "wandb", "tensorboardX")
 MODULES = [module for line in ORDER for module in line]

@@ -139,6 +139,29 @@ def test_one_run_and_one_that_is_not_finished_have_pages_too(tmp_path: Path) -> 
     assert len(stopped.images) == 1  # its loss so far
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("metrics.jsonl", '"stage": 1', '"stag": 1'),
+        ("metrics.jsonl", '"accuracy": 0.75', '"accuracy": null'),
+        ("metrics.jsonl", '"loss": 3.0', '"loss": "x"'),
+        ("metrics.jsonl", '"round": 2', '"round": null'),
+        ("config.json", '"vit_tiny"', '{"a": 1}'),
+        ("config.json", '"cpu: one"', '{"a": 1}'),
+        ("config.json", '{"jax": "0.10.2"}', "[1]"),
+        ("summary.json", '"total_bytes": 10485760', '"total_bytes": [1]'),
+        ("summary.json", '"peak_memory_bytes"', '"peak"'),
+        ("summary.json", '"untrained"', '"unknown"'),
+    ],
+)
+def test_whatever_is_damaged_there_is_a_page(file: str, old: str, new: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {"knn": 0.75})
+    damaged = tmp_path / "run" / file
+    assert old in damaged.read_text()
+    damaged.write_text(damaged.read_text().replace(old, new))
+    assert "unfinished" not in page.write_report([tmp_path], tmp_path).read_text()
+
+
 def test_the_command_that_repeats_a_run_makes_its_config(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"partition__kind": "iid", "additions__terms": ("proximal=0.1", "alignment=1.0")}
     config = write_run(tmp_path / "run", {"knn": 0.75}, runtime__remat=True, runtime__seed=3, **changes)

@@ -69,6 +69,7 @@ def test_work_directory(finished: tuple[Config, Path]) -> None:
     assert written["device"].startswith("cpu")
     for plot in ("clients", "loss", "accuracy", "client_distance", "resources"):
         assert (path / "plots" / f"{plot}.png").stat().st_size > 5000
+    assert "linear probe" in (path / "report.html").read_text()
     summary = json.loads((path / "summary.json").read_text())
     assert (summary["strategy"], summary["objective"], summary["rounds"]) == ("layerwise", "mocov3", 5)
     assert set(summary["evaluation"]) == set(summary["baselines"]["untrained"]) == {"linear_probe_5", "knn"}

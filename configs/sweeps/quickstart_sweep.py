@@ -1,4 +1,4 @@
-"""The three strategies with three seeds each on digits: a quarter of an hour on 2 CPU cores.
+"""The three strategies with three seeds each on digits: within 15 minutes on 2 CPU cores.
 
 python run.py sweep quickstart_sweep --dry-run
 python run.py sweep quickstart_sweep

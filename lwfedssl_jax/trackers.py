@@ -1,0 +1,136 @@
+"""Trackers: what ``metrics.jsonl`` says, for TensorBoard and Weights & Biases."""
+
+import importlib.metadata
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lwfedssl_jax.config import Config, ConfigError, choose, to_dict
+
+
+class Tracker(NamedTuple):
+    """Where a run's numbers go.
+
+    Attributes:
+      log: ``(step, {name: value})``; steps never go back, and one may come several times with other names.
+      finish: ``({name: value})`` of the whole run, or None where it ends before its last round; nothing follows.
+    """
+
+    log: Callable[[int, dict[str, float]], None]
+    finish: Callable[[dict[str, float] | None], None]
+
+
+def tensorboard(config: Config, directory: Path) -> Tracker:
+    """Event files in ``directory/tensorboard``; those of the run before it was interrupted are replaced.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    from tensorboardX import summary
+
+    # Not its SummaryWriter, whose thread dies of a full disk, after which the next call never returns.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder = directory / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    for file in folder.glob("events.*"):
+        file.unlink()
+    writer = EventsWriter(str(folder / "events"))
+    # A TensorBoard that is open forgets what it has read of them.
+    writer.write_event(Event(wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+    last = 0
+
+    def write(step: int, *summaries: Any) -> None:
+        for content in summaries:
+            writer.write_event(Event(wall_time=time.time(), step=step, summary=content))
+        writer.flush()
+
+    def log(step: int, values: dict[str, float]) -> None:
+        nonlocal last
+        last = step
+        write(step, *(summary.scalar(name, value) for name, value in values.items()))
+
+    def finish(values: dict[str, float] | None) -> None:
+        try:
+            if values:
+                values = {f"summary/{name}": value for name, value in values.items()}
+                log(last, values)
+                write(last, *summary.hparams(_flat(config), values))
+        finally:
+            writer.close()
+
+    return Tracker(log, finish)
+
+
+def wandb(config: Config, directory: Path) -> Tracker:
+    """A run of Weights & Biases with its files in ``directory/wandb``; the same one whenever the run continues.
+
+    The user's environment says where it goes: ``WANDB_MODE``, ``WANDB_PROJECT`` (else lwfedssl_jax), ``WANDB_ENTITY``.
+
+    Raises:
+      Exception: whatever wandb raises, such as when it is not logged in or not reachable.
+    """
+    import wandb
+
+    known = directory / "wandb" / "run_id"
+    known.parent.mkdir(exist_ok=True)
+    if not known.exists():
+        known.write_text(secrets.token_hex(4))
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "lwfedssl_jax"),
+        name=directory.absolute().name,
+        id=known.read_text().strip(),
+        resume="allow",
+        dir=str(directory),
+        config=to_dict(config),
+        reinit="create_new",  # a process may have several
+        settings=wandb.Settings(
+            silent=True, console="off", disable_git=True, finish_timeout=60, finish_timeout_raises=True
+        ),
+    )
+    first = run.starting_step  # those before are there
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if step >= first:
+            run.log(values, step=step)
+
+    def finish(values: dict[str, float] | None) -> None:
+        run.summary.update(values or {})
+        run.finish(exit_code=1 if values is None else 0)
+
+    return Tracker(log, finish)
+
+
+TRACKERS: dict[str, Callable[[Config, Path], Tracker]] = {"tensorboard": tensorboard, "wandb": wandb}
+EXTRAS = {"wandb"}  # packages, of the same name, that an extra of the same name installs
+
+
+def check(config: Config) -> None:
+    """Refuse trackers that do not exist or are not installed.
+
+    Raises:
+      ConfigError: naming what would do.
+    """
+    for name in config.runtime.trackers:
+        choose("runtime.trackers", name, TRACKERS)
+        if name in EXTRAS:
+            try:
+                importlib.metadata.version(name)  # not its module: wandb makes folders of that name
+            except importlib.metadata.PackageNotFoundError:
+                raise ConfigError(
+                    f'runtime.trackers: {name} is not installed; accepted: pip install "lwfedssl_jax[{name}]", or '
+                    f"{', '.join(t for t in TRACKERS if t not in EXTRAS)}"
+                ) from None
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """``{"section.field": value}``, lists as text."""
+    return {
+        f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
+        for section, fields in to_dict(config).items()
+        for name, value in fields.items()
+    }

@@ -1,0 +1,219 @@
+"""Sweeps: what their files make, and that runs that fail, crash or are interrupted take nothing with them."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL, small_config
+from rich.console import Console
+
+from lwfedssl_jax import resources, simulate, workers
+from lwfedssl_jax.cli import main
+from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.progress import SweepProgress
+from lwfedssl_jax.sweep import Sweep, SweepDirectory, estimate, load_sweep, runs_of
+from lwfedssl_jax.workdir import WorkDir
+
+ROOT = Path(__file__).parent.parent
+BASE = small_config()
+
+
+def test_axes_are_combined_and_labels_say_what_differs() -> None:
+    sweep = Sweep(
+        BASE,
+        product={"strategy.name": ("layerwise", "progressive"), "partition.beta": (0.1,)},
+        zip={"optimizer.batch_size": (8, 16), "optimizer.learning_rate": (0.1, 0.05)},
+        runs=[{}, {"additions.terms": ("proximal=0.1",)}],
+        seeds=(0, 7),
+    )
+    runs = runs_of(sweep)
+    assert len(runs) == 2 * 2 * 2 * 2
+    assert len({run.directory for run in runs}) == len({run.config for run in runs}) == 16
+    assert [run.seed for run in runs[:4]] == [run.config.runtime.seed for run in runs[:4]] == [0, 7, 0, 7]
+    assert runs[0].label == runs[1].label == "batch size 8, learning rate 0.1, layerwise"
+    assert runs[2].label == "batch size 8, learning rate 0.1, progressive"
+    assert runs[-1].label == "batch size 16, learning rate 0.05, progressive, terms proximal=0.1"
+    assert {(r.config.optimizer.batch_size, r.config.optimizer.learning_rate) for r in runs} == {(8, 0.1), (16, 0.05)}
+    assert all(run.config.partition.beta == 0.1 for run in runs)
+    assert [run.label for run in runs_of(Sweep(BASE, seeds=(3,)))] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (Sweep(BASE, product={"partition.betta": (1,)}), "'betta 1'|partition.betta: no such field"),
+        (Sweep(BASE, product={"partition.beta": (0.1, -1.0)}), "run 'beta -1.0', seed 0: partition.beta: -1.0 is out"),
+        (
+            Sweep(BASE, product={"strategy.name": "layerwise"}),
+            "strategy.name: 'layerwise' is no axis; accepted: a list",
+        ),
+        (Sweep(BASE, product={"strategy.name": ()}), "strategy.name: .* is no axis"),
+        (Sweep(BASE, product={"runtime.seed": (1, 2)}), r"runtime.seed is an axis of its own; accepted: .*seeds="),
+        (Sweep(BASE, zip={"partition.beta": (1.0, 2.0), "objective.momentum": (0.9,)}), "unlike numbers of values"),
+        (
+            Sweep(BASE, product={"partition.beta": (1.0,)}, zip={"partition.beta": (2.0,)}),
+            "partition.beta is on two axes",
+        ),
+        (Sweep(BASE, seeds=()), "one is empty"),
+        (Sweep(BASE, seeds=(1, 1)), "are the same; accepted: each run once"),
+        (
+            Sweep(BASE, product={"objective.name": ("simclr", "dino")}),
+            "run 'dino', seed 0: objective.name: unknown 'dino'",
+        ),
+        (Sweep("quickstrat"), "no config 'quickstrat'; accepted: .*quickstart"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(sweep: Sweep, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        runs_of(sweep)
+
+
+def test_names_and_directories_that_hold_no_sweep_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text("from lwfedssl_jax.config import Config\nconfig = Config()\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    for arguments, message in [
+        ([], "sweep"),
+        (["quickstrat_sweep"], "SWEEP: no sweep 'quickstrat_sweep'; accepted: .*quickstart_sweep"),
+        (["config.py"], "SWEEP: config.py defines no sweep, found NoneType"),
+        (["broken.py"], "SWEEP: broken.py does not run (ZeroDivisionError"),
+        (["quickstart_sweep", "--jobs", "0"], "--jobs: 0 is out of range; accepted: 1 to"),
+        (["quickstart_sweep", "--workdir", "full"], "--workdir: full holds no sweep; accepted: "),
+        (["quickstart_sweep", "--workdir", ""], "--workdir: '' is empty"),
+    ]:
+        assert main(["sweep", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert all(part in error for part in message.split(".*")), error
+    assert main(["train", "sweeps/quickstart_sweep"]) == 2
+    assert "is a sweep; accepted" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.py", "config.py", "full"]
+
+
+def test_the_quickstarts_sweep_has_three_strategies_and_seeds() -> None:
+    name, about, _, runs = load_sweep("quickstart_sweep")
+    assert (name, len(runs)) == ("quickstart_sweep", 9)
+    assert "15 minutes" in about
+    assert {(run.label, run.seed) for run in runs} == {
+        (strategy, seed) for strategy in ("layerwise", "progressive", "end_to_end") for seed in (0, 1, 2)
+    }
+
+
+def test_an_estimate_counts_the_samples_of_a_run() -> None:
+    sweep = Sweep(small_config(federation__clients_per_round=2), product={"federation.dropout": (0.0, 0.5)})
+    whole, half = estimate(runs_of(sweep), simulate.Shared())
+    of_sample = resources.ledger(small_config())["flops_executed"]
+    assert whole.operations == pytest.approx(of_sample * 60 * 2 / 4)
+    assert half.operations == pytest.approx(whole.operations / 2)
+    assert 0 < half.seconds < 60
+    assert half.seconds == pytest.approx(whole.seconds / 2)
+
+
+def test_cores_and_gpus_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "available_cores", lambda: [0, 1, 2, 3, 4])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert workers.places(1) == [([], {})]
+    assert [cores for cores, _ in workers.places(2)] == [[0, 1], [2, 3]]
+    assert [cores for cores, _ in workers.places(7)] == [[0], [1], [2], [3], [4], [0], [1]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert workers.places(1) == [([], {})]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in workers.places(2)] == ["2", "5"]
+    assert all(0.25 < float(e["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.5 for _, e in workers.places(4))
+
+
+def test_progress_tells_what_is_left() -> None:
+    runs = runs_of(Sweep(BASE, product={"strategy.name": ("layerwise", "progressive")}, seeds=(0, 1)))
+    costs = {run.directory: [1.0, 1.0, 2.0] for run in runs}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=30)
+        progress = SweepProgress(console, runs, costs, {runs[0].directory})
+        progress.hear(runs[1], {"event": "started"})
+        progress.hear(runs[1], {"event": "round", "round": 2, "stage": 1})
+        assert progress._left[runs[1].directory] == 2.0
+        progress.hear(runs[2], {"event": "evaluation", "round": 3, "protocol": "knn", "accuracy": 0.5})
+        progress.hear(runs[2], {"event": "finished"})
+        progress.hear(runs[3], {"event": "failed", "why": "no [disk]"})
+        console.print(progress._table())
+        text = console.file.getvalue()
+        for part in ("2 finished, 1 running, 1 failed, about", "stage 1, round 2/3", "knn 50.0 %", "no [disk]"):
+            assert part in text
+
+
+SWEEP = """
+import os, sys
+from lwfedssl_jax.config import Config, override
+from lwfedssl_jax.objectives import OBJECTIVES
+from lwfedssl_jax.sweep import Sweep
+
+def crash(online, target, mask, temperature):
+    if getattr(sys.modules["__main__"].__spec__, "name", "") == "lwfedssl_jax.workers":
+        os._exit(7)
+    return online.sum()
+
+OBJECTIVES["crash"] = OBJECTIVES["simclr"]._replace(loss=crash, loss_with_negatives=None)
+runs = [{}, {"objective.name": "crash"}, {"optimizer.learning_rate": 3e38}, {"optimizer.learning_rate": 0.05}]
+sweep = Sweep(override(Config(), BASE), runs=runs, seeds=(0,))
+"""
+
+
+def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
+    """Interrupted after the first run and continued, with runs that crash and that end in NaN."""
+    small = SMALL | {
+        "model.depth": 2,
+        "federation.rounds": 2,
+        "objective.name": "simclr",
+        "strategy.name": "end_to_end",
+    }
+    (tmp_path / "mine.py").write_text(f"BASE = {small!r}\n{SWEEP}")
+    command = [sys.executable, str(ROOT / "run.py"), "sweep", "mine.py", "--workdir", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start() -> "subprocess.Popen[str]":
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
+
+    first = start()
+    assert first.stderr is not None
+    line = first.stderr.readline()
+    assert "1 finished" in line
+    first.send_signal(signal.SIGINT)
+    _, rest = first.communicate(timeout=120)
+    assert first.returncode == 130
+    assert rest.splitlines()[-1].startswith("interrupted; the same command continues")
+    mine = load_sweep(str(tmp_path / "mine.py"))
+    runs = mine.runs
+    finished = tmp_path / "out" / runs[0].directory
+    before = (finished / "summary.json").stat().st_mtime_ns
+
+    second = start()
+    out, error = second.communicate(timeout=300)
+    assert second.returncode == 1, error
+    assert "out/report.html" in out
+    assert error.splitlines()[-1].startswith("error: 2 of 4 runs failed, which the same command tries again: ")
+    assert "its process ended with exit code 7; see out/logs/worker0.log" in error
+    assert (finished / "summary.json").stat().st_mtime_ns == before
+    written = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [run["directory"] for run in written["runs"]] == [run.directory for run in runs]
+    assert set(written["failed"]) == {runs[1].directory, runs[2].directory}
+    assert "no client's update is finite in round 1" in written["failed"][runs[2].directory]
+    directory = SweepDirectory(tmp_path / "out", mine)
+    assert [directory.is_finished(run) for run in runs] == [True, False, False, True]
+    for run in (runs[0], runs[3]):
+        summary = WorkDir(tmp_path / "out" / run.directory, run.config).summary
+        assert summary is not None
+        assert summary["rounds"] == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "learning rate 0.05" in page
+    assert "exit code 7" in page
+    assert "python run.py sweep out/sweep.py --workdir out" in page
+    assert load_sweep(str(tmp_path / "out" / "sweep.py")).runs == runs
