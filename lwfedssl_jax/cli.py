@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import io
 import json
@@ -364,7 +363,7 @@ def sweep_as_told(options: Sweep) -> None:
     from lwfedssl_jax import devices
     from lwfedssl_jax import sweep as sweeps
     from lwfedssl_jax.client import program_config
-    from lwfedssl_jax.progress import SweepProgress, estimates_table, round_costs
+    from lwfedssl_jax.progress import SweepProgress, estimates_table
     from lwfedssl_jax.simulate import Shared
     from lwfedssl_jax.workers import Pool
 
@@ -380,14 +379,13 @@ def sweep_as_told(options: Sweep) -> None:
     if options.dry_run:
         with progress.status("tracing, and timing a step of each kind of run"):
             estimates = sweeps.estimate(runs, shared)
-        Console().print(estimates_table(runs, estimates, finished, options.jobs))
+        Console().print(estimates_table(runs, estimates, finished))
         return
     directory.take()
     failed: dict[str, str] = {}
     try:
         with progress.status("tracing"):
-            alike = {run.directory: configs.override(run.config, {"runtime.seed": 0}) for run in runs}
-            costs = {d: shared.once(config, functools.partial(round_costs, config)) for d, config in alike.items()}
+            costs = {run.directory: sweeps.round_costs(run.config, shared) for run in runs}
         with SweepProgress(progress, runs, costs, finished) as table:
 
             def hear(run: sweeps.SweepRun, event: dict[str, Any]) -> None:

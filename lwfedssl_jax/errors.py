@@ -2,7 +2,10 @@
 
 from lwfedssl_jax.config import ConfigError
 
-ADVICE = "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, or --runtime.feed streamed"
+ADVICE = (
+    "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, --runtime.feed streamed, or of a "
+    "sweep --together 1"
+)
 
 
 class FailedRunsError(Exception):
@@ -15,8 +18,13 @@ def foreseen(error: BaseException) -> str | None:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     elif isinstance(error, ConfigError | FloatingPointError | OSError | FailedRunsError):
         text = str(error)
-    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    elif is_out_of_memory(error):
         text = f"out of memory ({str(error).split(chr(10))[0]}); {ADVICE}"
     else:
         return None
     return " ".join(text.split())  # what it quotes may have line breaks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device have no more."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -14,6 +14,7 @@ from lwfedssl_jax import evaluate, export, finetune, fleet, plan, report, resour
 from lwfedssl_jax.client import program_config
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import from_all, from_first
+from lwfedssl_jax.errors import is_out_of_memory
 from lwfedssl_jax.interrupts import Interrupts
 from lwfedssl_jax.page import write_report
 from lwfedssl_jax.simulate import (
@@ -202,16 +203,15 @@ def run_group(group: Sequence[tuple[Member, Run]], shared: Shared, interrupts: I
         left = [stage for stage in run.stages if done < stage.first_round + stage.rounds]
         try:
             simulator = Simulator(run, left, Everyone(members), interrupts.check, shared, others)
-        except MemoryError:
-            if count == 1:
-                raise
-            count //= 2
+            params, state = simulator.take_up(done, *[member.saved for member in members])
         except Exception as error:  # before anything of any of them is written
+            if count > 1 and is_out_of_memory(error):
+                count, simulator = count // 2, None
+                continue
             for member in members:
                 member.error = error
             return count
     try:
-        params, state = simulator.take_up(done, *[member.saved for member in members])
         interrupts.check()
         for number, (member, run) in enumerate(zip(members, simulator.runs, strict=True)):
             member.saved = {}
@@ -404,7 +404,10 @@ def finish(
         report.plot_distance(lines, plots / "client_distance.png")
         report.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     workdir.write_json("summary.json", summary)
-    with workdir.writing("report.html"):
+    try:
         write_report([workdir.path], workdir.path)
+    except Exception as error:  # the run is whole without it
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        listener.note(f"report.html cannot be written ({what}); `report {workdir.path}` tries it again")
     listener.finished(summary)
     return summary

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from lwfedssl_jax import resources
-from lwfedssl_jax.config import Config
 from lwfedssl_jax.simulate import Listener, Run
 from lwfedssl_jax.stages import Stage
 from lwfedssl_jax.sweep import Estimate, SweepRun
@@ -20,12 +19,6 @@ from lwfedssl_jax.sweep import Estimate, SweepRun
 SHOWN_AS = {"running": "bold", "failed": "red", "finished": "", "waiting": "dim"}
 SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
 SECONDS_BETWEEN_UPDATES = 0.3  # in a notebook
-
-
-def round_costs(config: Config) -> list[float]:
-    """Multiply-adds of a sample in each round, as executed."""
-    per_stage = resources.ledger(config)["per_stage"]
-    return [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
 
 
 def clock(seconds: float) -> str:
@@ -79,7 +72,8 @@ class ConsoleProgress(Listener):
         if finished_rounds:
             self.say(f"continuing after round {finished_rounds}")
         # A round's cost depends on its stage: progress is measured in operations, not rounds.
-        costs = round_costs(config)
+        per_stage = resources.ledger(config)["per_stage"]
+        costs = [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
         self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
         self._left_at_start = self._left[finished_rounds]
 
@@ -126,9 +120,7 @@ class ConsoleProgress(Listener):
             self.say(text)
 
 
-def estimates_table(
-    runs: Sequence[SweepRun], estimates: Sequence[Estimate], finished: Collection[str], jobs: int
-) -> Group:
+def estimates_table(runs: Sequence[SweepRun], estimates: Sequence[Estimate], finished: Collection[str]) -> Group:
     """A sweep before it starts: what each run takes, and the time of those that are left."""
     table = Table(title="Multiply-adds, and seconds of training at the speed of a step timed here")
     for column in ("run", "setting", "seed", "operations", "training"):
@@ -139,9 +131,8 @@ def estimates_table(
         left += 0.0 if done else of_run.seconds
         shown = "finished" if done else clock(of_run.seconds)
         table.add_row(str(number), escape(run.label), str(run.seed), f"{of_run.operations / 1e12:,.3g} T", shown)
-    at_once = f", {jobs} at once" if jobs > 1 else ""
-    text = f"{len(runs)} runs, {len(finished)} finished; about {clock(left / jobs)} of training left{at_once}"
-    return Group(table, f"{text}; loading, compiling and judging come on top")
+    text = f"{len(runs)} runs, {len(finished)} finished; about {clock(left)} of training left on this machine"
+    return Group(table, f"{text}; loading, compiling and judging come on top, and --jobs shares the same devices")
 
 
 class SweepProgress:
@@ -150,7 +141,7 @@ class SweepProgress:
     Args:
       console: to print to.
       runs: all of the sweep.
-      costs: of each round, by the run's directory (``round_costs`` times its samples).
+      costs: of each round, by the run's directory (``sweep.round_costs``).
       finished: directories of those that were finished before.
     """
 

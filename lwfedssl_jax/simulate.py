@@ -110,6 +110,14 @@ class Shared:
         made: Made = self._made[key]
         return made
 
+    def latest(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
+        """As ``once``, but of what is large only the last is kept."""
+        if self._made.get(kind, (None,))[0] != key:
+            self._made.pop(kind, None)  # before the next one is made
+            self._made[kind] = key, make()
+        made: Made = self._made[kind][1]
+        return made
+
 
 class State(NamedTuple):
     """What lasts from round to round of a stage besides the parameters; of runs that go together, a leading run axis.
@@ -164,7 +172,7 @@ def prepare(
     stages = make_stages(config, layers)
     aggregator, start = make_aggregator(config), make_start(config, task)
     load = lambda: sources.find(config.data).load(config.data, listener.loading, listener.note)  # noqa: E731
-    dataset = shared.once(("data", config.data), load)
+    dataset = shared.latest("data", config.data, load)
     evaluate.check(config.evaluation, dataset)
     of_server = server_examples(config.partition, dataset.train_labels, config.runtime.seed)
     clients = partition(config.partition, dataset.train_labels, config.runtime.seed, dataset.train_clients)
@@ -258,7 +266,7 @@ class Simulator:
         self._resident = kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * self._limit)
         if self._resident:
             place = lambda: feed.resident(images, placer(mesh, ALL))  # noqa: E731
-            self._feed = self._shared.once(("images", self.run.config.data, mesh), place)
+            self._feed = self._shared.latest("images", (self.run.config.data, mesh), place)
         else:
             self._feed = feed.streamed(images, placer(mesh, self._by_run(BY_LANE)))
         numbers = [jax.tree.map(functools.partial(np.asarray, dtype=r.task.dtype), r.task.hyper) for r in self.runs]

@@ -111,6 +111,8 @@ def runs_of(sweep: Sweep) -> list[SweepRun]:
     Raises:
       ConfigError: an axis that is not as it should be, a run that is not valid, or two that are the same.
     """
+    if not isinstance(sweep.base, str | Config):
+        raise ConfigError(f"SWEEP: base: {sweep.base!r} is not valid; accepted: a config, or its name or file")
     base = load(sweep.base) if isinstance(sweep.base, str) else sweep.base
     own_file = isinstance(sweep.base, str) and sweep.base.endswith(".py")
     code = hashlib.sha256(Path(str(sweep.base)).read_bytes()).hexdigest() if own_file else ""
@@ -138,7 +140,16 @@ def runs_of(sweep: Sweep) -> list[SweepRun]:
 
 def settings_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
     """The overrides of each setting, without seeds."""
+    for name in ("product", "zip"):
+        if not isinstance(value := getattr(sweep, name), Mapping):
+            raise ConfigError(f"SWEEP: {name}: {value!r} is not valid; accepted: {{'section.field': [values]}}")
+    if not isinstance(sweep.runs, list | tuple) or not all(isinstance(run, Mapping) for run in sweep.runs):
+        raise ConfigError(f"SWEEP: runs: {sweep.runs!r} is not valid; accepted: a list of {{'section.field': value}}")
+    if not isinstance(sweep.seeds, Sequence) or not all(type(seed) is int for seed in sweep.seeds):
+        raise ConfigError(f"SWEEP: seeds: {sweep.seeds!r} is not valid; accepted: a list of whole numbers")
     axes = {**sweep.product, **sweep.zip}
+    if unnamed := [name for name in itertools.chain(axes, *sweep.runs) if not isinstance(name, str)]:
+        raise ConfigError(f"SWEEP: {unnamed[0]!r} is no field; accepted: 'section.field'")
     for name, values in axes.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ConfigError(f"SWEEP: {name}: {values!r} is no axis; accepted: a list of at least one value")
@@ -227,7 +238,7 @@ class Estimate(NamedTuple):
 
     Attributes:
       operations: multiply-adds of the local training of all clients in all rounds.
-      seconds: of it, on all lanes, at the speed of one client's step that was timed here.
+      seconds: of it, on all lanes of this machine, at the speed of one client's step that was timed here.
     """
 
     operations: float
@@ -235,11 +246,13 @@ class Estimate(NamedTuple):
 
 
 def estimate(runs: Sequence[SweepRun], shared: Shared) -> list[Estimate]:
-    """What each run will take; reads the data, and compiles and times one step for each program of a last stage."""
+    """What each run will take; reads the data, and compiles and times one step for each program of a last stage.
+
+    Clients whose devices cannot afford a stage are counted as if they could.
+    """
     found = []
     for run in runs:
-        config = run.config
-        plain = override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})
+        config, plain = run.config, _priced_as(run.config)
         cost = shared.once(("cost", plain), functools.partial(resources.ledger, plain))["flops_executed"]
         ready = prepare(config, shared=shared)  # for the clients' sizes; nothing is compiled
         drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
@@ -248,3 +261,18 @@ def estimate(runs: Sequence[SweepRun], shared: Shared) -> list[Estimate]:
         at_once = ready.mesh.size if jax.default_backend() == "cpu" else ready.lanes
         found.append(Estimate(operations, operations / rate / at_once))
     return found
+
+
+def round_costs(config: Config, shared: Shared) -> list[float]:
+    """Each round's work, to compare runs of one data set by: multiply-adds of a sample, times the share of it drawn."""
+    plain = _priced_as(config)
+    per_stage = shared.once(("cost", plain), functools.partial(resources.ledger, plain))["per_stage"]
+    share = config.cohort_size / config.partition.clients
+    if config.partition.kind == "shared":
+        share = float(config.cohort_size * config.partition.examples_per_client)
+    return [share * row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
+
+
+def _priced_as(config: Config) -> Config:
+    """What all configs of one price have in common."""
+    return override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})

@@ -27,7 +27,8 @@ class WorkDir:
     """A directory that holds one run.
 
     ``WorkDir(path, config, code)`` only looks; nothing is written before ``open``. ``code`` stands for the text of
-    the user's own config file, if there is one: it may hold more than the config. Where a process is killed,
+    the user's own config file, if there is one: it may hold more than the config. ``patience``: seconds to wait for
+    another process to let go of the directory. Where a process is killed,
     ``metrics.jsonl`` and the plots may be cut, which a run that continues mends; all else is whole or not there.
 
     Attributes:
@@ -38,11 +39,11 @@ class WorkDir:
       ConfigError: the directory holds another config's run or other files, or cannot be read.
     """
 
-    def __init__(self, path: Path, config: Config, code: str = "") -> None:
+    def __init__(self, path: Path, config: Config, code: str = "", patience: float = 0) -> None:
         self.path = path
         self.summary: dict[str, Any] | None = None
         self._config, self._code = config, code
-        self._lock = filelock.FileLock(path / LOCK, timeout=0, is_singleton=False)
+        self._lock = filelock.FileLock(path / LOCK, timeout=patience, is_singleton=False)
         self._is_new = True
         try:
             if path.exists() and not path.is_dir():

@@ -24,6 +24,7 @@ from lwfedssl_jax.errors import foreseen
 from lwfedssl_jax.sweep import SweepRun
 
 LOGS = "logs"
+PATIENCE = 120.0  # seconds for a worker of a sweep that was killed to save and end
 Event = dict[str, Any]
 Hear = Callable[[SweepRun, Event], None]
 
@@ -50,7 +51,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, **environment},
+                env={**os.environ, "PYTHONPATH": search_path(), **environment},
                 start_new_session=True,  # Ctrl-C is the sweep's to pass on
             )
         self._say(request)
@@ -98,8 +99,9 @@ class Pool:
     def __init__(self, request: Event, groups: Mapping[str, Any], jobs: int, hear: Hear) -> None:
         self._request, self._groups, self._hear = request, groups, hear
         self._events: queue.Queue[Any] = queue.Queue()
-        self._places = places(jobs)
+        self._jobs = jobs
         self._workers: dict[int, Worker] = {}
+        self._suspects: set[str] = set()  # runs whose process has ended once while others ran beside them
 
     def run(self, runs: Sequence[SweepRun]) -> None:
         """All of them, in order as far as groups allow.
@@ -109,8 +111,9 @@ class Pool:
           OSError: workers do not start.
         """
         waiting = list(runs)
+        self._places = places(min(self._jobs, len(waiting))) if waiting else []
         try:
-            for number in range(min(len(self._places), len(waiting))):
+            for number in range(len(self._places)):
                 self._begin(number)
             while self._workers:
                 with contextlib.suppress(queue.Empty):
@@ -135,10 +138,15 @@ class Pool:
             worker.end()
             if not (worker.at_work or worker.group) and event["code"]:
                 raise OSError(f"workers do not start; what they say is in {worker.log}")
-            why = f"its process ended with exit code {event['code']}; see {worker.log}"
-            for run in worker.begun:
+            # Of several side by side nobody knows which was it: each is tried alone, once.
+            blamed = worker.begun or worker.at_work[:1]
+            if len(blamed) > 1:
+                self._suspects |= {run.directory for run in blamed}
+                blamed = []
+            for run in blamed:
+                why = f"its process ended with exit code {event['code']}; see {worker.log}"
                 self._hear(run, {"event": "failed", "why": why})
-            waiting[:0] = [run for run in worker.at_work if run not in worker.begun]
+            waiting[:0] = [run for run in worker.at_work if run not in blamed]
             if waiting:
                 self._begin(number)
         elif event["event"] == "ready":
@@ -158,16 +166,27 @@ class Pool:
 
     def _next_unit(self, worker: Worker, waiting: list[SweepRun], at_once: bool) -> list[SweepRun]:
         """Runs for a worker, taken from those that wait: of its group, else of the first one."""
-        mine = [run for run in waiting if self._groups[run.directory] == worker.group]
-        if not mine and waiting:
-            busy = [other.group for other in self._workers.values() if other is not worker]
-            free = [run for run in waiting if self._groups[run.directory] not in busy] or waiting
+        of_group = lambda group: [run for run in waiting if self._groups[run.directory] == group]  # noqa: E731
+        others = [other.group for other in self._workers.values() if other is not worker]
+        if waiting and not of_group(worker.group):
+            free = [run for run in waiting if self._groups[run.directory] not in others] or waiting
             worker.group = self._groups[free[0].directory]
-            mine = [run for run in waiting if self._groups[run.directory] == worker.group]
-        unit = mine[: math.ceil(len(mine) / len(self._places))] if at_once else mine[:1]
+        mine = of_group(worker.group)
+        if alone := [run for run in mine if run.directory in self._suspects]:
+            unit = alone[:1]
+        else:
+            groups = ({self._groups[run.directory] for run in waiting} | {*others}) - {None}
+            sharers = max(1, len(self._places) // max(1, len(groups)))
+            unit = mine[: math.ceil(len(mine) / sharers)] if at_once else mine[:1]
         for run in unit:
             waiting.remove(run)
         return unit
+
+
+def search_path() -> str:
+    """``PYTHONPATH`` that finds this package first, wherever it was found."""
+    here = str(Path(__file__).parent.parent.absolute())
+    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 
 def places(jobs: int) -> list[tuple[list[int], dict[str, str]]]:
@@ -193,8 +212,8 @@ def available_cores() -> list[int]:
 def visible_gpus() -> list[str]:
     """NVIDIA's GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them; asked without JAX, which would take them."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in chosen.split(",") if gpu]
-    if not shutil.which("nvidia-smi"):
+        return [gpu for gpu in chosen.split(",") if gpu and gpu != "-1"]
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
     return [str(i) for i in range(len([line for line in listed if line.startswith("GPU ")]))]
@@ -226,12 +245,33 @@ def main() -> None:
     by_directory = {run.directory: run for run in load_sweep(request["sweep"]).runs}
     shared = Shared()
     with contextlib.suppress(KeyboardInterrupt), Interrupts() as interrupts:
+        units: queue.Queue[list[str] | None] = queue.Queue()
+        idle = threading.Event()
+        threading.Thread(target=read_units, args=(units, idle), daemon=True).start()
         at_once = request["together"] != 1 and (request["together"] > 1 or jax.default_backend() != "cpu")
-        say({"event": "ready", "at_once": at_once})
-        for line in iter(sys.stdin.readline, ""):
-            do(Path(request["path"]), [by_directory[d] for d in json.loads(line)], request["together"], shared, say)
-            interrupts.check()
+        while True:
+            idle.set()
             say({"event": "ready", "at_once": at_once})
+            if (unit := units.get()) is None:
+                break
+            for directory in (d for d in unit if d not in by_directory):
+                say({"event": "started", "run": directory})
+                say(
+                    {"event": "failed", "run": directory, "why": "the sweep's file makes other runs than it did before"}
+                )
+            known = [by_directory[d] for d in unit if d in by_directory]
+            do(Path(request["path"]), known, request["together"], shared, say)
+            interrupts.check()
+
+
+def read_units(units: "queue.Queue[list[str] | None]", idle: threading.Event) -> None:
+    """Pass on what the sweep says; where it ends in the middle of a unit, it has been killed: save and end."""
+    for line in sys.stdin:
+        idle.clear()
+        units.put(json.loads(line))
+    units.put(None)
+    if not idle.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def do(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, say: Callable[[Event], None]) -> None:
@@ -248,7 +288,7 @@ def do(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, say: Ca
         for run in chunk:
             say({"event": "started", "run": run.directory})
             try:
-                workdir = WorkDir(path / run.directory, run.config, run.code)
+                workdir = WorkDir(path / run.directory, run.config, run.code, patience=PATIENCE)
             except ConfigError as error:
                 say({"event": "failed", "run": run.directory, "why": str(error)})
                 continue

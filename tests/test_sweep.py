@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import SMALL, small_config
@@ -66,6 +66,11 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
             Sweep(BASE, product={"objective.name": ("simclr", "dino")}),
             "run 'dino', seed 0: objective.name: unknown 'dino'",
         ),
+        (Sweep(BASE, seeds=3), "seeds: 3 is not valid; accepted: a list of whole numbers"),  # type: ignore[arg-type]
+        (Sweep(BASE, runs={"partition.beta": 1.0}), "runs: .* is not valid; accepted: a list"),  # type: ignore[arg-type]
+        (Sweep(BASE, product=["partition.beta"]), "product: .* is not valid; accepted: "),  # type: ignore[arg-type]
+        (Sweep(BASE, product={3: (1,)}), "3 is no field; accepted: 'section.field'"),  # type: ignore[dict-item]
+        (Sweep(7), "base: 7 is not valid; accepted: a config, or its name or file"),  # type: ignore[arg-type]
         (Sweep("quickstrat"), "no config 'quickstrat'; accepted: .*quickstart"),
     ],
 )
@@ -129,6 +134,77 @@ def test_cores_and_gpus_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers.places(1) == [([], {})]
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in workers.places(2)] == ["2", "5"]
     assert all(0.25 < float(e["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.5 for _, e in workers.places(4))
+
+
+class FakeWorker:
+    """A process that does what a test says: it is begun, and then ends its runs or itself."""
+
+    crashes: ClassVar[dict[str, str]] = {}  # by label: when
+    units: ClassVar[list[list[str]]] = []
+
+    def __init__(self, number: int, request: dict[str, Any], environment: dict[str, str], events: Any) -> None:
+        self.at_work: list[Any] = []
+        self.begun: list[Any] = []
+        self.group, self.log, self._events, self._ended = None, "log", events, False
+        self._ready()
+
+    def _ready(self) -> None:
+        self._events.put((self, {"event": "ready", "at_once": True}))
+
+    def give(self, runs: list[Any]) -> None:
+        self.at_work, self.begun = list(runs), []
+        self.units.append([run.label for run in runs])
+        died = {when for run in runs if (when := self.crashes.get(run.label))}
+        if "unbegun" not in died:
+            for run in runs:
+                self._events.put((self, {"event": "started", "run": run.directory}))
+        if died:
+            self._exit(-9)
+            return
+        for run in runs:
+            self._events.put((self, {"event": "finished", "run": run.directory}))
+        self._ready()
+
+    def end(self) -> int:
+        self._exit(0)
+        return 0
+
+    def _exit(self, code: int) -> None:
+        if not self._ended:
+            self._ended = True
+            self._events.put((self, {"event": "exit", "code": code}))
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("when", ["unbegun", "begun"])
+def test_a_run_that_ends_its_process_is_found_and_no_other_is_lost(
+    when: str, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "Worker", FakeWorker)
+    monkeypatch.setattr(workers, "places", lambda jobs: [([], {})] * jobs)
+    monkeypatch.setattr(FakeWorker, "crashes", {"learning rate 0.2": when})
+    monkeypatch.setattr(FakeWorker, "units", [])
+    runs = runs_of(Sweep(BASE, product={"optimizer.learning_rate": (0.1, 0.2, 0.3, 0.4)}))
+    ended: dict[str, str] = {}
+
+    def hear(run: Any, event: dict[str, Any]) -> None:
+        if event["event"] in ("finished", "failed"):
+            assert run.label not in ended
+            ended[run.label] = event["event"]
+
+    workers.Pool({}, dict.fromkeys((run.directory for run in runs), "same"), jobs, hear).run(runs)
+    failed = {label for label, end in ended.items() if end == "failed"}
+    assert len(ended) == 4
+    assert len(FakeWorker.units[0]) == 4 // jobs
+    if when == "begun":
+        assert failed == {"learning rate 0.2"}
+        assert ["learning rate 0.2"] in FakeWorker.units
+    else:
+        assert "learning rate 0.2" in failed
+        assert len(failed) <= 2  # nobody knows which: the first of a unit is blamed
 
 
 def test_progress_tells_what_is_left() -> None:
