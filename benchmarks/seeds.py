@@ -3,7 +3,8 @@
     python benchmarks/seeds.py                          # whole commands, and rounds
     python benchmarks/seeds.py --rounds-only --seeds 8  # on an accelerator the second part says most
 
-The first part times whole commands, each with an empty folder for compiled programs; the second one round of all
+The first part times whole commands; each side begins with an empty folder for compiled programs, which separate runs
+share as well, as they do by default. The second times one round of all
 runs, alone (``Simulator`` for each) and side by side under ``vmap``, interleaved.
 """
 
@@ -51,17 +52,13 @@ def whole_commands(seeds: int, rounds: int, repeats: int) -> list[dict[str, Any]
             for seed in range(seeds)
         ]  # fmt: skip
 
-    def uncached(folder: Path) -> list[list[str]]:
-        return [[*command[:-1], "off"] for command in separate(folder)]
-
     def sweep(folder: Path, *more: str) -> list[list[str]]:
         (folder / "seeds.py").write_text(SWEEP.format(rounds=rounds, seeds=seeds))
         where = ["--workdir", str(folder / "out"), "--compilation-cache", str(folder / "cache")]
         return [["sweep", str(folder / "seeds.py"), *where, *more]]
 
     sides = {
-        "separate runs, nothing cached": uncached,
-        "separate runs, programs cached on disk": separate,
+        "separate runs": separate,
         "one sweep": sweep,
         "one sweep, 2 jobs": lambda folder: sweep(folder, "--jobs", "2"),
     }

@@ -17,14 +17,19 @@ import jax
 
 from lwfedssl_jax import config as configs
 from lwfedssl_jax import resources
+from lwfedssl_jax.additions import TERMS
+from lwfedssl_jax.aggregation import AGGREGATORS
 from lwfedssl_jax.checks import check
 from lwfedssl_jax.client import program_config
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, Config, ConfigError, load, override, resolve
 from lwfedssl_jax.devices import can_hold
+from lwfedssl_jax.objectives import OBJECTIVES
 from lwfedssl_jax.simulate import Shared, prepare
+from lwfedssl_jax.stages import STRATEGIES
 
 INDEX, SOURCE, LOCK = "sweep.json", "sweep.py", ".sweep.lock"
 LONGEST_NAME = 80
+TABLES: tuple[dict[str, Any], ...] = (TERMS, AGGREGATORS, OBJECTIVES, STRATEGIES)
 
 
 @dataclass(frozen=True)
@@ -96,17 +101,24 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
     if not os.path.isfile(path) or not (own or path.stem in known):
         names = ", ".join(difflib.get_close_matches(name, known) or known)
         raise ConfigError(f"SWEEP: no sweep {name!r}; accepted: a path to a .py file, or one of {names}")
+    before = [dict(table) for table in TABLES]
     module = configs.run_file(path, "SWEEP", "sweep")
     sweep = getattr(module, "sweep", None)
     if not isinstance(sweep, Sweep):
         found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
         raise ConfigError(f"SWEEP: {path} defines no sweep, {found}")
     about = (module.__doc__ or "").strip().split("\n")[0]
-    return SweepFile(path.stem, about, path.read_text(), runs_of(sweep))
+    # A file that adds entries to the tables holds more than the configs of its runs.
+    code = path.read_bytes() if before != [dict(table) for table in TABLES] else b""
+    return SweepFile(path.stem, about, path.read_text(), runs_of(sweep, code))
 
 
-def runs_of(sweep: Sweep) -> list[SweepRun]:
+def runs_of(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
     """All runs, those of a setting together; each has been checked as far as it can be without data.
+
+    Args:
+      sweep: what they are.
+      code: text that they depend on besides their configs (and the base's own file, if it has one).
 
     Raises:
       ConfigError: an axis that is not as it should be, a run that is not valid, or two that are the same.
@@ -115,7 +127,8 @@ def runs_of(sweep: Sweep) -> list[SweepRun]:
         raise ConfigError(f"SWEEP: base: {sweep.base!r} is not valid; accepted: a config, or its name or file")
     base = load(sweep.base) if isinstance(sweep.base, str) else sweep.base
     own_file = isinstance(sweep.base, str) and sweep.base.endswith(".py")
-    code = hashlib.sha256(Path(str(sweep.base)).read_bytes()).hexdigest() if own_file else ""
+    code += Path(str(sweep.base)).read_bytes() if own_file else b""
+    digest_of_code = hashlib.sha256(code).hexdigest() if code else ""
     settings = list(settings_of(sweep))
     varied = [f for f in dict.fromkeys(itertools.chain(*settings)) if len({repr(s.get(f)) for s in settings}) > 1]
     runs: list[SweepRun] = []
@@ -126,9 +139,9 @@ def runs_of(sweep: Sweep) -> list[SweepRun]:
             check(config)
         except ConfigError as error:
             raise ConfigError(f"SWEEP: run {label!r}, seed {seed}: {error}") from error
-        digest = hashlib.sha256((json.dumps(configs.to_dict(config)) + code).encode()).hexdigest()[:8]
+        digest = hashlib.sha256((json.dumps(configs.to_dict(config)) + digest_of_code).encode()).hexdigest()[:8]
         slug = re.sub(r"[^a-zA-Z0-9.=]+", "_", label)[:LONGEST_NAME]
-        runs.append(SweepRun(f"runs/{slug}-seed{seed}-{digest}", label, dict(setting), seed, config, code))
+        runs.append(SweepRun(f"runs/{slug}-seed{seed}-{digest}", label, dict(setting), seed, config, digest_of_code))
     for i, run in enumerate(runs):
         if same := [other for other in runs[:i] if other.config == run.config]:
             raise ConfigError(

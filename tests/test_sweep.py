@@ -14,6 +14,7 @@ from conftest import SMALL, small_config
 from rich.console import Console
 
 from lwfedssl_jax import resources, simulate, workers
+from lwfedssl_jax.additions import TERMS
 from lwfedssl_jax.cli import main
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.progress import SweepProgress
@@ -112,6 +113,21 @@ def test_the_quickstarts_sweep_has_three_strategies_and_seeds() -> None:
     assert {(run.label, run.seed) for run in runs} == {
         (strategy, seed) for strategy in ("layerwise", "progressive", "end_to_end") for seed in (0, 1, 2)
     }
+
+
+def test_runs_of_a_file_that_holds_more_than_configs_are_known_by_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    plain = 'from lwfedssl_jax.sweep import Sweep\nsweep = Sweep("quickstart")\n'
+    added = 'from lwfedssl_jax.additions import TERMS\nTERMS["nothing"] = lambda local: 0.0\n'
+    directories = []
+    try:
+        for text in (plain, plain + "# a note\n", plain + added, plain + added + "# changed\n"):
+            file.write_text(text)
+            directories.append(load_sweep(str(file)).runs[0].directory)
+    finally:
+        TERMS.pop("nothing", None)
+    assert directories[0] == directories[1]
+    assert len(set(directories)) == 3
 
 
 def test_an_estimate_counts_the_samples_of_a_run() -> None:
@@ -292,4 +308,5 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
     assert "learning rate 0.05" in page
     assert "exit code 7" in page
     assert "python run.py sweep out/sweep.py --workdir out" in page
-    assert load_sweep(str(tmp_path / "out" / "sweep.py")).runs == runs
+    again = load_sweep(str(tmp_path / "out" / "sweep.py")).runs
+    assert [run.directory for run in again] == [run.directory for run in runs]
