@@ -134,8 +134,10 @@ def test_runs_of_a_sweep_keep_its_order_names_and_failures(tmp_path: Path) -> No
     assert found["fault"].tolist() == ["", "", "partition.beta: too small", "not begun"]
     assert [s.label for s in comparison.settle(found)[1]] == ["beta = 0.1", "beta = 0.5"]
     assert results.sweep_name(tmp_path) == "mine"
+    write_run(tmp_path / "runs" / "earlier", {"knn": 0.5}, partition__beta=9.0)
+    assert results.load_results(tmp_path)["name"].tolist() == ["z", "a", "bad", "later"]
     (tmp_path / "sweep.json").write_text('{"runs": [3]}')
-    assert results.load_results(tmp_path)["name"].tolist() == ["a", "z"]
+    assert results.load_results(tmp_path)["name"].tolist() == ["a", "earlier", "z"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
