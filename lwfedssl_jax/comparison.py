@@ -154,10 +154,10 @@ class Difference(NamedTuple):
         said = f"{self.setting} {side} {self.against} by {100 * abs(self.mean):.1f} points"
         if self.why_not:
             return f"{said} ({self.why_not})"
-        adjusted = "" if np.isnan(self.p_holm) else f", adjusted {self.p_holm:.2g}"
+        adjusted = "not adjusted" if np.isnan(self.p_holm) else f"adjusted {self.p_holm:.2g}"
         low, high = (self.low, self.high) if self.mean >= 0 else (-self.high, -self.low)
         interval = f"95 % CI {100 * low:.1f} to {100 * high:.1f}"
-        return f"{said} ({interval}, p = {self.p:.2g}{adjusted}, {self.seeds} seeds)"
+        return f"{said} ({interval}, p = {self.p:.2g}, {adjusted}, {self.seeds} seeds)"
 
 
 def differences(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str) -> list[Difference]:
