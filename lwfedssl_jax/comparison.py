@@ -69,9 +69,10 @@ def settle(results: "pd.DataFrame") -> tuple["pd.DataFrame", list[Setting]]:
     given = [finished["label"][keys.index(key)] or s.label for key, s in zip(unique, settings, strict=True)]
     if len(set(given)) == len(given):  # else runs of several sweeps, whose names say less than is needed
         settings = [s._replace(label=label) for s, label in zip(settings, given, strict=True)]
-    labels = dict(zip(unique, (s.label for s in settings), strict=True))
-    finished = finished.assign(setting=[labels[key] for key in keys])
-    return finished.drop_duplicates(["setting", SEED] if SEED in finished else ["setting"]), settings
+    numbers = [unique.index(key) for key in keys]
+    seeds = finished[SEED] if SEED in finished else [None] * len(keys)
+    again = pd.Series(list(zip(numbers, seeds, strict=True)), dtype=object).duplicated()
+    return finished.assign(setting=[settings[i].label for i in numbers])[~again], settings
 
 
 def _telling_apart(fields: Sequence[tuple[str, Sequence[Any]]]) -> list[str]:
@@ -92,12 +93,12 @@ def _is_usual(field: str, values: Sequence[Any], i: int) -> bool:
 
 
 def _word(field: str, value: Any) -> str:
-    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    shown = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     if field == "config_file":
         return f"config file {shown[:8] or 'by name'}"
     if field in BY_VALUE:
         return shown
-    return f"{field.partition('.')[2].replace('_', ' ')} {'none' if value in (None, '') else shown}"
+    return f"{field.partition('.')[2].replace('_', ' ')} {'unknown' if value is None else shown or 'none'}"
 
 
 def protocols(results: "pd.DataFrame") -> list[str]:
@@ -153,10 +154,10 @@ class Difference(NamedTuple):
         said = f"{self.setting} {side} {self.against} by {100 * abs(self.mean):.1f} points"
         if self.why_not:
             return f"{said} ({self.why_not})"
-        adjusted = "" if np.isnan(self.p_holm) else f", adjusted {self.p_holm:.2g}"
+        adjusted = "not adjusted" if np.isnan(self.p_holm) else f"adjusted {self.p_holm:.2g}"
         low, high = (self.low, self.high) if self.mean >= 0 else (-self.high, -self.low)
         interval = f"95 % CI {100 * low:.1f} to {100 * high:.1f}"
-        return f"{said} ({interval}, p = {self.p:.2g}{adjusted}, {self.seeds} seeds)"
+        return f"{said} ({interval}, p = {self.p:.2g}, {adjusted}, {self.seeds} seeds)"
 
 
 def differences(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str) -> list[Difference]:

@@ -3,12 +3,13 @@
 import base64
 import itertools
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lwfedssl_jax import __version__, figures, tables
-from lwfedssl_jax.comparison import Setting, baseline_of, differences, over_seeds, paired, protocols, settle
+from lwfedssl_jax.comparison import Difference, Setting, baseline_of, differences, over_seeds, paired, protocols, settle
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, load, resolve, to_dict
 from lwfedssl_jax.report import STYLES, protocol_words, stage_ends
 from lwfedssl_jax.results import END_TO_END, SEED, STRATEGY, Run, find_runs, frame, sweep_name
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
+CHANCE = 0.05  # from which p on a difference is said to be perhaps chance
 SPENDING = "What a client spends under each strategy: over the rounds, and in all for other numbers of local epochs."
 BASE = "quickstart"  # of the command lines that would repeat runs
 SAID = (  # what a page says at its top of what all its runs share
@@ -91,7 +93,7 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "settings": settings,
         "said": {field: shared[field] for field in SAID if field in shared},
         "protocols": [protocol_words(p) for p in names],
-        "headline": list(headline(finished, settings, names)),
+        "headline": list(headline(finished, settings, names, found)),
         "tables": {name: table and table.words for name, table in shown.items()},
         "differences": {protocol_words(p): [str(d) for d in ds] for p, ds in found.items()},
         "costs": [_costs_figure(finished, settings, p, out) for p in names] if len(settings) > 1 else [],
@@ -125,12 +127,18 @@ def _shared(runs: Sequence[Run]) -> dict[str, str]:
     }
 
 
-def headline(runs: "pd.DataFrame", settings: Sequence[Setting], names: Sequence[str]) -> Iterator[str]:
+def headline(
+    runs: "pd.DataFrame",
+    settings: Sequence[Setting],
+    names: Sequence[str],
+    found: Mapping[str, Sequence[Difference]],
+) -> Iterator[str]:
     """By the first protocol the best setting on each data set, against end_to_end or the next one, and what it spends.
 
     Args:
       runs, settings: as ``comparison.settle`` gives them.
       names: as ``comparison.protocols`` gives them.
+      found: by protocol what ``comparison.differences`` gives; a comparison that is not there is made, not adjusted.
     """
     if not settings or not names:
         return
@@ -149,8 +157,10 @@ def headline(runs: "pd.DataFrame", settings: Sequence[Setting], names: Sequence[
             f"{protocol_words(names[0])}{over}{_untrained(summary, best, names[0])}{_spent(summary, best)}."
         )
         if rival := _rival(best, members, accuracy):
-            difference = paired(runs, best.label, rival.label, names[0])
-            chance = " This may be chance." if difference.low <= 0 <= difference.high else ""
+            known = (d for d in found.get(names[0], ()) if {d.setting, d.against} == {best.label, rival.label})
+            difference = next(known, None) or paired(runs, best.label, rival.label, names[0])
+            kind, p = ("p", difference.p) if isnan(difference.p_holm) else ("adjusted p", difference.p_holm)
+            chance = f" This may be chance: the {kind} is not below {CHANCE}." if p >= CHANCE else ""
             yield f"{difference}{_spent(summary, rival)}.{chance}"
 
 

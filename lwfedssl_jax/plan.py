@@ -287,7 +287,8 @@ def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], proto
     """Mean accuracy of each option that results have.
 
     Finished runs count that differ from the config in strategy, runtime and evaluation alone. Their fleet is the
-    config's, and then ``runtime.remat`` decides who took part; or, where none has that, they have none.
+    config's, with its deadline, and then ``runtime.remat`` decides who took part; or, where none has that, they have
+    none.
 
     Args:
       config: resolved.
@@ -297,6 +298,8 @@ def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], proto
     Raises:
       ConfigError: no run is like the config, or none has the protocol.
     """
+    import pandas as pd
+
     finished = [row for row in rows if row["finished"]]
     plain = {
         f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
@@ -306,8 +309,9 @@ def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], proto
     same = [name for name in plain if name.split(".")[0] not in IN_RESULTS]
     others = [[name for name in same if row.get(name) != plain[name]] for row in finished]
     alike = [row for row, differing in zip(finished, others, strict=True) if not differing]
-    mine = [row for row in alike if plain["fleet.devices"] and row.get("fleet.devices") == plain["fleet.devices"]]
-    runs = mine or [row for row in alike if row.get("fleet.devices") in (None, "")]
+    on_fleet = [name for name in plain if name.startswith("fleet.")] if plain["fleet.devices"] else []
+    mine = [row for row in alike if on_fleet and all(row.get(name) == plain[name] for name in on_fleet)]
+    runs = mine or [row for row in alike if pd.isna(row.get("fleet.devices")) or row["fleet.devices"] == ""]
     if not runs:
         found = f"{len(finished)} finished runs, none like this config"
         if finished and not alike:

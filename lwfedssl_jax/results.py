@@ -67,7 +67,7 @@ def load_metrics(*directories: str | Path) -> "pd.DataFrame":
 
 
 def find_runs(directories: Sequence[str | Path]) -> list[Run]:
-    """The runs under the directories, each once: by its place, a sweep's in the sweep's order.
+    """The runs under the directories, each once: by its place, a sweep's in its order, of these the listed ones alone.
 
     Raises:
       ConfigError: as ``load_results``.
@@ -90,19 +90,20 @@ def _runs_under(directory: Path) -> Iterator[Run]:
     try:
         for place, folders, files in os.walk(directory, onerror=_raise):
             folders.sort()
-            if "sweep.json" in files:
-                listed |= _sweep(Path(place))
-            if "config.json" in files and (run := read_run(Path(place))):
+            if "sweep.json" in files and (sweep := _sweep(Path(place))):
+                listed |= sweep
+                folders.clear()  # what an earlier form of the sweep has left there counts no longer
+            elif "config.json" in files and (run := read_run(Path(place))):
                 paths.append(run.path)
                 folders.clear()
+        for path in [*listed, *(p for p in paths if p not in listed)]:
+            label, failed, overrides = listed.get(path, ("", "", {}))
+            found = read_run(path) or Run(path, overrides, {}, [], {}, "not begun", "")
+            yield found._replace(label=label, fault=(found.fault and failed) or found.fault)
     except OSError as error:
         raise ConfigError(
             f"DIR: {error.filename} cannot be read ({error.strerror}); accepted: a directory you can read"
         ) from error
-    for path in [*listed, *(p for p in paths if p not in listed)]:
-        label, failed, overrides = listed.get(path, ("", "", {}))
-        run = read_run(path) or Run(path, overrides, {}, [], {}, "not begun", "")
-        yield run._replace(label=label, fault=(run.fault and failed) or run.fault)
 
 
 def _raise(error: OSError) -> None:

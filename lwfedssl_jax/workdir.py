@@ -211,11 +211,11 @@ class WorkDir:
                 f"--workdir: {self.path} holds the run of another config file, or of this one before it was changed; "
                 "accepted: the file as it was, or another directory"
             )
-        old, new = content["config"], to_dict(self._config)
+        old, new, usual = content["config"], to_dict(self._config), to_dict(Config())
         for section in new:
             for name, value in new[section].items():
-                before = old.get(section, {}).get(name)
-                if before != value:
+                before = old.get(section, {}).get(name, usual[section][name])  # the run may be older than the field
+                if before != value and f"{section}.{name}" != "runtime.trackers":
                     raise ConfigError(
                         f"--workdir: {self.path} holds another config's run: {section}.{name} is {before!r} there, "
                         f"{value!r} here; accepted: the same config, or another directory"

@@ -250,6 +250,21 @@ def test_of_two_new_runs_in_one_directory_the_second_is_refused(tmp_path: Path) 
         third.open(1, 1)
 
 
+def test_a_run_may_be_older_than_a_field_and_have_other_trackers(tmp_path: Path) -> None:
+    workdir = WorkDir(tmp_path / "run", small_config())
+    workdir.open(1, 1)
+    workdir.close()
+    file = tmp_path / "run" / "config.json"
+    content = json.loads(file.read_text())
+    del content["config"]["fleet"], content["config"]["runtime"]["feed"]
+    file.write_text(json.dumps(content))
+    WorkDir(tmp_path / "run", small_config(runtime__trackers=("tensorboard",)))
+    with pytest.raises(ConfigError, match=r"runtime.feed is 'auto' there, 'streamed' here; accepted: the same config"):
+        WorkDir(tmp_path / "run", small_config(runtime__feed="streamed"))
+    with pytest.raises(ConfigError, match=r"fleet.devices is \[\] there, "):
+        WorkDir(tmp_path / "run", small_config(fleet__devices=("phone count=1 memory_gb=1",)))
+
+
 def test_a_process_killed_before_its_config_was_written_leaves_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()

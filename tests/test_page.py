@@ -107,6 +107,22 @@ def test_the_page_says_what_the_numbers_say(written: Path) -> None:
     ]  # fmt: skip
 
 
+def test_chance_is_told_by_the_p_that_is_adjusted_for_all_comparisons(tmp_path: Path) -> None:
+    accuracies = {"end_to_end": (0.80, 0.80, 0.80), "layerwise": (0.80, 0.70, 0.88), "progressive": (0.85, 0.87, 0.89)}
+    for strategy, reached in accuracies.items():
+        for seed, accuracy in enumerate(reached):
+            run = tmp_path / f"{strategy}-{seed}"
+            write_run(run, {"knn": accuracy}, strategy__name=strategy, runtime__seed=seed)
+    runs, settings = comparison.settle(results.load_results(tmp_path))
+    found = {"knn": comparison.differences(runs, settings, "knn")}
+    _, said = page.headline(runs, settings, ["knn"], found)
+    assert "7.0 points (95 % CI 2.0 to 12.0, p = 0.026, adjusted 0.078, 3 seeds)" in said
+    assert said.endswith("This may be chance: the adjusted p is not below 0.05.")
+    _, said = page.headline(runs, settings, ["knn"], {})  # of many settings not every pair is compared
+    assert "p = 0.026, not adjusted, 3 seeds" in said
+    assert "chance" not in said
+
+
 def test_the_page_stands_alone_and_values_are_inert(written: Path) -> None:
     content = Content(written.read_text())
     assert all(link.startswith("data:") for link in content.loaded)

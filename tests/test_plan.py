@@ -145,6 +145,11 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
     assert plan.measured_accuracies(config, rows, None).protocol == "linear_probe_all"
     on_fleet = small_config(fleet__devices=("phone count=1 memory_gb=1",))
     assert plan.measured_accuracies(on_fleet, rows, "knn") == ("knn", True, {(layers, False): Measured(0.1, 1)})
+    hurried = row(config, 0.9, fleet__devices=rows[4]["fleet.devices"], fleet__deadline_seconds=60.0)
+    assert plan.measured_accuracies(on_fleet, [*rows, hurried], "knn").found == {(layers, False): Measured(0.1, 1)}
+    assert plan.measured_accuracies(on_fleet, [rows[0], hurried], "knn")[1] is False
+    before_fleets = row(config, 0.5, fleet__devices=math.nan, fleet__deadline_seconds=math.nan)
+    assert plan.measured_accuracies(config, [before_fleets], "knn").found[layers, False] == Measured(0.5, 1)
     with pytest.raises(
         ConfigError, match=r"^--protocol: fine_tune has judged none .*; accepted: knn, linear_probe_all"
     ):

@@ -134,8 +134,10 @@ def test_runs_of_a_sweep_keep_its_order_names_and_failures(tmp_path: Path) -> No
     assert found["fault"].tolist() == ["", "", "partition.beta: too small", "not begun"]
     assert [s.label for s in comparison.settle(found)[1]] == ["beta = 0.1", "beta = 0.5"]
     assert results.sweep_name(tmp_path) == "mine"
+    write_run(tmp_path / "runs" / "earlier", {"knn": 0.5}, partition__beta=9.0)
+    assert results.load_results(tmp_path)["name"].tolist() == ["z", "a", "bad", "later"]
     (tmp_path / "sweep.json").write_text('{"runs": [3]}')
-    assert results.load_results(tmp_path)["name"].tolist() == ["a", "z"]
+    assert results.load_results(tmp_path)["name"].tolist() == ["a", "earlier", "z"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
@@ -162,6 +164,8 @@ def test_labels_hold_what_tells_settings_apart() -> None:
     assert label({"additions.terms": ""}, {"additions.terms": "proximal=1"}) == ["terms none", "terms proximal=1"]
     usual = [{layers: 1, "strategy.name": s} for s in ("layerwise", "progressive", "end_to_end")]
     assert label(*usual, {layers: 2})[2:] == ["end_to_end", "layerwise, layers per stage 2"]
+    assert label({beta: 0.12345678}, {beta: 0.12345679}) == ["beta 0.12345678", "beta 0.12345679"]
+    assert label({"fleet.devices": None}, {"fleet.devices": ""}) == ["devices unknown", "devices none"]  # older, newer
     assert label({"config_file": "0123456789"}, {"config_file": ""}) == ["config file 01234567", "config file by name"]
 
 
@@ -173,6 +177,16 @@ def test_a_seed_counts_once(nine: Path, tmp_path: Path) -> None:
     mean, std, count = comparison.over_seeds(runs).loc["end_to_end", "accuracy.linear_probe_5"]
     assert (mean, count) == (pytest.approx(0.83), 3)
     assert std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
+
+
+def test_settings_that_are_nearly_alike_keep_their_runs(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for beta in (0.12345678, 0.12345679):
+            write_run(tmp_path / f"{seed}-{beta}", {"knn": beta}, partition__beta=beta, runtime__seed=seed)
+    runs, settings = comparison.settle(results.load_results(tmp_path))
+    assert len(runs) == 4
+    assert comparison.over_seeds(runs)["accuracy.knn", "count"].tolist() == [2, 2]
+    assert len({s.label for s in settings}) == 2
 
 
 def test_differences_are_paired_over_seeds(nine: Path) -> None:
