@@ -485,9 +485,8 @@ class Simulator:
 
         shapes = str(jax.tree.map(np.shape, stage.rows))
         calibrate = self._shared.once(("calibration", program_config(run.config), steps, shapes), traced)
-        params, loss = calibrate(
-            jax.device_get((self._hyper, params)), stage.rows, np.int32(stage.depth), run.server_images, key
-        )
+        hyper, params = jax.device_get((self._hyper, params))
+        params, loss = calibrate(hyper, params, stage.rows, np.int32(stage.depth), run.server_images, key)
         return jax.device_get(params), float(loss)
 
 

@@ -36,15 +36,24 @@ def with_task(run: simulate.Run, **changes: Any) -> simulate.Run:
     return run._replace(task=run.task._replace(**changes))
 
 
+def weighted(run: simulate.Run, *terms: tuple[Any, float]) -> simulate.Run:
+    hyper = run.task.hyper._replace(weights=tuple(weight for _, weight in terms))
+    return with_task(run, terms=tuple(term for term, _ in terms), hyper=hyper)
+
+
+def dropping(run: simulate.Run, rate: float) -> simulate.Run:
+    return with_task(run, drops_layers=True, hyper=run.task.hyper._replace(depth_dropout=rate))
+
+
 def test_terms_of_zero_weight_change_nothing_bit_for_bit() -> None:
     run = prepare(small_config())
     terms = [TERMS[name] for name in sorted(TERMS.keys() - {"base"})]  # which needs a base model: test_fedca
     plain, loss = two_steps(run, run.stages[1])
-    zero, zero_loss = two_steps(with_task(run, terms=tuple((term, 0.0) for term in terms)), run.stages[1])
+    zero, zero_loss = two_steps(weighted(run, *((term, 0.0) for term in terms)), run.stages[1])
     assert loss == zero_loss
     assert max_difference(plain, zero) == 0
     for term in terms:
-        some, _ = two_steps(with_task(run, terms=((term, 0.5),)), run.stages[1])
+        some, _ = two_steps(weighted(run, (term, 0.5)), run.stages[1])
         assert max_difference(plain, some) > 1e-6
 
 
@@ -61,11 +70,11 @@ def test_depth_dropout_at_rate_0_changes_nothing_and_at_rate_1_skips_exactly_the
     run = prepare(small_config(strategy__name=strategy))
     stage = run.stages[2]
     plain, loss = two_steps(run, stage)
-    tiny, tiny_loss = two_steps(with_task(run, depth_dropout=1e-30), stage)  # the machinery runs, and drops nothing
+    tiny, tiny_loss = two_steps(dropping(run, 1e-30), stage)  # the machinery runs, and drops nothing
     assert loss == tiny_loss
     assert max_difference(plain, tiny) == 0
 
-    everything, _ = two_steps(with_task(run, depth_dropout=1.0), stage)
+    everything, _ = two_steps(dropping(run, 1.0), stage)
     # The same without layers 1 and 2, which earlier stages trained: layer 3 directly on the embedding.
     params = simulate.initial_params(run)
     if strategy == "progressive":

@@ -186,7 +186,7 @@ def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two["download_bytes"] == 3 * (model + 3 * upload) + 2 * model
     resumed = simulate.Simulator(run)
     resumed.take_up(1, simulate.to_save(params, state))
-    assert resumed._traffic.download(run.stages[0], cohorts[2]) == two["download_bytes"]
+    assert resumed._traffic[0].download(run.stages[0], cohorts[2]) == two["download_bytes"]
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
