@@ -301,7 +301,7 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
     directory = SweepDirectory(tmp_path / "out", mine)
     assert [directory.is_finished(run) for run in runs] == [True, False, False, True]
     for run in (runs[0], runs[3]):
-        summary = WorkDir(tmp_path / "out" / run.directory, run.config).summary
+        summary = WorkDir(tmp_path / "out" / run.directory, run.config, run.code).summary
         assert summary is not None
         assert summary["rounds"] == 2
     page = (tmp_path / "out" / "report.html").read_text()
