@@ -99,12 +99,12 @@ def plot_costs(
             near = 0.03 * runs[cost].max() / scale
             beside = sum(abs(x - other) < near and abs(mean - y) < 0.1 for other, y in placed) % 4
             placed.append((x, mean))
-            at = {"linestyle": "none", "transform": _moved(panel, -8 * beside), "zorder": 3}
+            at = {"linestyle": "none", "zorder": 3 - 0.1 * beside}  # never moved: costs may differ by little
             panel.errorbar(
                 [x], [100 * mean], 100 * std if count > 1 else None, capsize=3, label=label,
-                **style | at | {"markersize": 7, "markeredgecolor": style["color"]},
+                **style | at | {"markersize": 7 + 4 * beside, "markeredgecolor": style["color"]},
             )  # fmt: skip
-            at = {"linestyle": "none", "transform": _moved(panel, 6 - 8 * beside), "alpha": 0.6, "zorder": 2}
+            at = {"linestyle": "none", "transform": _moved(panel, 6), "alpha": 0.6, "zorder": 2}
             values = 100 * own[f"accuracy.{protocol}"]
             spread = [100 * (mean + side * np.nan_to_num(std)) for side in (-1, 1)]
             panel.update_datalim([(x, y) for y in (*spread, *values.dropna())])  # what is moved does not count

@@ -161,7 +161,8 @@ def headline(
             difference = next(known, None) or paired(runs, best.label, rival.label, names[0])
             kind, p = ("p", difference.p) if isnan(difference.p_holm) else ("adjusted p", difference.p_holm)
             chance = f" This may be chance: the {kind} is not below {CHANCE}." if p >= CHANCE else ""
-            yield f"{difference}{_spent(summary, rival)}.{chance}"
+            spent = _spent(summary, rival).replace(", for ", f"; {rival.label} takes ", 1)
+            yield f"{difference}{spent}.{chance}"
 
 
 def _untrained(summary: "pd.DataFrame", setting: Setting, protocol: str) -> str:
@@ -202,7 +203,7 @@ def _costs_figure(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: s
         _uri("svg+xml", svg),
         f"Accuracy by {protocol_words(protocol)} against traffic, operations and memory. {numbers}",
         f"Accuracy by {protocol_words(protocol)} against what it costs a client over the whole run. Small: every run; "
-        "large, to its left: mean ± standard deviation over seeds. Settings that spend the same stand side by side.",
+        "large, to its left: mean ± standard deviation over seeds. Settings in one place are drawn around each other.",
     )
 
 
