@@ -347,7 +347,12 @@ def parse_sweep(arguments: list[str]) -> Sweep:
       ConfigError: no SWEEP, an unknown option, or a value that is empty or does not parse.
       SystemExit: after ``--help``.
     """
-    check_not_empty(arguments)
+    check_not_empty(arguments, "SWEEP")
+    if arguments[:1] not in ([word] for word in HELP) and (not arguments or arguments[0].startswith("-")):
+        found = repr(arguments[0]) if arguments else "nothing"
+        raise ConfigError(
+            f"SWEEP: sweep needs one first, found {found}; accepted: a name of configs/sweeps, or a .py file"
+        )
     with refusals_in_one_line():
         options = tyro.cli(Sweep, prog="run.py sweep", args=arguments)
     for name, least in (("jobs", 1), ("together", 0)):
@@ -413,7 +418,7 @@ def sweep_as_told(options: Sweep) -> None:
 
 def report_runs(arguments: list[str]) -> None:
     """The ``report`` command."""
-    check_not_empty(arguments)
+    check_not_empty(arguments, "DIR")
     with refusals_in_one_line():
         options = tyro.cli(Report, prog="run.py report", args=arguments)
     if not options.directories:
@@ -525,9 +530,9 @@ def refusals_in_one_line() -> Iterator[None]:
         raise  # --help has been printed
 
 
-def check_not_empty(arguments: list[str]) -> None:
-    """Refuse empty values, which the parser would take."""
-    option = "CONFIG"
+def check_not_empty(arguments: list[str], first: str = "CONFIG") -> None:
+    """Refuse empty values, which the parser would take; ``first`` is what stands before all options."""
+    option = first
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
@@ -555,5 +560,5 @@ def one_line(box: str) -> str:
 
 def default_workdir(name: str, config: Config, code: str = "") -> Path:
     """``runs/CONFIG-HASH``: another seed or override is another directory, the same command the same one."""
-    digest = hashlib.sha256((json.dumps(configs.to_dict(config)) + code).encode()).hexdigest()[:8]
-    return Path("runs") / f"{Path(name).with_suffix('').name if name.endswith('.py') else name}-{digest}"
+    stem = Path(name).with_suffix("").name if name.endswith(".py") else name
+    return Path("runs") / f"{stem}-{configs.digest(config, code)}"

@@ -135,6 +135,11 @@ def program_config(config: Config) -> Config:
     return dataclasses.replace(override(config, free), evaluation=EvaluationConfig(), fleet=FleetConfig())
 
 
+def priced_config(config: Config) -> Config:
+    """``program_config`` with the rate of depth dropout: all configs with one ledger."""
+    return override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})
+
+
 def make_task(config: Config) -> Task:
     """The task of a resolved config.
 

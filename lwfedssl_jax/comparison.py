@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,8 @@ def settle(results: "pd.DataFrame") -> tuple["pd.DataFrame", list[Setting]]:
         own = ", ".join(words.values()) or strategy or "as usual"
         settings.append(Setting(own, strategy, rest, {f: v[i] for f, v in differing.items()}))
     given = [finished["label"][keys.index(key)] or s.label for key, s in zip(unique, settings, strict=True)]
-    if len(set(given)) == len(given):  # else runs of several sweeps, whose names say less than is needed
+    places = {Path(path).parent for path in finished["path"]}
+    if len(places) == 1 and len(set(given)) == len(given):  # of several sweeps the names say less than is needed
         settings = [s._replace(label=label) for s, label in zip(settings, given, strict=True)]
     numbers = [unique.index(key) for key in keys]
     seeds = finished[SEED] if SEED in finished else [None] * len(keys)

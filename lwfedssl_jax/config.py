@@ -8,6 +8,7 @@ the module that first knows them, and raise the same ``ConfigError``.
 import ast
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os.path
@@ -439,6 +440,11 @@ def available(config_dir: Path = CONFIG_DIR) -> list[tuple[str, str]]:
         )
         for path in sorted(config_dir.rglob("*.py"))
     ]
+
+
+def digest(config: Config, code: str = "") -> str:
+    """Eight hexadecimal digits that name a config, and the ``code`` that its run depends on besides (``WorkDir``)."""
+    return hashlib.sha256((json.dumps(to_dict(config)) + code).encode()).hexdigest()[:8]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

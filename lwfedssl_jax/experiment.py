@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lwfedssl_jax import evaluate, export, finetune, fleet, plan, report, resources
-from lwfedssl_jax.client import program_config
+from lwfedssl_jax.client import priced_config
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.devices import from_all, from_first
 from lwfedssl_jax.errors import is_out_of_memory
@@ -183,8 +183,7 @@ def on_fleet(run: Run, listener: Listener, shared: Shared) -> Run:
     """
     config = run.config
     priced = lambda: resources.ledgers_of({"": config}, memory=True, notify=listener.compiling)[""]  # noqa: E731
-    alike = override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})
-    per_stage = shared.once(("ledger", alike), priced)["per_stage"]
+    per_stage = shared.once(("ledger", priced_config(config)), priced)["per_stage"]
     on_devices = plan.fleet_of_clients(config, per_stage, run.clients.sizes)
     listener.note(plan.describe_fleet(on_devices, run.clients.sizes))
     return run._replace(fleet=on_devices)
@@ -378,8 +377,8 @@ def finish(
             result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol", "baseline")}
             results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
     ledgers = lambda: resources.all_strategies(run.config, memory=True, notify=listener.compiling)  # noqa: E731
-    of_all = {"strategy.name": "", "additions.depth_dropout": run.config.additions.depth_dropout}
-    strategies = shared.once(("ledgers", override(program_config(run.config), of_all)), ledgers)
+    of_all = override(priced_config(run.config), {"strategy.name": ""})
+    strategies = shared.once(("ledgers", of_all), ledgers)
     measured = {key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")}
     if run.config.additions.depth_dropout:
         measured["flops_executed"] = resources.measured_operations(run.config, rounds)

@@ -165,6 +165,8 @@ class SweepProgress:
     def __enter__(self) -> "SweepProgress":
         if self._console.is_terminal:
             self._live.start()
+        else:
+            self._console.print(self._counts(), highlight=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -203,8 +205,8 @@ class SweepProgress:
 
     def _table(self) -> Table:
         table = Table(title=self._counts(), expand=True)
-        for column, width in (("setting", None), ("seed", 6), ("", 9), ("", None)):
-            table.add_column(column, width=width, no_wrap=True, overflow="ellipsis")
+        for column, width, ratio in (("setting", None, 2), ("seed", 6, None), ("state", 9, None), ("", None, 3)):
+            table.add_column(column, width=width, ratio=ratio, no_wrap=True, overflow="ellipsis")
         order = ("running", "failed", "finished", "waiting")
         rows = sorted(self._runs, key=lambda run: order.index(self._state[run.directory]))
         room = max(4, self._console.height - 8)

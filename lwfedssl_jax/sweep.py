@@ -20,7 +20,7 @@ from lwfedssl_jax import resources
 from lwfedssl_jax.additions import TERMS
 from lwfedssl_jax.aggregation import AGGREGATORS
 from lwfedssl_jax.checks import check
-from lwfedssl_jax.client import program_config
+from lwfedssl_jax.client import priced_config
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, Config, ConfigError, load, override, resolve
 from lwfedssl_jax.devices import can_hold
 from lwfedssl_jax.objectives import OBJECTIVES
@@ -139,9 +139,9 @@ def runs_of(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
             check(config)
         except ConfigError as error:
             raise ConfigError(f"SWEEP: run {label!r}, seed {seed}: {error}") from error
-        digest = hashlib.sha256((json.dumps(configs.to_dict(config)) + digest_of_code).encode()).hexdigest()[:8]
         slug = re.sub(r"[^a-zA-Z0-9.=]+", "_", label)[:LONGEST_NAME]
-        runs.append(SweepRun(f"runs/{slug}-seed{seed}-{digest}", label, dict(setting), seed, config, digest_of_code))
+        place = f"runs/{slug}-seed{seed}-{configs.digest(config, digest_of_code)}"
+        runs.append(SweepRun(place, label, dict(setting), seed, config, digest_of_code))
     for i, run in enumerate(runs):
         if same := [other for other in runs[:i] if other.config == run.config]:
             raise ConfigError(
@@ -265,7 +265,7 @@ def estimate(runs: Sequence[SweepRun], shared: Shared) -> list[Estimate]:
     """
     found = []
     for run in runs:
-        config, plain = run.config, _priced_as(run.config)
+        config, plain = run.config, priced_config(run.config)
         cost = shared.once(("cost", plain), functools.partial(resources.ledger, plain))["flops_executed"]
         ready = prepare(config, shared=shared)  # for the clients' sizes; nothing is compiled
         drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
@@ -278,14 +278,9 @@ def estimate(runs: Sequence[SweepRun], shared: Shared) -> list[Estimate]:
 
 def round_costs(config: Config, shared: Shared) -> list[float]:
     """Each round's work, to compare runs of one data set by: multiply-adds of a sample, times the share of it drawn."""
-    plain = _priced_as(config)
+    plain = priced_config(config)
     per_stage = shared.once(("cost", plain), functools.partial(resources.ledger, plain))["per_stage"]
     share = config.cohort_size / config.partition.clients
     if config.partition.kind == "shared":
         share = float(config.cohort_size * config.partition.examples_per_client)
     return [share * row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
-
-
-def _priced_as(config: Config) -> Config:
-    """What all configs of one price have in common."""
-    return override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})

@@ -62,10 +62,9 @@ class Worker:
         self.at_work, self.begun = list(runs), []
         self._say([run.directory for run in runs])
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
+    def stop(self) -> None:
         """Have it save and end."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        self._process.terminate()
 
     def end(self) -> int:
         """No more runs; waits for it."""

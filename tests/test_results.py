@@ -148,10 +148,8 @@ def test_a_directory_without_a_run_is_named(name: str, tmp_path: Path) -> None:
 
 
 def label(*changes: dict[str, Any]) -> list[str]:
-    rows = [
-        {"finished": True, "label": "", "config_file": "", "runtime.seed": 0, "strategy.name": "layerwise"} | c
-        for c in changes
-    ]
+    usual = {"finished": True, "label": "", "config_file": "", "runtime.seed": 0, "strategy.name": "layerwise"}
+    rows = [usual | {"path": f"runs/{i}"} | c for i, c in enumerate(changes)]
     return [s.label for s in comparison.settle(pd.DataFrame(rows))[1]]
 
 
@@ -166,6 +164,9 @@ def test_labels_hold_what_tells_settings_apart() -> None:
     assert label(*usual, {layers: 2})[2:] == ["end_to_end", "layerwise, layers per stage 2"]
     assert label({beta: 0.12345678}, {beta: 0.12345679}) == ["beta 0.12345678", "beta 0.12345679"]
     assert label({"fleet.devices": None}, {"fleet.devices": ""}) == ["devices unknown", "devices none"]  # older, newer
+    named = {"label": "small"}, {"label": "large", beta: 0.5}
+    assert label(*named) == ["small", "large"]
+    assert label(named[0], named[1] | {"path": "other/1"}) == ["beta unknown", "beta 0.5"]  # of two sweeps
     assert label({"config_file": "0123456789"}, {"config_file": ""}) == ["config file 01234567", "config file by name"]
 
 

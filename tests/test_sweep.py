@@ -89,7 +89,9 @@ def test_names_and_directories_that_hold_no_sweep_are_refused(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     for arguments, message in [
-        ([], "sweep"),
+        ([], "SWEEP: sweep needs one first, found nothing; accepted: "),
+        ([""], "SWEEP: '' is empty"),
+        (["--dry-run"], "SWEEP: sweep needs one first, found '--dry-run'"),
         (["quickstrat_sweep"], "SWEEP: no sweep 'quickstrat_sweep'; accepted: .*quickstart_sweep"),
         (["config.py"], "SWEEP: config.py defines no sweep, found NoneType"),
         (["broken.py"], "SWEEP: broken.py does not run (ZeroDivisionError"),
@@ -276,8 +278,8 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
 
     first = start()
     assert first.stderr is not None
-    line = first.stderr.readline()
-    assert "1 finished" in line
+    assert first.stderr.readline() == "4 waiting\n"
+    assert "1 finished" in first.stderr.readline()
     first.send_signal(signal.SIGINT)
     _, rest = first.communicate(timeout=120)
     assert first.returncode == 130
