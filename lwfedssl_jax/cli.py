@@ -176,10 +176,10 @@ def train(arguments: list[str]) -> None:
         from lwfedssl_jax import experiment  # noqa: F401  (takes seconds)
 
         interrupts.check()
-        train_as_told(options)
+        train_as_told(options, arguments)
 
 
-def train_as_told(options: Train) -> None:
+def train_as_told(options: Train, arguments: list[str]) -> None:
     """``train`` in this process, which may be one of several."""
     from lwfedssl_jax import devices, experiment
 
@@ -189,7 +189,7 @@ def train_as_told(options: Train) -> None:
     devices.connect(options.coordinator, options.processes, options.process)
     try:
         if devices.is_first_process():
-            train_and_print(config, options.config_name, options.workdir)
+            train_and_print(config, arguments, options.workdir)
         else:
             experiment.train(config, workdir=None)
     except (Exception, KeyboardInterrupt) as error:
@@ -198,16 +198,17 @@ def train_as_told(options: Train) -> None:
         raise
 
 
-def train_and_print(config: Config, name: str, path: Path | None) -> None:
-    """Train in a work directory, with progress on standard error and the summary on standard output."""
+def train_and_print(config: Config, arguments: Sequence[str], path: Path | None) -> None:
+    """What the words after ``train`` ask for, with progress on standard error and the summary on standard output."""
     from lwfedssl_jax import experiment, report
     from lwfedssl_jax.progress import ConsoleProgress
     from lwfedssl_jax.workdir import WorkDir
 
+    name = arguments[0]
     # A file of the user's own may hold more than values, such as an objective.
     code = hashlib.sha256(Path(name).read_bytes()).hexdigest() if name.endswith(".py") else ""
     path = path or default_workdir(name, config, code)
-    workdir, out = WorkDir(path, config, code), Console()
+    workdir, out = WorkDir(path, config, code, command=arguments), Console()
     if workdir.summary is not None:
         experiment.train(config, workdir)
         out.print(f"{path} holds this run, finished; this is its summary (--workdir DIR starts another)")
@@ -487,7 +488,7 @@ def print_help() -> None:
     print("  plan CONFIG [--section.field VALUE ...] --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X")
     print("       [--watts X] | --devices FLEET.csv [--results DIR] [--json] [--plot FILE.png]")
     print("      which strategy and how many layers a stage a fleet can afford; trains nothing")
-    print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N]")
+    print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N] [--together N]")
     print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
     print("  report DIR [DIR ...] [--out OUT]")
     print("      one page, figures and tables about all runs in these directories")

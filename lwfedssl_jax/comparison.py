@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Fields that a label names first, by their value alone.
 BY_VALUE = (STRATEGY, "objective.name", "data.name", "model.name", "partition.kind", "federation.aggregator")
 ALL_PAIRS = 4  # settings up to which every pair is compared
+CHANCE = 0.05  # from which p on a difference is said to be perhaps chance
 SAME = 1e-9  # differences of accuracies that are nearer than this are equal but for rounding
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
 
@@ -204,10 +205,16 @@ def baseline_of(setting: Setting, baselines: Sequence[Setting]) -> Setting:
 
 def paired(runs: "pd.DataFrame", setting: str, against: str, protocol: str) -> Difference:
     """``setting`` less ``against`` over the seeds they share; not adjusted."""
-    by_seed = [
-        runs[runs["setting"] == label].set_index(SEED)[f"accuracy.{protocol}"].dropna() for label in (setting, against)
-    ]
-    difference = np.array((by_seed[0] - by_seed[1]).dropna())
+    by_seed = runs.set_index(SEED)
+    of = lambda label: by_seed.loc[by_seed["setting"] == label, f"accuracy.{protocol}"].dropna().to_dict()  # noqa: E731
+    return compare(protocol, setting, against, of(setting), of(against))
+
+
+def compare(
+    protocol: str, setting: str, against: str, first: Mapping[int, float], second: Mapping[int, float]
+) -> Difference:
+    """The accuracies of two settings by seed, ``first`` those of ``setting``; not adjusted."""
+    difference = np.array([value - second[seed] for seed, value in first.items() if seed in second])
     mean = float(difference.mean()) if len(difference) else float("nan")
     found = Difference(protocol, setting, against, len(difference), mean)
     if len(difference) < 2:

@@ -185,7 +185,7 @@ def on_fleet(run: Run, listener: Listener, shared: Shared) -> Run:
     priced = lambda: resources.ledgers_of({"": config}, memory=True, notify=listener.compiling)[""]  # noqa: E731
     per_stage = shared.once(("ledger", priced_config(config)), priced)["per_stage"]
     on_devices = plan.fleet_of_clients(config, per_stage, run.clients.sizes)
-    listener.note(plan.describe_fleet(on_devices, run.clients.sizes))
+    listener.note(fleet.tell(fleet.summary(on_devices, run.clients.sizes), len(per_stage)))
     return run._replace(fleet=on_devices)
 
 

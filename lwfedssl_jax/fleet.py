@@ -109,7 +109,7 @@ def device_class(values: Mapping[str, str], where: str) -> DeviceClass:
         raise ValueError(f"{where} does not say {missing[0]}; accepted: {FORM}")
     count = given.pop("count")
     if not (count.isascii() and count.isdigit() and len(count) < 11 and 1 <= int(count) <= LARGEST_COUNT):
-        raise ValueError(f"count {count!r} of {where} is out of range; accepted: 1 to {LARGEST_COUNT}")
+        raise ValueError(f"count {count!r} of {where} is none; accepted: a whole number from 1 to {LARGEST_COUNT}")
     return DeviceClass(name, int(count), **{field: _quantity(field, text, where) for field, text in given.items()})
 
 
@@ -275,3 +275,32 @@ def summary(fleet: Fleet, examples_N: np.ndarray) -> list[dict[str, Any]]:
             }
         )
     return result
+
+
+def tell(of_classes: Sequence[Mapping[str, Any]], stages: int) -> str:
+    """A line of what ``summary`` gives: each class, its clients, and in which stages they take part."""
+    told = [
+        f"{c['name']}, {c['clients']} client{'s' * (c['clients'] != 1)}: {stage_words(c['stages'], stages)}"
+        for c in of_classes
+    ]
+    return f"fleet: {'; '.join(told)}"
+
+
+def words(part_in: Sequence[int], stages: int) -> str:
+    """In which stages a class takes part: yes, out, out from S, or only those."""
+    if len(part_in) == stages:
+        return "yes"
+    if not part_in:
+        return "out"
+    if list(part_in) == list(range(1, len(part_in) + 1)):
+        return f"out from {len(part_in) + 1}"
+    runs = [s for s in part_in if s - 1 not in part_in], [s for s in part_in if s + 1 not in part_in]
+    return "only " + ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(*runs, strict=True))
+
+
+def stage_words(part_in: Sequence[int], stages: int) -> str:
+    """In which stages a class takes part, for a sentence."""
+    if len(part_in) in (0, stages):
+        return "in all stages" if part_in else "in no stage"
+    said = words(part_in, stages)
+    return said.replace("from", "from stage") if said.startswith("out") else said.replace("only", "in stages")

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lwfedssl_jax import __version__, figures, tables
-from lwfedssl_jax.comparison import Difference, Setting, baseline_of, differences, over_seeds, paired, protocols, settle
+from lwfedssl_jax.comparison import (
+    CHANCE,
+    Difference,
+    Setting,
+    baseline_of,
+    differences,
+    over_seeds,
+    paired,
+    protocols,
+    settle,
+)  # fmt: skip
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, load, resolve, to_dict
 from lwfedssl_jax.report import STYLES, protocol_words, stage_ends
 from lwfedssl_jax.results import END_TO_END, SEED, STRATEGY, Run, find_runs, frame, sweep_name
@@ -19,7 +29,6 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
-CHANCE = 0.05  # from which p on a difference is said to be perhaps chance
 SPENDING = "What a client spends under each strategy: over the rounds, and in all for other numbers of local epochs."
 BASE = "quickstart"  # of the command lines that would repeat runs
 SAID = (  # what a page says at its top of what all its runs share
@@ -76,6 +85,7 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "resources": tables.resources_table(finished, settings, of_one) if settings else None,
         "significance": tables.differences_table([d for p in names for d in found[p]]) if any(found.values()) else None,
     }
+    shown["fleet"] = tables.fleet_table({label: of[0].summary for label, of in members.items()})
     for table in shown.values():
         if table:
             tables.write(table, out / "tables")
@@ -96,7 +106,7 @@ def compose(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         "headline": list(headline(finished, settings, names, found)),
         "tables": {name: table and table.words for name, table in shown.items()},
         "differences": {protocol_words(p): [str(d) for d in ds] for p, ds in found.items()},
-        "costs": [_costs_figure(finished, settings, p, out) for p in names] if len(settings) > 1 else [],
+        "costs": [_costs_figure(finished, settings, p, out) for p in names] if len(finished) > 1 else [],
         "in_one_panel": len(settings) <= len(STYLES),
         "curves": list(_curve_figures(members, settings, names, runs, out)),
         "spending": _picture(members[settings[0].label][0].path / "plots" / "resources.png", SPENDING)
@@ -299,12 +309,24 @@ def commands(runs: Sequence[Run], directories: Sequence[str | Path]) -> Iterator
     grouped: dict[str, list[str]] = {}
     for run in runs:
         if run.about and not run.label:
-            start = "YOUR_CONFIG.py" if run.about.get("config_file") else _train(run.config)
+            start = _own(run) if run.about.get("config_file") else _train(run.config)
             grouped.setdefault(f"python run.py train {start}", []).append(str(run.config.get(SEED)))
     for command, seeds in grouped.items():
         more = f"  # and {', '.join(seeds[1:])}" if len(seeds) > 1 else ""
         yield f"{command} --runtime.seed {seeds[0]}{more}"
     yield f"python run.py report {shlex.join(map(str, directories))}"
+
+
+def _own(run: Run) -> str:
+    """The user's own file with the options that were given, but for the seed and the place."""
+    given: list[str] = []
+    words = iter(run.about.get("command") or ["YOUR_CONFIG.py"])
+    for word in words:
+        if word in ("--runtime.seed", "--workdir"):
+            next(words, None)
+        elif not word.startswith(("--runtime.seed=", "--workdir=")):
+            given.append(word)
+    return shlex.join(given)
 
 
 def _train(config: dict[str, Any]) -> str:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
 from lwfedssl_jax import fleet
+from lwfedssl_jax.comparison import CHANCE, compare, holm, protocols
 from lwfedssl_jax.config import Config, ConfigError, device_classes, divisors, override, to_dict
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.fleet import DeviceClass, Fleet, Part
@@ -21,19 +23,24 @@ from lwfedssl_jax.resources import Ledger, Notify, each_strategy, ledgers_of
 from lwfedssl_jax.stages import STRATEGIES
 
 PUBLISHED = ("progressive", "end_to_end", "layerwise")  # by accuracy, best first (arXiv 2401.11647)
-PROTOCOLS = ("fine_tune", "linear_probe_all")  # preferred where results have several
+UNTOLD = 2  # options named from which the recommended one is not told apart
 IN_RESULTS = ("strategy", "runtime", "evaluation", "fleet")  # sections in which runs that are compared may differ
-
-WIDTH = 50  # of the table besides the classes
 
 Stages = tuple[tuple[int, int], ...]  # (frozen_depth, depth) of each
 
 
 class Measured(NamedTuple):
-    """Accuracy in [0, 1] of an option: its mean over so many runs."""
+    """Accuracies in [0, 1] of an option by seed, and their mean and sample standard deviation (NaN for one)."""
 
-    accuracy: float
-    runs: int
+    by_seed: Mapping[int, float]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.by_seed.values()) / len(self.by_seed)
+
+    @property
+    def std(self) -> float:
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else math.nan
 
 
 class Results(NamedTuple):
@@ -215,7 +222,8 @@ def recommend(
     share = "all devices" if most == 1 else f"{_percent(most)} of the devices, the most that any option reaches,"
     reason = f"{best.name}: {share} can take part in every stage."
     if best.measured:
-        runs = f"mean of {best.measured.runs} runs" if best.measured.runs > 1 else "1 run"
+        count = len(best.measured.by_seed)
+        runs = f"mean of {count} seeds" if count > 1 else "1 seed"
         by = f"{100 * best.measured.accuracy:.1f} % ({protocol_words(protocol)}, {runs})"
         why = f"it has the highest measured accuracy, {by}"
     else:
@@ -224,6 +232,7 @@ def recommend(
     least = "time" if best.seconds else "traffic"
     if len(fit) > 1:
         reason += f" Of the {len(fit)} options of which that is so {why}; among equals it takes least {least}."
+    reason += _untold(best, known, protocol)
     plain = [option for option in options if not option.remat]
     if best.remat and plain:
         other, _ = recommend(config, devices, plain, protocol)
@@ -232,6 +241,28 @@ def recommend(
     stages = len(best.ledger["per_stage"])
     out = [number for number, part in enumerate(best.parts) if len(part.stages) < stages]
     return best, " ".join([reason, *(_lacking(config, devices[number], number, options) for number in out)])
+
+
+def _untold(best: Option, known: Sequence[Option], protocol: str) -> str:
+    """Measured options that the best is not shown to be better than, by paired t-tests adjusted by Holm's method."""
+    if not best.measured:
+        return ""
+    others: dict[Any, Option] = {}
+    for option in known:
+        if option.measured and option.measured != best.measured:  # with remat it may be the same runs
+            others.setdefault((option.strategy, option.layers_per_stage, *option.measured.by_seed.values()), option)
+    found = [
+        compare(protocol, best.name, option.name, best.measured.by_seed, option.measured.by_seed)
+        for option in others.values()
+        if option.measured
+    ]
+    adjusted = [d._replace(p_holm=p) for d, p in zip(found, holm([d.p for d in found]), strict=True)]
+    untold = sorted((d for d in adjusted if not d.p_holm < CHANCE), key=lambda d: d.mean)
+    if not untold:
+        return ""
+    told = [f"{d.against} ({100 * d.mean:+.1f} points, {d.why_not or f'adjusted p = {d.p_holm:.2g}'})" for d in untold]
+    more = f", and {len(told) - UNTOLD} more" if len(told) > UNTOLD else ""
+    return f" It is not shown to be better than {'; '.join(told[:UNTOLD])}{more}."
 
 
 def _lacking(config: Config, device: DeviceClass, number: int, options: Sequence[Option]) -> str:
@@ -293,7 +324,7 @@ def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], proto
     Args:
       config: resolved.
       rows: of ``results.load_results``.
-      protocol: such as ``knn``; None for the one that most runs have, fine-tuning first.
+      protocol: such as ``knn``; None for the one that a report leads with (``comparison.protocols``).
 
     Raises:
       ConfigError: no run is like the config, or none has the protocol.
@@ -320,25 +351,20 @@ def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], proto
         raise ConfigError(
             f"--results: {found}; accepted: runs that differ from it in {', '.join(IN_RESULTS[:-1])} alone"
         )
-    counts = {
-        name: sum(_is_number(row.get(f"accuracy.{name}")) for row in runs)
-        for name in sorted({c.removeprefix("accuracy.") for row in runs for c in row if c.startswith("accuracy.")})
-    }
-    known = [name for name in counts if counts[name]]
-    if not known or (protocol and protocol not in known):
+    judged = protocols(pd.DataFrame(runs))
+    if not judged or (protocol and protocol not in judged):
         raise ConfigError(
-            f"--protocol: {protocol or 'nothing'} has judged none of the runs; accepted: {', '.join(known) or 'none'}"
+            f"--protocol: {protocol or 'nothing'} has judged none of the runs; accepted: {', '.join(judged) or 'none'}"
         )
-    first = lambda name: PROTOCOLS.index(name) if name in PROTOCOLS else len(PROTOCOLS)  # noqa: E731
-    chosen = protocol or min(known, key=lambda name: (-counts[name], first(name)))
-    values: dict[tuple[Stages, bool], list[float]] = {}
+    chosen = protocol or judged[0]
+    values: dict[tuple[Stages, bool], dict[int, float]] = {}
     for row in runs:
         value = row.get(f"accuracy.{chosen}")
         if _is_number(value) and row["strategy.name"] in STRATEGIES:
             stages = stages_of(config, row["strategy.name"], int(row["strategy.layers_per_stage"]))
             for remat in (bool(row["runtime.remat"]),) if mine else (False, True):
-                values.setdefault((stages, remat), []).append(float(value))  # type: ignore[arg-type]
-    return Results(chosen, bool(mine), {key: Measured(sum(of) / len(of), len(of)) for key, of in values.items()})
+                values.setdefault((stages, remat), {}).setdefault(int(row["runtime.seed"]), float(value))  # type: ignore[arg-type]
+    return Results(chosen, bool(mine), {key: Measured(of) for key, of in values.items()})
 
 
 def _is_number(value: object) -> bool:
@@ -370,30 +396,45 @@ def fleet_of_clients(config: Config, per_stage: Sequence[Mapping[str, Any]], exa
     return made
 
 
-def describe_fleet(of: Fleet, examples_N: np.ndarray) -> str:
-    """A line: each class, its clients, and in which stages they take part."""
-    stages = len(of.per_stage)
-    told = {c["name"]: (c["clients"], c["stages"]) for c in fleet.summary(of, examples_N)}
-    takes = {"yes": "in all stages", "out": "in no stage"}
-    return "fleet: " + "; ".join(
-        f"{name}, {clients} clients: {takes.get(words(part_in, stages), words(part_in, stages))}"
-        for name, (clients, part_in) in told.items()
-    )
-
-
 def table(plan: Plan, width: int) -> Group:
     """The plan on one screen of so many columns: a line an option, the recommendation, and what it asks of each class.
 
-    Energy stands beside the time where there is room.
+    Energy stands beside the time, and the spread over seeds beside the accuracy, where there is room.
     """
-    config, options, protocol = plan.config, plan.options, plan.results.protocol
-    memory, traffic = (_unit(max(o.ledger[key] for o in options)) for key in ("peak_memory_bytes", "total_bytes"))
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    config, protocol = plan.config, plan.results.protocol
+    for energy, spread in ((True, True), (False, True), (False, False)):
+        shown = _options_table(plan, energy=energy, spread=spread)
+        if Console(width=1000).measure(shown).maximum <= width:
+            break
+    epochs = f"{config.federation.local_epochs} local epoch{'s' * (config.federation.local_epochs > 1)}"
     shown.title = (
         f"{config.model.name}, {config.objective.name}: {config.federation.rounds} rounds, "
-        f"{config.federation.local_epochs} local epochs of {plan.examples:,.0f} images a client, "
-        f"batch {config.optimizer.batch_size}"
+        f"{epochs} of {plan.examples:,.0f} images a client, batch {config.optimizer.batch_size}"
     )
+    lines = [
+        "k: layers a stage. memory: of a step in the first stage → the most of any stage, by the compiler for "
+        f"{jax.devices()[0].device_kind}. fleet: devices that can take part in the first stage → in every one. "
+        "out ≥s: cannot take part from stage s on."
+        + " Times are of a device in every round."
+        * any(d.has_speed for d in plan.devices),
+        *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
+    ]
+    if protocol:
+        who = "on this fleet" if plan.results.on_fleet else "in which all clients take part throughout"
+        lines.append(
+            f"acc.: accuracy by {protocol_words(protocol)}, mean{' ± standard deviation' * spread} over seeds, of runs "
+            f"{who}; blank where there is none."
+        )
+    chosen = [plan.reason]
+    if plan.recommended:
+        chosen += [_demand(d, p, plan.recommended) for d, p in zip(plan.devices, plan.recommended.parts, strict=True)]
+    return Group(shown, *(f"[dim]{escape(line)}[/]" for line in lines), "", *map(escape, chosen))
+
+
+def _options_table(plan: Plan, *, energy: bool, spread: bool) -> Table:
+    options, protocol = plan.options, plan.results.protocol
+    memory, traffic = (_unit(max(o.ledger[key] for o in options)) for key in ("peak_memory_bytes", "total_bytes"))
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("strategy", no_wrap=True)
     shown.add_column("k", justify="right", no_wrap=True)
     shown.add_column("re-\nmat", no_wrap=True)
@@ -405,10 +446,11 @@ def table(plan: Plan, width: int) -> Group:
     shown.add_column(f"traf-\nfic\n{traffic[1]}", justify="right", no_wrap=True)
     if protocol:
         shown.add_column("acc.\n%", justify="right", no_wrap=True)
-    energy = width >= WIDTH + 15 * len(plan.devices)
     for option, following in zip(options, [*options[1:], None], strict=True):
         peaks = [row["peak_memory_bytes"] for row in option.ledger["per_stage"]]
         accuracy = f"{100 * option.measured.accuracy:.1f}" if option.measured else ""
+        if option.measured and spread and not math.isnan(option.measured.std):
+            accuracy += f"±{100 * option.measured.std:.1f}"
         shown.add_row(
             f"{'→ ' if option is plan.recommended else ''}{option.strategy}",
             str(option.layers_per_stage),
@@ -421,19 +463,7 @@ def table(plan: Plan, width: int) -> Group:
             style="bold reverse" if option is plan.recommended else "",
             end_section=following is not None and following.strategy != option.strategy,
         )
-    lines = [
-        "k: layers a stage. memory: of a step in the first stage → the most of any stage, by the compiler for "
-        f"{jax.devices()[0].device_kind}. fleet: devices that can take part in the first stage → in every one. "
-        "out ≥s: cannot take part from stage s on. Times are of a device in every round.",
-        *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
-    ]
-    if protocol:
-        who = "on this fleet" if plan.results.on_fleet else "in which all clients take part throughout"
-        lines.append(f"acc.: accuracy by {protocol_words(protocol)}, of runs {who}; blank where there is none.")
-    chosen = [plan.reason]
-    if plan.recommended:
-        chosen += [_demand(d, p, plan.recommended) for d, p in zip(plan.devices, plan.recommended.parts, strict=True)]
-    return Group(shown, *(f"[dim]{escape(line)}[/]" for line in lines), "", *map(escape, chosen))
+    return shown
 
 
 def _demand(device: DeviceClass, part: Part, option: Option) -> str:
@@ -454,26 +484,14 @@ def _cell(part: Part, ledger: Ledger, *, energy: bool) -> str:
     """What a class does in an option: its time and energy, or from which stage on it is out."""
     stages = len(ledger["per_stage"])
     if len(part.stages) < stages:
-        return f"[red]{words(part.stages, stages).replace('from ', '≥')}[/]"
+        return f"[red]{fleet.words(part.stages, stages).replace('from ', '≥')}[/]"
     if part.seconds is None:
         return "yes"
     return _time(part.seconds) + (f" {_short(part.energy_wh)} Wh" if energy and part.energy_wh is not None else "")
 
 
-def words(part_in: Sequence[int], stages: int) -> str:
-    """In which stages a class takes part: yes, out, out from S, or only those."""
-    if len(part_in) == stages:
-        return "yes"
-    if not part_in:
-        return "out"
-    if list(part_in) == list(range(1, len(part_in) + 1)):
-        return f"out from {len(part_in) + 1}"
-    runs = [s for s in part_in if s - 1 not in part_in], [s for s in part_in if s + 1 not in part_in]
-    return "only " + ",".join(_range(str(a), str(b), "-") for a, b in zip(*runs, strict=True))
-
-
-def _range(first: str, last: str, arrow: str = "→") -> str:
-    return first if first == last else f"{first}{arrow}{last}"
+def _range(first: str, last: str) -> str:
+    return first if first == last else f"{first}→{last}"
 
 
 def _time(seconds: float) -> str:
@@ -511,12 +529,12 @@ def to_plain(plan: Plan) -> dict[str, Any]:
             "traffic_bytes": of.ledger["total_bytes"],
             "flops_executed_a_sample": of.ledger["flops_executed"],
             "accuracy": of.measured.accuracy if of.measured else None,
-            "accuracy_runs": of.measured.runs if of.measured else 0,
+            "accuracy_by_seed": of.measured.by_seed if of.measured else {},
             "classes": [
                 {
                     "name": device.name,
                     "stages": part.stages,
-                    "says": words(part.stages, len(of.ledger["per_stage"])),
+                    "says": fleet.words(part.stages, len(of.ledger["per_stage"])),
                     "round_seconds_by_stage": part.round_seconds,
                     "slowest_round_seconds": max(part.round_seconds) if part.round_seconds else None,
                     "seconds": part.seconds,

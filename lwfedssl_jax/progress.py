@@ -126,11 +126,12 @@ def estimates_table(runs: Sequence[SweepRun], estimates: Sequence[Estimate], fin
     for column in ("run", "setting", "seed", "operations", "training"):
         table.add_column(column, justify="right" if column in ("seed", "operations", "training") else "left")
     left = 0.0
+    scale, unit = (1e12, "T") if max(e.operations for e in estimates) >= 1e12 else (1e9, "G")
     for number, (run, of_run) in enumerate(zip(runs, estimates, strict=True), 1):
         done = run.directory in finished
         left += 0.0 if done else of_run.seconds
         shown = "finished" if done else clock(of_run.seconds)
-        table.add_row(str(number), escape(run.label), str(run.seed), f"{of_run.operations / 1e12:,.3g} T", shown)
+        table.add_row(str(number), escape(run.label), str(run.seed), f"{of_run.operations / scale:,.3g} {unit}", shown)
     text = f"{len(runs)} runs, {len(finished)} finished; about {clock(left)} of training left on this machine"
     return Group(table, f"{text}; loading, compiling and judging come on top, and --jobs shares the same devices")
 

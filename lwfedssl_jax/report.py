@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
+from lwfedssl_jax import fleet
 from lwfedssl_jax.fleet import DeviceClass
 
 MIB = 2**20
@@ -226,6 +228,7 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
       protocol: by which accuracies were measured; empty where none is known.
       path: of the picture.
     """
+    size, unit = (1e9, "GB") if max(option.ledger["total_bytes"] for option in options) >= 5e8 else (1e6, "MB")
     figure, axes = panels(2 if protocol else 1, 2, size=(9, 8 if protocol else 4.4))
     memory, share, *reached = axes.flat
     styles = dict(zip(dict.fromkeys(option.strategy for option in options), itertools.cycle(STYLES), strict=False))
@@ -255,8 +258,8 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel, label, of in zip(
         reached,
-        ("devices that can take part throughout (%)", "traffic of a device (GB)"),
-        (lambda o: 100 * o.everywhere, lambda o: o.ledger["total_bytes"] / 1e9),
+        ("devices that can take part throughout (%)", f"traffic of a device ({unit})"),
+        (lambda o: 100 * o.everywhere, lambda o: o.ledger["total_bytes"] / size),
         strict=False,
     ):
         for option in options:
@@ -264,7 +267,8 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: 
                 style = styles[option.strategy] | {"linestyle": "none"}
                 style |= {"markerfacecolor": "none"} if option.remat else {}
                 point = of(option), 100 * option.measured.accuracy
-                panel.plot(*point, **style)
+                std = None if np.isnan(option.measured.std) else 100 * option.measured.std
+                panel.errorbar(*point, std, capsize=3, **style)
                 panel.annotate(str(option.layers_per_stage), point, (5, 3), textcoords="offset points", fontsize=8)
         panel.set(xlabel=label, ylabel=f"accuracy by {protocol_words(protocol)} (%)")
         panel.set_xlim(0, 1.08 * panel.dataLim.x1 or 1)
@@ -292,7 +296,8 @@ def traffic_by_round(lines: list[dict[str, Any]]) -> dict[int, float]:
 def summary_tables(summary: dict[str, Any]) -> Group:
     """A finished run as two tables: accuracies against the untrained encoder, costs against the other strategies.
 
-    Fine-tuning stands against training from scratch, which is fine-tuning the untrained encoder.
+    Below them who of a fleet took part. Fine-tuning stands against training from scratch, which is fine-tuning the
+    untrained encoder.
     """
     accuracy = Table(title=f"Encoder after {summary['rounds']} rounds of {summary['strategy']}")
     accuracy.add_column("protocol")
@@ -307,7 +312,9 @@ def summary_tables(summary: dict[str, Any]) -> Group:
             untrained = f"{_percent(baselines['scratch'][protocol])} (scratch)"
         accuracy.add_row(protocol_words(protocol), untrained, _percent(result), _settings(result))
     tables = [accuracy] if summary["evaluation"] else []
-    return Group(*tables, resource_table(summary["strategies"], summary["strategy"]))
+    stages = len(summary["resources"]["per_stage"])
+    on_fleet = [fleet.tell(summary["fleet"], stages)] if "fleet" in summary else []
+    return Group(*tables, resource_table(summary["strategies"], summary["strategy"]), *map(escape, on_fleet))
 
 
 def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:

@@ -147,7 +147,9 @@ def read_run(path: Path) -> Run | None:
     except OSError as error:
         return run._replace(summary={}, fault=f"{METRICS} cannot be read ({error.strerror})")
     if not (path / "summary.json").is_file():
-        return run._replace(fault=f"unfinished after {_rounds(run)} of {fields.get('federation.rounds')} rounds")
+        done, of = _rounds(run), fields.get("federation.rounds")
+        so_far = f"after all {of} rounds, not yet evaluated" if done == of else f"after {done} of {of} rounds"
+        return run._replace(fault=f"unfinished {so_far}")
     try:
         _summarised(run)
     except (AttributeError, KeyError, TypeError, ValueError):

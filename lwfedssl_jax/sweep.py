@@ -1,5 +1,6 @@
 """Sweeps: a grid of configs and seeds from one file, and the directory that its runs share."""
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -102,7 +103,8 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
         names = ", ".join(difflib.get_close_matches(name, known) or known)
         raise ConfigError(f"SWEEP: no sweep {name!r}; accepted: a path to a .py file, or one of {names}")
     before = [dict(table) for table in TABLES]
-    module = configs.run_file(path, "SWEEP", "sweep")
+    form = ", ".join(f"{f.name}=..." for f in dataclasses.fields(Sweep))
+    module = configs.run_file(path, "SWEEP", f"sweep = Sweep({form})")
     sweep = getattr(module, "sweep", None)
     if not isinstance(sweep, Sweep):
         found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
@@ -125,7 +127,10 @@ def runs_of(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
     """
     if not isinstance(sweep.base, str | Config):
         raise ConfigError(f"SWEEP: base: {sweep.base!r} is not valid; accepted: a config, or its name or file")
-    base = load(sweep.base) if isinstance(sweep.base, str) else sweep.base
+    try:
+        base = load(sweep.base) if isinstance(sweep.base, str) else sweep.base
+    except ConfigError as error:
+        raise ConfigError(f"SWEEP: base: {str(error).removeprefix('CONFIG: ')}") from None
     own_file = isinstance(sweep.base, str) and sweep.base.endswith(".py")
     code += Path(str(sweep.base)).read_bytes() if own_file else b""
     digest_of_code = hashlib.sha256(code).hexdigest() if code else ""
@@ -166,8 +171,12 @@ def settings_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
     for name, values in axes.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ConfigError(f"SWEEP: {name}: {values!r} is no axis; accepted: a list of at least one value")
-    if not sweep.runs or not sweep.seeds:
-        raise ConfigError("SWEEP: runs and seeds: one is empty; accepted: at least one entry each")
+    for name in ("runs", "seeds"):
+        if not getattr(sweep, name):
+            raise ConfigError(f"SWEEP: {name}: it is empty; accepted: at least one entry, or leave it out")
+    for name, values in {**sweep.product, "seeds": sweep.seeds}.items():
+        if again := [value for value in values if [repr(v) for v in values].count(repr(value)) > 1]:
+            raise ConfigError(f"SWEEP: {name}: {again[0]!r} stands there twice; accepted: each value once")
     for name in [*axes, *itertools.chain(*sweep.runs)]:
         if name == "runtime.seed":
             raise ConfigError("SWEEP: runtime.seed is an axis of its own; accepted: Sweep(seeds=(0, 1, 2))")

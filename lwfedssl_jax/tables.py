@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import rich.table
 from rich.markup import escape
 
+from lwfedssl_jax import fleet
 from lwfedssl_jax.comparison import Difference, Setting, over_seeds, protocols
 from lwfedssl_jax.report import MIB, protocol_words
 from lwfedssl_jax.results import COSTS, END_TO_END, SEED, ledger_costs
@@ -206,6 +207,32 @@ def differences_table(found: Sequence[Difference]) -> Table:
             }
         )
     return Table("significance", pd.DataFrame(words), pd.DataFrame(found, columns=Difference._fields))
+
+
+def fleet_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """Who takes part in which stages: each device class of the settings' first runs, by label; None without fleets."""
+    import pandas as pd
+
+    numbers, words = [], []
+    for label, summary in summaries.items():
+        per_stage = summary["resources"]["per_stage"]
+        rounds = [row["rounds"] for row in per_stage]
+        for c in summary.get("fleet", ()):
+            taken = sum(r * n for r, n in zip(rounds, c["clients_by_stage"], strict=True))
+            row = {"setting": label, "class": c["name"], "clients": c["clients"]}
+            share = taken / (sum(rounds) * c["clients"]) if c["clients"] else 0.0
+            slowest = max((s for s in c["round_seconds_by_stage"] if s is not None), default=float("nan"))
+            numbers.append(row | {"stages": fleet.words(c["stages"], len(rounds)), "share_of_rounds": share,
+                                  "slowest_round_seconds": slowest})  # fmt: skip
+            words.append(
+                {k: str(v) for k, v in row.items()}
+                | {
+                    "takes part": fleet.stage_words(c["stages"], len(rounds)),
+                    "can take part in (% of its rounds)": f"{100 * share:.0f}",
+                    "slowest round (s)": UNKNOWN if math.isnan(slowest) else f"{slowest:,.3g}",
+                }
+            )
+    return Table("fleet", pd.DataFrame(words), pd.DataFrame(numbers)) if words else None
 
 
 def write(table: Table, folder: Path) -> None:

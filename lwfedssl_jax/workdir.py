@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class WorkDir:
 
     ``WorkDir(path, config, code)`` only looks; nothing is written before ``open``. ``code`` stands for the text of
     the user's own config file, if there is one: it may hold more than the config. ``patience``: seconds to wait for
-    another process to let go of the directory. Where a process is killed,
+    another process to let go of the directory. ``command``: the words of the ``train`` command, for the reader of
+    ``config.json``. Where a process is killed,
     ``metrics.jsonl`` and the plots may be cut, which a run that continues mends; all else is whole or not there.
 
     Attributes:
@@ -39,10 +40,12 @@ class WorkDir:
       ConfigError: the directory holds another config's run or other files, or cannot be read.
     """
 
-    def __init__(self, path: Path, config: Config, code: str = "", patience: float = 0) -> None:
+    def __init__(
+        self, path: Path, config: Config, code: str = "", patience: float = 0, command: Sequence[str] = ()
+    ) -> None:
         self.path = path
         self.summary: dict[str, Any] | None = None
-        self._config, self._code = config, code
+        self._config, self._code, self._command = config, code, list(command)
         self._lock = filelock.FileLock(path / LOCK, timeout=patience, is_singleton=False)
         self._is_new = True
         try:
@@ -120,6 +123,7 @@ class WorkDir:
                 else {
                     "config": to_dict(self._config),
                     "config_file": self._code,
+                    "command": self._command,
                     "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
                     "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
                     | {"python": platform.python_version()},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import SMALL, small_config
 
-from lwfedssl_jax import cli, experiment, plan, resources
+from lwfedssl_jax import cli, experiment, fleet, plan, resources
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.fleet import DeviceClass, take_part
 from lwfedssl_jax.plan import Measured, Option
@@ -49,10 +49,10 @@ def chosen(*options: Option, protocol: str = "") -> tuple[Option | None, str]:
 def test_shares_and_from_which_stage_a_class_is_out() -> None:
     growing = option("progressive", 0.5, 1.0, 1.5, 3.5)
     assert growing.shares == [1, 1, 0.25, 0, 0]
-    assert [plan.words(part.stages, 4) for part in growing.parts] == ["out from 3", "out from 4"]
-    assert plan.words([], 4) == "out"
-    assert plan.words([1, 2, 3, 4], 4) == "yes"
-    assert plan.words([2, 3, 5], 6) == "only 2-3,5"
+    assert [fleet.words(part.stages, 4) for part in growing.parts] == ["out from 3", "out from 4"]
+    assert fleet.words([], 4) == "out"
+    assert fleet.words([1, 2, 3, 4], 4) == "yes"
+    assert fleet.words([2, 3, 5], 6) == "only 2-3,5"
 
 
 def test_the_largest_share_decides_then_the_published_order_then_time_then_traffic() -> None:
