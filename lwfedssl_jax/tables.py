@@ -215,9 +215,10 @@ def fleet_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
 
     numbers, words = [], []
     for label, summary in summaries.items():
-        per_stage = summary["resources"]["per_stage"]
-        rounds = [row["rounds"] for row in per_stage]
-        for c in summary.get("fleet", ()):
+        if "fleet" not in summary:
+            continue
+        rounds = [row["rounds"] for row in summary["resources"]["per_stage"]]
+        for c in summary["fleet"]:
             taken = sum(r * n for r, n in zip(rounds, c["clients_by_stage"], strict=True))
             row = {"setting": label, "class": c["name"], "clients": c["clients"]}
             share = taken / (sum(rounds) * c["clients"]) if c["clients"] else 0.0

@@ -200,7 +200,9 @@ def places(jobs: int) -> list[tuple[list[int], dict[str, str]]]:
         return [([], {**share, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}) for i in range(jobs)]
     cores = available_cores()
     each = max(1, len(cores) // jobs)
-    return [([cores[(i * each + k) % len(cores)] for k in range(each)], {}) for i in range(jobs)]
+    # NumPy's and scikit-learn's threads, which are made before a worker has its cores, would wait for each other.
+    threads = {"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": str(each), "MKL_NUM_THREADS": str(each)}
+    return [([cores[(i * each + k) % len(cores)] for k in range(each)], threads) for i in range(jobs)]
 
 
 def available_cores() -> list[int]:

@@ -188,6 +188,44 @@ def test_the_command_that_repeats_a_run_makes_its_config(tmp_path: Path) -> None
     assert again == f"python run.py report {tmp_path}"
 
 
+def test_the_command_that_repeats_a_run_of_ones_own_file_is_the_one_that_was_given(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {"knn": 0.75}, runtime__seed=3)
+    file = tmp_path / "run" / "config.json"
+    given = ["my config.py", "--partition.beta", "0.1", "--runtime.seed", "3", "--workdir", "run"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config_file": "0123", "command": given}))
+    line = next(page.commands(results.find_runs([tmp_path]), [tmp_path]))
+    assert line == "python run.py train 'my config.py' --partition.beta 0.1 --runtime.seed 3"
+
+
+def test_who_of_a_fleet_takes_part_is_on_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {"knn": 0.75})
+    file = tmp_path / "run" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["resources"]["per_stage"] = [{"rounds": 3}, {"rounds": 1}]
+    phone = {
+        "name": "phone",
+        "clients": 4,
+        "stages": [1],
+        "clients_by_stage": [4, 0],
+        "round_seconds_by_stage": [9, None],
+    }
+    box = {
+        "name": "box",
+        "clients": 1,
+        "stages": [1, 2],
+        "clients_by_stage": [1, 1],
+        "round_seconds_by_stage": [None] * 2,
+    }
+    file.write_text(json.dumps(summary | {"fleet": [phone, box]}))
+    content = Content(page.write_report([tmp_path], tmp_path).read_text())
+    _, *rows = next(rows for caption, rows in content.tables.items() if caption.startswith("By device class"))
+    assert rows == [
+        ["layerwise", "phone", "4", "out from stage 2", "75", "9"],
+        ["layerwise", "box", "1", "in all stages", "100", "-"],
+    ]
+    assert (tmp_path / "tables" / "fleet.csv").is_file()
+
+
 def test_the_command_prints_the_table_and_the_pages_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

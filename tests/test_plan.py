@@ -1,5 +1,6 @@
 """The plan: options, shares, the recommendation, and fleets in a run."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, small_config
+from rich.console import Console
 
 from lwfedssl_jax import cli, experiment, fleet, plan, resources
 from lwfedssl_jax.config import Config, ConfigError
@@ -72,14 +74,28 @@ def test_the_largest_share_decides_then_the_published_order_then_time_then_traff
 
 def test_measured_accuracy_goes_before_the_published_order() -> None:
     whole, growing = option("end_to_end", 0.9), option("progressive", 0.5, 0.9)
-    layerwise = option("layerwise", 0.5, 0.5, measured=Measured(0.9, 3))
-    excluding = option("end_to_end", 2.0, measured=Measured(0.99, 3))
+    layerwise = option("layerwise", 0.5, 0.5, measured=Measured(dict.fromkeys(range(3), 0.9)))
+    excluding = option("end_to_end", 2.0, measured=Measured({0: 0.99}))
     best, reason = chosen(whole, growing, layerwise, excluding, protocol="knn")
     assert best is layerwise
-    assert "highest measured accuracy, 90.0 % (kNN, mean of 3 runs)" in reason
+    assert "highest measured accuracy, 90.0 % (kNN, mean of 3 seeds)" in reason
     best, reason = chosen(whole, growing, excluding, protocol="knn")
     assert best is growing
     assert "none of them is in the results by kNN" in reason
+
+
+def test_what_is_not_shown_to_be_better_is_said() -> None:
+    def reached(strategy: str, *accuracies: float) -> Option:
+        return option(strategy, 0.5, measured=Measured(dict(enumerate(accuracies))))
+
+    best, near = reached("progressive", 0.80, 0.84, 0.85), reached("end_to_end", 0.81, 0.82, 0.85)
+    far, once = reached("layerwise", 0.70, 0.74, 0.76), reached("other", 0.79)
+    found, reason = chosen(far, near, best, protocol="knn")
+    assert found is best
+    assert "It is not shown to be better than end_to_end (+0.3 points, adjusted p = 0.74)." in reason
+    assert "not shown to be better than other (+1.0 points, 1 common seed: no test)" in chosen(best, once)[1]
+    assert "not shown" not in chosen(best, far)[1]
+    assert "not shown" not in chosen(best, best._replace(remat=True))[1]
 
 
 def test_where_nothing_fits_the_nearest_is_said() -> None:
@@ -139,17 +155,20 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
         row(config, 0.6, strategy__name="end_to_end"),
     ]
     layers, whole = ((0, 1), (1, 2), (2, 3)), ((0, 3),)
-    found = {layers: Measured(pytest.approx(0.6), 2), whole: Measured(0.6, 1)}
+    found = {layers: Measured({0: 0.5, 1: 0.7}), whole: Measured({0: 0.6})}
+    assert found[layers].accuracy == pytest.approx(0.6)
+    assert found[layers].std == pytest.approx(math.sqrt(0.02))
+    assert math.isnan(found[whole].std)
     both = {(stages, remat): measured for stages, measured in found.items() for remat in (False, True)}
     assert plan.measured_accuracies(config, rows, "knn") == ("knn", False, both)
-    assert plan.measured_accuracies(config, rows, None).protocol == "linear_probe_all"
+    assert plan.measured_accuracies(config, rows, None).protocol == "knn"  # as a report leads
     on_fleet = small_config(fleet__devices=("phone count=1 memory_gb=1",))
-    assert plan.measured_accuracies(on_fleet, rows, "knn") == ("knn", True, {(layers, False): Measured(0.1, 1)})
+    assert plan.measured_accuracies(on_fleet, rows, "knn") == ("knn", True, {(layers, False): Measured({0: 0.1})})
     hurried = row(config, 0.9, fleet__devices=rows[4]["fleet.devices"], fleet__deadline_seconds=60.0)
-    assert plan.measured_accuracies(on_fleet, [*rows, hurried], "knn").found == {(layers, False): Measured(0.1, 1)}
+    assert plan.measured_accuracies(on_fleet, [*rows, hurried], "knn").found == {(layers, False): Measured({0: 0.1})}
     assert plan.measured_accuracies(on_fleet, [rows[0], hurried], "knn")[1] is False
     before_fleets = row(config, 0.5, fleet__devices=math.nan, fleet__deadline_seconds=math.nan)
-    assert plan.measured_accuracies(config, [before_fleets], "knn").found[layers, False] == Measured(0.5, 1)
+    assert plan.measured_accuracies(config, [before_fleets], "knn").found[layers, False] == Measured({0: 0.5})
     with pytest.raises(
         ConfigError, match=r"^--protocol: fine_tune has judged none .*; accepted: knn, linear_probe_all"
     ):
@@ -207,6 +226,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "out ≥3" in out
     assert "→ " + best["strategy"] in out
     assert len(out.splitlines()) <= 40
+
+
+@pytest.mark.usefixtures("priced")
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_table_fits_the_screen(width: int) -> None:
+    """Three classes, and accuracies with their spread where there is room for it."""
+    devices = tuple(f"class{i} count={i} memory_gb=4 gflops=5 uplink_mbps=1 downlink_mbps=9 watts=3" for i in (1, 2, 3))
+    config = small_config(fleet__devices=devices)
+    reached = Measured({0: 0.5, 1: 0.7})
+    found = {(plan.stages_of(config, s, 1), r): reached for s in ("layerwise", "progressive") for r in (False, True)}
+    made = plan.make_plan(config, 9000, plan.Results("knn", False, found))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(plan.table(made, width))
+    (line, *_) = (line for line in console.export_text().splitlines() if line.startswith("→"))
+    assert line.rstrip().endswith("60.0" if width == 80 else "60.0±14.1")
+    assert ("Wh" in line) == (width == 120)
 
 
 @pytest.mark.usefixtures("priced")

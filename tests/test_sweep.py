@@ -61,8 +61,8 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
             Sweep(BASE, product={"partition.beta": (1.0,)}, zip={"partition.beta": (2.0,)}),
             "partition.beta is on two axes",
         ),
-        (Sweep(BASE, seeds=()), "one is empty"),
-        (Sweep(BASE, seeds=(1, 1)), "are the same; accepted: each run once"),
+        (Sweep(BASE, seeds=()), "seeds: it is empty"),
+        (Sweep(BASE, seeds=(1, 1)), "seeds: 1 stands there twice; accepted: each value once"),
         (
             Sweep(BASE, product={"objective.name": ("simclr", "dino")}),
             "run 'dino', seed 0: objective.name: unknown 'dino'",
