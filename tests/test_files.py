@@ -88,15 +88,20 @@ def test_fashion_mnist_that_is_not_installed(fashion_mnist: Path) -> None:
         assert "tfds:fashion_mnist" in message
 
 
+def zipped(content: bytes) -> bytes:
+    """The same at any time, as names of tests must be in all processes that collect them."""
+    return gzip.compress(content, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
         ("images-idx3", b"not gzip", "Not a gzipped file"),
-        ("images-idx3", gzip.compress(bytes(5000))[:-9], "end-of-stream"),
-        ("images-idx3", gzip.compress(bytes([0, 0, 8])), "does not begin like an idx3 file"),
-        ("images-idx3", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 0]) + bytes(20)), "does not begin like an idx3 file"),
-        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(19)), "19 bytes for the shape (20,)"),
-        ("labels-idx1", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes([10] * 20)), "a label 10"),
+        ("images-idx3", zipped(bytes(5000))[:-9], "end-of-stream"),
+        ("images-idx3", zipped(bytes([0, 0, 8])), "does not begin like an idx3 file"),
+        ("images-idx3", zipped(bytes([0, 0, 8, 1, 0, 0, 0, 0]) + bytes(20)), "does not begin like an idx3 file"),
+        ("labels-idx1", zipped(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(19)), "19 bytes for the shape (20,)"),
+        ("labels-idx1", zipped(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes([10] * 20)), "a label 10"),
         ("images-idx3", np.zeros((19, 28, 28), np.uint8), "shape (19, 28, 28) where there are 20 labels"),
         ("images-idx3", np.zeros((20, 28, 27), np.uint8), "shape (20, 28, 27)"),
     ],
