@@ -363,6 +363,12 @@ def log_fine_tuning(run: Run, workdir: WorkDir, listener: Listener, interrupts: 
         listener.evaluation(line)
 
 
+def price(config: Config, listener: Listener, shared: Shared) -> dict[str, resources.Ledger]:
+    """The ledger of every strategy, with peak memory."""
+    ledgers = lambda: resources.all_strategies(config, memory=True, notify=listener.compiling)  # noqa: E731
+    return shared.once(("ledgers", override(priced_config(config), {"strategy.name": ""})), ledgers)
+
+
 def finish(
     run: Run, workdir: WorkDir, params: Tree, listener: Listener, interrupts: Interrupts, shared: Shared
 ) -> dict[str, Any]:
@@ -376,9 +382,7 @@ def finish(
         if line.get("event") == "evaluation":
             result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol", "baseline")}
             results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
-    ledgers = lambda: resources.all_strategies(run.config, memory=True, notify=listener.compiling)  # noqa: E731
-    of_all = override(priced_config(run.config), {"strategy.name": ""})
-    strategies = shared.once(("ledgers", of_all), ledgers)
+    strategies = price(run.config, listener, shared)
     measured = {key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")}
     if run.config.additions.depth_dropout:
         measured["flops_executed"] = resources.measured_operations(run.config, rounds)

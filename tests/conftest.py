@@ -4,13 +4,17 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+# The tests' processes share the cores; NumPy's threads, which are made when it is imported, would wait for each other.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
 import jax
 import jax.monitoring
 import optax
 import pytest
 
-from lwfedssl_jax import experiment
+from lwfedssl_jax import client, experiment, resources, simulate
 from lwfedssl_jax.config import Config, override, resolve
+from lwfedssl_jax.stages import STRATEGIES
 
 # Four devices; and less time on code that is run for a moment only.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -47,10 +51,21 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+PRICED = simulate.Shared()
+
+
 @pytest.fixture(autouse=True)
-def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page that ends a run costs seconds; runs of a module's fixtures, made before this one, have it."""
+def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page that ends a run costs seconds, and its ledgers minutes: they are without peak memory, and for runs of
+    one price traced once. Runs of a module's fixtures, made before this one, and those of processes have all of it.
+    """
+
+    def price(config: Config, *_: object) -> dict[str, resources.Ledger]:
+        alike = tuple(STRATEGIES), override(client.priced_config(config), {"strategy.name": ""})
+        return PRICED.once(alike, lambda: resources.all_strategies(config, memory=False))
+
     monkeypatch.setattr(experiment, "write_report", lambda directories, out: None)
+    monkeypatch.setattr(experiment, "price", price)
 
 
 SMALL: dict[str, Any] = {

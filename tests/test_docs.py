@@ -31,9 +31,7 @@ def registered() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registered")
-def test_the_example_trains_and_is_priced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    priced = resources.all_strategies
-    monkeypatch.setattr(resources, "all_strategies", lambda config, memory, **_: priced(config, memory=False))
+def test_the_example_trains_and_is_priced(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(PAGE.read_text().splitlines()) < 80
     file = tmp_path / "mine.py"

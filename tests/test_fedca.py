@@ -189,11 +189,9 @@ def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resumed._traffic[0].download(run.stages[0], cohorts[2]) == two["download_bytes"]
 
 
-def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path) -> None:
     from test_simulate import Interrupting, train
 
-    whole = resources.all_strategies
-    monkeypatch.setattr(resources, "all_strategies", lambda config, memory, notify: whole(config, memory=False))
     config = fedca_config(**BASE, additions__dictionary=4, federation__clients_per_round=2, partition__clients=6)
     train(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

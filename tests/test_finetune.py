@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config
 from rich.console import Console
 
-from lwfedssl_jax import experiment, finetune, report, resources, simulate
+from lwfedssl_jax import experiment, finetune, report, simulate
 from lwfedssl_jax.config import EvaluationConfig
 from lwfedssl_jax.evaluate import scores
 from lwfedssl_jax.workdir import WorkDir
@@ -127,8 +127,6 @@ class Interrupting(simulate.Listener):
 
 
 def test_a_run_writes_lines_and_summary_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = resources.all_strategies
-    monkeypatch.setattr(resources, "all_strategies", lambda config, memory, notify: whole(config, memory=False))
     config = small_config(
         federation__rounds=1,
         strategy__name="end_to_end",

@@ -13,7 +13,7 @@ import pytest
 from conftest import SMALL, small_config
 
 import lwfedssl_jax as lw
-from lwfedssl_jax import library, progress, report, resources
+from lwfedssl_jax import library, progress, report
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.workdir import WorkDir
 
@@ -24,12 +24,11 @@ def test_the_readmes_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: list[str]
 ) -> None:
     (example,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "as lw" in b]
-    whole, load_config = resources.all_strategies, library.load_config
+    load_config = library.load_config
 
     def small(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
         return load_config(name, {**SMALL, **(overrides or {}), "federation.rounds": 3})
 
-    monkeypatch.setattr(resources, "all_strategies", lambda config, memory, notify: whole(config, memory=False))
     monkeypatch.setattr(library, "load_config", small)
     monkeypatch.setattr(sys, "argv", ["no", "--options"])
     monkeypatch.chdir(tmp_path)

@@ -42,13 +42,6 @@ class Interrupting(simulate.Listener):
         self.notices.append(text)
 
 
-@pytest.fixture(autouse=True)
-def without_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The summary's memory column costs a compilation a stage; ``finished`` has it, and test_resources."""
-    whole = resources.all_strategies
-    monkeypatch.setattr(resources, "all_strategies", lambda config, memory, notify: whole(config, memory=False))
-
-
 def train(config: Config, path: Path, listener: simulate.Listener | None = None) -> dict[str, Any]:
     return experiment.train(config, WorkDir(path, config), listener)
 

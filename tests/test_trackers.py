@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax import experiment, resources, trackers
+from lwfedssl_jax import experiment, trackers
 from lwfedssl_jax.checks import check
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.simulate import Listener
@@ -19,15 +19,6 @@ from lwfedssl_jax.tracking import Tracking, line_values, summary_values
 from lwfedssl_jax.workdir import WorkDir
 
 Points = dict[tuple[str, int], float]
-
-
-@pytest.fixture(autouse=True)
-def without_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It costs a compilation a stage, and other strategies are not shown here."""
-    ledger = resources.ledger
-    monkeypatch.setattr(
-        resources, "all_strategies", lambda config, memory, notify: {config.strategy.name: ledger(config)}
-    )
 
 
 class Killed(Listener):
