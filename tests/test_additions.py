@@ -218,5 +218,5 @@ def test_lanes_that_skip_different_layers_run_under_vmap() -> None:
             run = prepare(override(config, {"runtime.precision": "float64"}))
             run = with_task(run, vmap_on_cpu=vmapped)
             results.append(fast_round(run, run.stages[2], simulate.initial_params(run), 1))
-    assert max_difference(results[0][0], results[1][0]) < 1e-9
+    assert max_difference(results[0][0], results[1][0]) < 1e-8  # AdamW magnifies rounding; steps are of 0.1
     assert 0 < results[0][1]["layers_skipped"] == results[1][1]["layers_skipped"] < 1

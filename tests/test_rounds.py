@@ -19,7 +19,6 @@ from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.data.partition import Population
 from lwfedssl_jax.stages import Stage
 
-STRATEGIES = ["layerwise", "progressive", "end_to_end"]
 OBJECTIVES = ["simclr", "byol", "mocov3"]
 SIZES = [8, 1, 5, 4]  # unequal, one sample, a short last batch, exactly one batch
 
@@ -58,10 +57,14 @@ DROPPED = {"additions__depth_dropout": 0.5}
 
 @pytest.mark.parametrize(
     ("strategy", "objective", "additions"),
-    [(strategy, objective, {}) for strategy in STRATEGIES for objective in OBJECTIVES]
-    + [
+    [
+        ("layerwise", "simclr", {}),
+        ("layerwise", "byol", {}),
         ("layerwise", "mocov3", ADDED | DROPPED),
+        ("progressive", "simclr", {}),
         ("progressive", "mocov3", DROPPED),
+        ("end_to_end", "byol", {}),
+        ("end_to_end", "mocov3", {}),
     ],
 )
 def test_equals_naive_round(
