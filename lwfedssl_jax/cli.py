@@ -93,7 +93,8 @@ class Plan:
     results: Path | None = None
     """Runs, such as a sweep's directory: the accuracy that each option reached."""
     protocol: str | None = None
-    """With --results: which protocol's accuracy, such as knn; by default the one that most runs have."""
+    """With --results: which protocol's accuracy, such as knn; by default the one that has judged most of
+    them."""
     json: bool = False
     """Print JSON instead of a table."""
     plot: Path | None = None
@@ -349,7 +350,7 @@ def parse_sweep(arguments: list[str]) -> Sweep:
       SystemExit: after ``--help``.
     """
     check_not_empty(arguments, "SWEEP")
-    if arguments[:1] not in ([word] for word in HELP) and (not arguments or arguments[0].startswith("-")):
+    if not any(word in arguments for word in HELP) and (not arguments or arguments[0].startswith("-")):
         found = repr(arguments[0]) if arguments else "nothing"
         raise ConfigError(
             f"SWEEP: sweep needs one first, found {found}; accepted: a name of configs/sweeps, or a .py file"

@@ -26,7 +26,7 @@ class Setting(NamedTuple):
     """A row of ``settle``'s table of settings.
 
     Attributes:
-      label: the sweep's name for it, else what tells it from the others.
+      label: the name that the only sweep among the runs has for it, else what tells it from the others.
       strategy: its strategy.
       rest: what else tells it from the others; empty where nothing does.
       values: of the fields in which settings differ.
@@ -69,7 +69,7 @@ def settle(results: "pd.DataFrame") -> tuple["pd.DataFrame", list[Setting]]:
         own = ", ".join(words.values()) or strategy or "as usual"
         settings.append(Setting(own, strategy, rest, {f: v[i] for f, v in differing.items()}))
     given = [finished["label"][keys.index(key)] or s.label for key, s in zip(unique, settings, strict=True)]
-    places = {Path(path).parent for path in finished["path"]}
+    places = {Path(path).parent for path, label in zip(finished["path"], finished["label"], strict=True) if label}
     if len(places) == 1 and len(set(given)) == len(given):  # of several sweeps the names say less than is needed
         settings = [s._replace(label=label) for s, label in zip(settings, given, strict=True)]
     numbers = [unique.index(key) for key in keys]
@@ -105,10 +105,10 @@ def _word(field: str, value: Any) -> str:
 
 
 def protocols(results: "pd.DataFrame") -> list[str]:
-    """Protocols that judged finished runs; in front those that judged all of them, else in the order of evaluation."""
+    """Protocols that judged finished runs: those that judged most of them first, else in the order of evaluation."""
     finished = results[results["finished"]]
     found = [c for c in finished.columns if c.startswith("accuracy.") and finished[c].notna().any()]
-    found.sort(key=lambda c: bool(finished[c].isna().any()))
+    found.sort(key=lambda c: -int(finished[c].notna().sum()))
     return [c.removeprefix("accuracy.") for c in found]
 
 

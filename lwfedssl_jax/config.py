@@ -482,7 +482,8 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name}: unknown {value!r}; accepted: {', '.join(get_args(hint))}")
     elif get_origin(hint) is tuple:
         if not isinstance(value, tuple):
-            raise ConfigError(f"{name}: {value!r} is not a tuple; accepted: a tuple of {get_args(hint)[0]}")
+            kind = (get_args(get_args(hint)[0]) or get_args(hint))[0].__name__
+            raise ConfigError(f"{name}: {value!r} is not a tuple; accepted: a tuple of {kind}, such as ({value!r},)")
         for item in value:
             _check_value(name, item, get_args(hint)[0])
     else:

@@ -279,11 +279,38 @@ def summary(fleet: Fleet, examples_N: np.ndarray) -> list[dict[str, Any]]:
 
 def tell(of_classes: Sequence[Mapping[str, Any]], stages: int) -> str:
     """A line of what ``summary`` gives: each class, its clients, and in which stages they take part."""
-    told = [
-        f"{c['name']}, {c['clients']} client{'s' * (c['clients'] != 1)}: {stage_words(c['stages'], stages)}"
-        for c in of_classes
-    ]
+    told = [f"{c['name']}, {c['clients']} client{'s' * (c['clients'] != 1)}: {said(c, stages)}" for c in of_classes]
     return f"fleet: {'; '.join(told)}"
+
+
+def said(of_class: Mapping[str, Any], stages: int) -> str:
+    """In which stages the clients of a class of ``summary`` take part, or that only some of them do."""
+    if not of_class["clients"]:
+        return "none is dealt to it"
+    some = any(0 < n < of_class["clients"] for n in of_class["clients_by_stage"])
+    return stage_words(of_class["stages"], stages) + ", not all of them" * some
+
+
+def shares(summary_of_run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of a run's summary each class, with the share of its clients' rounds that they can take part in (NaN for none).
+
+    Raises whatever a damaged summary makes of it; empty for a run without a fleet.
+    """
+    found = []
+    for c in summary_of_run.get("fleet", ()):
+        rounds = [row["rounds"] for row in summary_of_run["resources"]["per_stage"]]
+        taken = sum(r * n for r, n in zip(rounds, c["clients_by_stage"], strict=True))
+        slowest = [s for s in c["round_seconds_by_stage"] if s is not None]
+        found.append(
+            {
+                "class": c["name"],
+                "clients": c["clients"],
+                "takes_part": said(c, len(rounds)),
+                "share_of_rounds": taken / (sum(rounds) * c["clients"]) if c["clients"] else math.nan,
+                "slowest_round_seconds": max(slowest, default=math.nan),
+            }
+        )
+    return found
 
 
 def words(part_in: Sequence[int], stages: int) -> str:

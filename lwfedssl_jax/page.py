@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
 SPENDING = "What a client spends under each strategy: over the rounds, and in all for other numbers of local epochs."
+OF_A_PLACE = (  # options that do not belong to the line that repeats a run
+    "--runtime.seed", "--workdir", "--compilation-cache", "--coordinator", "--processes", "--process",
+)  # fmt: skip
 BASE = "quickstart"  # of the command lines that would repeat runs
 SAID = (  # what a page says at its top of what all its runs share
     "data.name", "partition.kind", "partition.beta", "partition.clients", "federation.clients_per_round", "model.name",
@@ -319,12 +322,15 @@ def commands(runs: Sequence[Run], directories: Sequence[str | Path]) -> Iterator
 
 def _own(run: Run) -> str:
     """The user's own file with the options that were given, but for the seed and the place."""
+    words = run.about.get("command")
+    if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
+        return "YOUR_CONFIG.py"
     given: list[str] = []
-    words = iter(run.about.get("command") or ["YOUR_CONFIG.py"])
-    for word in words:
-        if word in ("--runtime.seed", "--workdir"):
-            next(words, None)
-        elif not word.startswith(("--runtime.seed=", "--workdir=")):
+    rest = iter(words)
+    for word in rest:
+        if word in OF_A_PLACE:
+            next(rest, None)
+        elif word.partition("=")[0] not in OF_A_PLACE:
             given.append(word)
     return shlex.join(given)
 

@@ -247,20 +247,24 @@ def _untold(best: Option, known: Sequence[Option], protocol: str) -> str:
     """Measured options that the best is not shown to be better than, by paired t-tests adjusted by Holm's method."""
     if not best.measured:
         return ""
-    others: dict[Any, Option] = {}
+    runs_of = lambda option: (option.strategy, option.layers_per_stage, str(option.measured))  # noqa: E731
+    others: dict[Any, Option] = {}  # with remat and without it may be the same runs
     for option in known:
-        if option.measured and option.measured != best.measured:  # with remat it may be the same runs
-            others.setdefault((option.strategy, option.layers_per_stage, *option.measured.by_seed.values()), option)
+        if runs_of(option) != runs_of(best):
+            others.setdefault(runs_of(option), option)
     found = [
         compare(protocol, best.name, option.name, best.measured.by_seed, option.measured.by_seed)
         for option in others.values()
         if option.measured
     ]
     adjusted = [d._replace(p_holm=p) for d, p in zip(found, holm([d.p for d in found]), strict=True)]
-    untold = sorted((d for d in adjusted if not d.p_holm < CHANCE), key=lambda d: d.mean)
+    untold = sorted(
+        (d for d in adjusted if not (d.p_holm < CHANCE and d.mean > 0)), key=lambda d: (not d.seeds, d.seeds and d.mean)
+    )
     if not untold:
         return ""
-    told = [f"{d.against} ({100 * d.mean:+.1f} points, {d.why_not or f'adjusted p = {d.p_holm:.2g}'})" for d in untold]
+    points = lambda d: f"{100 * d.mean:+.1f} points, " if d.seeds else ""  # noqa: E731
+    told = [f"{d.against} ({points(d)}{d.why_not or f'adjusted p = {d.p_holm:.2g}'})" for d in untold]
     more = f", and {len(told) - UNTOLD} more" if len(told) > UNTOLD else ""
     return f" It is not shown to be better than {'; '.join(told[:UNTOLD])}{more}."
 
@@ -315,7 +319,7 @@ def examples_of_a_client(config: Config, given: int | None) -> float:
 
 
 def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], protocol: str | None) -> Results:
-    """Mean accuracy of each option that results have.
+    """Accuracy of each option that results have, by seed: the mean of its runs that have one.
 
     Finished runs count that differ from the config in strategy, runtime and evaluation alone. Their fleet is the
     config's, with its deadline, and then ``runtime.remat`` decides who took part; or, where none has that, they have
@@ -357,14 +361,15 @@ def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], proto
             f"--protocol: {protocol or 'nothing'} has judged none of the runs; accepted: {', '.join(judged) or 'none'}"
         )
     chosen = protocol or judged[0]
-    values: dict[tuple[Stages, bool], dict[int, float]] = {}
+    values: dict[tuple[Stages, bool], dict[int, list[float]]] = {}
     for row in runs:
         value = row.get(f"accuracy.{chosen}")
         if _is_number(value) and row["strategy.name"] in STRATEGIES:
             stages = stages_of(config, row["strategy.name"], int(row["strategy.layers_per_stage"]))
             for remat in (bool(row["runtime.remat"]),) if mine else (False, True):
-                values.setdefault((stages, remat), {}).setdefault(int(row["runtime.seed"]), float(value))  # type: ignore[arg-type]
-    return Results(chosen, bool(mine), {key: Measured(of) for key, of in values.items()})
+                values.setdefault((stages, remat), {}).setdefault(row["runtime.seed"], []).append(float(value))  # type: ignore[arg-type]
+    by_seed = {key: {seed: statistics.fmean(v) for seed, v in of.items()} for key, of in values.items()}
+    return Results(chosen, bool(mine), {key: Measured(of) for key, of in by_seed.items()})
 
 
 def _is_number(value: object) -> bool:
@@ -421,9 +426,10 @@ def table(plan: Plan, width: int) -> Group:
     ]
     if protocol:
         who = "on this fleet" if plan.results.on_fleet else "in which all clients take part throughout"
+        several = spread and any(o.measured and len(o.measured.by_seed) > 1 for o in plan.options)
         lines.append(
-            f"acc.: accuracy by {protocol_words(protocol)}, mean{' ± standard deviation' * spread} over seeds, of runs "
-            f"{who}; blank where there is none."
+            f"acc.: accuracy by {protocol_words(protocol)}, mean{' ± standard deviation' * several} over seeds, "
+            f"of runs {who}; blank where there is none."
         )
     chosen = [plan.reason]
     if plan.recommended:

@@ -312,9 +312,10 @@ def summary_tables(summary: dict[str, Any]) -> Group:
             untrained = f"{_percent(baselines['scratch'][protocol])} (scratch)"
         accuracy.add_row(protocol_words(protocol), untrained, _percent(result), _settings(result))
     tables = [accuracy] if summary["evaluation"] else []
-    stages = len(summary["resources"]["per_stage"])
-    on_fleet = [fleet.tell(summary["fleet"], stages)] if "fleet" in summary else []
-    return Group(*tables, resource_table(summary["strategies"], summary["strategy"]), *map(escape, on_fleet))
+    tables.append(resource_table(summary["strategies"], summary["strategy"]))
+    if "fleet" not in summary:
+        return Group(*tables)
+    return Group(*tables, escape(fleet.tell(summary["fleet"], len(summary["resources"]["per_stage"]))))
 
 
 def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:

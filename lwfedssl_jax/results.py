@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lwfedssl_jax import fleet
 from lwfedssl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Run(NamedTuple):
     Attributes:
       path: the directory, which may not be there for a run of a sweep.
       config: ``{"section.field": value}``, lists as in JSON.
-      about: the rest of ``config.json``: versions, device, lanes.
+      about: the rest of ``config.json``: versions, device, lanes, the command.
       lines: the whole lines of ``metrics.jsonl``.
       summary: of a finished run; else empty.
       fault: why the run is not finished; empty where it is.
@@ -148,7 +149,7 @@ def read_run(path: Path) -> Run | None:
         return run._replace(summary={}, fault=f"{METRICS} cannot be read ({error.strerror})")
     if not (path / "summary.json").is_file():
         done, of = _rounds(run), fields.get("federation.rounds")
-        so_far = f"after all {of} rounds, not yet evaluated" if done == of else f"after {done} of {of} rounds"
+        so_far = f"after all {of} rounds, without its summary" if done == of else f"after {done} of {of} rounds"
         return run._replace(fault=f"unfinished {so_far}")
     try:
         _summarised(run)
@@ -240,6 +241,7 @@ def _summarised(run: Run) -> dict[str, float]:
     for protocol, result in summary["evaluation"].items():
         found[f"accuracy.{protocol}"] = float(result["accuracy"])
         found[f"std.{protocol}"] = float(result.get("std", "nan"))
+    fleet.shares(summary)
     for baseline, results in summary["baselines"].items():
         found |= {f"{baseline}.{protocol}": float(result["accuracy"]) for protocol, result in results.items()}
     return found

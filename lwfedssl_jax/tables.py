@@ -213,27 +213,22 @@ def fleet_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """Who takes part in which stages: each device class of the settings' first runs, by label; None without fleets."""
     import pandas as pd
 
-    numbers, words = [], []
-    for label, summary in summaries.items():
-        if "fleet" not in summary:
-            continue
-        rounds = [row["rounds"] for row in summary["resources"]["per_stage"]]
-        for c in summary["fleet"]:
-            taken = sum(r * n for r, n in zip(rounds, c["clients_by_stage"], strict=True))
-            row = {"setting": label, "class": c["name"], "clients": c["clients"]}
-            share = taken / (sum(rounds) * c["clients"]) if c["clients"] else 0.0
-            slowest = max((s for s in c["round_seconds_by_stage"] if s is not None), default=float("nan"))
-            numbers.append(row | {"stages": fleet.words(c["stages"], len(rounds)), "share_of_rounds": share,
-                                  "slowest_round_seconds": slowest})  # fmt: skip
-            words.append(
-                {k: str(v) for k, v in row.items()}
-                | {
-                    "takes part": fleet.stage_words(c["stages"], len(rounds)),
-                    "can take part in (% of its rounds)": f"{100 * share:.0f}",
-                    "slowest round (s)": UNKNOWN if math.isnan(slowest) else f"{slowest:,.3g}",
-                }
-            )
-    return Table("fleet", pd.DataFrame(words), pd.DataFrame(numbers)) if words else None
+    rows = [{"setting": label} | row for label, summary in summaries.items() for row in fleet.shares(summary)]
+    if not rows:
+        return None
+    shown = lambda x, form: UNKNOWN if math.isnan(x) else format(x, form)  # noqa: E731
+    words = [
+        {
+            "setting": row["setting"],
+            "class": row["class"],
+            "clients": str(row["clients"]),
+            "takes part": row["takes_part"],
+            "can take part in (% of its rounds)": shown(100 * row["share_of_rounds"], ".0f"),
+            "slowest round (s)": shown(row["slowest_round_seconds"], ",.3g"),
+        }
+        for row in rows
+    ]
+    return Table("fleet", pd.DataFrame(words), pd.DataFrame(rows))
 
 
 def write(table: Table, folder: Path) -> None:

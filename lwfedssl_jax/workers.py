@@ -201,7 +201,8 @@ def places(jobs: int) -> list[tuple[list[int], dict[str, str]]]:
     cores = available_cores()
     each = max(1, len(cores) // jobs)
     # NumPy's and scikit-learn's threads, which are made before a worker has its cores, would wait for each other.
-    threads = {"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": str(each), "MKL_NUM_THREADS": str(each)}
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    threads = {name: str(each) for name in names if name not in os.environ}
     return [([cores[(i * each + k) % len(cores)] for k in range(each)], threads) for i in range(jobs)]
 
 

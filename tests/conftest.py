@@ -61,7 +61,7 @@ def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
     """
 
     def price(config: Config, *_: object) -> dict[str, resources.Ledger]:
-        alike = tuple(STRATEGIES), override(client.priced_config(config), {"strategy.name": ""})
+        alike = tuple(STRATEGIES), resources.ledgers_of, override(client.priced_config(config), {"strategy.name": ""})
         return PRICED.once(alike, lambda: resources.all_strategies(config, memory=False))
 
     monkeypatch.setattr(experiment, "write_report", lambda directories, out: None)

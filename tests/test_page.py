@@ -168,6 +168,8 @@ def test_one_run_and_one_that_is_not_finished_have_pages_too(tmp_path: Path) -> 
         ("summary.json", '"total_bytes": 10485760', '"total_bytes": [1]'),
         ("summary.json", '"peak_memory_bytes"', '"peak"'),
         ("summary.json", '"untrained"', '"unknown"'),
+        ("summary.json", '"rounds": 4', '"rounds": 4, "fleet": [{"name": "phone"}]'),
+        ("config.json", '"config_file": ""', '"config_file": "0", "command": "x"'),
     ],
 )
 def test_whatever_is_damaged_there_is_a_page(file: str, old: str, new: str, tmp_path: Path) -> None:
@@ -202,26 +204,21 @@ def test_who_of_a_fleet_takes_part_is_on_the_page(tmp_path: Path) -> None:
     file = tmp_path / "run" / "summary.json"
     summary = json.loads(file.read_text())
     summary["resources"]["per_stage"] = [{"rounds": 3}, {"rounds": 1}]
-    phone = {
-        "name": "phone",
-        "clients": 4,
-        "stages": [1],
-        "clients_by_stage": [4, 0],
-        "round_seconds_by_stage": [9, None],
-    }
-    box = {
-        "name": "box",
-        "clients": 1,
-        "stages": [1, 2],
-        "clients_by_stage": [1, 1],
-        "round_seconds_by_stage": [None] * 2,
-    }
-    file.write_text(json.dumps(summary | {"fleet": [phone, box]}))
+    summary["fleet"] = [
+        {"name": name, "clients": n, "stages": stages, "clients_by_stage": by_stage, "round_seconds_by_stage": seconds}
+        for name, n, stages, by_stage, seconds in [
+            ("phone", 4, [1], [4, 0], [9, None]),
+            ("box", 2, [1, 2], [1, 2], [None, None]),
+            ("tablet", 0, [], [0, 0], [None, None]),
+        ]
+    ]
+    file.write_text(json.dumps(summary))
     content = Content(page.write_report([tmp_path], tmp_path).read_text())
     _, *rows = next(rows for caption, rows in content.tables.items() if caption.startswith("By device class"))
     assert rows == [
         ["layerwise", "phone", "4", "out from stage 2", "75", "9"],
-        ["layerwise", "box", "1", "in all stages", "100", "-"],
+        ["layerwise", "box", "2", "in all stages, not all of them", "62", "-"],
+        ["layerwise", "tablet", "0", "none is dealt to it", "-", "-"],
     ]
     assert (tmp_path / "tables" / "fleet.csv").is_file()
 

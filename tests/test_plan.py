@@ -96,6 +96,14 @@ def test_what_is_not_shown_to_be_better_is_said() -> None:
     assert "not shown to be better than other (+1.0 points, 1 common seed: no test)" in chosen(best, once)[1]
     assert "not shown" not in chosen(best, far)[1]
     assert "not shown" not in chosen(best, best._replace(remat=True))[1]
+    assert "not shown to be better than end_to_end" in chosen(best, best._replace(strategy="end_to_end"))[1]
+    elsewhere = option("other", 0.5, measured=Measured({7: 0.1}))
+    assert (
+        "better than end_to_end (+0.3 points, adjusted p = 0.74); other (no common seed: no test)."
+        in (chosen(best, near, elsewhere)[1])
+    )
+    shared = option("other", 0.5, measured=Measured({0: 0.82, 1: 0.861, 2: 0.87, 3: 0.1}))
+    assert "not shown to be better than other (-2.0 points, adjusted p = " in chosen(best, shared)[1]
 
 
 def test_where_nothing_fits_the_nearest_is_said() -> None:
