@@ -447,7 +447,8 @@ def _options_table(plan: Plan, *, energy: bool, spread: bool) -> Table:
     shown.add_column(f"memory\n{memory[1]}", justify="right", no_wrap=True)
     shown.add_column("fleet\n%", justify="right", no_wrap=True)
     for device in plan.devices:
-        head = escape(f"{device.name}\n{device.count:,} x\n{device.memory_gb:.3g} GB")
+        has = f"{device.memory_gb:.3g} GB" if device.memory_gb >= 0.1 else f"{1000 * device.memory_gb:.3g} MB"
+        head = escape(f"{device.name}\n{device.count:,} x\n{has}")
         shown.add_column(head, justify="right", no_wrap=True)
     shown.add_column(f"traf-\nfic\n{traffic[1]}", justify="right", no_wrap=True)
     if protocol:
