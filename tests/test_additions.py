@@ -210,7 +210,9 @@ def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPa
     assert resumed.run_round(run.stages[2], params, None, 4)[2]["download_bytes"] == line["download_bytes"]
 
 
-def test_lanes_that_skip_different_layers_run_under_vmap() -> None:
+def test_lanes_that_skip_different_layers_run_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under SGD: AdamW magnifies rounding, by how much depends on the processor."""
+    monkeypatch.setattr(optax, "adamw", lambda learning_rate, weight_decay: optax.sgd(learning_rate))
     results = []
     for vmapped in (False, True):
         with float64():
@@ -218,5 +220,5 @@ def test_lanes_that_skip_different_layers_run_under_vmap() -> None:
             run = prepare(override(config, {"runtime.precision": "float64"}))
             run = with_task(run, vmap_on_cpu=vmapped)
             results.append(fast_round(run, run.stages[2], simulate.initial_params(run), 1))
-    assert max_difference(results[0][0], results[1][0]) < 1e-8  # AdamW magnifies rounding; steps are of 0.1
+    assert max_difference(results[0][0], results[1][0]) < 1e-9
     assert 0 < results[0][1]["layers_skipped"] == results[1][1]["layers_skipped"] < 1
