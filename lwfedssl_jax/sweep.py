@@ -1,5 +1,6 @@
 """Sweeps: a grid of configs and seeds from one file, and the directory that its runs share."""
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -175,8 +176,9 @@ def settings_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
         if not getattr(sweep, name):
             raise ConfigError(f"SWEEP: {name}: it is empty; accepted: at least one entry, or leave it out")
     for name, values in {**sweep.product, "seeds": sweep.seeds}.items():
-        if again := [value for value in values if [repr(v) for v in values].count(repr(value)) > 1]:
-            raise ConfigError(f"SWEEP: {name}: {again[0]!r} stands there twice; accepted: each value once")
+        (value, count), *_ = collections.Counter(map(repr, values)).most_common(1)
+        if count > 1:
+            raise ConfigError(f"SWEEP: {name}: {value} stands there twice; accepted: each value once")
     for name in [*axes, *itertools.chain(*sweep.runs)]:
         if name == "runtime.seed":
             raise ConfigError("SWEEP: runtime.seed is an axis of its own; accepted: Sweep(seeds=(0, 1, 2))")

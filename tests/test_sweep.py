@@ -63,6 +63,7 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
         ),
         (Sweep(BASE, seeds=()), "seeds: it is empty"),
         (Sweep(BASE, seeds=(1, 1)), "seeds: 1 stands there twice; accepted: each value once"),
+        (Sweep(BASE, runs=[{}, {}]), "are the same; accepted: each run once"),
         (
             Sweep(BASE, product={"objective.name": ("simclr", "dino")}),
             "run 'dino', seed 0: objective.name: unknown 'dino'",
