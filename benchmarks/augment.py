@@ -10,7 +10,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lwfedssl_jax.augment import RECIPES, two_views
+    from lwfedssl_jax.data.views import RECIPES, two_views
 
     images = np.random.default_rng(0).integers(0, 255, (options.batch, 32, 32, 3), dtype=np.uint8)
     key = jax.random.key(0)
@@ -45,9 +45,10 @@ def step_program(batch: int) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from lwfedssl_jax import resources
-    from lwfedssl_jax.client import Sent, client_init, make_task
     from lwfedssl_jax.config import Config, override, resolve
+    from lwfedssl_jax.costs import memory, operations
+    from lwfedssl_jax.method.client import client_init
+    from lwfedssl_jax.method.task import Broadcast, make_task
 
     config = resolve(
         override(
@@ -59,12 +60,12 @@ def step_program(batch: int) -> Any:
             },
         )
     )  # fmt: skip
-    part = resources.stage_parts(config)[0]
-    program = resources.lower_step(config, part)[0].compile()
+    part = operations.stage_parts(config)[0]
+    program = memory.lower_step(config, part)[0].compile()
     task = make_task(config)
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
     trainable = jax.tree.map(zeros, part.trainable)
-    sent = Sent(
+    sent = Broadcast(
         trainable,
         jax.tree.map(lambda _: jnp.array(True), trainable),
         part.frozen,

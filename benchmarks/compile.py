@@ -52,16 +52,17 @@ def compile_stages(strategy: str, which: str, cache: str) -> dict[str, Any]:
     import jax
     import jax.monitoring
 
-    from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.config import Config, override, resolve
+    from lwfedssl_jax.simulation import setup, simulator
+    from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
     devices.set_up_cache(cache)
     config = {"data.name": "synthetic", "data.image_size": 32, "model.name": "vit_micro", "model.depth": 12,
               "strategy.name": strategy, "optimizer.batch_size": 32, "data.views": "natural"}  # fmt: skip
-    run = simulate.prepare(resolve(override(Config(), config)))
-    simulator = simulate.Simulator(run)
-    jax.block_until_ready(simulate.initial_params(run))
+    run = setup.prepare(resolve(override(Config(), config)))
+    simulator = simulator.Simulator(run)
+    jax.block_until_ready(setup.initial_params(run))
     programs = []
 
     def listen(event: str, duration: float, **details: Any) -> None:

@@ -26,9 +26,10 @@ import common
 import jax
 import numpy as np
 
-from lwfedssl_jax import checkpoint, cli, experiment
+from lwfedssl_jax import cli
 from lwfedssl_jax.config import load, override, resolve
-from lwfedssl_jax.workdir import WorkDir
+from lwfedssl_jax.experiment import train
+from lwfedssl_jax.workdir import WorkDir, checkpoint
 
 SMALL: dict[str, str] = {
     "data.name": "synthetic",
@@ -60,7 +61,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
 }
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["__main__", "lwfedssl_jax.progress", "orbax.checkpoint", "sklearn.linear_model"])
+SERVER.set_forkserver_preload(
+    ["__main__", "lwfedssl_jax.experiment.progress", "orbax.checkpoint", "sklearn.linear_model"]
+)
 
 
 def main() -> None:
@@ -144,7 +147,7 @@ def run(command: list[str], path: Path) -> None:
     with Path(f"{path}.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    experiment.SECONDS_BETWEEN_CHECKPOINTS = 0
+    train.SECONDS_BETWEEN_CHECKPOINTS = 0
     sys.exit(cli.main([*command, "--workdir", str(path)]))
 
 

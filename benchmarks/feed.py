@@ -23,8 +23,11 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.config import Config, override, resolve
+    from lwfedssl_jax.data import partition
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.simulator import Simulator
+    from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
 
@@ -42,13 +45,13 @@ def main() -> None:
                 },
             )
         )  # fmt: skip
-        run = simulate.prepare(config)
+        run = setup.prepare(config)
         labels = np.resize(run.dataset.train_labels, len(images))
-        clients = simulate.partition(config.partition, labels, config.runtime.seed)
+        clients = partition.partition(config.partition, labels, config.runtime.seed)
         run = run._replace(dataset=run.dataset._replace(train_images=images, train_labels=labels), clients=clients)
-        simulator, stage = simulate.Simulator(run), run.stages[options.stage - 1]
+        simulator, stage = Simulator(run), run.stages[options.stage - 1]
         simulator.program(stage)
-        params = simulator.place(jax.tree.map(np.asarray, simulate.initial_params(run)))
+        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
         return lambda: jax.block_until_ready(simulator.run_round(stage, params, None, stage.first_round + 1)[0])
 
     with tempfile.TemporaryDirectory() as folder:

@@ -10,8 +10,10 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.config import Config, override, resolve
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.simulator import Simulator
+    from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
 
@@ -28,11 +30,11 @@ def main() -> None:
                 },
             )
         )  # fmt: skip
-        run = simulate.prepare(config, jax.devices()[:count])
+        run = setup.prepare(config, jax.devices()[:count])
         run = run._replace(task=run.task._replace(vmap_on_cpu=vmap))
-        simulator, stage = simulate.Simulator(run), run.stages[2]
+        simulator, stage = Simulator(run), run.stages[2]
         simulator.program(stage)
-        params = simulator.place(jax.tree.map(np.asarray, simulate.initial_params(run)))
+        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
         return lambda: jax.block_until_ready(simulator.run_round(stage, params, None, stage.first_round + 1)[0])
 
     every = jax.device_count()

@@ -13,9 +13,11 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.config import Config, override, resolve
     from lwfedssl_jax.data.partition import Population
+    from lwfedssl_jax.simulation import cohort, setup
+    from lwfedssl_jax.simulation.simulator import Simulator
+    from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
 
@@ -33,16 +35,16 @@ def main() -> None:
                 },
             )
         )  # fmt: skip
-        run = simulate.prepare(config)
+        run = setup.prepare(config)
         sizes = run.clients.sizes
         useful = int(np.sum(-(-sizes // 32)))
         if padded:  # every client runs the longest one's steps; what is beyond its own is thrown away
             longest = np.full_like(sizes, sizes.max())
             run = run._replace(clients=Population(longest, lambda i: np.arange(sizes.max()) % 4000))
-        simulator = simulate.Simulator(run)
-        params = simulator.place(jax.tree.map(np.asarray, simulate.initial_params(run)))
+        simulator = Simulator(run)
+        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
         stage = run.stages[1]
-        work = simulate.lay_out(run, list(range(options.clients)), 1)
+        work = cohort.pack_cohort(run, list(range(options.clients)), 1)
         return (
             lambda: jax.block_until_ready(simulator.run_round(stage, params, None, 2)[0]),
             useful / (work.length * run.lanes),

@@ -60,8 +60,10 @@ def our_side(work: str, options: argparse.Namespace) -> tuple[Any, Any]:
     import jax
     import numpy as np
 
-    from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.config import Config, override, resolve
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.simulator import Simulator
+    from lwfedssl_jax.system import devices
 
     if options.device == "cpu":
         devices.set_up_cpu()
@@ -79,9 +81,9 @@ def our_side(work: str, options: argparse.Namespace) -> tuple[Any, Any]:
             },
         )
     )  # fmt: skip
-    run = simulate.prepare(config)
-    simulator = simulate.Simulator(run)
-    params = simulator.place(jax.tree.map(np.asarray, simulate.initial_params(run)))
+    run = setup.prepare(config)
+    simulator = Simulator(run)
+    params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
     stage = run.stages[2 if work == LAYERWISE else 0]
 
     def one_round() -> None:
@@ -98,13 +100,13 @@ def torch_model(work: str, simulator: Any, options: argparse.Namespace) -> Any:
     import torch
     from peers_torch import Model
 
-    from lwfedssl_jax import simulate
+    from lwfedssl_jax.simulation import setup
 
     torch.set_num_threads(options.cores)
     config = simulator.run.config
     depth, trained = (3, 1) if work == LAYERWISE else (6, 6)
     model = Model(32, 4, 64, depth, 4, trained, config.objective.hidden_dim, config.objective.output_dim)
-    params = jax.tree.map(np.asarray, simulate.initial_params(simulator.run))
+    params = jax.tree.map(np.asarray, setup.initial_params(simulator.run))
     encoder, tensors = params["encoder"], {}
 
     def linear(name: str, p: dict[str, Any]) -> None:
@@ -199,15 +201,16 @@ def largest_difference(work: str, simulator: Any, options: argparse.Namespace) -
     import numpy as np
     import torch
 
-    from lwfedssl_jax import simulate, tree
-    from lwfedssl_jax.client import embed
+    from lwfedssl_jax import tree
+    from lwfedssl_jax.method.client import embed
+    from lwfedssl_jax.simulation import setup
 
     run = simulator.run
     views = np.random.default_rng(0).normal(size=(2, BATCH, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = torch_model(work, simulator, options)(torch.tensor(views).to(options.device)).cpu().numpy()
     stage = run.stages[2 if work == LAYERWISE else 0]
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     frozen = tree.take(params, tree.rows(stage.frozen))
     x = run.task.encoder.frozen_forward(frozen, jnp.asarray(views).reshape(-1, 32, 32, 3), stage.frozen_depth, None)
     trainable = tree.take(params, tree.rows(stage.trainable))

@@ -56,8 +56,9 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from lwfedssl_jax import devices, simulate
     from lwfedssl_jax.config import Config, override, resolve
+    from lwfedssl_jax.simulation import cohort, setup, simulator
+    from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
     config = resolve(
@@ -75,15 +76,15 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
     )  # fmt: skip
     jax.devices()
     began = time.perf_counter()
-    run = simulate.prepare(config)
+    run = setup.prepare(config)
     result = {"set-up": time.perf_counter() - began, "memory after set-up": peak()}
     began = time.perf_counter()
-    _, reporting = simulate.draw_cohort(run, 1)
-    next(simulate.lay_out(run, reporting, 1).calls)
+    _, reporting = cohort.draw_cohort(run, 1)
+    next(cohort.pack_cohort(run, reporting, 1).calls)
     result["draw"] = time.perf_counter() - began
     if rounds:
-        simulator = simulate.Simulator(run)
-        params = simulator.place(jax.tree.map(np.asarray, simulate.initial_params(run)))
+        simulator = simulator.Simulator(run)
+        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
         simulator.program(run.stages[1])
         began = time.perf_counter()
         for number in range(rounds):

@@ -20,9 +20,11 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from lwfedssl_jax import resources, simulate
-    from lwfedssl_jax.client import client_init, client_step
     from lwfedssl_jax.config import Config, override, resolve
+    from lwfedssl_jax.costs.operations import executed_operations, stage_parts
+    from lwfedssl_jax.method.client import client_init, client_step
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.program import broadcast
 
     def side(strategy: str, precision: str) -> tuple[Any, Any, float]:
         config = resolve(
@@ -35,10 +37,10 @@ def main() -> None:
                 },
             )
         )  # fmt: skip
-        run = simulate.prepare(config, jax.devices()[:1])
+        run = setup.prepare(config, jax.devices()[:1])
         stage = run.stages[len(run.stages) // 2]
-        params = simulate.initial_params(run)
-        sent = simulate.send(stage, params, stage.rows, stage.depths)
+        params = setup.initial_params(run)
+        sent = broadcast(stage, params, stage.rows, stage.depths)
         rng = np.random.default_rng(0)
         images = jnp.asarray(rng.integers(0, 255, (options.lanes, options.batch, 32, 32, 3), dtype=np.uint8))
         mask, keys = jnp.ones(options.batch, bool), jax.random.split(jax.random.key(0), options.lanes)
@@ -46,8 +48,8 @@ def main() -> None:
         state = jax.tree.map(wide, client_init(run.task, sent.trainable))
         step = lambda state, sent, image, key: client_step(run.task, state, sent, image, mask, key)[0]  # noqa: E731
         program = jax.jit(jax.vmap(step, in_axes=(0, None, 0, 0)))
-        part = resources.stage_parts(config)[len(run.stages) // 2]
-        operations = resources.executed_operations(config, part) * options.batch * options.lanes
+        part = stage_parts(config)[len(run.stages) // 2]
+        operations = executed_operations(config, part) * options.batch * options.lanes
         # After one step from zero, AdamW's first moment is the gradient, scaled.
         moments = program(state, sent, images, keys).opt_state[0].mu
         return lambda: jax.block_until_ready(program(state, sent, images, keys)), moments, operations

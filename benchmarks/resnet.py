@@ -22,9 +22,10 @@ def main() -> None:
     import jax.numpy as jnp
 
     from lwfedssl_jax import tree
-    from lwfedssl_jax.client import Sent, client_init, client_step, init_params, make_task, param_layers
     from lwfedssl_jax.config import Config, override, resolve
-    from lwfedssl_jax.stages import make_stages
+    from lwfedssl_jax.method.client import client_init, client_step
+    from lwfedssl_jax.method.stages import make_stages
+    from lwfedssl_jax.method.task import Broadcast, init_params, make_task, param_layers
 
     maps: dict[str, Callable[..., Any]] = {
         "vmap": lambda f, *lanes: jax.vmap(f)(*lanes),
@@ -46,7 +47,7 @@ def main() -> None:
         stage = make_stages(config, param_layers(task, params))[-1]
         rows = tree.rows(stage.trainable)
         frozen = tree.take(params, tree.rows(stage.frozen))
-        sent = Sent(tree.take(params, rows), tree.present(params, rows), frozen, *stage.depths)
+        sent = Broadcast(tree.take(params, rows), tree.present(params, rows), frozen, *stage.depths)
         shape = (options.clients, options.batch, options.size, options.size, 3)
         images = jax.random.randint(jax.random.key(1), shape, 0, 256).astype(jnp.uint8)
         keys = jax.random.split(jax.random.key(2), options.clients)

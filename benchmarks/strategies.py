@@ -20,9 +20,12 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lwfedssl_jax import devices, resources, simulate
     from lwfedssl_jax.config import Config, load, override, resolve
-    from lwfedssl_jax.stages import STRATEGIES
+    from lwfedssl_jax.costs import ledger
+    from lwfedssl_jax.method.stages import STRATEGIES
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.simulator import Simulator
+    from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
 
@@ -39,9 +42,9 @@ def main() -> None:
                 },
             )
         )  # fmt: skip
-        run = simulate.prepare(config)
-        simulator = simulate.Simulator(run)
-        params = simulator.place(jax.tree.map(np.asarray, simulate.initial_params(run)))
+        run = setup.prepare(config)
+        simulator = Simulator(run)
+        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
 
         def run_pass() -> None:
             for stage in run.stages:
@@ -54,7 +57,7 @@ def main() -> None:
     seconds = common.interleave({name: one_pass(name) for name in STRATEGIES}, options.repeats)
     paper = resolve(load("paper/vit_tiny_mocov3"))
     ledgers = {
-        remat: resources.all_strategies(
+        remat: ledger.all_strategies(
             override(paper, {"runtime.remat": remat}), memory=options.memory == "yes", notify=print
         )
         for remat in (False, True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import ttest_rel
 
-from lwfedssl_jax import report
+from lwfedssl_jax.analysis import run_plots, style
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "studies"
@@ -145,9 +145,10 @@ def config_of(overrides: dict[str, Any]) -> Any:
 
 def run(names: list[str]) -> None:
     """Train and record what is missing, a line a run."""
-    from lwfedssl_jax import devices, experiment
-    from lwfedssl_jax.cli import default_workdir
+    from lwfedssl_jax.experiment import train
+    from lwfedssl_jax.system import devices
     from lwfedssl_jax.workdir import WorkDir
+    from lwfedssl_jax.workdir.directory import default_workdir
 
     devices.set_up_cpu()
     devices.set_up_cache(None)
@@ -158,7 +159,7 @@ def run(names: list[str]) -> None:
                 continue
             config, began = config_of(overrides), time.monotonic()
             workdir = WorkDir(RUNS / default_workdir("quickstart", config).name, config)
-            summary = experiment.train(config, workdir)
+            summary = train.train(config, workdir)
             record = {
                 "overrides": overrides,
                 "versions": json.loads((workdir.path / "config.json").read_text())["versions"],
@@ -221,7 +222,7 @@ def table(study: Study, found: list[Cell]) -> list[str]:
             scores = ("mean_per_class_accuracy", "precision", "recall", "f1")
             means = [np.mean([100 * s["evaluation"]["fine_tune"][k] for s in cell.summaries]) for k in scores]
             row.append(" / ".join(f"{mean:.1f}" for mean in means))
-        traffic = np.mean([list(report.traffic_by_round(lines).values())[-1] for lines in cell.metrics])
+        traffic = np.mean([list(style.traffic_by_round(lines).values())[-1] for lines in cell.metrics])
         operations = cell.summaries[0]["resources"]["flops_executed"] / 1e9
         skipped = [line["layers_skipped"] for lines in cell.metrics for line in lines if "layers_skipped" in line]
         measured = f" (skipped: {np.mean(skipped):.3f})" if skipped else ""
@@ -269,16 +270,16 @@ def figures() -> None:
     first = [cell for cell in cells(STUDIES["digits"]) if cell.row == "simclr"]
     if first:
         by_strategy = {cell.strategy: cell.metrics for cell in sorted(first, key=lambda cell: cell.strategy)}
-        report.plot_accuracy_against_traffic(by_strategy, KNN, PICTURES / "accuracy_against_traffic.png")
+        run_plots.plot_accuracy_against_traffic(by_strategy, KNN, PICTURES / "accuracy_against_traffic.png")
         summary = first[0].summaries[0]
-        report.plot_resources(summary["strategies"], config.federation.local_epochs, PICTURES / "resources.png")
-        report.plot_distance(first[0].metrics[0], PICTURES / "client_distance.png")
+        run_plots.plot_resources(summary["strategies"], config.federation.local_epochs, PICTURES / "resources.png")
+        run_plots.plot_distance(first[0].metrics[0], PICTURES / "client_distance.png")
     labels = sources.find(config.data).load(config.data).train_labels
     shares = {}
     for beta in (0.1, 0.5, 5.0, 100.0):
         changed = resolve(override(config, {"partition.beta": beta}))
         shares[f"beta = {beta:g}"] = partition(changed.partition, labels, 0)
-    report.plot_partitions(labels, shares, PICTURES / "who_owns_what.png")
+    run_plots.plot_partitions(labels, shares, PICTURES / "who_owns_what.png")
 
 
 def write_page() -> None:

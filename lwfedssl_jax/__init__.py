@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lwfedssl_jax.api import Run
     from lwfedssl_jax.config import Config
-    from lwfedssl_jax.export import TrainedEncoder
-    from lwfedssl_jax.library import Run
+    from lwfedssl_jax.evaluation.export import TrainedEncoder
 
 __version__ = "0.1.0"
 
@@ -35,28 +35,28 @@ __version__ = "0.1.0"
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> "Config":
-    """A named config with ``{"section.field": value}`` replaced, checked; see ``library.load_config``."""
-    from lwfedssl_jax import library
+    """A named config with ``{"section.field": value}`` replaced, checked; see ``api.load_config``."""
+    from lwfedssl_jax import api
 
-    return library.load_config(name, overrides)
+    return api.load_config(name, overrides)
 
 
 def train(config: "Config", directory: str | Path | None = None, progress: bool = True) -> "Run":
-    """Run a config in a work directory, or what is left of it; see ``library.train``."""
-    from lwfedssl_jax import library
+    """Run a config in a work directory, or what is left of it; see ``api.train``."""
+    from lwfedssl_jax import api
 
-    return library.train(config, directory, progress)
+    return api.train(config, directory, progress)
 
 
 def load_encoder(directory: str | Path) -> "TrainedEncoder":
     """``images -> features`` of a finished run; see ``export.load_encoder``."""
-    from lwfedssl_jax import export
+    from lwfedssl_jax.evaluation import export
 
     return export.load_encoder(directory)
 
 
 def load_results(*directories: str | Path) -> "pd.DataFrame":
     """A row for each run under the directories; see ``results.load_results``."""
-    from lwfedssl_jax import results
+    from lwfedssl_jax.analysis import results
 
     return results.load_results(*directories)

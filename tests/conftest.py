@@ -12,9 +12,13 @@ import jax.monitoring
 import optax
 import pytest
 
-from lwfedssl_jax import client, experiment, resources, simulate
 from lwfedssl_jax.config import Config, override, resolve
-from lwfedssl_jax.stages import STRATEGIES
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.evaluation import frozen
+from lwfedssl_jax.experiment import finish
+from lwfedssl_jax.method import programs
+from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.simulation import setup
 
 # Four devices; and less time on code that is run for a moment only.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -51,7 +55,7 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-PRICED = simulate.Shared()
+PRICED = setup.Cache()
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +64,12 @@ def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
     one price traced once. Runs of a module's fixtures, made before this one, and those of processes have all of it.
     """
 
-    def price(config: Config, *_: object) -> dict[str, resources.Ledger]:
-        alike = tuple(STRATEGIES), resources.ledgers_of, override(client.priced_config(config), {"strategy.name": ""})
-        return PRICED.once(alike, lambda: resources.all_strategies(config, memory=False))
+    def price(config: Config, *_: object) -> dict[str, ledger.Ledger]:
+        alike = tuple(STRATEGIES), ledger.ledgers_of, override(programs.ledger_config(config), {"strategy.name": ""})
+        return PRICED.once(alike, lambda: ledger.all_strategies(config, memory=False))
 
-    monkeypatch.setattr(experiment, "write_report", lambda directories, out: None)
-    monkeypatch.setattr(experiment, "price", price)
+    monkeypatch.setattr(finish, "write_report", lambda directories, out: None)
+    monkeypatch.setattr(finish, "ledgers_of_run", price)
 
 
 SMALL: dict[str, Any] = {
@@ -109,3 +113,8 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def encoding(run: setup.Prepared) -> frozen.Encode:
+    """``images -> features`` of a run's encoder."""
+    return frozen.make_encode(run.task.encoder, run.task.recipe, run.task.dtype)

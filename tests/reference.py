@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lwfedssl_jax.augment import two_views
-from lwfedssl_jax.client import Task
 from lwfedssl_jax.config import Config
+from lwfedssl_jax.data.views import two_views
+from lwfedssl_jax.method.task import Task
 from lwfedssl_jax.models.heads import MLP
 from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm
-from lwfedssl_jax.packing import batches
+from lwfedssl_jax.simulation.packing import batches
 
 Params = dict[str, Any]
 VIEWS = jax.jit(two_views, static_argnums=(2, 3))

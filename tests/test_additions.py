@@ -10,16 +10,21 @@ import pytest
 from conftest import small_config
 from test_rounds import fast_round, float64, max_difference, parts, prepare
 
-from lwfedssl_jax import resources, simulate, tree
-from lwfedssl_jax.additions import TERMS, kept_layers
-from lwfedssl_jax.client import client_init, client_step
+from lwfedssl_jax import tree
 from lwfedssl_jax.config import override
-from lwfedssl_jax.stages import Stage, freeze
+from lwfedssl_jax.costs import ledger, operations
+from lwfedssl_jax.method.client import client_init, client_step
+from lwfedssl_jax.method.depth_dropout import kept_layers
+from lwfedssl_jax.method.stages import Stage, freeze
+from lwfedssl_jax.method.terms import TERMS
+from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation.simulator import Simulator
 
 
-def two_steps(run: simulate.Run, stage: Stage, params: tree.Tree | None = None) -> tuple[tree.Tree, jax.Array]:
+def two_steps(run: setup.Prepared, stage: Stage, params: tree.Tree | None = None) -> tuple[tree.Tree, jax.Array]:
     """A client's trainable part and loss after two steps in a stage."""
-    sent = parts(stage, params or simulate.initial_params(run))
+    sent = parts(stage, params or setup.initial_params(run))
     images, mask = jnp.asarray(run.dataset.train_images[:8]), jnp.arange(8) < 7
 
     @jax.jit
@@ -32,16 +37,16 @@ def two_steps(run: simulate.Run, stage: Stage, params: tree.Tree | None = None) 
     return jax.device_get(train(sent))
 
 
-def with_task(run: simulate.Run, **changes: Any) -> simulate.Run:
+def with_task(run: setup.Prepared, **changes: Any) -> setup.Prepared:
     return run._replace(task=run.task._replace(**changes))
 
 
-def weighted(run: simulate.Run, *terms: tuple[Any, float]) -> simulate.Run:
+def weighted(run: setup.Prepared, *terms: tuple[Any, float]) -> setup.Prepared:
     hyper = run.task.hyper._replace(weights=tuple(weight for _, weight in terms))
     return with_task(run, terms=tuple(term for term, _ in terms), hyper=hyper)
 
 
-def dropping(run: simulate.Run, rate: float) -> simulate.Run:
+def dropping(run: setup.Prepared, rate: float) -> setup.Prepared:
     return with_task(run, drops_layers=True, hyper=run.task.hyper._replace(depth_dropout=rate))
 
 
@@ -59,9 +64,7 @@ def test_terms_of_zero_weight_change_nothing_bit_for_bit() -> None:
 
 def test_a_strong_proximal_term_keeps_clients_near_the_global_model() -> None:
     free, held = (prepare(small_config(additions__terms=terms)) for terms in ((), ("proximal=1000",)))
-    moved = [
-        fast_round(run, run.stages[0], simulate.initial_params(run), 1)[1]["client_distance"] for run in (free, held)
-    ]
+    moved = [fast_round(run, run.stages[0], setup.initial_params(run), 1)[1]["client_distance"] for run in (free, held)]
     assert moved[1] < 0.8 * moved[0]
 
 
@@ -76,7 +79,7 @@ def test_depth_dropout_at_rate_0_changes_nothing_and_at_rate_1_skips_exactly_the
 
     everything, _ = two_steps(dropping(run, 1.0), stage)
     # The same without layers 1 and 2, which earlier stages trained: layer 3 directly on the embedding.
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     if strategy == "progressive":
         blocks = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), params["encoder"]["blocks"])
         params = params | {"encoder": params["encoder"] | {"blocks": blocks}}
@@ -86,7 +89,7 @@ def test_depth_dropout_at_rate_0_changes_nothing_and_at_rate_1_skips_exactly_the
         first = jax.tree.map(lambda x: x[0], expected["encoder"]["blocks"])
         assert max_difference(last, first) < 1e-6
         # Layers that no step ran have not moved at all but by weight decay, 1e-5 of a step of 0.1 each.
-        start = simulate.initial_params(run)["encoder"]["blocks"]["qkv"]["kernel"]
+        start = setup.initial_params(run)["encoder"]["blocks"]["qkv"]["kernel"]
         np.testing.assert_allclose(everything["encoder"]["blocks"]["qkv"]["kernel"][:2], start[:2], rtol=1e-5)
     else:
         assert max_difference(everything, expected) < 1e-6
@@ -109,17 +112,17 @@ def test_layers_are_skipped_at_the_asked_rate_and_only_where_allowed() -> None:
 
 def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
     config = small_config(additions__depth_dropout=0.5, federation__rounds=6, federation__local_epochs=3)
-    plain = resources.ledger(override(config, {"additions.depth_dropout": 0.0}))["per_stage"]
-    half = resources.ledger(config)["per_stage"]
-    all_ = resources.ledger(override(config, {"additions.depth_dropout": 1.0}))["per_stage"]
+    plain = ledger.make_ledger(override(config, {"additions.depth_dropout": 0.0}))["per_stage"]
+    half = ledger.make_ledger(config)["per_stage"]
+    all_ = ledger.make_ledger(override(config, {"additions.depth_dropout": 1.0}))["per_stage"]
     for key in ("flops_paper_rule", "flops_executed"):
         assert half[0][key] == plain[0][key]
         assert half[2][key] == pytest.approx((plain[2][key] + all_[2][key]) / 2, abs=1)
         # Two blocks are skipped; the block that trains costs three times as much and more, the heads besides.
         assert 0.2 * plain[2][key] < plain[2][key] - all_[2][key] < plain[2][key]
     run = prepare(config)
-    params = simulate.initial_params(run)
-    simulator = simulate.Simulator(run)
+    params = setup.initial_params(run)
+    simulator = Simulator(run)
     params = simulator.place(params)
     lines = [simulator.run_round(run.stages[2], params, None, number)[2] for number in range(1, 7)]
     assert np.mean([line["layers_skipped"] for line in lines]) == pytest.approx(0.5, abs=0.1)
@@ -127,7 +130,7 @@ def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
     rounds = [{"stage": 1}, {"stage": 2, "layers_skipped": 0.25}, {"stage": 3, "layers_skipped": 1.0}, {"stage": 2}]
     second = plain[1]["flops_executed"] - (plain[1]["flops_executed"] - all_[1]["flops_executed"]) / 4
     expected = plain[0]["flops_executed"] + second + all_[2]["flops_executed"]
-    assert resources.measured_operations(config, rounds) == pytest.approx(expected, abs=1)
+    assert ledger.measured_operations(config, rounds) == pytest.approx(expected, abs=1)
 
 
 def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +143,7 @@ def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monke
         optimizer__learning_rate=3.0,
     )
     run = prepare(config)
-    stage, params = run.stages[1], simulate.initial_params(run)
+    stage, params = run.stages[1], setup.initial_params(run)
     after, line = fast_round(run, stage, params, 4)
     plain, _ = fast_round(prepare(override(config, {"additions.calibration_steps": 0})), stage, params, 4)
 
@@ -170,9 +173,9 @@ def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monke
     assert len(run.server_images) == 12
     assert sum(run.clients.sizes) <= 48
 
-    ledgers = [resources.ledger(override(config, {"additions.calibration_steps": n})) for n in (0, 3)]
-    for row, calibrated in zip(*(ledger["per_stage"] for ledger in ledgers), strict=True):
-        frozen_bytes = 4 * tree.size(resources.stage_parts(config)[row["stage"] - 1].frozen) * row["rounds"]
+    ledgers = [ledger.make_ledger(override(config, {"additions.calibration_steps": n})) for n in (0, 3)]
+    for row, calibrated in zip(*(each["per_stage"] for each in ledgers), strict=True):
+        frozen_bytes = 4 * tree.size(operations.stage_parts(config)[row["stage"] - 1].frozen) * row["rounds"]
         assert calibrated["download_bytes"] == row["download_bytes"] + frozen_bytes
         assert calibrated["upload_bytes"] == row["upload_bytes"]
     assert ledgers[0]["server_flops_executed"] == 0
@@ -185,9 +188,9 @@ def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPa
     run = prepare(small_config())
     cohorts = {1: [0, 1], 2: [0, 1], 3: [0, 2], 4: [0, 1, 2, 3]}
     stages = {1: run.stages[0], 2: run.stages[1], 3: run.stages[1], 4: run.stages[2]}
-    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
-    simulator = simulate.Simulator(run)
-    params = simulator.place(simulate.initial_params(run))
+    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
+    simulator = Simulator(run)
+    params = simulator.place(setup.initial_params(run))
     size = {n: 0 for n in range(4)}
     for x, n in zip(jax.tree.leaves(params), jax.tree.leaves(run.layers), strict=True):
         for number in np.ravel(n):
@@ -199,7 +202,7 @@ def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPa
         assert line["upload_bytes"] == trained
         assert line["download_bytes"] == len(cohorts[number]) * trained + sum(size[layer] for layer in lacking)
 
-    resumed = simulate.Simulator(
+    resumed = Simulator(
         run._replace(
             stages=[
                 s._replace(first_round=f, rounds=r) for s, f, r in zip(run.stages, (0, 1, 3), (1, 2, 1), strict=True)
@@ -219,6 +222,6 @@ def test_lanes_that_skip_different_layers_run_under_vmap(monkeypatch: pytest.Mon
             config = small_config(runtime__lanes=3, additions__depth_dropout=0.5, strategy__name="progressive")
             run = prepare(override(config, {"runtime.precision": "float64"}))
             run = with_task(run, vmap_on_cpu=vmapped)
-            results.append(fast_round(run, run.stages[2], simulate.initial_params(run), 1))
+            results.append(fast_round(run, run.stages[2], setup.initial_params(run), 1))
     assert max_difference(results[0][0], results[1][0]) < 1e-9
     assert 0 < results[0][1]["layers_skipped"] == results[1][1]["layers_skipped"] < 1

@@ -1,61 +1,67 @@
-"""Imports go one way."""
+"""The house: a room imports rooms of the lines above it, and inside a room imports form no circle."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
-
-# Each module may import those of the lines above it, and nothing of the package besides.
-ORDER = [
-    ["fleet"],
-    ["config", "interrupts"],
-    ["tree", "errors", "results", "trackers"],
-    ["augment", "data.cache", "data.partition", "models.dense", "models.encoder", "objectives", "packing", "devices"],
-    ["models.vit", "models.resnet", "models.heads", "data.feed", "data.files", "data.tfds"],
-    ["stages", "additions", "data.sources"],
-    ["client"],
-    ["aggregation", "calibration", "fedca", "starts", "traffic"],
-    ["checks"],
-    ["rounds", "evaluate", "resources"],
-    ["finetune", "checkpoint", "export", "report"],
-    ["workdir", "comparison"],
-    ["tables", "plan"],
-    ["figures"],
-    ["page"],
-    ["simulate"],
-    ["tracking"],
-    ["experiment", "sweep"],
-    ["progress", "workers"],
-    ["cli"],
-    ["library"],
+ROOMS = [
+    {"tree"},
+    {"system"},
+    {"config"},
+    {"data", "models"},
+    {"method"},
+    {"costs"},
+    {"simulation", "evaluation", "workdir"},
+    {"analysis"},
+    {"experiment"},
+    {"sweep", "plan"},
+    {"cli", "api"},
 ]
 HEAVY = ("tensorflow_datasets", "matplotlib", "orbax", "pandas", "scipy", "jinja2", "wandb", "tensorboardX")
-MODULES = [module for line in ORDER for module in line]
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
 def imports_of(module: str) -> set[str]:
+    """Modules of the package that a module imports, wherever in it; its version is the root's only name below."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lwfedssl_jax"):
-            inner = (node.module or "").removeprefix("lwfedssl_jax").removeprefix(".")
             for alias in node.names:
-                full = f"{inner}.{alias.name}".removeprefix(".")
-                found.add(full if full in MODULES else inner)
-    return found - {""}
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module or "")
+            if node.module == "lwfedssl_jax" and [alias.name for alias in node.names] == ["__version__"]:
+                found.discard("lwfedssl_jax")
+    return found - {module}
 
 
-def test_every_module_has_its_place() -> None:
-    files = {p.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for p in PACKAGE.rglob("*.py")}
-    assert {f for f in files if not f.endswith("__init__")} == set(MODULES)
+def test_every_room_has_its_place() -> None:
+    assert {room(module) for module in MODULES} - {""} == set().union(*ROOMS)
+    assert all(ast.get_docstring(ast.parse(path.read_text())) for path in MODULES.values())
 
 
-@pytest.mark.parametrize("line", range(len(ORDER)))
-def test_imports_go_downwards(line: int) -> None:
-    below = {module for earlier in ORDER[:line] for module in earlier}
-    for module in ORDER[line]:
-        assert imports_of(module) <= below, module
+@pytest.mark.parametrize("line", range(len(ROOMS)))
+def test_rooms_import_rooms_above_them(line: int) -> None:
+    above = set().union(*ROOMS[:line])
+    for module in MODULES:
+        if room(module) in ROOMS[line]:
+            rooms = {room(imported) for imported in imports_of(module)} - {room(module)}
+            assert rooms <= above, module
+
+
+def test_imports_form_no_circle() -> None:
+    faces = {module for module, path in MODULES.items() if path.name == "__init__.py"}  # they re-export
+    graph = {module: imports_of(module) - faces for module in MODULES if module not in faces}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_heavy_libraries_are_imported_where_they_are_used() -> None:

@@ -9,8 +9,23 @@ import pytest
 import scipy.ndimage
 from PIL import Image, ImageEnhance, ImageOps
 
-from lwfedssl_jax import augment
-from lwfedssl_jax.augment import OPERATIONS, RECIPES, Draws, Recipe, rand_augment, two_views
+from lwfedssl_jax.data.rand_augment import OPERATIONS, autocontrast, equalize, operate, rand_augment
+from lwfedssl_jax.data.views import (
+    RECIPES,
+    Draws,
+    Recipe,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    gaussian_blur,
+    grayscale,
+    random_box,
+    resized_crop,
+    rotate,
+    solarize,
+    two_views,
+)
 
 RNG = np.random.default_rng(0)
 UINT8 = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -25,17 +40,17 @@ def close(ours: jax.Array, pillow: Image.Image, tolerance: float = ROUNDING) -> 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
 def test_brightness(factor: float) -> None:
-    close(augment.adjust_brightness(IMAGE, jnp.float32(factor)), ImageEnhance.Brightness(PILLOW).enhance(factor))
+    close(adjust_brightness(IMAGE, jnp.float32(factor)), ImageEnhance.Brightness(PILLOW).enhance(factor))
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
 def test_contrast(factor: float) -> None:
-    close(augment.adjust_contrast(IMAGE, jnp.float32(factor)), ImageEnhance.Contrast(PILLOW).enhance(factor))
+    close(adjust_contrast(IMAGE, jnp.float32(factor)), ImageEnhance.Contrast(PILLOW).enhance(factor))
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
 def test_saturation(factor: float) -> None:
-    close(augment.adjust_saturation(IMAGE, jnp.float32(factor)), ImageEnhance.Color(PILLOW).enhance(factor))
+    close(adjust_saturation(IMAGE, jnp.float32(factor)), ImageEnhance.Color(PILLOW).enhance(factor))
 
 
 @pytest.mark.parametrize("turns", [-0.1, 0.0, 0.04, 0.5])
@@ -45,17 +60,17 @@ def test_hue(turns: float) -> None:
     for at in np.ndindex(image.shape[:2]):
         h, s, v = colorsys.rgb_to_hsv(*np.asarray(image)[at].tolist())
         expected[at] = colorsys.hsv_to_rgb((h + turns) % 1, s, v)
-    np.testing.assert_allclose(augment.adjust_hue(image, jnp.float32(turns)), expected, atol=1e-5)
+    np.testing.assert_allclose(adjust_hue(image, jnp.float32(turns)), expected, atol=1e-5)
 
 
 def test_grayscale() -> None:
-    close(augment.grayscale(IMAGE), PILLOW.convert("L").convert("RGB"))
+    close(grayscale(IMAGE), PILLOW.convert("L").convert("RGB"))
     one_channel = IMAGE[..., :1]
-    np.testing.assert_array_equal(augment.grayscale(one_channel), one_channel)
+    np.testing.assert_array_equal(grayscale(one_channel), one_channel)
 
 
 def test_solarize() -> None:
-    close(augment.solarize(IMAGE), ImageOps.solarize(PILLOW, 128), 1e-6)
+    close(solarize(IMAGE), ImageOps.solarize(PILLOW, 128), 1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.8, 2.0])
@@ -63,13 +78,13 @@ def test_blur(sigma: float) -> None:
     blur = lambda x: scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="constant", truncate=20)  # noqa: E731
     inside = blur(np.ones(UINT8.shape))  # weights outside the image are left out
     expected = blur(np.asarray(IMAGE, np.float64)) / inside
-    np.testing.assert_allclose(augment.gaussian_blur(IMAGE, jnp.float32(sigma)), expected, atol=1e-5)
+    np.testing.assert_allclose(gaussian_blur(IMAGE, jnp.float32(sigma)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("box", [(0.0, 0.0, 12.0, 10.0), (2.0, 3.0, 6.0, 5.0), (1.3, 0.7, 9.1, 4.2)])
 def test_resized_crop(box: tuple[float, float, float, float]) -> None:
     top, left, height, width = box
-    ours = augment.resized_crop(IMAGE, *map(jnp.float32, box))
+    ours = resized_crop(IMAGE, *map(jnp.float32, box))
     size, corners = (UINT8.shape[1], UINT8.shape[0]), (left, top, left + width, top + height)
     channels = [
         np.asarray(Image.fromarray(np.asarray(IMAGE[..., c])).resize(size, Image.Resampling.BILINEAR, corners))
@@ -92,7 +107,7 @@ def test_rotate(degrees: float) -> None:
         ],
         -1,
     )
-    np.testing.assert_allclose(augment.rotate(IMAGE, jnp.float32(a)), expected, atol=1e-4)
+    np.testing.assert_allclose(rotate(IMAGE, jnp.float32(a)), expected, atol=1e-4)
 
 
 def test_flip_is_half_of_the_images_and_only_a_flip() -> None:
@@ -108,7 +123,7 @@ def test_flip_is_half_of_the_images_and_only_a_flip() -> None:
 
 def test_random_box_stays_inside_and_has_the_asked_area_and_ratio() -> None:
     u = Draws(*jnp.asarray(RNG.random((len(Draws._fields), 500)), jnp.float32))
-    box = jax.vmap(lambda u: augment.random_box(u, (32, 32), (0.2, 0.5), (3 / 4, 4 / 3)))(u)
+    box = jax.vmap(lambda u: random_box(u, (32, 32), (0.2, 0.5), (3 / 4, 4 / 3)))(u)
     top, left, height, width = map(np.asarray, box)
     assert min(top.min(), left.min()) >= 0
     assert max((top + height).max(), (left + width).max()) <= 32 + 1e-3
@@ -149,7 +164,7 @@ def test_views_differ_in_blur_and_solarisation_as_moco_v3_asks() -> None:
     assert 0.1 < float(changed.mean()) < 0.3
 
 
-OPERATE = jax.jit(augment.operate)
+OPERATE = jax.jit(operate)
 
 
 def by_pillow(image: Image.Image, name: str, sign: int) -> Image.Image:
@@ -198,8 +213,8 @@ def test_rand_augment_operations(name: str, sign: int, channels: int) -> None:
 
 def test_a_flat_image_stays_as_it_is_under_autocontrast_and_equalize() -> None:
     flat = jnp.full((20, 20, 3), 0.4)
-    np.testing.assert_array_equal(augment.autocontrast(flat), flat)
-    np.testing.assert_array_equal(augment.equalize(flat), flat)
+    np.testing.assert_array_equal(autocontrast(flat), flat)
+    np.testing.assert_array_equal(equalize(flat), flat)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

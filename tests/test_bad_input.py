@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.aggregation import AGGREGATORS
 from lwfedssl_jax.config import Config, to_dict
 from lwfedssl_jax.data.partition import PARTITIONS
 from lwfedssl_jax.data.sources import SOURCES
-from lwfedssl_jax.objectives import OBJECTIVES
-from lwfedssl_jax.stages import STRATEGIES
-from lwfedssl_jax.starts import STARTS
+from lwfedssl_jax.method.aggregation import AGGREGATORS
+from lwfedssl_jax.method.objectives import OBJECTIVES
+from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.method.stateful_clients import STARTS
 
 EXAMPLES = os.environ.get("HYPOTHESIS_EXAMPLES")  # so many, and others in each run; see CONTRIBUTING.md
 

@@ -17,9 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax import checkpoint
 from lwfedssl_jax.config import ConfigError
-from lwfedssl_jax.workdir import WorkDir
+from lwfedssl_jax.workdir import WorkDir, checkpoint
 
 
 def state(rounds: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.config import Config, ConfigError, resolve
-from lwfedssl_jax.workdir import WorkDir
+from lwfedssl_jax.config import Config, ConfigError, load, override, resolve, to_dict
+from lwfedssl_jax.workdir import WorkDir, directory
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -170,7 +170,6 @@ def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "vit"}')
-    from lwfedssl_jax.config import load, override, resolve, to_dict
 
     config = override(load("quickstart"), {"runtime.seed": 5})
     (tmp_path / "half").mkdir()
@@ -198,11 +197,12 @@ def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_default_work_directory_is_one_for_each_config() -> None:
-    from lwfedssl_jax.config import load, override
 
     config = load("quickstart")
-    assert cli.default_workdir("quickstart", config) == cli.default_workdir("quickstart", load("quickstart"))
-    assert cli.default_workdir("quickstart", config) != cli.default_workdir(
+    assert directory.default_workdir("quickstart", config) == directory.default_workdir(
+        "quickstart", load("quickstart")
+    )
+    assert directory.default_workdir("quickstart", config) != directory.default_workdir(
         "quickstart", override(config, {"runtime.seed": 1})
     )
 
@@ -221,7 +221,7 @@ def test_run_py_starts_without_a_heavy_import_and_stays_short(tmp_path: Path) ->
 def test_a_changed_config_file_is_another_run(tmp_path: Path) -> None:
     """It may hold an objective: the same values do not make it the same run."""
     config = resolve(Config())
-    paths = {cli.default_workdir("mine.py", config, code) for code in ("", "a", "b")}
+    paths = {directory.default_workdir("mine.py", config, code) for code in ("", "a", "b")}
     assert len(paths) == 3
     WorkDir(tmp_path / "run", config, "a").open(1, 1)
     WorkDir(tmp_path / "run", config, "a")

@@ -8,18 +8,28 @@ from typing import Any
 
 import pytest
 
-from lwfedssl_jax import config as configs
-from lwfedssl_jax.config import Config, ConfigError, override, resolve
-from lwfedssl_jax.simulate import prepare
-from lwfedssl_jax.stages import stage_depths
+from lwfedssl_jax.config import (
+    CONFIG_DIR,
+    SWEEPS,
+    Config,
+    ConfigError,
+    available,
+    load,
+    override,
+    resolve,
+    sections,
+    to_dict,
+)
+from lwfedssl_jax.method.stages import stage_depths
+from lwfedssl_jax.simulation.setup import prepare
 
-NAMES = [name for name, _ in configs.available() if not name.startswith(configs.SWEEPS)]
+NAMES = [name for name, _ in available() if not name.startswith(SWEEPS)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_valid_and_introduces_itself(name: str) -> None:
-    resolve(configs.load(name))
-    assert len(dict(configs.available())[name]) > 20
+    resolve(load(name))
+    assert len(dict(available())[name]) > 20
 
 
 def test_the_configs_an_experimenter_expects_exist() -> None:
@@ -31,17 +41,17 @@ def test_the_configs_an_experimenter_expects_exist() -> None:
     }
     assert digits | {"quickstart"} | paper <= set(NAMES)
     for name in digits:
-        config = configs.load(name)
+        config = load(name)
         assert f"{config.strategy.name}_{config.objective.name}" == name.removeprefix("digits/")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("paper/")])
 def test_a_paper_config_is_what_its_name_and_header_say(name: str) -> None:
-    header = ast.get_docstring(ast.parse((configs.CONFIG_DIR / f"{name}.py").read_text())) or ""
+    header = ast.get_docstring(ast.parse((CONFIG_DIR / f"{name}.py").read_text())) or ""
     commands = [line.split() for line in header.splitlines() if line.startswith("    python run.py ")]
     assert ["python", "run.py", "train", name] in commands
     assert {command[-1] for command in commands} == {name}
-    config = resolve(configs.load(name))
+    config = resolve(load(name))
     # Files named after a baseline say their strategy in the header alone.
     strategy = next((s for s in ("progressive", "end_to_end", "layerwise") if s in name), None)
     words = {"layerwise": "LW-FedSSL", "progressive": "Prog-FedSSL", "end_to_end": "FedSSL end to end"}
@@ -53,7 +63,7 @@ def test_a_paper_config_is_what_its_name_and_header_say(name: str) -> None:
 
 
 def test_no_two_configs_are_the_same() -> None:
-    resolved = [json.dumps(configs.to_dict(resolve(configs.load(name)))) for name in NAMES]
+    resolved = [json.dumps(to_dict(resolve(load(name)))) for name in NAMES]
     assert len(set(resolved)) == len(NAMES)
 
 
@@ -121,8 +131,8 @@ def test_bad_section() -> None:
 
 def test_every_field_has_a_help_text_and_is_plain_json() -> None:
     config = resolve(Config())
-    assert json.loads(json.dumps(configs.to_dict(config))) == configs.to_dict(config)
-    source = Path(configs.__file__).read_text()
+    assert json.loads(json.dumps(to_dict(config))) == to_dict(config)
+    source = Path(sections.__file__).read_text()
     for section in dataclasses.fields(Config):
         for f in dataclasses.fields(getattr(config, section.name)):
             following = source.split(f"class {type(getattr(config, section.name)).__name__}")[1].split(
@@ -133,7 +143,7 @@ def test_every_field_has_a_help_text_and_is_plain_json() -> None:
 
 def test_unknown_config_suggests_near_ones() -> None:
     with pytest.raises(ConfigError, match=r"CONFIG: no config 'quickstrat'; accepted: .*quickstart"):
-        configs.load("quickstrat")
+        load("quickstrat")
 
 
 @pytest.mark.parametrize(
@@ -149,4 +159,4 @@ def test_config_file_that_is_none(tmp_path: Path, text: str, message: str) -> No
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        configs.load(str(file))
+        load(str(file))

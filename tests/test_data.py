@@ -11,12 +11,12 @@ import pytest
 from conftest import small_config
 from sklearn.neighbors import KNeighborsClassifier
 
-from lwfedssl_jax.augment import RECIPES, normalise, two_views
-from lwfedssl_jax.checks import check
-from lwfedssl_jax.client import make_task
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.partition import PARTITIONS, partition, server_examples
+from lwfedssl_jax.data.views import RECIPES, standardise, two_views
+from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.task import make_task
 
 LABELS = np.arange(1000) % 10
 
@@ -66,7 +66,7 @@ def test_synthetic_classes_survive_the_views() -> None:
     views = jax.jit(lambda key, x: two_views(key, x, recipe))(jax.random.key(0), jnp.asarray(data.train_images))
     flat = lambda x: np.asarray(x).mean(-1).reshape(len(x), -1)  # noqa: E731
     classifier = KNeighborsClassifier(5).fit(flat(views[0]), data.train_labels)
-    accuracy = classifier.score(flat(normalise(jnp.asarray(data.test_images), recipe)), data.test_labels)
+    accuracy = classifier.score(flat(standardise(jnp.asarray(data.test_images), recipe)), data.test_labels)
     assert accuracy > 0.8
     # ... and they are not so plain that the untransformed pixels alone decide across views.
     assert float(jnp.abs(views[0] - views[1]).mean()) > 0.1

@@ -13,8 +13,12 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import devices, simulate
 from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.method import stages
+from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation.simulator import Simulator
+from lwfedssl_jax.system import devices
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -101,21 +105,23 @@ def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(
     devices_used: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of several CPU devices fewer are used, each with more of the machine's memory."""
-    run = simulate.prepare(small_config(partition__clients=8), jax.devices()[:devices_used])
+    run = setup.prepare(small_config(partition__clients=8), jax.devices()[:devices_used])
     run = run._replace(lanes=8)
     stage = run.stages[0]
     each = _bytes(run, stage)
-    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
-    simulator = simulate.Simulator(run, [stage])
+    monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
+    monkeypatch.setattr(setup, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
+    simulator = Simulator(run, [stage])
     assert 1 <= simulator.run.lanes < 8
     assert devices.program_memory(simulator.program(stage).steps) <= 0.7 * each * devices_used / simulator.run.mesh.size
-    asked = simulate.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:devices_used])
+    asked = setup.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:devices_used])
     with pytest.raises(ConfigError, match=r"runtime\.lanes: 8 need .* GiB; accepted: at most about \d lanes"):
-        simulate.Simulator(asked, [stage])
-    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: 1000)
+        Simulator(asked, [stage])
+    monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: 1000)
+    monkeypatch.setattr(setup, "memory_limit", lambda mesh: 1000)
     with pytest.raises(ConfigError, match=r"accepted: a smaller optimizer\.batch_size, runtime\.remat"):
-        simulate.Simulator(run, [stage])
+        Simulator(run, [stage])
 
 
-def _bytes(run: simulate.Run, stage: simulate.Stage) -> int:
-    return devices.program_memory(simulate.Simulator(run).program(stage).steps)
+def _bytes(run: setup.Prepared, stage: stages.Stage) -> int:
+    return devices.program_memory(Simulator(run).program(stage).steps)

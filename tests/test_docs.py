@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from conftest import SMALL
 
-from lwfedssl_jax import additions, aggregation, experiment, objectives, resources, simulate, stages
 from lwfedssl_jax.config import load, override, resolve
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.experiment import train
+from lwfedssl_jax.method import aggregation, objectives, stages, terms
+from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.workdir import WorkDir
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "extending.md"
 
 
-TABLES = (additions.TERMS, aggregation.AGGREGATORS, objectives.OBJECTIVES, stages.STRATEGIES)
+TABLES = (terms.TERMS, aggregation.AGGREGATORS, objectives.OBJECTIVES, stages.STRATEGIES)
 
 
 @pytest.fixture
@@ -38,12 +41,12 @@ def test_the_example_trains_and_is_priced(tmp_path: Path) -> None:
     file.write_text(example)
     small = {k: v for k, v in SMALL.items() if k not in ("objective.name", "strategy.name")}
     config = resolve(override(load(str(file)), small))
-    run = simulate.prepare(config)
+    run = setup.prepare(config)
     assert [(s.frozen_depth, s.depth) for s in run.stages] == [(0, 1), (0, 2), (1, 3)]
-    summary = experiment.train(config, WorkDir(tmp_path / "run", config))
+    summary = train.train(config, WorkDir(tmp_path / "run", config))
     assert summary["strategy"] == "newest_two"
     assert np.isfinite([line["loss"] for line in WorkDir(tmp_path / "run", config).metrics() if "loss" in line]).all()
-    ledgers = resources.all_strategies(config, memory=False)
+    ledgers = ledger.all_strategies(config, memory=False)
     between = [ledgers[name]["total_bytes"] for name in ("layerwise", "newest_two", "progressive")]
     assert between == sorted(between)
     assert len(set(between)) == 3

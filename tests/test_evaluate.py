@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import encoding, small_config
 
-from lwfedssl_jax import evaluate, simulate
 from lwfedssl_jax.config import ConfigError, EvaluationConfig
 from lwfedssl_jax.data.sources import Dataset
+from lwfedssl_jax.evaluation import frozen
+from lwfedssl_jax.simulation import setup
 
 LABELS = np.arange(300).astype(np.int32) % 3
 IMAGES = np.zeros((300, 4, 4, 1), np.uint8)
@@ -20,7 +21,7 @@ def features(signal: float) -> np.ndarray:
 
 
 def judge(x: np.ndarray) -> dict:
-    return evaluate.judge(EvaluationConfig(labels_per_class=(5, 0), neighbours=10), DATA, x[:200], x[200:])
+    return frozen.evaluate(EvaluationConfig(labels_per_class=(5, 0), neighbours=10), DATA, x[:200], x[200:])
 
 
 def test_separable_features_score_one_and_noise_scores_chance() -> None:
@@ -45,15 +46,15 @@ def test_draws_are_the_same_for_every_run() -> None:
 
 
 def test_features_are_those_of_the_first_layers_and_do_not_depend_on_the_batch() -> None:
-    run = simulate.prepare(small_config())
-    params = simulate.initial_params(run)
+    run = setup.prepare(small_config())
+    params = setup.initial_params(run)
     images = run.dataset.train_images
-    one = run.encode(params, images[:1], 1)
-    np.testing.assert_allclose(run.encode(params, images, 1)[:1], one, atol=1e-5)
+    one = encoding(run)(params, images[:1], 1)
+    np.testing.assert_allclose(encoding(run)(params, images, 1)[:1], one, atol=1e-5)
     later = jax.tree.map(lambda x: x, params)
     later["encoder"]["blocks"] = jax.tree.map(lambda x: x.at[1:].set(7.0), params["encoder"]["blocks"])
-    np.testing.assert_array_equal(run.encode(later, images[:1], 1), one)
-    assert np.abs(run.encode(later, images[:1], 2) - one).max() > 1e-3
+    np.testing.assert_array_equal(encoding(run)(later, images[:1], 1), one)
+    assert np.abs(encoding(run)(later, images[:1], 2) - one).max() > 1e-3
 
 
 class Mapped:
@@ -66,15 +67,15 @@ class Mapped:
         return len(self._images)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        assert rows.stop - rows.start <= evaluate.BATCH
+        assert rows.stop - rows.start <= frozen.BATCH
         return self._images[rows]
 
 
 def test_images_are_encoded_batch_by_batch() -> None:
-    run = simulate.prepare(small_config())
-    params = simulate.initial_params(run)
+    run = setup.prepare(small_config())
+    params = setup.initial_params(run)
     images = np.resize(run.dataset.train_images, (300, 8, 8, 3))
-    np.testing.assert_array_equal(run.encode(params, Mapped(images), 1), run.encode(params, images, 1))
+    np.testing.assert_array_equal(encoding(run)(params, Mapped(images), 1), encoding(run)(params, images, 1))
 
 
 def test_training_images_without_a_label_change_nothing() -> None:
@@ -82,10 +83,10 @@ def test_training_images_without_a_label_change_nothing() -> None:
     labels = np.concatenate([[-1, -1], DATA.train_labels])
     more = DATA._replace(train_labels=labels, train_images=np.zeros((202, 4, 4, 1), np.uint8))
     config = EvaluationConfig(labels_per_class=(5, 0), neighbours=10)
-    assert evaluate.judge(config, more, np.concatenate([x[:2] + 9, x[:200]]), x[200:]) == judge(x)
-    evaluate.check(EvaluationConfig(labels_per_class=(66,), neighbours=200), more)
+    assert frozen.evaluate(config, more, np.concatenate([x[:2] + 9, x[:200]]), x[200:]) == judge(x)
+    frozen.check(EvaluationConfig(labels_per_class=(66,), neighbours=200), more)
     with pytest.raises(ConfigError, match=r"evaluation\.neighbours: 201 .*accepted: 0 to 200"):
-        evaluate.check(EvaluationConfig(neighbours=201), more)
+        frozen.check(EvaluationConfig(neighbours=201), more)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_training_images_without_a_label_change_nothing() -> None:
 )
 def test_classes_the_data_lacks(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        evaluate.check(EvaluationConfig(), DATA._replace(**changes))
+        frozen.check(EvaluationConfig(), DATA._replace(**changes))
 
 
 @pytest.mark.parametrize(
@@ -109,4 +110,4 @@ def test_classes_the_data_lacks(changes: dict, message: str) -> None:
 )
 def test_protocols_the_data_cannot_serve(config: EvaluationConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        evaluate.check(config, DATA)
+        frozen.check(config, DATA)

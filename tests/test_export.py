@@ -16,11 +16,13 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load, load_file, save
 
-from lwfedssl_jax import load_encoder, simulate
-from lwfedssl_jax.client import make_task
+from lwfedssl_jax import load_encoder
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.evaluate import BATCH, make_encode
-from lwfedssl_jax.export import ABOUT, METADATA, WEIGHTS, TrainedEncoder, encoder_files
+from lwfedssl_jax.evaluation.export import ABOUT, METADATA, WEIGHTS, TrainedEncoder, encoder_files
+from lwfedssl_jax.evaluation.frozen import BATCH, make_encode
+from lwfedssl_jax.method.task import make_task
+from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
@@ -307,9 +309,9 @@ def test_timm_finds_the_features_of_a_trained_encoder(tmp_path: Path) -> None:
     """By the README's lines."""
     import_or_skip("timm")
     config = small_config(model__depth=2, objective__name="simclr", federation__rounds=2, federation__local_epochs=1)
-    run = simulate.prepare(config)
-    simulator = simulate.Simulator(run)
-    params = simulator.place(simulate.initial_params(run))
+    run = setup.prepare(config)
+    simulator = Simulator(run)
+    params = simulator.place(setup.initial_params(run))
     for stage in run.stages:
         params, _, _ = simulator.run_round(stage, params, None, stage.number)
     check_timm(config, jax.device_get(params), tmp_path)

@@ -11,14 +11,21 @@ from conftest import small_config
 from test_objectives import REAL, B, D, T, embeddings, unit
 from test_rounds import SIZES, max_difference, parts, prepare
 
-from lwfedssl_jax import additions, checkpoint, client, fedca, resources, simulate, tree
-from lwfedssl_jax.augment import normalise, two_views
-from lwfedssl_jax.checks import check
-from lwfedssl_jax.client import client_init, client_step, embed
+from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.objectives import OBJECTIVES
-from lwfedssl_jax.packing import batches
-from lwfedssl_jax.workdir import WorkDir
+from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
+from lwfedssl_jax.data.views import standardise, two_views
+from lwfedssl_jax.method import client, fedca, terms
+from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.client import client_init, client_step, embed
+from lwfedssl_jax.method.objectives import OBJECTIVES
+from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation.packing import batches
+from lwfedssl_jax.simulation.simulator import Simulator
+from lwfedssl_jax.simulation.state import state_to_save
+from lwfedssl_jax.system import seeds
+from lwfedssl_jax.workdir import WorkDir, checkpoint
 
 BASE: dict[str, Any] = {"additions__terms": ("base=1",), "additions__base_steps": 2, "partition__server_share": 0.2}
 
@@ -27,9 +34,9 @@ def fedca_config(**changes: Any) -> Config:
     return small_config(**{"strategy__name": "end_to_end", "objective__name": "simclr", **changes})
 
 
-def project(run: simulate.Run, params: tree.Tree) -> jax.Array:
+def project(run: setup.Prepared, params: tree.Tree) -> jax.Array:
     """Projections of four of the server's images."""
-    x = normalise(jnp.asarray(run.server_images[:4]), run.task.recipe)
+    x = standardise(jnp.asarray(run.server_images[:4]), run.task.recipe)
     return embed(run.task, jax.tree.map(jnp.asarray, params), x, jnp.ones(4, bool), (3, None), ["projection"])[0][0][0]
 
 
@@ -75,11 +82,11 @@ def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
     lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Client 2 never reports; client 1 has one image; slots follow the cohort, [1, 2, 3]."""
-    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([1, 2, 3], [1, 3]))
+    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([1, 2, 3], [1, 3]))
     config = fedca_config(additions__dictionary=3, federation__clients_per_round=3, runtime__lanes=lanes)
     run = prepare(config)
-    simulator, stage = simulate.Simulator(run), run.stages[0]
-    params = simulator.place(simulate.initial_params(run))
+    simulator, stage = Simulator(run), run.stages[0]
+    params = simulator.place(setup.initial_params(run))
     after, state, _ = simulator.run_round(stage, params, None, 1)
     dictionary, filled = (np.asarray(state.dictionary[name]) for name in ("dictionary", "filled"))
 
@@ -88,7 +95,7 @@ def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
     for slot, c in ((0, 1), (2, 3)):
         rng = np.random.default_rng([config.runtime.seed, 2, 1, c])
         rows, real = batches(run.clients[c], 4, config.federation.local_epochs, rng)
-        client_key = jax.random.fold_in(simulate.round_key(config.runtime.seed, 1), c)
+        client_key = jax.random.fold_in(seeds.round_key(config.runtime.seed, 1), c)
         local = client_init(run.task, sent.trainable)
         for i, (row, count) in enumerate(zip(rows, real, strict=True)):
             images, key = jnp.asarray(run.dataset.train_images[row[:count]]), jax.random.fold_in(client_key, i)
@@ -108,21 +115,21 @@ def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
     assert second["loss"] > simulator.run_round(stage, after, empty, 2)[2]["loss"] + 0.1
     assert max_difference(again.dictionary["dictionary"], dictionary) > 1e-3
 
-    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([1, 2, 3], []))
+    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([1, 2, 3], []))
     _, kept, _ = simulator.run_round(stage, after, state, 2)
     assert all((np.asarray(kept.dictionary[k]) == x).all() for k, x in state.dictionary.items())
 
 
 def test_the_base_term_is_zero_at_the_base_model_and_pulls_to_it() -> None:
     run = prepare(fedca_config(**BASE))
-    base = simulate.initial_params(run)
+    base = setup.initial_params(run)
     moved = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), base)
 
     @jax.jit
     def term(weights: tree.Tree, base: tree.Tree) -> jax.Array:
         none: Any = None
         thunk = lambda: (project(run, weights), project(run, base))  # noqa: E731
-        return additions.base(additions.Local(none, none, none, none, none, none, thunk))
+        return terms.base(terms.Local(none, none, none, none, none, none, thunk))
 
     assert term(base, base) == 0
     loss, grad = jax.jit(jax.value_and_grad(term))(moved, base)
@@ -134,10 +141,10 @@ def test_the_base_term_is_zero_at_the_base_model_and_pulls_to_it() -> None:
 
 def test_the_base_term_looks_at_a_few_public_images_of_each_step() -> None:
     run = prepare(fedca_config(**BASE))
-    sent = parts(run.stages[0], simulate.initial_params(run))
+    sent = parts(run.stages[0], setup.initial_params(run))
     assert client.public_batch(run.task, sent, 4, jax.random.key(0)) is None
     sent = sent._replace(shared={"public": jnp.asarray(run.server_images)})
-    every = np.asarray(normalise(jnp.asarray(run.server_images), run.task.recipe))
+    every = np.asarray(standardise(jnp.asarray(run.server_images), run.task.recipe))
     drawn = [np.asarray(client.public_batch(run.task, sent, 4, jax.random.key(i))) for i in (0, 1)]
     for batch in drawn:
         assert len({int(np.flatnonzero((every == x).all((1, 2, 3)))[0]) for x in batch}) == 4
@@ -149,7 +156,7 @@ def test_a_run_with_a_base_term_ends_nearer_to_the_base_model() -> None:
     apart = []
     for weight in (1e-30, 30.0):
         run = prepare(fedca_config(**BASE | {"additions__terms": (f"base={weight}",)}))
-        simulator, start = simulate.Simulator(run), simulate.initial_params(run)
+        simulator, start = Simulator(run), setup.initial_params(run)
         params, state = simulator.place(start), None
         for number in (1, 2):
             params, state, _ = simulator.run_round(run.stages[0], params, state, number)
@@ -164,28 +171,28 @@ def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three clients a round, 4 embeddings of 6 numbers each; the base model is as large as what is trained."""
     changes = {**BASE, "additions__dictionary": 4, "federation__clients_per_round": 3}
     config, plain = fedca_config(**changes), fedca_config(federation__clients_per_round=3)
-    (row,), (without,) = (resources.ledger(c)["per_stage"] for c in (config, plain))
+    (row,), (without,) = (make_ledger(c)["per_stage"] for c in (config, plain))
     model, upload = 4 * row["trainable_parameters"], 4 * 6 * 4
     assert row["download_bytes"] == without["download_bytes"] + 3 * (3 * upload) + model
     assert row["upload_bytes"] == without["upload_bytes"] + 3 * upload
-    ledger = resources.ledger(config)
+    ledger = make_ledger(config)
     assert ledger["total_bytes"] == ledger["worst_case_total_bytes"]
     assert row["flops_executed"] > without["flops_executed"]
     assert row["server_flops_executed"] > without["server_flops_executed"] == 0
-    strategies = resources.all_strategies(config, memory=True)
+    strategies = all_strategies(config, memory=True)
     assert list(strategies) == ["end_to_end"]
     assert strategies["end_to_end"]["peak_memory_bytes"] > 0
 
     cohorts = {1: [0, 1], 2: [1, 2, 3]}
-    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
+    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
     run = prepare(config)
-    simulator = simulate.Simulator(run)
-    params, state, one = simulator.run_round(run.stages[0], simulator.place(simulate.initial_params(run)), None, 1)
+    simulator = Simulator(run)
+    params, state, one = simulator.run_round(run.stages[0], simulator.place(setup.initial_params(run)), None, 1)
     assert (one["download_bytes"], one["upload_bytes"]) == (2 * (2 * model + 3 * upload), model + upload)
     two = simulator.run_round(run.stages[0], params, state, 2)[2]
     assert two["download_bytes"] == 3 * (model + 3 * upload) + 2 * model
-    resumed = simulate.Simulator(run)
-    resumed.take_up(1, simulate.to_save(params, state))
+    resumed = Simulator(run)
+    resumed.take_up(1, state_to_save(params, state))
     assert resumed._traffic[0].download(run.stages[0], cohorts[2]) == two["download_bytes"]
 
 
@@ -211,8 +218,8 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_dictionary_goes_with_frozen_layers() -> None:
     run = prepare(small_config(objective__name="mocov3", additions__dictionary=2))
-    simulator = simulate.Simulator(run)
-    params = simulator.place(simulate.initial_params(run))
+    simulator = Simulator(run)
+    params = simulator.place(setup.initial_params(run))
     _, state, _ = simulator.run_round(run.stages[1], params, None, 1)
     assert state.dictionary["filled"].tolist() == [True, True, True, False, True, False, True, True]  # last: 4, 1, 1, 4
     np.testing.assert_allclose(np.linalg.norm(state.dictionary["dictionary"], axis=1)[:2], 1, rtol=1e-5)
@@ -240,7 +247,7 @@ def test_a_dictionary_goes_with_frozen_layers() -> None:
 def test_what_cannot_be_had_is_refused(changes: dict[str, Any], message: str) -> None:
     config = fedca_config(**changes)
     with pytest.raises(ConfigError) as error:
-        simulate.prepare(config)
+        setup.prepare(config)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     assert "accepted: " in str(error.value)
@@ -251,11 +258,11 @@ def test_what_cannot_be_had_is_refused(changes: dict[str, Any], message: str) ->
 def test_processes_that_hold_no_checkpoint_take_up_trees_of_the_same_form() -> None:
     """Several processes broadcast what the first has restored; round 2 ends a stage."""
     config = small_config(additions__dictionary=2, objective__name="simclr", federation__rounds=6)
-    run = simulate.prepare(config)
-    simulator = simulate.Simulator(run)
-    params, state = simulator.run_round(run.stages[0], simulator.place(simulate.initial_params(run)), None, 1)[:2]
+    run = setup.prepare(config)
+    simulator = Simulator(run)
+    params, state = simulator.run_round(run.stages[0], simulator.place(setup.initial_params(run)), None, 1)[:2]
     for rounds in (1, 2):
-        first = simulator.take_up(rounds, jax.device_get(simulate.to_save(params, state)))
+        first = simulator.take_up(rounds, jax.device_get(state_to_save(params, state)))
         other = simulator.take_up(rounds, {})
         assert jax.tree.structure(first) == jax.tree.structure(other)
         assert (first[1] is None) == (rounds == 2)

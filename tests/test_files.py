@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lwfedssl_jax.augment import RECIPES
 from lwfedssl_jax.config import ConfigError, DataConfig
 from lwfedssl_jax.data import cache, files, sources
+from lwfedssl_jax.data.views import RECIPES
 
 
 @pytest.fixture(autouse=True)

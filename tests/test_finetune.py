@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import encoding, small_config
 from rich.console import Console
 
-from lwfedssl_jax import experiment, finetune, report, simulate
+from lwfedssl_jax.analysis import terminal
 from lwfedssl_jax.config import EvaluationConfig
-from lwfedssl_jax.evaluate import scores
+from lwfedssl_jax.evaluation import finetune
+from lwfedssl_jax.evaluation.frozen import scores
+from lwfedssl_jax.experiment import train as experiment
+from lwfedssl_jax.simulation import events, setup
 from lwfedssl_jax.workdir import WorkDir
 
 CONFIG = small_config(
@@ -26,19 +29,19 @@ CONFIG = small_config(
 
 
 @pytest.fixture(scope="module")
-def run() -> simulate.Run:
-    return simulate.prepare(CONFIG)
+def run() -> setup.Prepared:
+    return setup.prepare(CONFIG)
 
 
-def train(run: simulate.Run, params: Any, depth: int = 3, seed: int = 0) -> list[np.ndarray]:
+def train(run: setup.Prepared, params: Any, depth: int = 3, seed: int = 0) -> list[np.ndarray]:
     config = dataclasses.replace(CONFIG.evaluation, fine_tune_epochs=3)
     state = finetune.train(run.task, config, run.dataset, params, depth, seed, lambda _: None)
     return [np.asarray(x) for x in jax.tree.leaves((state.weights["head"], state.weights["encoder"]["norm"]))]
 
 
-def test_it_learns_from_scratch_and_compiles_once(run: simulate.Run, compiled: list[str]) -> None:
-    params, heard = simulate.initial_params(run), []
-    result = finetune.fine_tune(run.task, run.encode, CONFIG.evaluation, run.dataset, params, 3, 0, heard.append)
+def test_it_learns_from_scratch_and_compiles_once(run: setup.Prepared, compiled: list[str]) -> None:
+    params, heard = setup.initial_params(run), []
+    result = finetune.fine_tune(run.task, encoding(run), CONFIG.evaluation, run.dataset, params, 3, 0, heard.append)
     assert result["accuracy"] > 0.8
     assert (heard[2], len(heard)) == ("fine-tuning, epoch 3 of 20", 20)
     assert {k: result[k] for k in ("epochs", "warmup_epochs", "learning_rate", "batch_size", "views")} == {
@@ -51,8 +54,8 @@ def test_it_learns_from_scratch_and_compiles_once(run: simulate.Run, compiled: l
     assert compiled.count("jit(_step)") == 1
 
 
-def test_images_without_a_label_are_not_trained_on(run: simulate.Run) -> None:
-    params, data = simulate.initial_params(run), run.dataset
+def test_images_without_a_label_are_not_trained_on(run: setup.Prepared) -> None:
+    params, data = setup.initial_params(run), run.dataset
     more = data._replace(
         train_images=np.concatenate([data.train_images[:3] + 9, data.train_images]),
         train_labels=np.concatenate([np.full(3, -1, np.int32), data.train_labels]),
@@ -61,8 +64,8 @@ def test_images_without_a_label_are_not_trained_on(run: simulate.Run) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_same_seed_gives_the_same_bits_and_layers_past_the_depth_do_not_count(run: simulate.Run) -> None:
-    params = jax.device_get(simulate.initial_params(run))
+def test_the_same_seed_gives_the_same_bits_and_layers_past_the_depth_do_not_count(run: setup.Prepared) -> None:
+    params = jax.device_get(setup.initial_params(run))
     later = params | {"encoder": dict(params["encoder"])}
     later["encoder"]["blocks"] = jax.tree.map(lambda x: np.concatenate([x[:1], x[1:] + 7]), params["encoder"]["blocks"])
     one = train(run, params, depth=1)
@@ -72,10 +75,10 @@ def test_the_same_seed_gives_the_same_bits_and_layers_past_the_depth_do_not_coun
         assert np.abs(one[1] - other[1]).max() > 1e-4
 
 
-def test_the_last_batchs_padding_does_not_count(run: simulate.Run) -> None:
+def test_the_last_batchs_padding_does_not_count(run: setup.Prepared) -> None:
     """A step of 30 samples moves the weights as much whatever the other two are."""
-    params = jax.device_get(simulate.initial_params(run))
-    fixed = finetune.Fixed(run.task.encoder, run.task.recipe, run.task.dtype, CONFIG.evaluation, 4)
+    params = jax.device_get(setup.initial_params(run))
+    fixed = finetune.FineTuneSetup(run.task.encoder, run.task.recipe, run.task.dtype, CONFIG.evaluation, 4)
     state = finetune._start(fixed, {k: params[k] for k in ("encoder", "statistics")}, jax.random.key(0), (8, 3))
     images, labels = run.dataset.train_images[:32], run.dataset.train_labels[:32]
     mask = np.arange(32) < 30
@@ -113,7 +116,7 @@ def test_scores_by_hand() -> None:
     assert (result["mean_per_class_accuracy"], result["recall"]) == (0.5, 0.25)
 
 
-class Interrupting(simulate.Listener):
+class Interrupting(events.Listener):
     """Presses Ctrl-C when fine-tuning says this."""
 
     def __init__(self, when: str = "") -> None:
@@ -161,7 +164,7 @@ def test_a_run_writes_lines_and_summary_and_continues(tmp_path: Path, monkeypatc
     assert {"f1", "precision", "recall", "mean_per_class_accuracy", "epochs"} <= set(scratch)
     assert (path / "plots" / "accuracy.png").stat().st_size > 5000
     console = Console(record=True, width=200)
-    console.print(report.summary_tables(summary))
+    console.print(terminal.summary_tables(summary))
     row = next(line for line in console.export_text().splitlines() if "fine-tuning" in line)
     assert f"{100 * scratch['accuracy']:.1f} (scratch)" in row
     assert f"{100 * trained['accuracy']:.1f}" in row

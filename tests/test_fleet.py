@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lwfedssl_jax import fleet
-from lwfedssl_jax.config import Config, ConfigError, override, resolve, to_dict
-from lwfedssl_jax.fleet import DeviceClass
+from lwfedssl_jax.config import Config, ConfigError, load, override, resolve, to_dict
+from lwfedssl_jax.config.device_classes import DeviceClass, describe, read_csv
+from lwfedssl_jax.costs import fleet
 
 PHONE = DeviceClass("old phone", 30, 2.0, 50.0, 10.0, 40.0, 3.5)
 BOX = DeviceClass("box", 10, 16.0)
@@ -23,10 +23,10 @@ PER_STAGE = [
 
 def test_csv_and_descriptions_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "fleet.csv").write_text("\ufeff" + CSV)
-    assert fleet.read_csv(tmp_path / "fleet.csv") == [PHONE, BOX]
-    described = [fleet.describe(device) for device in (PHONE, BOX)]
+    assert read_csv(tmp_path / "fleet.csv") == [PHONE, BOX]
+    described = [describe(device) for device in (PHONE, BOX)]
     assert described[0] == "old phone count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=40 watts=3.5"
-    assert fleet.load(described) == fleet.load([str(tmp_path / "fleet.csv")]) == [PHONE, BOX]
+    assert load(described) == load([str(tmp_path / "fleet.csv")]) == [PHONE, BOX]
 
 
 def test_resolving_puts_the_classes_in_the_place_of_the_file(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_resolving_puts_the_classes_in_the_place_of_the_file(tmp_path: Path) -> 
     file.write_text(CSV)
     config = resolve(override(Config(), {"fleet.devices": (str(file),)}))
     file.unlink()
-    assert config.fleet.devices == (fleet.describe(PHONE), fleet.describe(BOX))
+    assert config.fleet.devices == (describe(PHONE), describe(BOX))
     assert resolve(config) == config
     assert to_dict(config)["fleet"]["devices"] == list(config.fleet.devices)
 
@@ -75,7 +75,7 @@ def test_unreadable_files(content: bytes | str | None, tmp_path: Path) -> None:
     elif content:
         file.mkdir()
     with pytest.raises(ValueError, match=r"cannot be read .*; accepted: a CSV file"):
-        fleet.read_csv(file)
+        read_csv(file)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_unreadable_files(content: bytes | str | None, tmp_path: Path) -> None:
 )
 def test_bad_descriptions(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message + ".*; accepted: "):
-        fleet.load([text])
+        load([text])
 
 
-@pytest.mark.parametrize("devices", [(), (fleet.describe(PHONE), fleet.describe(BOX))])
+@pytest.mark.parametrize("devices", [(), (describe(PHONE), describe(BOX))])
 def test_a_deadline_needs_speeds(devices: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"^fleet.deadline_seconds: 5.0 needs classes .*; accepted: 0.0, or"):
         resolve(override(Config(), {"fleet.devices": devices, "fleet.deadline_seconds": 5.0}))
@@ -105,15 +105,17 @@ def test_a_deadline_needs_speeds(devices: tuple[str, ...]) -> None:
 
 def test_what_a_class_does_by_hand() -> None:
     """100 samples of 8 GFLOP at 50 GFLOP/s are 16 s; 5 MB take 4 s at 10 Mbit/s, 1 s at 40."""
-    part = fleet.take_part(PHONE, PER_STAGE, 100, deadline=0)
+    part = fleet.participation(PHONE, PER_STAGE, 100, deadline=0)
     assert part.stages == [1]
     assert part.round_seconds == pytest.approx([16 + 4 + 1, 32 + 8 + 2])
     assert part.seconds == pytest.approx(210)
     assert part.traffic_bytes == 100e6
     assert part.energy_wh == pytest.approx(3.5 * 210 / 3600)
-    assert fleet.take_part(BOX, PER_STAGE, 100, deadline=0) == fleet.Part([1, 2], None, None, 200_000_000, None)
-    assert fleet.take_part(PHONE, PER_STAGE, 100, deadline=21).stages == [1]
-    assert fleet.take_part(PHONE, PER_STAGE, 100, deadline=20.9).stages == []
+    assert fleet.participation(BOX, PER_STAGE, 100, deadline=0) == fleet.Participation(
+        [1, 2], None, None, 200_000_000, None
+    )
+    assert fleet.participation(PHONE, PER_STAGE, 100, deadline=21).stages == [1]
+    assert fleet.participation(PHONE, PER_STAGE, 100, deadline=20.9).stages == []
 
 
 def test_clients_are_dealt_in_proportion_and_by_the_seed() -> None:

@@ -13,8 +13,10 @@ import pytest
 from conftest import SMALL, small_config
 
 import lwfedssl_jax as lw
-from lwfedssl_jax import library, progress, report
+from lwfedssl_jax import api
+from lwfedssl_jax.analysis import style
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.experiment import progress
 from lwfedssl_jax.workdir import WorkDir
 
 ROOT = Path(__file__).parent.parent
@@ -24,12 +26,12 @@ def test_the_readmes_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: list[str]
 ) -> None:
     (example,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "as lw" in b]
-    load_config = library.load_config
+    load_config = api.load_config
 
     def small(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
         return load_config(name, {**SMALL, **(overrides or {}), "federation.rounds": 3})
 
-    monkeypatch.setattr(library, "load_config", small)
+    monkeypatch.setattr(api, "load_config", small)
     monkeypatch.setattr(sys, "argv", ["no", "--options"])
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -73,7 +75,7 @@ def test_importing_the_package_does_not_import_jax() -> None:
 
 
 def test_jax_may_be_in_use_already(tmp_path: Path) -> None:
-    command = "import jax; jax.devices(); from lwfedssl_jax import library; library.set_up(); print(jax.device_count())"
+    command = "import jax; jax.devices(); from lwfedssl_jax import api; api.set_up(); print(jax.device_count())"
     environment = {"PATH": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", command], check=True, cwd=ROOT, capture_output=True, text=True, env=environment
@@ -126,11 +128,11 @@ def test_the_default_directory_is_the_configs(tmp_path: Path, monkeypatch: pytes
     def train(config: Config, workdir: WorkDir, listener: object = None) -> dict[str, Any]:
         return {"strategy": config.strategy.name, "rounds": 3, "evaluation": {}}
 
-    monkeypatch.setattr(library.experiment, "train", train)
+    monkeypatch.setattr(api.experiment, "train", train)
     monkeypatch.chdir(tmp_path)
     runs = [lw.train(small_config(runtime__seed=seed), progress=False) for seed in (0, 0, 1)]
     assert runs[0].directory == runs[1].directory != runs[2].directory
     assert runs[0].directory.parent == Path("runs")
     with pytest.raises(ConfigError, match="protocol: none has judged"):
         runs[0].plot()
-    assert report.STYLES
+    assert style.STYLES

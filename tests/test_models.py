@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lwfedssl_jax import resources, tree
+from lwfedssl_jax import tree
 from lwfedssl_jax.config import ModelConfig
+from lwfedssl_jax.costs import operations
 from lwfedssl_jax.models.dense import contract
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import mlp_head
-from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm, in_chunks, layer_norm, vit
+from lwfedssl_jax.models.loops import in_chunks
+from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm, layer_norm, vit
 
 CONFIG = ModelConfig(name="vit_micro", patch_size=4, width=12, depth=3, heads=3)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -129,8 +131,8 @@ def test_remat_recomputes_each_block_and_changes_no_result() -> None:
     loss = lambda encoder: lambda p: (forward(encoder, p, IMAGES, 3) ** 2).sum()  # noqa: E731
     a, b = jax.grad(loss(plain))(params), jax.grad(loss(remat))(params)
     assert jax.tree.all(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-4, atol=1e-5), a, b))
-    once = resources.count(jax.make_jaxpr(loss(plain))(params))
-    of_plain, of_remat = (resources.count(jax.make_jaxpr(jax.grad(loss(e)))(params)) for e in (plain, remat))
+    once = operations.count(jax.make_jaxpr(loss(plain))(params))
+    of_plain, of_remat = (operations.count(jax.make_jaxpr(jax.grad(loss(e)))(params)) for e in (plain, remat))
     embedding = 2 * 4 * 48 * 12
     assert of_plain == 3 * once - embedding  # nothing asks for the gradient of the images
     # The block's last product is not needed for its gradient.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lwfedssl_jax.objectives import OBJECTIVES
+from lwfedssl_jax.method.objectives import OBJECTIVES
 
 B, REAL, D, T = 5, 3, 4, 0.3
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lwfedssl_jax.packing import Plan, batches, plan_round, queues
+from lwfedssl_jax.simulation.packing import Schedule, batches, pack_round, queues
 
 
 def disjoint(sizes: list[int]) -> list[np.ndarray]:
@@ -12,14 +12,14 @@ def disjoint(sizes: list[int]) -> list[np.ndarray]:
 
 def whole(
     clients: list[int], examples: list[np.ndarray], lanes: int, batch: int, epochs: int, seed: int, c: int = 5
-) -> Plan:
+) -> Schedule:
     """A round's plan in one piece, from calls of ``c`` steps."""
     sizes = [len(examples[i]) for i in clients]
-    work = plan_round(clients, examples, sizes, lanes, batch, epochs, c, seed=(seed,))
+    work = pack_round(clients, examples, sizes, lanes, batch, epochs, c, seed=(seed,))
     parts = list(work.calls)
     assert {p.examples.shape for p, _ in parts} == {(c, lanes, batch)}
     assert sum(steps for _, steps in parts) == work.length
-    plan = Plan(*(np.concatenate([getattr(p, name)[:steps] for p, steps in parts]) for name in Plan._fields))
+    plan = Schedule(*(np.concatenate([getattr(p, name)[:steps] for p, steps in parts]) for name in Schedule._fields))
     assert plan.busy.sum() == work.steps
     return plan
 
@@ -85,7 +85,7 @@ def test_a_client_is_looked_up_when_its_turn_comes() -> None:
             seen.append(i)
             return np.arange(4)
 
-    work = plan_round(list(range(100)), Examples(), [4] * 100, 2, 2, 1, 4, seed=(0,))
+    work = pack_round(list(range(100)), Examples(), [4] * 100, 2, 2, 1, 4, seed=(0,))
     assert (work.length, work.steps) == (100, 200)
     next(work.calls)
     assert len(seen) <= 8

@@ -15,7 +15,10 @@ import pytest
 from PIL import Image
 from test_results import SEEDS, write_run
 
-from lwfedssl_jax import cli, comparison, figures, page, results, tables
+from lwfedssl_jax import cli
+from lwfedssl_jax.analysis import headline, report, results, setting_plots, statistics, tables
+from lwfedssl_jax.analysis.settings import group_by_setting
+from lwfedssl_jax.cli.options import TrainOptions, parse
 from lwfedssl_jax.config import resolve, to_dict
 
 EVIL = "<script>document.title='broken'</script>"
@@ -85,7 +88,7 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(top: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return page.write_report([top], tmp_path_factory.mktemp("out"))
+    return report.write_report([top], tmp_path_factory.mktemp("out"))
 
 
 def test_the_page_says_what_the_numbers_say(written: Path) -> None:
@@ -113,12 +116,12 @@ def test_chance_is_told_by_the_p_that_is_adjusted_for_all_comparisons(tmp_path: 
         for seed, accuracy in enumerate(reached):
             run = tmp_path / f"{strategy}-{seed}"
             write_run(run, {"knn": accuracy}, strategy__name=strategy, runtime__seed=seed)
-    runs, settings = comparison.settle(results.load_results(tmp_path))
-    found = {"knn": comparison.differences(runs, settings, "knn")}
-    _, said = page.headline(runs, settings, ["knn"], found)
+    runs, settings = group_by_setting(results.load_results(tmp_path))
+    found = {"knn": statistics.differences(runs, settings, "knn")}
+    _, said = headline.headline(runs, settings, ["knn"], found)
     assert "7.0 points (95 % CI 2.0 to 12.0, p = 0.026, adjusted 0.078, 3 seeds)" in said
     assert said.endswith("This may be chance: the adjusted p is not below 0.05.")
-    _, said = page.headline(runs, settings, ["knn"], {})  # of many settings not every pair is compared
+    _, said = headline.headline(runs, settings, ["knn"], {})  # of many settings not every pair is compared
     assert "p = 0.026, not adjusted, 3 seeds" in said
     assert "chance" not in said
 
@@ -145,12 +148,12 @@ def test_the_page_stands_alone_and_values_are_inert(written: Path) -> None:
 def test_one_run_and_one_that_is_not_finished_have_pages_too(tmp_path: Path) -> None:
     write_run(tmp_path / "one", {"knn": 0.75})
     write_run(tmp_path / "stopped")
-    one = Content(page.write_report([tmp_path / "one"], tmp_path / "one").read_text())
+    one = Content(report.write_report([tmp_path / "one"], tmp_path / "one").read_text())
     assert any(rows[0][0] == "strategy" and len(rows) == 4 for rows in one.tables.values())
     assert "layerwise reached 75.0 % by kNN (untrained: 25.0 %), for 0.25x the traffic, " in " ".join(one.text.split())
     assert "chance" not in one.text
     assert (tmp_path / "one" / "report.html").is_file()
-    stopped = Content(page.write_report([tmp_path / "stopped"], tmp_path / "stopped").read_text())
+    stopped = Content(report.write_report([tmp_path / "stopped"], tmp_path / "stopped").read_text())
     assert "unfinished after 2 of 4 rounds" in stopped.text
     assert len(stopped.images) == 1  # its loss so far
 
@@ -177,16 +180,16 @@ def test_whatever_is_damaged_there_is_a_page(file: str, old: str, new: str, tmp_
     damaged = tmp_path / "run" / file
     assert old in damaged.read_text()
     damaged.write_text(damaged.read_text().replace(old, new))
-    assert "unfinished" not in page.write_report([tmp_path], tmp_path).read_text()
+    assert "unfinished" not in report.write_report([tmp_path], tmp_path).read_text()
 
 
 def test_the_command_that_repeats_a_run_makes_its_config(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"partition__kind": "iid", "additions__terms": ("proximal=0.1", "alignment=1.0")}
     config = write_run(tmp_path / "run", {"knn": 0.75}, runtime__remat=True, runtime__seed=3, **changes)
-    (line, again) = page.commands(results.find_runs([tmp_path]), [tmp_path])
+    (line, again) = report.commands(results.find_runs([tmp_path]), [tmp_path])
     words = shlex.split(line)
     assert words[:3] == ["python", "run.py", "train"]
-    assert to_dict(resolve(cli.parse(cli.Train, words[3:]).config)) == config
+    assert to_dict(resolve(parse(TrainOptions, words[3:]).config)) == config
     assert again == f"python run.py report {tmp_path}"
 
 
@@ -195,7 +198,7 @@ def test_the_command_that_repeats_a_run_of_ones_own_file_is_the_one_that_was_giv
     file = tmp_path / "run" / "config.json"
     given = ["my config.py", "--partition.beta", "0.1", "--runtime.seed", "3", "--workdir", "run"]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"config_file": "0123", "command": given}))
-    line = next(page.commands(results.find_runs([tmp_path]), [tmp_path]))
+    line = next(report.commands(results.find_runs([tmp_path]), [tmp_path]))
     assert line == "python run.py train 'my config.py' --partition.beta 0.1 --runtime.seed 3"
 
 
@@ -213,7 +216,7 @@ def test_who_of_a_fleet_takes_part_is_on_the_page(tmp_path: Path) -> None:
         ]
     ]
     file.write_text(json.dumps(summary))
-    content = Content(page.write_report([tmp_path], tmp_path).read_text())
+    content = Content(report.write_report([tmp_path], tmp_path).read_text())
     _, *rows = next(rows for caption, rows in content.tables.items() if caption.startswith("By device class"))
     assert rows == [
         ["layerwise", "phone", "4", "out from stage 2", "75", "9"],
@@ -255,21 +258,21 @@ def test_many_settings_are_told_apart(tmp_path: Path) -> None:
         for beta in (0.1, 0.5, 1.0):
             changes: dict[str, Any] = {"strategy__name": strategy, "partition__beta": beta}
             write_run(tmp_path / f"{strategy}-{beta}", {"knn": 0.5}, **changes)
-    _, settings = comparison.settle(results.load_results(tmp_path))
-    looks = figures.look(settings)
+    _, settings = group_by_setting(results.load_results(tmp_path))
+    looks = setting_plots.look(settings)
     assert len({(look.style["color"], look.style["marker"]) for look in looks.values()}) == 9
     assert {look.panel for look in looks.values()} == {"beta 0.1", "beta 0.5", "beta 1"}
     assert len({look.line["marker"] for look in looks.values() if look.panel == "beta 1"}) == 3
     alike = [s._replace(label=str(i), strategy="layerwise", rest=str(i)) for i, s in enumerate(settings * 5)]
-    many = figures.look(alike).values()
+    many = setting_plots.look(alike).values()
     assert len({(look.style["color"], look.style["marker"]) for look in many}) == 45
     assert len({look.panel for look in many}) == 7
 
 
 def test_costs_are_drawn_where_they_belong(top: Path) -> None:
-    runs, settings = comparison.settle(results.load_results(top))
+    runs, settings = group_by_setting(results.load_results(top))
     untrained = tables.baselines(runs, settings)
-    figure = figures.plot_costs(runs, settings, "linear_probe_5", untrained)
+    figure = setting_plots.plot_costs(runs, settings, "linear_probe_5", untrained)
     traffic, operations, memory = figure.axes
     for panel, costs in ((traffic, (40, 10, 20)), (operations, (3, 0.75, 1.5)), (memory, (16, 4, 8))):
         means = [container.lines[0].get_xydata()[0] for container in panel.containers]

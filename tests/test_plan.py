@@ -10,10 +10,19 @@ import pytest
 from conftest import SMALL, small_config
 from rich.console import Console
 
-from lwfedssl_jax import cli, experiment, fleet, plan, resources
-from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.fleet import DeviceClass, take_part
-from lwfedssl_jax.plan import Measured, Option
+from lwfedssl_jax import cli
+from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.config.device_classes import DeviceClass
+from lwfedssl_jax.costs import fleet, operations
+from lwfedssl_jax.costs import ledger as ledger_module
+from lwfedssl_jax.costs.fleet import participation
+from lwfedssl_jax.costs.ledger import ledgers_of, make_ledger
+from lwfedssl_jax.costs.memory import lower_step
+from lwfedssl_jax.experiment import train
+from lwfedssl_jax.method import stages
+from lwfedssl_jax.plan import make, measured, recommend, show
+from lwfedssl_jax.plan.measured import Measured
+from lwfedssl_jax.plan.options import Option, each_option, examples_of_a_client, shares_by_stage
 from lwfedssl_jax.workdir import WorkDir
 
 FLAGS = [
@@ -39,22 +48,22 @@ def option(strategy: str, *peaks_gb: float, flops: float = 1e9, traffic: int = 1
         "flops_executed": flops * len(rows),
     }
     devices = [SMALL_PHONE, LARGE_BOX]
-    parts = [take_part(device, rows, 1, 0) for device in devices]
-    shares = plan.shares_by_stage(devices, parts, len(rows))
+    parts = [participation(device, rows, 1, 0) for device in devices]
+    shares = shares_by_stage(devices, parts, len(rows))
     return Option(strategy, 1, of.get("remat", False), ledger, parts, shares, of.get("measured"))
 
 
 def chosen(*options: Option, protocol: str = "") -> tuple[Option | None, str]:
-    return plan.recommend(Config(), [SMALL_PHONE, LARGE_BOX], options, protocol)
+    return recommend.recommend(Config(), [SMALL_PHONE, LARGE_BOX], options, protocol)
 
 
 def test_shares_and_from_which_stage_a_class_is_out() -> None:
     growing = option("progressive", 0.5, 1.0, 1.5, 3.5)
     assert growing.shares == [1, 1, 0.25, 0, 0]
-    assert [fleet.words(part.stages, 4) for part in growing.parts] == ["out from 3", "out from 4"]
-    assert fleet.words([], 4) == "out"
-    assert fleet.words([1, 2, 3, 4], 4) == "yes"
-    assert fleet.words([2, 3, 5], 6) == "only 2-3,5"
+    assert [fleet.stages_text(part.stages, 4) for part in growing.parts] == ["out from 3", "out from 4"]
+    assert fleet.stages_text([], 4) == "out"
+    assert fleet.stages_text([1, 2, 3, 4], 4) == "yes"
+    assert fleet.stages_text([2, 3, 5], 6) == "only 2-3,5"
 
 
 def test_the_largest_share_decides_then_the_published_order_then_time_then_traffic() -> None:
@@ -115,7 +124,7 @@ def test_where_nothing_fits_the_nearest_is_said() -> None:
 
 
 def test_options_are_distinct() -> None:
-    found, refused = plan.each_option(small_config(model__depth=4, federation__rounds=3))
+    found, refused = each_option(small_config(model__depth=4, federation__rounds=3))
     each = [("end_to_end", 4), *((name, 2) for name in ("layerwise", "progressive"))]
     assert set(found) == {(name, k, remat) for name, k in each for remat in (False, True)}
     assert set(refused) == {f"{name}, 1 layer a stage" for name in ("layerwise", "progressive")}
@@ -123,29 +132,29 @@ def test_options_are_distinct() -> None:
 
 
 def test_what_options_share_is_traced_once_and_nothing_else_changes() -> None:
-    found, _ = plan.each_option(small_config(model__depth=2))
-    assert resources.ledgers_of(found, memory=False) == {key: resources.ledger(config) for key, config in found.items()}
+    found, _ = each_option(small_config(model__depth=2))
+    assert ledgers_of(found, memory=False) == {key: make_ledger(config) for key, config in found.items()}
     known: dict[Any, Any] = {}
-    steps = [resources.lower_step(c, part, known)[0] for c in found.values() for part in resources.stage_parts(c)]
+    steps = [lower_step(c, part, known)[0] for c in found.values() for part in operations.stage_parts(c)]
     assert len(steps) == 2 * (1 + 2 + 2)
     assert len({step.as_text() for step in steps}) == len(known) == 2 * 3  # layer 1, layer 2, both; remat or not
 
 
 def test_examples_of_a_client() -> None:
-    assert plan.examples_of_a_client(small_config(), None) == 60 / 4
-    assert plan.examples_of_a_client(small_config(partition__server_share=0.5), None) == 30 / 4
-    assert plan.examples_of_a_client(small_config(data__name="digits"), None) == 1437 / 4
-    assert plan.examples_of_a_client(small_config(partition__kind="shared"), None) == 100
+    assert examples_of_a_client(small_config(), None) == 60 / 4
+    assert examples_of_a_client(small_config(partition__server_share=0.5), None) == 30 / 4
+    assert examples_of_a_client(small_config(data__name="digits"), None) == 1437 / 4
+    assert examples_of_a_client(small_config(partition__kind="shared"), None) == 100
     folder = small_config(data__name="folder:x")
-    assert plan.examples_of_a_client(folder, 7) == 7
+    assert examples_of_a_client(folder, 7) == 7
     with pytest.raises(ConfigError, match=r"^--examples: nothing, .* data.name folder:x .*; accepted: "):
-        plan.examples_of_a_client(folder, None)
+        examples_of_a_client(folder, None)
 
 
 def row(config: Config, accuracy: float, **changes: Any) -> dict[str, Any]:
     fields = {
         f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
-        for section, values in plan.to_dict(config).items()
+        for section, values in to_dict(config).items()
         for name, value in values.items()
     }
     scores = {"accuracy.knn": accuracy, "accuracy.linear_probe_all": accuracy + 0.1, "accuracy.fine_tune": math.nan}
@@ -168,21 +177,23 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
     assert found[layers].std == pytest.approx(math.sqrt(0.02))
     assert math.isnan(found[whole].std)
     both = {(stages, remat): measured for stages, measured in found.items() for remat in (False, True)}
-    assert plan.measured_accuracies(config, rows, "knn") == ("knn", False, both)
-    assert plan.measured_accuracies(config, rows, None).protocol == "knn"  # as a report leads
+    assert measured.measured_accuracies(config, rows, "knn") == ("knn", False, both)
+    assert measured.measured_accuracies(config, rows, None).protocol == "knn"  # as a report leads
     on_fleet = small_config(fleet__devices=("phone count=1 memory_gb=1",))
-    assert plan.measured_accuracies(on_fleet, rows, "knn") == ("knn", True, {(layers, False): Measured({0: 0.1})})
+    assert measured.measured_accuracies(on_fleet, rows, "knn") == ("knn", True, {(layers, False): Measured({0: 0.1})})
     hurried = row(config, 0.9, fleet__devices=rows[4]["fleet.devices"], fleet__deadline_seconds=60.0)
-    assert plan.measured_accuracies(on_fleet, [*rows, hurried], "knn").found == {(layers, False): Measured({0: 0.1})}
-    assert plan.measured_accuracies(on_fleet, [rows[0], hurried], "knn")[1] is False
+    assert measured.measured_accuracies(on_fleet, [*rows, hurried], "knn").found == {
+        (layers, False): Measured({0: 0.1})
+    }
+    assert measured.measured_accuracies(on_fleet, [rows[0], hurried], "knn")[1] is False
     before_fleets = row(config, 0.5, fleet__devices=math.nan, fleet__deadline_seconds=math.nan)
-    assert plan.measured_accuracies(config, [before_fleets], "knn").found[layers, False] == Measured({0: 0.5})
+    assert measured.measured_accuracies(config, [before_fleets], "knn").found[layers, False] == Measured({0: 0.5})
     with pytest.raises(
         ConfigError, match=r"^--protocol: fine_tune has judged none .*; accepted: knn, linear_probe_all"
     ):
-        plan.measured_accuracies(config, rows, "fine_tune")
+        measured.measured_accuracies(config, rows, "fine_tune")
     with pytest.raises(ConfigError, match=r"none like this config: partition.beta is 9.0 there, 0.5 here; accepted: "):
-        plan.measured_accuracies(config, rows[3:4], None)
+        measured.measured_accuracies(config, rows[3:4], None)
 
 
 FLEET = "name,count,memory_gb,gflops,uplink_mbps,downlink_mbps,watts\nphone,3,{},0.5,1,1,2\nbox,1,1,5,10,10,30\n"
@@ -191,7 +202,7 @@ FLEET = "name,count,memory_gb,gflops,uplink_mbps,downlink_mbps,watts\nphone,3,{}
 @pytest.fixture
 def priced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step needs a thousand bytes a trainable parameter; nothing is compiled for it."""
-    real = resources.ledgers_of
+    real = ledgers_of
 
     def cheap(configs: dict[Any, Config], *, memory: bool, **_: Any) -> dict[Any, Any]:
         ledgers = real(configs, memory=False)
@@ -201,13 +212,13 @@ def priced(monkeypatch: pytest.MonkeyPatch) -> None:
             ledger["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in ledger["per_stage"])
         return ledgers
 
-    monkeypatch.setattr(plan, "ledgers_of", cheap)
-    monkeypatch.setattr(resources, "ledgers_of", cheap)
+    monkeypatch.setattr(make, "ledgers_of", cheap)
+    monkeypatch.setattr(ledger_module, "ledgers_of", cheap)
 
 
 def between_stages() -> float:
     """GB that suffice for the first two of progressive's three stages."""
-    ledger = resources.ledger(small_config(strategy__name="progressive"))
+    ledger = make_ledger(small_config(strategy__name="progressive"))
     _, second, third = (row["trainable_parameters"] for row in ledger["per_stage"])
     return float(second + third) / 2e6
 
@@ -242,11 +253,11 @@ def test_the_table_fits_the_screen() -> None:
     devices = tuple(f"class{i} count={i} memory_gb=4 gflops=5 uplink_mbps=1 downlink_mbps=9 watts=3" for i in (1, 2, 3))
     config = small_config(fleet__devices=devices)
     reached = Measured({0: 0.5, 1: 0.7})
-    found = {(plan.stages_of(config, s, 1), r): reached for s in ("layerwise", "progressive") for r in (False, True)}
-    made = plan.make_plan(config, 9000, plan.Results("knn", False, found))
+    found = {(stages.stages_of(config, s, 1), r): reached for s in ("layerwise", "progressive") for r in (False, True)}
+    made = make.make_plan(config, 9000, measured.Results("knn", False, found))
     for width, accuracy, energy in ((74, "60.0", False), (80, "60.0±14.1", False), (120, "60.0±14.1", True)):
         console = Console(width=width, record=True, file=io.StringIO())
-        console.print(plan.table(made, width))
+        console.print(show.table(made, width))
         (line, *_) = (line for line in console.export_text().splitlines() if line.lstrip().startswith("→"))
         assert line.rstrip().endswith(f" {accuracy}")
         assert ("Wh" in line) == energy
@@ -258,7 +269,7 @@ def test_a_class_that_cannot_afford_a_stage_takes_no_part_in_it(tmp_path: Path) 
     devices = (f"phone count=3 memory_gb={gb} gflops=1 uplink_mbps=1 downlink_mbps=1", "box count=1 memory_gb=1")
     config = small_config(strategy__name="progressive", fleet__devices=devices)
     workdir = WorkDir(tmp_path, config)
-    summary = experiment.train(config, workdir)
+    summary = train.train(config, workdir)
     rounds = [line for line in workdir.metrics() if "event" not in line]
     assert [(line["clients"], line["cannot_afford"]) for line in rounds] == [(4, 0), (4, 0), (1, 3)]
     phone, box = summary["fleet"]
@@ -272,4 +283,4 @@ def test_a_class_that_cannot_afford_a_stage_takes_no_part_in_it(tmp_path: Path) 
 def test_a_stage_that_nobody_can_afford_is_refused() -> None:
     config = small_config(strategy__name="progressive", fleet__devices=(f"a count=1 memory_gb={between_stages()}",))
     with pytest.raises(ConfigError, match=r"^fleet.devices: no client can take part in stage 3 of 3, .*; accepted: "):
-        experiment.train(config, None)
+        train.train(config, None)

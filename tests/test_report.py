@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax import report, resources
+from lwfedssl_jax.analysis import run_plots, style
 from lwfedssl_jax.config import PartitionConfig
+from lwfedssl_jax.costs.ledger import all_strategies
 from lwfedssl_jax.data.partition import partition
 
 MIB = 2**20
 
 
 def test_images_without_a_label_are_of_no_class() -> None:
-    counts = report._class_counts(np.array([-1, 0, 2, 2, -1]), [np.array([0, 1, 2]), np.array([3, 4])])
+    counts = run_plots._class_counts(np.array([-1, 0, 2, 2, -1]), [np.array([0, 1, 2]), np.array([3, 4])])
     assert counts.tolist() == [[1, 0, 1], [0, 0, 1]]
 
 
@@ -23,14 +24,14 @@ def test_images_without_a_label_are_of_no_class() -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, last first."""
     saved: list[Any] = []
-    save = report._save
+    save = style.save
 
     def keep(figure: Any, path: Path) -> None:
         saved.insert(0, figure)
         save(figure, path)
         assert path.stat().st_size > 5000
 
-    monkeypatch.setattr(report, "_save", keep)
+    monkeypatch.setattr(style, "save", keep)
     return saved
 
 
@@ -48,13 +49,13 @@ def evaluation(number: int, accuracy: float, protocol: str = "knn") -> dict[str,
 
 @pytest.mark.parametrize("memory", [True, False])
 def test_resources_end_at_the_ledgers_totals(memory: bool, figures: list[Any], tmp_path: Path) -> None:
-    strategies = resources.all_strategies(small_config(federation__rounds=7, federation__local_epochs=2), memory=False)
+    strategies = all_strategies(small_config(federation__rounds=7, federation__local_epochs=2), memory=False)
     if memory:
         for ledger in strategies.values():
             for stage in ledger["per_stage"]:
                 stage["peak_memory_bytes"] = stage["stage"] * MIB
             ledger["peak_memory_bytes"] = len(ledger["per_stage"]) * MIB
-    report.plot_resources(strategies, 2, tmp_path / "resources.png")
+    run_plots.plot_resources(strategies, 2, tmp_path / "resources.png")
     axes = np.array(figures[0].axes).reshape(2, 2 + memory)
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == [*strategies, "by the paper's rule", "E = 2 of this config"]
@@ -81,7 +82,7 @@ def test_resources_end_at_the_ledgers_totals(memory: bool, figures: list[Any], t
 
 def test_distance_leaves_out_rounds_without_any(figures: list[Any], tmp_path: Path) -> None:
     lines = [round_line(1, 1), evaluation(1, 0.5), round_line(2, 1, None), round_line(3, 2, 0.25)]
-    report.plot_distance(lines, tmp_path / "distance.png")
+    run_plots.plot_distance(lines, tmp_path / "distance.png")
     (axes,) = figures[0].axes
     drawn, boundary = axes.lines
     assert drawn.get_xydata().tolist() == [[1, 0.5], [3, 0.25]]
@@ -92,7 +93,7 @@ def test_partitions_show_shares_on_one_scale(figures: list[Any], tmp_path: Path)
     labels = np.arange(200) % 4
     skewed = PartitionConfig(kind="dirichlet", beta=0.05, clients=6, allow_empty=True)
     populations = {"skewed": partition(skewed, labels, 1), "iid": partition(PartitionConfig(clients=5), labels, 0)}
-    report.plot_partitions(labels, populations, tmp_path / "partitions.png")
+    run_plots.plot_partitions(labels, populations, tmp_path / "partitions.png")
     sizes, below = figures[0].axes[:2], figures[0].axes[2:4]
     for (title, population), top, panel in zip(populations.items(), sizes, below, strict=True):
         assert top.get_title() == title
@@ -111,7 +112,7 @@ def test_accuracy_is_averaged_over_seeds_at_the_traffic_of_a_client(figures: lis
     ]
     single = [[evaluation(0, 0.1), round_line(1, 1, mib=2), evaluation(1, 0.3)]]
     runs = {"several": seeds, "one": single}
-    report.plot_accuracy_against_traffic(runs, "knn", tmp_path / "accuracy.png")
+    run_plots.plot_accuracy_against_traffic(runs, "knn", tmp_path / "accuracy.png")
     (axes,) = figures[0].axes
     several, one = axes.lines
     assert several.get_xydata() == pytest.approx(np.array([[0, 10], [2 * 7 / 4, 60]]))
@@ -120,4 +121,4 @@ def test_accuracy_is_averaged_over_seeds_at_the_traffic_of_a_client(figures: lis
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((10, 60 + 10 * np.sqrt(2)))
     with pytest.raises(ValueError, match="'kNN' has judged the runs of 'several' at no round"):
-        report.plot_accuracy_against_traffic(runs, "kNN", tmp_path / "accuracy.png")
+        run_plots.plot_accuracy_against_traffic(runs, "kNN", tmp_path / "accuracy.png")

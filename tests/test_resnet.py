@@ -11,12 +11,19 @@ import pytest
 from conftest import small_config
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import experiment, export, resources, simulate, tree
-from lwfedssl_jax.client import make_task
+from lwfedssl_jax import tree
 from lwfedssl_jax.config import ModelConfig
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.costs.operations import count
+from lwfedssl_jax.evaluation import export
+from lwfedssl_jax.experiment import train
+from lwfedssl_jax.method.stages import Stage, freeze, make_stages
+from lwfedssl_jax.method.task import make_task
 from lwfedssl_jax.models.encoder import Encoder
 from lwfedssl_jax.models.resnet import resnet
-from lwfedssl_jax.stages import Stage, freeze, make_stages
+from lwfedssl_jax.simulation import events, program, setup
+from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.workdir import WorkDir
 
 RESNET: dict[str, Any] = {
@@ -225,7 +232,7 @@ def test_parameters_and_operations_of_the_full_size(stem: str, backend: str, mon
 
         parts = (shapes["encoder"], shapes["statistics"], x)
         parameters[remat] = tree.size(shapes["encoder"])
-        operations[remat] = [resources.count(jax.make_jaxpr(f)(*parts)) // 2 for f in (forward, jax.grad(forward))]
+        operations[remat] = [count(jax.make_jaxpr(f)(*parts)) // 2 for f in (forward, jax.grad(forward))]
     taps, pixels = (7 * 7, 16**2) if stem == "imagenet" else (3 * 3, 32**2)
     assert parameters == dict.fromkeys((False, True), 11_176_512 - (7 * 7 - taps) * 3 * 64)
     of_stem = pixels * taps * 3 * 64
@@ -254,7 +261,7 @@ def test_a_reshape_layer_is_in_its_own_stage_only() -> None:
     assert [names(s.frozen) for s in stages] == [set(), {"stem", "layer1"}, {"stem", "layer1", "layer2"}]
 
 
-class Interrupting(simulate.Listener):
+class Interrupting(events.Listener):
     """Presses Ctrl-C as soon as the second round has ended."""
 
     def round(self, line: dict[str, Any]) -> None:
@@ -265,19 +272,19 @@ class Interrupting(simulate.Listener):
 def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rounds by hand, watched, and as a run that is interrupted and continues to the same bits."""
     # Other strategies' ledgers and programs of the same stages would be traced again and again.
-    monkeypatch.setattr(resources, "all_strategies", lambda config, **_: {"layerwise": resources.ledger(config)})
-    compile_stage, programs = simulate.compile_stage, dict[int, simulate.Program]()
+    monkeypatch.setattr(ledger, "all_strategies", lambda config, **_: {"layerwise": ledger.make_ledger(config)})
+    compile_stage, programs = program.compile_stage, dict[int, program.Program]()
 
-    def compile_once(run: simulate.Run, stage: Stage, feed: Any, runs: int) -> simulate.Program:
+    def compile_once(run: setup.Prepared, stage: Stage, feed: Any, runs: int) -> program.Program:
         if stage.number not in programs:
             programs[stage.number] = compile_stage(run, stage, feed, runs)
         return programs[stage.number]
 
-    monkeypatch.setattr(simulate, "compile_stage", compile_once)
+    monkeypatch.setattr(simulator_module, "compile_stage", compile_once)
     config = small_config(**RESNET, model__depth=2, runtime__lanes=1, federation__local_epochs=1)
-    run = simulate.prepare(config)
-    simulator = simulate.Simulator(run)
-    params, lines = simulator.place(simulate.initial_params(run)), []
+    run = setup.prepare(config)
+    simulator = Simulator(run)
+    params, lines = simulator.place(setup.initial_params(run)), []
     for stage in run.stages:
         for number in range(stage.first_round + 1, stage.first_round + stage.rounds + 1):
             after, _, line = simulator.run_round(stage, params, None, number)
@@ -290,8 +297,8 @@ def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert np.isfinite([line["loss"] for line in lines]).all()
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.train(config, WorkDir(tmp_path / "run", config), Interrupting())
-    experiment.train(config, WorkDir(tmp_path / "run", config))
+        train.train(config, WorkDir(tmp_path / "run", config), Interrupting())
+    train.train(config, WorkDir(tmp_path / "run", config))
     found = load_file(tmp_path / "run" / "encoder.safetensors")
     expected = export.state_dict(config.model, run.task, params)
     assert set(found) == set(expected)

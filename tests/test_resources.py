@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax import resources
 from lwfedssl_jax.config import CONFIG_DIR, load, resolve
+from lwfedssl_jax.costs import memory, operations
+from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
 
 PAPER: dict[str, tuple[dict[str, float], dict[str, float]]] = {  # arXiv 2401.11647: traffic in 1000 MiB, FLOPs in G
     "mocov3": (
@@ -22,7 +23,7 @@ PAPER: dict[str, tuple[dict[str, float], dict[str, float]]] = {  # arXiv 2401.11
 
 @pytest.mark.parametrize("objective", PAPER)
 def test_paper_traffic_and_operations_within_one_percent(objective: str) -> None:
-    strategies = resources.all_strategies(resolve(load(f"paper/vit_tiny_{objective}")), memory=False)
+    strategies = all_strategies(resolve(load(f"paper/vit_tiny_{objective}")), memory=False)
     traffic, flops = PAPER[objective]
     for name, ledger in strategies.items():
         assert ledger["total_bytes"] / 2**20 / 1000 == pytest.approx(traffic[name], rel=0.01)
@@ -33,7 +34,7 @@ def test_paper_traffic_and_operations_within_one_percent(objective: str) -> None
 @pytest.mark.parametrize("strategy", ["end_to_end", "layerwise"])
 def test_bfloat16_keeps_what_float32_keeps_for_the_backward_pass(strategy: str) -> None:
     executed = {
-        (precision, remat): resources.ledger(
+        (precision, remat): make_ledger(
             small_config(strategy__name=strategy, runtime__precision=precision, runtime__remat=remat)
         )["flops_executed"]
         for precision in ("float32", "bfloat16")
@@ -50,7 +51,7 @@ def test_bytes_by_hand() -> None:
     block = (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8
     embedding, norm = (48 * 8 + 8) + 4 * 8, 2 * 8
     head = 8 * 12 + 12 * 12 + 12 * 6 + 4 * 12
-    result = resources.ledger(small_config(objective__name="simclr", federation__rounds=7))
+    result = make_ledger(small_config(objective__name="simclr", federation__rounds=7))
     first, second, third = result["per_stage"]
     assert [s["rounds"] for s in (first, second, third)] == [3, 2, 2]
     assert first["trainable_parameters"] == embedding + block + norm + head
@@ -64,14 +65,14 @@ def test_bytes_by_hand() -> None:
 
 @pytest.mark.parametrize("strategy", ["end_to_end", "progressive"])
 def test_worst_case_equals_regular_where_everything_is_exchanged(strategy: str) -> None:
-    result = resources.ledger(small_config(strategy__name=strategy))
+    result = make_ledger(small_config(strategy__name=strategy))
     assert result["worst_case_total_bytes"] == result["total_bytes"]
 
 
 def test_last_stage_of_progressive_costs_what_end_to_end_costs_a_round() -> None:
     config = small_config(strategy__name="progressive", federation__rounds=3, strategy__layers_per_stage=2)
     seen: list[str] = []
-    strategies = resources.all_strategies(config, memory=True, notify=seen.append)
+    strategies = all_strategies(config, memory=True, notify=seen.append)
     last, whole = strategies["progressive"]["per_stage"][-1], strategies["end_to_end"]["per_stage"][0]
     assert last["trainable_parameters"] == whole["trainable_parameters"]
     for key in ("download_bytes", "flops_paper_rule", "flops_executed"):
@@ -84,7 +85,7 @@ def test_last_stage_of_progressive_costs_what_end_to_end_costs_a_round() -> None
 
 def test_count_of_products_loops_and_branches() -> None:
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
-    count = lambda f, *args: resources.count(jax.make_jaxpr(f)(*args))  # noqa: E731
+    count = lambda f, *args: operations.count(jax.make_jaxpr(f)(*args))  # noqa: E731
     assert count(lambda a, b: a @ b, a, b) == 3 * 4 * 5
     assert count(lambda a, b: jnp.einsum("ik,kj->ij", a, b) + 1, a, b) == 3 * 4 * 5
     assert count(jax.vmap(lambda a, b: a @ b), jnp.ones((7, 3, 4)), jnp.ones((7, 4, 5))) == 7 * 3 * 4 * 5
@@ -113,15 +114,15 @@ def test_executed_operations_agree_with_the_compiler(strategy: str) -> None:
         model__depth=2 if strategy == "layerwise" else 1,
         data__image_size=16,
     )
-    row, part = resources.ledger(config)["per_stage"][-1], resources.stage_parts(config)[-1]
-    theirs = resources.lower_step(config, part)[0].compile().cost_analysis()["flops"]
+    row, part = make_ledger(config)["per_stage"][-1], operations.stage_parts(config)[-1]
+    theirs = memory.lower_step(config, part)[0].compile().cost_analysis()["flops"]
     ours = row["flops_executed"] / (config.federation.local_epochs * row["rounds"]) * config.optimizer.batch_size
     assert ours == pytest.approx(theirs / 2, rel=0.25)
 
 
 def test_remat_executes_one_more_forward_pass_and_is_counted() -> None:
-    plain = resources.ledger(small_config(strategy__name="end_to_end"))
-    remat = resources.ledger(small_config(strategy__name="end_to_end", runtime__remat=True))
+    plain = make_ledger(small_config(strategy__name="end_to_end"))
+    remat = make_ledger(small_config(strategy__name="end_to_end", runtime__remat=True))
     assert remat["flops_paper_rule"] == plain["flops_paper_rule"]
     assert 1.1 < remat["flops_executed"] / plain["flops_executed"] < 1.34
 
@@ -129,7 +130,7 @@ def test_remat_executes_one_more_forward_pass_and_is_counted() -> None:
 @pytest.mark.parametrize("name", ["vit_tiny_mocov3_layerwise_calibration", "resnet18_mocov3_layerwise"])
 def test_headers_of_the_papers_configs_give_the_ledgers_figures(name: str) -> None:
     text = " ".join((CONFIG_DIR / "paper" / f"{name}.py").read_text().split())
-    found = resources.ledger(resolve(load(f"paper/{name}")))
+    found = make_ledger(resolve(load(f"paper/{name}")))
     traffic, rule, executed = (found[key] for key in ("total_bytes", "flops_paper_rule", "flops_executed"))
     assert f"From shapes: {traffic / 2**20 / 1000:.2f} x 1000 MiB of traffic, {rule / 1e9:.1f} G" in text
     assert f"by the paper's rule, {executed / 1e9:.1f} G executed." in text

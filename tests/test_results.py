@@ -11,7 +11,8 @@ import pytest
 from scipy.stats import t as student
 
 import lwfedssl_jax
-from lwfedssl_jax import comparison, results, tables
+from lwfedssl_jax.analysis import results, statistics, tables
+from lwfedssl_jax.analysis.settings import Setting, group_by_setting
 from lwfedssl_jax.config import Config, ConfigError, override, resolve, to_dict
 
 MIB = 2**20
@@ -132,7 +133,7 @@ def test_runs_of_a_sweep_keep_its_order_names_and_failures(tmp_path: Path) -> No
     found = results.load_results(tmp_path)
     assert found["name"].tolist() == ["z", "a", "bad", "later"]
     assert found["fault"].tolist() == ["", "", "partition.beta: too small", "not begun"]
-    assert [s.label for s in comparison.settle(found)[1]] == ["beta = 0.1", "beta = 0.5"]
+    assert [s.label for s in group_by_setting(found)[1]] == ["beta = 0.1", "beta = 0.5"]
     assert results.sweep_name(tmp_path) == "mine"
     write_run(tmp_path / "runs" / "earlier", {"knn": 0.5}, partition__beta=9.0)
     assert results.load_results(tmp_path)["name"].tolist() == ["z", "a", "bad", "later"]
@@ -150,7 +151,7 @@ def test_a_directory_without_a_run_is_named(name: str, tmp_path: Path) -> None:
 def label(*changes: dict[str, Any]) -> list[str]:
     usual = {"finished": True, "label": "", "config_file": "", "runtime.seed": 0, "strategy.name": "layerwise"}
     rows = [usual | {"path": f"runs/{i}"} | c for i, c in enumerate(changes)]
-    return [s.label for s in comparison.settle(pd.DataFrame(rows))[1]]
+    return [s.label for s in group_by_setting(pd.DataFrame(rows))[1]]
 
 
 def test_labels_hold_what_tells_settings_apart() -> None:
@@ -172,10 +173,10 @@ def test_labels_hold_what_tells_settings_apart() -> None:
 
 def test_a_seed_counts_once(nine: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "again", {"linear_probe_5": 0.1}, strategy__name="layerwise", runtime__seed=1)
-    runs, settings = comparison.settle(results.load_results(nine, tmp_path))
+    runs, settings = group_by_setting(results.load_results(nine, tmp_path))
     assert [s.label for s in settings] == list(SEEDS)
     assert len(runs) == 9
-    mean, std, count = comparison.over_seeds(runs).loc["end_to_end", "accuracy.linear_probe_5"]
+    mean, std, count = statistics.over_seeds(runs).loc["end_to_end", "accuracy.linear_probe_5"]
     assert (mean, count) == (pytest.approx(0.83), 3)
     assert std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
 
@@ -184,15 +185,15 @@ def test_settings_that_are_nearly_alike_keep_their_runs(tmp_path: Path) -> None:
     for seed in (0, 1):
         for beta in (0.12345678, 0.12345679):
             write_run(tmp_path / f"{seed}-{beta}", {"knn": beta}, partition__beta=beta, runtime__seed=seed)
-    runs, settings = comparison.settle(results.load_results(tmp_path))
+    runs, settings = group_by_setting(results.load_results(tmp_path))
     assert len(runs) == 4
-    assert comparison.over_seeds(runs)["accuracy.knn", "count"].tolist() == [2, 2]
+    assert statistics.over_seeds(runs)["accuracy.knn", "count"].tolist() == [2, 2]
     assert len({s.label for s in settings}) == 2
 
 
 def test_differences_are_paired_over_seeds(nine: Path) -> None:
-    runs, settings = comparison.settle(results.load_results(nine))
-    below, even, above = comparison.differences(runs, settings, "linear_probe_5")
+    runs, settings = group_by_setting(results.load_results(nine))
+    below, even, above = statistics.differences(runs, settings, "linear_probe_5")
     assert [(d.setting, d.against) for d in (below, even, above)] == [
         ("layerwise", "end_to_end"), ("progressive", "end_to_end"), ("progressive", "layerwise"),
     ]  # fmt: skip
@@ -212,38 +213,37 @@ def test_differences_are_paired_over_seeds(nine: Path) -> None:
 
 
 def test_without_spread_or_seeds_nothing_is_tested(nine: Path) -> None:
-    runs, settings = comparison.settle(results.load_results(nine))
-    same = comparison.differences(runs, settings, "knn")
+    runs, settings = group_by_setting(results.load_results(nine))
+    same = statistics.differences(runs, settings, "knn")
     assert all(d.mean == 0 and math.isnan(d.p) and math.isnan(d.p_holm) for d in same)
     assert same[0].why_not == "the same in all 3 seeds: no test"
     one = runs[(runs["strategy.name"] != "layerwise") | (runs["runtime.seed"] == 2)]
-    assert comparison.paired(one, "layerwise", "end_to_end", "linear_probe_5").why_not == "1 common seed: no test"
+    assert statistics.paired(one, "layerwise", "end_to_end", "linear_probe_5").why_not == "1 common seed: no test"
     none = runs[(runs["strategy.name"] == "layerwise") == (runs["runtime.seed"] == 2)]
-    apart = comparison.paired(none, "layerwise", "end_to_end", "linear_probe_5")
+    apart = statistics.paired(none, "layerwise", "end_to_end", "linear_probe_5")
     assert str(apart) == "layerwise and end_to_end share no seed"
 
 
 def test_holm_by_hand() -> None:
     nan = float("nan")
-    assert comparison.holm([0.04, nan, 0.01, 0.03]) == pytest.approx([0.06, nan, 0.03, 0.06], nan_ok=True)
-    assert comparison.holm([0.7, 0.9]) == [1, 1]
-    assert comparison.holm([]) == []
+    assert statistics.holm([0.04, nan, 0.01, 0.03]) == pytest.approx([0.06, nan, 0.03, 0.06], nan_ok=True)
+    assert statistics.holm([0.7, 0.9]) == [1, 1]
+    assert statistics.holm([]) == []
 
 
 def test_many_settings_stand_against_the_end_to_end_that_is_nearest() -> None:
     names = [(s, b, d) for d in ("digits", "other") for b in (0.1, 0.5) for s in ("layerwise", "end_to_end")]
     settings = [
-        comparison.Setting(f"{s} {b} {d}", s, "", {"strategy.name": s, "partition.beta": b, "data.name": d})
-        for s, b, d in names
+        Setting(f"{s} {b} {d}", s, "", {"strategy.name": s, "partition.beta": b, "data.name": d}) for s, b, d in names
     ]
-    pairs = [(a.label, b.label) for a, b in comparison._pairs(settings)]
+    pairs = [(a.label, b.label) for a, b in statistics._pairs(settings)]
     assert pairs == [(f"layerwise {b} {d}", f"end_to_end {b} {d}") for s, b, d in names if s == "layerwise"]
     alike = [s._replace(strategy="layerwise") for s in settings]
-    assert {b.label for _, b in comparison._pairs(alike)} == {alike[0].label}
+    assert {b.label for _, b in statistics._pairs(alike)} == {alike[0].label}
 
 
 def test_every_format_says_the_same(nine: Path, tmp_path: Path) -> None:
-    runs, settings = comparison.settle(results.load_results(nine))
+    runs, settings = group_by_setting(results.load_results(nine))
     table = tables.settings_table(runs, settings)
     assert table.words["linear probe, 5 labels a class (%)"].tolist() == [
         "83.0 ± 3.6", "76.0 ± 0.0", "83.0 ± 3.0", "25.0 ± 0.0",

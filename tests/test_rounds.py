@@ -12,33 +12,38 @@ import pytest
 from conftest import small_config
 from reference import train_round
 
-from lwfedssl_jax import simulate, tree
-from lwfedssl_jax.aggregation import WEIGHTED_MEAN, Aggregator
-from lwfedssl_jax.client import Sent, client_init, client_step, program_config
+from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.data.partition import Population
-from lwfedssl_jax.stages import Stage
+from lwfedssl_jax.method.aggregation import WEIGHTED_MEAN, Aggregator
+from lwfedssl_jax.method.client import client_init, client_step
+from lwfedssl_jax.method.programs import program_config
+from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.method.task import Broadcast
+from lwfedssl_jax.simulation import cohort, program, setup
+from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation.simulator import Simulator
 
 STRATEGIES = ["layerwise", "progressive", "end_to_end"]
 OBJECTIVES = ["simclr", "byol", "mocov3"]
 SIZES = [8, 1, 5, 4]  # unequal, one sample, a short last batch, exactly one batch
 
 
-def prepare(config: Config, devices: int = 1) -> simulate.Run:
+def prepare(config: Config, devices: int = 1) -> setup.Prepared:
     """A run over clients of ``SIZES`` examples."""
-    run = simulate.prepare(override(config, {"optimizer.batch_size": 4}), jax.devices()[:devices])
+    run = setup.prepare(override(config, {"optimizer.batch_size": 4}), jax.devices()[:devices])
     return run._replace(clients=Population.disjoint(np.arange(sum(SIZES)), np.array(SIZES)))
 
 
-def fast_round(run: simulate.Run, stage: Stage, params: tree.Tree, number: int) -> tuple[tree.Tree, dict]:
-    simulator = simulate.Simulator(run)
+def fast_round(run: setup.Prepared, stage: Stage, params: tree.Tree, number: int) -> tuple[tree.Tree, dict]:
+    simulator = Simulator(run)
     after, _, line = simulator.run_round(stage, simulator.place(params), None, number)
     return jax.device_get(after), line
 
 
-def parts(stage: Stage, params: tree.Tree) -> Sent:
+def parts(stage: Stage, params: tree.Tree) -> Broadcast:
     """What the server sends of ``params``."""
-    return simulate.send(stage, params, stage.rows, stage.depths)
+    return program.broadcast(stage, params, stage.rows, stage.depths)
 
 
 @contextlib.contextmanager
@@ -83,8 +88,8 @@ def test_equals_naive_round(
             **additions,
         )
         run = prepare(override(config, {"runtime.precision": "float64"}))
-        monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([0, 1, 2, 3], [0, 1, 2]))
-        params = simulate.initial_params(run)
+        monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([0, 1, 2, 3], [0, 1, 2]))
+        params = setup.initial_params(run)
         stage = run.stages[-1]
         fast, line = fast_round(run, stage, params, 1)
         trainable = jax.tree.map(
@@ -113,7 +118,7 @@ def test_lanes_devices_and_feed_change_rounding_only(strategy: str) -> None:
             )
             run = prepare(override(config, {"runtime.precision": "float64"}), devices)
             run = run._replace(task=run.task._replace(vmap_on_cpu=lanes == "vmap"))
-            params = simulate.initial_params(run)
+            params = setup.initial_params(run)
             results.append(fast_round(run, run.stages[1 % len(run.stages)], params, 1)[0])
     for other in results[1:]:
         assert max_difference(results[0], other) < 1e-9
@@ -125,19 +130,19 @@ def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
     def clip(x: jax.Array, by: jax.Array) -> jax.Array:
         return x * jnp.minimum(1, by / jnp.maximum(jnp.linalg.norm(x), 1e-9))
 
-    def add(sent: Sent, trained: tree.Tree, examples: jax.Array) -> tree.Tree:
+    def add(sent: Broadcast, trained: tree.Tree, examples: jax.Array) -> tree.Tree:
         change = jax.tree.map(lambda s, t: clip(t - s, 0.01), sent.trainable, trained)
         return {"change": change, "clients": jnp.sign(examples)}
 
-    def finish(momentum: tree.Tree, sent: Sent, mean: tree.Tree, summed: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+    def finish(momentum: tree.Tree, sent: Broadcast, mean: tree.Tree, summed: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
         change = jax.tree.map(lambda x: x / summed["clients"], summed["change"])
         momentum = jax.tree.map(lambda m, x: 0.5 * m + x, momentum, change)
         return momentum, jax.tree.map(jnp.add, sent.trainable, momentum)
 
     clipped = Aggregator(lambda sent: jax.tree.map(jnp.zeros_like, sent.trainable), add, finish)
     run = prepare(small_config(strategy__name="end_to_end", runtime__lanes=2))
-    params = simulate.initial_params(run)
-    simulator = simulate.Simulator(run._replace(aggregator=clipped))
+    params = setup.initial_params(run)
+    simulator = Simulator(run._replace(aggregator=clipped))
     stage = run.stages[0]
     once, state, _ = simulator.run_round(stage, simulator.place(params), None, 1)
     # The change is the mean of four of norm at most 0.01, and 0.01 itself for leaves that all clients moved alike.
@@ -158,17 +163,17 @@ def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
 
 def test_calls_of_any_length_give_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepare(small_config(runtime__lanes=2))
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     whole, _ = fast_round(run, run.stages[0], params, 1)
-    monkeypatch.setattr(simulate, "CALL_STEPS", 3)
+    monkeypatch.setattr(cohort, "CALL_STEPS", 3)
     pieces, _ = fast_round(run, run.stages[0], params, 1)
     assert max_difference(whole, pieces) == 0
 
 
 def test_everybody_dropped_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "draw_cohort", lambda run, number: ([0, 1, 2, 3], []))
+    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([0, 1, 2, 3], []))
     run = prepare(small_config())
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     after, line = fast_round(run, run.stages[0], params, 1)
     assert max_difference(after, params) == 0
     assert line["loss"] is None
@@ -180,7 +185,7 @@ def test_one_sample_client_does_not_change_the_others() -> None:
     """Two lanes side by side: the state of a lane does not depend on what the other one trains."""
     run = prepare(small_config(objective__name="simclr", runtime__lanes=2))
     task, stage = run.task, run.stages[1]
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     sent = parts(stage, params)
     images = jnp.asarray(run.dataset.train_images[:16]).reshape(2, 8, 8, 8, 3)
     step = jax.jit(
@@ -200,7 +205,7 @@ def test_one_sample_client_does_not_change_the_others() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_frozen_parameters_are_bit_identical_after_a_round(objective: str) -> None:
     run = prepare(small_config(objective__name=objective))
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     for stage in run.stages:
         after, _ = fast_round(run, stage, params, stage.number)
         same = jax.tree.map(lambda a, b: np.asarray(a == b), after, params)
@@ -218,7 +223,7 @@ def test_frozen_parameters_are_bit_identical_after_a_round(objective: str) -> No
 def test_frozen_parameters_get_no_gradient() -> None:
     run = prepare(small_config())
     task, stage = run.task, run.stages[1]
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     sent = parts(stage, params)
     images, key = jnp.asarray(run.dataset.train_images[:8]), jax.random.key(0)
 
@@ -234,7 +239,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
 def test_frozen_parameters_have_no_optimizer_state() -> None:
     run = prepare(small_config())
     for stage in run.stages:
-        params = jax.eval_shape(lambda: simulate.initial_params(run))
+        params = jax.eval_shape(lambda: setup.initial_params(run))
         trainable = jax.eval_shape(lambda p, s=stage: tree.take(p, tree.rows(s.trainable)), params)
         state = jax.eval_shape(lambda t: client_init(run.task, t), trainable)
         moments = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.opt_state) if x.ndim)
@@ -252,11 +257,11 @@ def test_clients_whose_update_is_not_finite_are_left_out(monkeypatch: pytest.Mon
         return whole.loss(online, target, mask_B, temperature) * jnp.where(mask_B.sum() == 1, jnp.nan, 1)
 
     run = run._replace(task=run.task._replace(objective=whole._replace(loss=loss)))
-    params = simulate.initial_params(run)
+    params = setup.initial_params(run)
     results = {}
     for name, reporting in {"all": [0, 1, 2, 3], "good": [0, 3]}.items():
-        monkeypatch.setattr(simulate, "draw_cohort", lambda run, number, r=reporting: (list(range(4)), r))
-        simulator = simulate.Simulator(run)
+        monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number, r=reporting: (list(range(4)), r))
+        simulator = Simulator(run)
         results[name] = simulator.run_round(run.stages[0], simulator.place(params), None, 1)
     (after, state, line), (expected, expected_state, expected_line) = results["all"], results["good"]
     assert max_difference(after, expected) == 0
@@ -297,11 +302,11 @@ def test_runs_that_go_together_equal_each_alone(
     with float64():
         configs = [override(small_config(**same | changes), {"runtime.precision": "float64"}) for changes in DIFFERENT]
         assert len({program_config(config) for config in configs}) == 1
-        runs = [simulate.prepare(config, jax.devices()[:devices]) for config in configs]
+        runs = [setup.prepare(config, jax.devices()[:devices]) for config in configs]
         stage = runs[0].stages[1]
-        nobody = next(n for n in range(1, 30) if not simulate.draw_cohort(runs[2], n)[1])
-        alone = [after_rounds(simulate.Simulator(run), stage, [nobody, nobody + 1]) for run in runs]
-        together = simulate.Simulator(runs[0], others=runs[1:])
+        nobody = next(n for n in range(1, 30) if not cohort.draw_cohort(runs[2], n)[1])
+        alone = [after_rounds(Simulator(run), stage, [nobody, nobody + 1]) for run in runs]
+        together = Simulator(runs[0], others=runs[1:])
         params, state, lines = after_rounds(together, stage, [nobody, nobody + 1])
         for i, (own_params, own_state, own_lines) in enumerate(alone):
             assert max_difference(together.of_run(i, params), own_params) < 1e-9
@@ -317,7 +322,7 @@ def test_runs_that_go_together_equal_each_alone(
     assert min(apart) > 1e-3
 
 
-def after_rounds(simulator: simulate.Simulator, stage: Stage, numbers: list[int]) -> tuple[tree.Tree, Any, list[Any]]:
+def after_rounds(simulator: Simulator, stage: Stage, numbers: list[int]) -> tuple[tree.Tree, Any, list[Any]]:
     params, state = simulator.take_up(0, {}, *[{}] * (len(simulator.runs) - 1))
     lines = []
     for number in numbers:
@@ -328,9 +333,9 @@ def after_rounds(simulator: simulate.Simulator, stage: Stage, numbers: list[int]
 
 def test_a_run_that_is_not_finite_leaves_the_others_alone() -> None:
     configs = [small_config(optimizer__learning_rate=rate) for rate in (0.1, 3e38)]
-    runs = [simulate.prepare(config) for config in configs]
-    lines = after_rounds(simulate.Simulator(runs[0], others=runs[1:]), runs[0].stages[0], [1, 2])[2]
-    alone = after_rounds(simulate.Simulator(runs[0]), runs[0].stages[0], [1, 2])[2]
+    runs = [setup.prepare(config) for config in configs]
+    lines = after_rounds(Simulator(runs[0], others=runs[1:]), runs[0].stages[0], [1, 2])[2]
+    alone = after_rounds(Simulator(runs[0]), runs[0].stages[0], [1, 2])[2]
     for (line, error), (expected,) in zip(lines, alone, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
         assert isinstance(error, FloatingPointError)

@@ -10,12 +10,14 @@ import pytest
 from conftest import small_config
 from test_rounds import SIZES, max_difference, prepare
 
-from lwfedssl_jax import checkpoint, simulate, tree
-from lwfedssl_jax.aggregation import AGGREGATORS, WEIGHTED_MEAN
+from lwfedssl_jax import tree
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.data.partition import Population
+from lwfedssl_jax.method.aggregation import AGGREGATORS, WEIGHTED_MEAN
+from lwfedssl_jax.simulation import cohort, setup
+from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.tree import Tree
-from lwfedssl_jax.workdir import WorkDir
+from lwfedssl_jax.workdir import WorkDir, checkpoint
 
 
 class Probe:
@@ -35,12 +37,12 @@ class Probe:
             self.models.append((jax.tree.map(np.array, trained), float(examples)))
 
 
-def two_rounds(run: simulate.Run) -> tuple[list[Tree], list[list[tuple[Tree, float]]]]:
+def two_rounds(run: setup.Prepared) -> tuple[list[Tree], list[list[tuple[Tree, float]]]]:
     """Global models before and after each of two rounds, and what the clients made in each."""
     probe = Probe(run.aggregator)
-    simulator = simulate.Simulator(run._replace(aggregator=probe.aggregator))
+    simulator = Simulator(run._replace(aggregator=probe.aggregator))
     stage = run.stages[0]
-    models, trained, state = [simulator.place(simulate.initial_params(run))], [], None
+    models, trained, state = [simulator.place(setup.initial_params(run))], [], None
     for number in (1, 2):
         params, state, _ = simulator.run_round(stage, models[-1], state, number)
         jax.effects_barrier()
@@ -137,9 +139,9 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
     )
     sizes = [12, 1, 5, 3]  # one lane is idle at the end
     run = prepare(config)._replace(clients=Population.disjoint(np.arange(sum(sizes)), np.array(sizes)))
-    monkeypatch.setattr(simulate, "CALL_STEPS", 3)
-    simulator = simulate.Simulator(run)
-    params = simulator.place(simulate.initial_params(run))
+    monkeypatch.setattr(cohort, "CALL_STEPS", 3)
+    simulator = Simulator(run)
+    params = simulator.place(setup.initial_params(run))
     after, state, _ = simulator.run_round(run.stages[0], params, None, 1)
     own = state.clients
     assert sorted(own) == [0, 1, 2, 3]
@@ -151,7 +153,7 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
     divergence = 0.0 if name == "fedema" else float(np.median(list(apart.values())))
     adamw = run.task.optimizer(run.task.hyper)
     no_update = lambda _: adamw._replace(update=lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), s))  # noqa: E731
-    still = simulate.Simulator(run._replace(task=run.task._replace(optimizer=no_update, divergence=divergence)))
+    still = Simulator(run._replace(task=run.task._replace(optimizer=no_update, divergence=divergence)))
     branches = set()
     for number, grown in ((2, 1.0), (3, 1.1)):
         received = jax.tree.map(lambda x, by=grown: by * x, jax.device_get(after))
@@ -229,7 +231,7 @@ def test_only_clients_that_took_part_are_kept_and_a_resumed_run_has_them(tmp_pat
 )
 def test_combinations_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        simulate.prepare(small_config(**changes))
+        setup.prepare(small_config(**changes))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     assert "accepted: " in str(error.value)

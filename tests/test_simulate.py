@@ -14,13 +14,20 @@ from conftest import small_config
 from PIL import Image
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import checkpoint, evaluate, experiment, load_encoder, report, resources, simulate, tree
+from lwfedssl_jax import load_encoder, tree
+from lwfedssl_jax.analysis import terminal
 from lwfedssl_jax.config import Config, ConfigError, resolve
-from lwfedssl_jax.data import feed
-from lwfedssl_jax.workdir import WorkDir
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.evaluation import frozen
+from lwfedssl_jax.experiment import train as experiment
+from lwfedssl_jax.simulation import events, feed, setup
+from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation.cohort import draw_cohort, pack_cohort
+from lwfedssl_jax.simulation.simulator import Simulator
+from lwfedssl_jax.workdir import WorkDir, checkpoint
 
 
-class Interrupting(simulate.Listener):
+class Interrupting(events.Listener):
     """Sends this process a signal in the middle of a round, or as soon as it has ended."""
 
     def __init__(self, number: int, when: str = "after", sent: signal.Signals = signal.SIGINT) -> None:
@@ -42,7 +49,7 @@ class Interrupting(simulate.Listener):
         self.notices.append(text)
 
 
-def train(config: Config, path: Path, listener: simulate.Listener | None = None) -> dict[str, Any]:
+def train(config: Config, path: Path, listener: events.Listener | None = None) -> dict[str, Any]:
     return experiment.train(config, WorkDir(path, config), listener)
 
 
@@ -73,8 +80,8 @@ def test_work_directory(finished: tuple[Config, Path]) -> None:
 
 def test_the_encoder_that_is_left_has_the_summarys_accuracy(finished: tuple[Config, Path]) -> None:
     config, path = finished
-    encode, dataset = load_encoder(path), simulate.prepare(config).dataset
-    found = evaluate.judge(config.evaluation, dataset, encode(dataset.train_images), encode(dataset.test_images))
+    encode, dataset = load_encoder(path), setup.prepare(config).dataset
+    found = frozen.evaluate(config.evaluation, dataset, encode(dataset.train_images), encode(dataset.test_images))
     summary = json.loads((path / "summary.json").read_text())
     assert {k: v["accuracy"] for k, v in found.items()} == {k: v["accuracy"] for k, v in summary["evaluation"].items()}
 
@@ -82,7 +89,8 @@ def test_the_encoder_that_is_left_has_the_summarys_accuracy(finished: tuple[Conf
 def test_lanes_that_do_not_fit_are_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: 1000)
+    monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: 1000)
+    monkeypatch.setattr(setup, "memory_limit", lambda mesh: 1000)
     with pytest.raises(ConfigError, match=r"runtime.lanes: 2 need .* accepted: "):
         train(small_config(runtime__lanes=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -109,10 +117,10 @@ def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Co
 def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
     """The ledger counts shapes; here the arrays themselves are weighed, as sent and as put back."""
     config = small_config(strategy__name=strategy)
-    run = simulate.prepare(config)
-    params = simulate.initial_params(run)
-    simulator = simulate.Simulator(run)
-    for stage, row in zip(run.stages, resources.ledger(config)["per_stage"], strict=True):
+    run = setup.prepare(config)
+    params = setup.initial_params(run)
+    simulator = Simulator(run)
+    for stage, row in zip(run.stages, ledger.make_ledger(config)["per_stage"], strict=True):
         sent = sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree.take(params, tree.rows(stage.trainable))))
         after, _, line = simulator.run_round(stage, simulator.place(params), None, stage.number)
         changed = sum(
@@ -186,7 +194,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, P
 def test_a_signal_that_a_callback_swallows_is_not_forgotten(tmp_path: Path) -> None:
     """As JAX's of the garbage collector do, where an exception is lost."""
 
-    class Swallowing(simulate.Listener):
+    class Swallowing(events.Listener):
         def compiling(self, what: str) -> None:
             with contextlib.suppress(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
@@ -255,7 +263,7 @@ def test_bfloat16_and_remat_run(tmp_path: Path) -> None:
 
 def test_lanes_default_to_what_the_device_suggests_within_the_cohort() -> None:
     def choose(lanes: int, devices: int) -> tuple[int, int]:
-        run = simulate.prepare(small_config(runtime__lanes=lanes), jax.devices()[:devices])
+        run = setup.prepare(small_config(runtime__lanes=lanes), jax.devices()[:devices])
         return run.lanes, run.mesh.size
 
     assert choose(0, 1) == (1, 1)
@@ -267,19 +275,17 @@ def test_lanes_default_to_what_the_device_suggests_within_the_cohort() -> None:
 
 
 def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> None:
-    run = simulate.prepare(
-        small_config(partition__clients=20, federation__clients_per_round=10, federation__dropout=0.3)
-    )
-    drawn = [simulate.draw_cohort(run, number) for number in range(200)]
+    run = setup.prepare(small_config(partition__clients=20, federation__clients_per_round=10, federation__dropout=0.3))
+    drawn = [draw_cohort(run, number) for number in range(200)]
     assert all(len(set(cohort)) == 10 and set(reporting) <= set(cohort) for cohort, reporting in drawn)
     assert np.mean([len(reporting) for _, reporting in drawn]) == pytest.approx(7, abs=0.4)
     assert {c for cohort, _ in drawn for c in cohort} == set(range(20))
-    assert drawn[3] == simulate.draw_cohort(run, 3)
+    assert drawn[3] == draw_cohort(run, 3)
 
 
 def test_clients_without_data_are_never_drawn() -> None:
-    run = simulate.prepare(small_config(partition__clients=80, partition__kind="iid", partition__allow_empty=True))
-    cohort, reporting = simulate.draw_cohort(run, 1)
+    run = setup.prepare(small_config(partition__clients=80, partition__kind="iid", partition__allow_empty=True))
+    cohort, reporting = draw_cohort(run, 1)
     assert cohort == reporting
     assert len(reporting) == 60
 
@@ -299,17 +305,17 @@ def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
     (tmp_path / "data" / "clients.csv").write_text("\n".join(rows))
     config = small_config(data__name=f"folder:{tmp_path}/data", partition__kind="natural", partition__clients=3)
 
-    class Heard(simulate.Listener):
+    class Heard(events.Listener):
         lines: ClassVar[list[str]] = []
 
         def loading(self, what: str) -> None:
             self.lines.append(what)
 
-    run = simulate.prepare(config, listener=Heard())
+    run = setup.prepare(config, listener=Heard())
     images = run.dataset.train_images
     assert isinstance(images, np.memmap)
     assert run.clients.sizes.tolist() == [12, 12, 12]
-    calls = list(simulate.lay_out(run, [0, 1, 2], 1).calls)
+    calls = list(pack_cohort(run, [0, 1, 2], 1).calls)
     streamed = feed.streamed(images, np.asarray)(iter(calls))  # type: ignore[arg-type]
     for (pixels_WxNxHxWxC, plan, _), (whole, _) in zip(streamed, calls, strict=True):
         by_lane = pixels_WxNxHxWxC[np.arange(run.lanes)[:, None], plan.examples]
@@ -325,26 +331,27 @@ def test_a_flat_folder_is_trained_on_and_not_judged(tmp_path: Path, monkeypatch:
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
     fields = {"data__name": f"folder:{tmp_path}/data", "strategy__name": "end_to_end", "federation__rounds": 1}
     with pytest.raises(ConfigError, match=r"partition\.kind: dirichlet needs labels, .*; accepted here: iid, "):
-        simulate.prepare(small_config(**fields))
+        setup.prepare(small_config(**fields))
     with pytest.raises(ConfigError, match=r"evaluation\.fine_tune_epochs: 11 needs labels, .*; accepted: 0"):
-        simulate.prepare(small_config(**fields, partition__kind="iid", evaluation__fine_tune_epochs=11))
+        setup.prepare(small_config(**fields, partition__kind="iid", evaluation__fine_tune_epochs=11))
     for _ in range(2):  # the second time from the cache
-        run = simulate.prepare(small_config(**fields, partition__kind="iid"))
+        run = setup.prepare(small_config(**fields, partition__kind="iid"))
         assert (len(run.dataset.train_images), len(run.dataset.test_images), run.dataset.classes) == (24, 0, 0)
     summary = train(run.config, tmp_path / "run")
     assert summary["evaluation"] == {}
     assert summary["resources"]["measured"]["upload_bytes"] > 0
     assert load_encoder(tmp_path / "run")(run.dataset.train_images).shape == (24, 8)
     assert not (tmp_path / "run" / "plots" / "accuracy.png").exists()
-    assert "protocol" not in repr(report.summary_tables(summary).renderables[0])
+    assert "protocol" not in repr(terminal.summary_tables(summary).renderables[0])
 
 
 def test_a_server_share_that_does_not_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(partition__server_share=0.5)
-    assert len(simulate.prepare(config).server_images) == 30
-    monkeypatch.setattr(simulate, "memory_limit", lambda mesh: 15 * 8 * 8 * 3 * 4)
+    assert len(setup.prepare(config).server_images) == 30
+    monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: 15 * 8 * 8 * 3 * 4)
+    monkeypatch.setattr(setup, "memory_limit", lambda mesh: 15 * 8 * 8 * 3 * 4)
     with pytest.raises(ConfigError, match=r"partition\.server_share: 0\.5 gives .* GiB.*; accepted: at most 0\.25"):
-        simulate.prepare(config)
+        setup.prepare(config)
 
 
 def test_default_config_is_the_papers() -> None:
@@ -361,14 +368,14 @@ def test_runs_together_are_the_same_runs(tmp_path: Path, compiled: list[str]) ->
     ]
     same = {"federation__rounds": 4, "strategy__name": "progressive", "objective__name": "simclr", "model__depth": 2}
     configs = [small_config(**same | changes) for changes in numbers]
-    members = [experiment.Member(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
+    members = [experiment.ActiveRun(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
     members[2].listener = Interrupting(2)
     with pytest.raises(KeyboardInterrupt):
         experiment.train_together(members)
     assert isinstance(members[1].error, FloatingPointError)
     assert [checkpoint.numbers(tmp_path / name / "checkpoints")[-1:] for name in "012"] == [[2], [], [2]]
     before = len(compiled)
-    members = [experiment.Member(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
+    members = [experiment.ActiveRun(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
     experiment.train_together(members)
     assert "no client's update is finite in round 1" in str(members[1].error)
     assert compiled[before:].count("jit(steps)") == 2  # of the two that go on, and of the one that begins again
@@ -389,7 +396,7 @@ def test_runs_together_are_the_same_runs(tmp_path: Path, compiled: list[str]) ->
 
 
 def test_shared_runs_compile_once_and_write_the_same_bits(tmp_path: Path, compiled: list[str]) -> None:
-    shared = simulate.Shared()
+    shared = setup.Cache()
     configs = [small_config(runtime__seed=seed, optimizer__learning_rate=0.1 + seed / 10) for seed in (0, 1)]
     for config, name in zip(configs, "ab", strict=True):
         before = len(compiled)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax.client import init_params, make_task, param_layers
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.stages import Stage, make_stages, spread
+from lwfedssl_jax.method.stages import Stage, make_stages, spread
+from lwfedssl_jax.method.task import init_params, make_task, param_layers
 from lwfedssl_jax.tree import Tree
 
 

@@ -13,12 +13,16 @@ import pytest
 from conftest import SMALL, small_config
 from rich.console import Console
 
-from lwfedssl_jax import resources, simulate, workers
-from lwfedssl_jax.additions import TERMS
 from lwfedssl_jax.cli import main
 from lwfedssl_jax.config import ConfigError
-from lwfedssl_jax.progress import SweepProgress
-from lwfedssl_jax.sweep import Sweep, SweepDirectory, estimate, load_sweep, runs_of
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.method.terms import TERMS
+from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.sweep import Sweep, cores, pool
+from lwfedssl_jax.sweep.directory import SweepDirectory
+from lwfedssl_jax.sweep.estimate import estimate
+from lwfedssl_jax.sweep.grid import load_sweep, runs_of
+from lwfedssl_jax.sweep.progress import SweepProgress
 from lwfedssl_jax.workdir import WorkDir
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +125,7 @@ def test_the_quickstarts_sweep_has_three_strategies_and_seeds() -> None:
 def test_runs_of_a_file_that_holds_more_than_configs_are_known_by_its_text(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     plain = 'from lwfedssl_jax.sweep import Sweep\nsweep = Sweep("quickstart")\n'
-    added = 'from lwfedssl_jax.additions import TERMS\nTERMS["nothing"] = lambda local: 0.0\n'
+    added = 'from lwfedssl_jax.method.terms import TERMS\nTERMS["nothing"] = lambda local: 0.0\n'
     directories = []
     try:
         for text in (plain, plain + "# a note\n", plain + added, plain + added + "# changed\n"):
@@ -135,8 +139,8 @@ def test_runs_of_a_file_that_holds_more_than_configs_are_known_by_its_text(tmp_p
 
 def test_an_estimate_counts_the_samples_of_a_run() -> None:
     sweep = Sweep(small_config(federation__clients_per_round=2), product={"federation.dropout": (0.0, 0.5)})
-    whole, half = estimate(runs_of(sweep), simulate.Shared())
-    of_sample = resources.ledger(small_config())["flops_executed"]
+    whole, half = estimate(runs_of(sweep), setup.Cache())
+    of_sample = ledger.make_ledger(small_config())["flops_executed"]
     assert whole.operations == pytest.approx(of_sample * 60 * 2 / 4)
     assert half.operations == pytest.approx(whole.operations / 2)
     assert 0 < half.seconds < 60
@@ -144,15 +148,15 @@ def test_an_estimate_counts_the_samples_of_a_run() -> None:
 
 
 def test_cores_and_gpus_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "available_cores", lambda: [0, 1, 2, 3, 4])
+    monkeypatch.setattr(cores, "available_cores", lambda: [0, 1, 2, 3, 4])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workers.places(1) == [([], {})]
-    assert [cores for cores, _ in workers.places(2)] == [[0, 1], [2, 3]]
-    assert [cores for cores, _ in workers.places(7)] == [[0], [1], [2], [3], [4], [0], [1]]
+    assert cores.core_slots(1) == [([], {})]
+    assert [cores for cores, _ in cores.core_slots(2)] == [[0, 1], [2, 3]]
+    assert [cores for cores, _ in cores.core_slots(7)] == [[0], [1], [2], [3], [4], [0], [1]]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert workers.places(1) == [([], {})]
-    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in workers.places(2)] == ["2", "5"]
-    assert all(0.25 < float(e["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.5 for _, e in workers.places(4))
+    assert cores.core_slots(1) == [([], {})]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in cores.core_slots(2)] == ["2", "5"]
+    assert all(0.25 < float(e["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.5 for _, e in cores.core_slots(4))
 
 
 class FakeWorker:
@@ -202,8 +206,8 @@ class FakeWorker:
 def test_a_run_that_ends_its_process_is_found_and_no_other_is_lost(
     when: str, jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "Worker", FakeWorker)
-    monkeypatch.setattr(workers, "places", lambda jobs: [([], {})] * jobs)
+    monkeypatch.setattr(pool, "Worker", FakeWorker)
+    monkeypatch.setattr(pool, "core_slots", lambda jobs: [([], {})] * jobs)
     monkeypatch.setattr(FakeWorker, "crashes", {"learning rate 0.2": when})
     monkeypatch.setattr(FakeWorker, "units", [])
     runs = runs_of(Sweep(BASE, product={"optimizer.learning_rate": (0.1, 0.2, 0.3, 0.4)}))
@@ -214,7 +218,7 @@ def test_a_run_that_ends_its_process_is_found_and_no_other_is_lost(
             assert run.label not in ended
             ended[run.label] = event["event"]
 
-    workers.Pool({}, dict.fromkeys((run.directory for run in runs), "same"), jobs, hear).run(runs)
+    pool.Pool({}, dict.fromkeys((run.directory for run in runs), "same"), jobs, hear).run(runs)
     failed = {label for label, end in ended.items() if end == "failed"}
     assert len(ended) == 4
     assert len(FakeWorker.units[0]) == 4 // jobs
@@ -251,7 +255,7 @@ from lwfedssl_jax.objectives import OBJECTIVES
 from lwfedssl_jax.sweep import Sweep
 
 def crash(online, target, mask, temperature):
-    if getattr(sys.modules["__main__"].__spec__, "name", "") == "lwfedssl_jax.workers":
+    if getattr(sys.modules["__main__"].__spec__, "name", "") == "lwfedssl_jax.sweep.worker":
         os._exit(7)
     return online.sum()
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax import experiment, trackers
-from lwfedssl_jax.checks import check
 from lwfedssl_jax.config import ConfigError
-from lwfedssl_jax.simulate import Listener
-from lwfedssl_jax.trackers import TRACKERS, Tracker
-from lwfedssl_jax.tracking import Tracking, line_values, summary_values
+from lwfedssl_jax.experiment import trackers, train
+from lwfedssl_jax.experiment.checks import check
+from lwfedssl_jax.experiment.trackers import TRACKERS, Tracker, Tracking, line_values, summary_values
+from lwfedssl_jax.simulation.events import Listener
 from lwfedssl_jax.workdir import WorkDir
 
 Points = dict[tuple[str, int], float]
@@ -92,7 +91,7 @@ def test_a_run_that_was_killed_shows_every_round_once(
     )
     path = tmp_path / "run"
     with pytest.raises(RuntimeError, match="killed"):
-        experiment.train(config, WorkDir(path, config), Killed())
+        train.train(config, WorkDir(path, config), Killed())
     before = WorkDir(path, config).metrics()
     assert [line["round"] for line in before if "event" not in line] == [1, 2, 3, 4, 5]
     heard = expected([line for line in before if line["round"] < 5])
@@ -101,7 +100,7 @@ def test_a_run_that_was_killed_shows_every_round_once(
         path / "tensorboard"
     ).items()
 
-    summary = experiment.train(config, WorkDir(path, config))
+    summary = train.train(config, WorkDir(path, config))
     lines = WorkDir(path, config).metrics()
     points = expected(lines)
     total = summary["resources"]["total_bytes"] / 2**20
@@ -122,7 +121,7 @@ def test_a_run_that_was_killed_shows_every_round_once(
     assert (run.project, run.display_name) == ("lwfedssl_jax", "run")
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["federation"]["rounds"] == 5
     assert capfd.readouterr() == ("", "")
-    assert experiment.train(config, WorkDir(path, config)) == summary  # which opens no tracker
+    assert train.train(config, WorkDir(path, config)) == summary  # which opens no tracker
     assert len([*(path / "wandb").glob("offline-run-*")]) == 2
 
 

@@ -1,1 +1,1 @@
-"""Images and labels, and which client owns which example."""
+"""Images, which client owns them, and their random views."""

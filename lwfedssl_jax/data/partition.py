@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lwfedssl_jax.config import ConfigError, PartitionConfig, choose
-
-SERVER_STREAM = 3  # of the seed in NumPy's generators; 0 is the clients'
+from lwfedssl_jax.system.seeds import SERVER_IMAGES_STREAM
 
 
 class Population(Sequence[np.ndarray]):
@@ -125,7 +124,7 @@ def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) ->
             f"partition.server_share: {share} gives the server {held} of {examples} examples; "
             f"accepted: 0, or a share of at least 2 examples that leaves the clients some"
         )
-    return np.sort(np.random.default_rng([seed, SERVER_STREAM]).choice(examples, held, replace=False))
+    return np.sort(np.random.default_rng([seed, SERVER_IMAGES_STREAM]).choice(examples, held, replace=False))
 
 
 def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:

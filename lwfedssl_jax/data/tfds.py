@@ -15,6 +15,7 @@ from lwfedssl_jax.data.cache import Example, Notify, Split, Undecoded, refuse, s
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
+
 TEST_SPLITS = ("test", "validation")
 CLIENT_FEATURES = ("client", "client_id", "user_id")
 WITH_TENSORFLOW = 'pip install -e ".[tensorflow]"'

@@ -1,1 +1,1 @@
-"""Encoders and SSL heads."""
+"""Encoders and heads as pure functions, and the layer that each parameter belongs to."""

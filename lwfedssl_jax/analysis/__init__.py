@@ -1,0 +1,1 @@
+"""Finished runs read back: data frames, statistics, tables, figures, and the report."""

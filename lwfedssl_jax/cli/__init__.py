@@ -1,0 +1,130 @@
+"""The command line: parse, dispatch, one line for bad input."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from lwfedssl_jax.cli.options import (
+    HELP,
+    PlanOptions,
+    ResourcesOptions,
+    TrainOptions,
+    parse,
+    parse_report,
+    parse_sweep,
+)
+from lwfedssl_jax.config import ConfigError, available
+from lwfedssl_jax.system.errors import report_error
+from lwfedssl_jax.system.interrupts import Interrupts
+
+# Each command parses its options before it imports what runs it: bad input and --help do not wait for JAX.
+
+USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+      0; 2 for bad input, after one line on standard error; 1 for any other failure; 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv) or ["train", "quickstart"]
+    try:
+        if argv[0] in HELP or (argv[0] == "list" and argv[-1] in HELP):
+            print_help()
+        elif argv[0] in COMMANDS:
+            COMMANDS[argv[0]](argv[1:])
+        else:
+            close = difflib.get_close_matches(argv[0], COMMANDS) or COMMANDS
+            raise ConfigError(f"COMMAND: unknown {argv[0]!r}; accepted: {', '.join(close)}")
+    except SystemExit:  # tyro's way out of --help
+        return 0
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error)
+    return 0
+
+
+def list_configs(arguments: list[str]) -> None:
+    """The ``list`` command."""
+    if arguments:
+        raise ConfigError(f"list: unexpected {arguments[0]!r}; accepted: nothing after `list`")
+    known = available()
+    width = max((len(name) for name, _ in known), default=0)
+    for name, line in known:
+        print(f"{name:<{width}}  {line}")
+
+
+def train(arguments: list[str]) -> None:
+    """The ``train`` command."""
+    with Interrupts() as interrupts:  # experiment.train has its own
+        options = parse(TrainOptions, arguments)
+        from lwfedssl_jax.cli.train import run
+
+        interrupts.check()
+        run(options, arguments)
+
+
+def resources(arguments: list[str]) -> None:
+    """The ``resources`` command."""
+    options = parse(ResourcesOptions, arguments)
+    from lwfedssl_jax.cli.resources import run
+
+    run(options)
+
+
+def plan(arguments: list[str]) -> None:
+    """The ``plan`` command."""
+    options = parse(PlanOptions, arguments)
+    from lwfedssl_jax.cli.plan import run
+
+    run(options)
+
+
+def sweep(arguments: list[str]) -> None:
+    """The ``sweep`` command."""
+    with Interrupts():
+        options = parse_sweep(arguments)
+        from lwfedssl_jax.cli.sweep import run
+
+        run(options)
+
+
+def report(arguments: list[str]) -> None:
+    """The ``report`` command."""
+    options = parse_report(arguments)
+    from lwfedssl_jax.cli.report import run
+
+    run(options)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "resources": resources,
+    "plan": plan,
+    "sweep": sweep,
+    "report": report,
+    "list": list_configs,
+}
+
+
+def print_help() -> None:
+    """What the program is and the commands it has."""
+    print("Federated self-supervised learning, layer by layer: LW-FedSSL, Prog-FedSSL and end to end.\n")
+    print(USAGE + "\n")
+    print("  train CONFIG [--section.field VALUE ...] [--workdir DIR]")
+    print("      train, evaluate, write the work directory; continues an unfinished run")
+    print("  resources CONFIG [--section.field VALUE ...] [--json] [--no-memory] [--plot FILE.png]")
+    print("      what one client spends under each strategy; trains nothing")
+    print("  plan CONFIG [--section.field VALUE ...] --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X")
+    print("       [--watts X] | --devices FLEET.csv [--results DIR] [--json] [--plot FILE.png]")
+    print("      which strategy and how many layers a stage a fleet can afford; trains nothing")
+    print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N] [--together N]")
+    print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
+    print("  report DIR [DIR ...] [--out OUT]")
+    print("      one page, figures and tables about all runs in these directories")
+    print("  list")
+    print("      the configs that exist\n")
+    print("`python run.py COMMAND --help` lists every option.")

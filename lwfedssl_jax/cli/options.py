@@ -1,0 +1,271 @@
+"""The commands' options and how words on the command line become them."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from lwfedssl_jax.config import Config, ConfigError, load, override
+from lwfedssl_jax.config.device_classes import LEAST, MOST, QUANTITIES, DeviceClass, describe, read_csv
+from lwfedssl_jax.system.files import can_hold
+
+HELP = ("-h", "--help")
+PICTURES = (".png", ".pdf", ".svg")
+MOST_JOBS = 1024
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train, evaluate and write the work directory; continues an unfinished run of the same config."""
+
+    config_name: tyro.conf.Positional[str]
+    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
+    workdir: Path | None = None
+    """Where the run lives; by default runs/CONFIG-HASH, one directory for each config and overrides."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    coordinator: str | None = None
+    """Several processes: HOST:PORT of process 0, or auto where JAX finds the others by itself (SLURM, TPU pods)."""
+    processes: int | None = None
+    """Several processes: how many there are."""
+    process: int | None = None
+    """Several processes: which one this is, from 0."""
+
+
+@dataclass(frozen=True)
+class ResourcesOptions:
+    """What one client spends under each strategy in traffic, operations and memory; trains nothing."""
+
+    config_name: tyro.conf.Positional[str]
+    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
+    json: bool = False
+    """Print JSON instead of a table."""
+    plot: Path | None = None
+    """Also draw it, over the rounds and over numbers of local epochs: a file that ends in .png, .pdf or .svg."""
+    memory: bool = True
+    """Compile one client's training step of each stage to learn its peak memory."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Which strategy and how many layers a stage a fleet of devices can afford; trains nothing."""
+
+    config_name: tyro.conf.Positional[str]
+    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
+    memory_gb: float | None = None
+    """One kind of device: memory that training may take, in GB (1e9 bytes)."""
+    gflops: float | None = None
+    """With --memory-gb: 1e9 floating-point operations a second, sustained; a multiply-add is two. Without it, or a
+    link's speed, no time is told."""
+    uplink_mbps: float | None = None
+    """With --memory-gb: from the device, in 1e6 bit/s."""
+    downlink_mbps: float | None = None
+    """With --memory-gb: to the device, in 1e6 bit/s."""
+    watts: float | None = None
+    """With --memory-gb: drawn while it trains and exchanges; tells energy."""
+    devices: Path | None = None
+    """Instead, several kinds: a CSV file with the columns name, count, memory_gb, and those of the others above that
+    are known. Without --memory-gb and --devices those of the config: fleet.devices."""
+    examples: int | None = None
+    """Images that a client has, where the data set does not tell without being read."""
+    results: Path | None = None
+    """Runs, such as a sweep's directory: the accuracy that each option reached."""
+    protocol: str | None = None
+    """With --results: which protocol's accuracy, such as knn; by default the one that has judged most of
+    them."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    plot: Path | None = None
+    """Also draw memory and the share of the fleet over the stages: a file that ends in .png, .pdf or .svg."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Run a grid of configs and seeds, or what is left of it, and report it."""
+
+    sweep_name: tyro.conf.Positional[str]
+    """SWEEP: a name of configs/sweeps, or a path to a Python file of the same form."""
+    workdir: Path | None = None
+    """Where the sweep lives; by default runs/sweeps/SWEEP."""
+    dry_run: bool = False
+    """Only list the runs, their operations and the time they should take here."""
+    jobs: int = 1
+    """Processes that do runs at the same time, each with a share of the cores, or with a GPU."""
+    together: int = 0
+    """Runs that differ in numbers and seeds only, in one program side by side; 0: as many as pay off on the device."""
+    compilation_cache: str | None = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """One HTML page, figures and tables about one or several runs."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """DIR: a run's work directory, or one with runs below it, such as a sweep's."""
+    out: Path | None = None
+    """Where report.html, plots/ and tables/ go; by default DIR, and for several the folder `report`."""
+
+
+Options = TypeVar("Options", TrainOptions, ResourcesOptions, PlanOptions)
+
+
+def with_fleet(options: PlanOptions) -> Config:
+    """The config with the devices that the options describe, else with its own.
+
+    Raises:
+      ConfigError: they describe none, or two fleets.
+    """
+    one = {field: value for field in QUANTITIES if (value := getattr(options, field)) is not None}
+    if options.devices and one:
+        raise ConfigError(f"--devices: {options.devices} besides --memory-gb or its like; accepted: one of the two")
+    if one and options.memory_gb is None:
+        raise ConfigError(f"--memory-gb: nothing besides --{next(iter(one)).replace('_', '-')}; accepted: GB")
+    if not (one or options.devices or options.config.fleet.devices):
+        raise ConfigError(
+            "--memory-gb: nothing; accepted: --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X, "
+            "--devices FILE.csv, or a config with fleet.devices"
+        )
+    for field, value in one.items():
+        if not LEAST <= value <= MOST:
+            accepted = f"accepted: {LEAST:g} to {MOST:g}"
+            raise ConfigError(f"--{field.replace('_', '-')}: {value} is out of range; {accepted}")
+    try:
+        classes = read_csv(options.devices) if options.devices else []
+    except ValueError as error:
+        raise ConfigError(f"--devices: {error}") from None
+    if one:
+        classes = [DeviceClass("device", 1, **one)]
+    changes = {"fleet.devices": tuple(map(describe, classes))} if classes else {}
+    return override(options.config, changes)
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a picture that cannot be drawn.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    if path and not can_draw(path):
+        raise ConfigError(
+            f"--plot: {path} cannot be drawn; accepted: a file in an existing folder that you can write to, "
+            f"that ends in {', '.join(PICTURES)}"
+        )
+
+
+def parse_sweep(arguments: list[str]) -> SweepOptions:
+    """The options of ``sweep``.
+
+    Raises:
+      ConfigError: no SWEEP, an unknown option, or a value that is empty or does not parse.
+      SystemExit: after ``--help``.
+    """
+    check_not_empty(arguments, "SWEEP")
+    if not any(word in arguments for word in HELP) and (not arguments or arguments[0].startswith("-")):
+        found = repr(arguments[0]) if arguments else "nothing"
+        raise ConfigError(
+            f"SWEEP: sweep needs one first, found {found}; accepted: a name of configs/sweeps, or a .py file"
+        )
+    with refusals_in_one_line():
+        options = tyro.cli(SweepOptions, prog="run.py sweep", args=arguments)
+    for name, least in (("jobs", 1), ("together", 0)):
+        if not least <= (value := getattr(options, name)) <= MOST_JOBS:
+            raise ConfigError(f"--{name}: {value} is out of range; accepted: {least} to {MOST_JOBS}")
+    return options
+
+
+def parse_report(arguments: list[str]) -> ReportOptions:
+    """The options of ``report``.
+
+    Raises:
+      ConfigError: no DIR, an unknown option, or a value that is empty or does not parse.
+      SystemExit: after ``--help``.
+    """
+    check_not_empty(arguments, "DIR")
+    with refusals_in_one_line():
+        options = tyro.cli(ReportOptions, prog="run.py report", args=arguments)
+    if not options.directories:
+        raise ConfigError("DIR: report needs one first, found nothing; accepted: a directory with runs")
+    return options
+
+
+def can_draw(path: Path) -> bool:
+    """Whether a picture can be written there."""
+    if path.suffix not in PICTURES or os.path.isdir(path) or not os.path.isdir(path.parent):
+        return False
+    return os.access(path, os.W_OK) if os.path.isfile(path) else can_hold(path)
+
+
+def parse(options: type[Options], arguments: list[str]) -> Options:
+    """Parse a command that starts with CONFIG: its values are the defaults that options override.
+
+    Raises:
+      ConfigError: no CONFIG, an unknown option or choice, or a value that is empty or does not parse.
+      SystemExit: after ``--help``.
+    """
+    command = options.__name__.removesuffix("Options").lower()
+    if arguments and arguments[0] in HELP:
+        arguments = ["quickstart", "--help"]
+    if not arguments or arguments[0].startswith("-"):
+        found = repr(arguments[0]) if arguments else "nothing"
+        raise ConfigError(
+            f"CONFIG: {command} needs one first, found {found}; accepted: a name that `list` shows, or a .py file"
+        )
+    check_not_empty(arguments)
+    default = options(config_name=arguments[0], config=load(arguments[0]))
+    with refusals_in_one_line():
+        return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Turns the parser's refusals into ConfigErrors."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            yield
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError(one_line(errors.getvalue())) from None
+        raise  # --help has been printed
+
+
+def check_not_empty(arguments: list[str], first: str = "CONFIG") -> None:
+    """Refuse empty values, which the parser would take; ``first`` is what stands before all options."""
+    option = first
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            option = name
+        if not argument or (name.startswith("--") and equals and not value):
+            raise ConfigError(f"{option}: '' is empty; accepted: a value")
+
+
+def one_line(box: str) -> str:
+    """Tyro's framed message (title, message, help, between rules) as one line, with what it accepts."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
+    ruled = [bool(line) and not line.strip("─-") for line in lines]
+    start = 1 if ruled[0] else 0
+    end = ruled.index(True, start) if True in ruled[start:] else len(lines)
+    paragraph = lines[start : lines.index("", start, end) if "" in lines[start:end] else end]
+    message = " ".join(paragraph).rstrip(".")
+    if message.startswith("Unrecognized"):
+        suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[end:]), re.MULTILINE))
+        return f"{message}; accepted: {', '.join(suggested) or 'the options --help lists'}"
+    if message.startswith("Error parsing"):
+        usage = next((line for line in lines[end:] if re.match("--[a-z]", line)), "what --help says")
+        return f"{message}; accepted: {usage}"
+    return re.sub(r"\. Expected (one of )?", "; accepted: ", message)

@@ -1,0 +1,41 @@
+"""The command ``resources``."""
+
+import json
+
+from rich.console import Console
+
+from lwfedssl_jax.analysis import run_plots, terminal
+from lwfedssl_jax.cli.options import ResourcesOptions, check_plot
+from lwfedssl_jax.config import resolve, to_dict
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.experiment.checks import check
+from lwfedssl_jax.system import devices
+
+
+def run(options: ResourcesOptions) -> None:
+    """What the options ask for, on standard output."""
+    config = resolve(options.config)
+    check_plot(options.plot)
+    devices.set_up_cache(options.compilation_cache)
+    check(config)
+    _, refused = ledger.each_strategy(config)
+    progress = Console(stderr=True)
+    with progress.status("tracing") as status:
+        strategies = ledger.all_strategies(
+            config, memory=options.memory, notify=lambda what: status.update(f"compiling {what}")
+        )
+    if options.plot:
+        run_plots.plot_resources(strategies, config.federation.local_epochs, options.plot)
+    if options.json:
+        plain = {
+            "config": to_dict(config),
+            "bytes_per_parameter": ledger.BYTES_PER_PARAMETER,
+            "strategies": strategies,
+            "refused": refused,
+        }
+        print(json.dumps(plain, indent=1))
+    else:
+        out = Console()
+        out.print(terminal.resource_table(strategies))
+        for name, why in refused.items():
+            out.print(f"{name} cannot run with this config: {why}", markup=False)

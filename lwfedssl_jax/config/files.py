@@ -1,0 +1,70 @@
+"""Config files: finding, running and listing them."""
+
+import ast
+import difflib
+import os.path
+import types
+from pathlib import Path
+
+from lwfedssl_jax.config.sections import Config, check_fields
+from lwfedssl_jax.system.errors import ConfigError
+
+# In a checkout the named configs lie beside the package, in a wheel inside it.
+CONFIG_DIR = next(
+    (d for d in (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs") if d.is_dir()),
+    Path("configs"),
+)
+
+SWEEPS = "sweeps"  # its folder that has sweeps
+
+
+def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
+    """The ``config`` object of ``config_dir/NAME.py``, or of the Python file ``name``; not yet resolved.
+
+    Raises:
+      ConfigError: no such config, the file does not run, or it defines no ``config``, or one with a value of the
+        wrong type or outside its range or choices.
+    """
+    path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
+    known = [n for n, _ in available(config_dir)]
+    if not os.path.isfile(path) or not (name.endswith(".py") or name in known):
+        close = difflib.get_close_matches(name, known, n=3)
+        names = f", such as {', '.join(close)}" if close else ""
+        raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or a name of `list`{names}")
+    if name.startswith(f"{SWEEPS}/"):
+        raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {path.stem}` runs the sweep)")
+    config = getattr(run_file(path, "CONFIG", "config"), "config", None)
+    if not isinstance(config, Config):
+        found = f"found {type(config).__name__}; accepted: `config = Config(...)`"
+        raise ConfigError(f"CONFIG: {path} defines no config, {found}")
+    check_fields(config)  # before options override them: the parser trusts their types
+    return config
+
+
+def run_file(path: Path, argument: str, what: str) -> types.ModuleType:
+    """A Python file that is to define ``what``, run as a module.
+
+    Raises:
+      ConfigError: it does not run.
+    """
+    module = types.ModuleType("lwfedssl_config")
+    module.__file__ = str(path)
+    try:  # not by import, which would write and trust a __pycache__
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own file: whatever it raises is bad input
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{argument}: {path} does not run ({why}); accepted: a file that defines `{what}`") from error
+    return module
+
+
+def available(config_dir: Path = CONFIG_DIR) -> list[tuple[str, str]]:
+    """``(name, first line of its docstring)`` of every config, and of every sweep, under ``config_dir``."""
+    return [
+        (
+            path.relative_to(config_dir).with_suffix("").as_posix(),
+            (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0],
+        )
+        for path in sorted(config_dir.rglob("*.py"))
+    ]

@@ -1,0 +1,233 @@
+"""The trained encoder as files that timm (ViT) and torchvision (ResNet-18) read, and back.
+
+``encoder.safetensors`` holds their names and layouts, ``encoder.json`` what is needed to rebuild the model.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+import lwfedssl_jax
+from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig, VitSize
+from lwfedssl_jax.data.views import Recipe
+from lwfedssl_jax.evaluation.frozen import BATCH, apply, make_encode
+from lwfedssl_jax.method.task import Task, make_encoder
+from lwfedssl_jax.tree import Tree
+
+WEIGHTS, ABOUT = "encoder.safetensors", "encoder.json"
+METADATA = "lwfedssl_jax"  # key of what ABOUT says, too, in the metadata of WEIGHTS
+FORMAT_VERSION = 1
+TORCHVISION_WIDTH, TORCHVISION_DEPTH = 64, 4  # of its ResNet-18
+
+# Our names to theirs, one after the other; * is the number of a stacked block.
+NAMES = (
+    (r"^embedding\.position$", "pos_embed"),
+    (r"^embedding\.patch", "patch_embed.proj"),
+    (r"^blocks\.(qkv|proj)", r"blocks.*.attn.\1"),
+    (r"^blocks\.(fc\d)", r"blocks.*.mlp.\1"),
+    (r"^blocks\.(norm\d)", r"blocks.*.\1"),
+    (r"^stem\.", ""),
+    (r"\.block1\.", ".0."),
+    (r"\.block2\.", ".1."),
+    (r"conv(\d)\.conv", r"conv\1"),
+    (r"conv(\d)\.norm", r"bn\1"),
+    (r"downsample\.conv", "downsample.0"),
+    (r"downsample\.norm", "downsample.1"),
+    (r"\.(kernel|scale)$", ".weight"),
+    (r"\.(mean|var)$", r".running_\1"),
+)
+
+
+def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
+    """``{file name: content}`` of the encoder in ``params``, all layers of it, without heads.
+
+    Args:
+      config: resolved; the run's.
+      task: of the same run.
+      params: what has been trained; heads may be among it.
+    """
+    *size, channels = task.image_shape
+    about = {
+        "format_version": FORMAT_VERSION,
+        "lwfedssl_jax": lwfedssl_jax.__version__,
+        "model": vars(config.model),
+        "precision": config.runtime.precision,
+        "input_size": [channels, *size],
+        "mean": [task.recipe.mean] * channels,  # of pixels in [0, 1]
+        "std": [task.recipe.std] * channels,
+        "num_features": task.encoder.feature_dim,
+        "trained": {
+            "data": config.data.name,
+            "strategy": config.strategy.name,
+            "objective": config.objective.name,
+            "rounds": config.federation.rounds,
+            "layers": task.layers,
+        },
+        **rebuilt_in_torch(config.model, size, channels),
+    }
+    metadata = {METADATA: json.dumps(about)}  # one entry only: safetensors writes several in any order
+    weights = safetensors.numpy.save(state_dict(config.model, task, params), metadata)
+    about["sha256"] = hashlib.sha256(weights).hexdigest()
+    return {WEIGHTS: weights, ABOUT: (json.dumps(about, indent=1) + "\n").encode()}
+
+
+def rebuilt_in_torch(model: ModelConfig, size: list[int], channels: int) -> dict[str, Any]:
+    """``{"timm": arguments of timm.create_model}``, or what to change in torchvision's ResNet-18.
+
+    The latter is None where it has no such size: other widths than 64.
+    """
+    if isinstance(MODELS[model.name], VitSize):
+        sizes = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
+        images = {"img_size": size, "patch_size": model.patch_size, "in_chans": channels}
+        form = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+        # Any of timm's names: all that tells them apart follows.
+        return {"timm": {"model_name": "vit_tiny_patch16_224", **images, **sizes, **form}}
+    if model.width != TORCHVISION_WIDTH:
+        return {"torchvision": None}
+    small = model.stem == "small"
+    kernel = {"kernel_size": 3, "stride": 1, "padding": 1} if small else {"kernel_size": 7, "stride": 2, "padding": 3}
+    conv1 = {"in_channels": channels, "out_channels": model.width, "bias": False, **kernel}
+    absent = [f"layer{s + 1}" for s in range(model.depth, TORCHVISION_DEPTH)] + ["maxpool"] * small
+    return {"torchvision": {"conv1": conv1, "identity": [*absent, "fc"]}}
+
+
+def state_dict(model: ModelConfig, task: Task, params: Tree) -> dict[str, np.ndarray]:
+    """The encoder's weights and running averages by their names in timm or torchvision, in the layouts there."""
+    layers = task.encoder.layers(params)
+    params = jax.device_get({kind: params[kind] for kind in layers})
+    tensors = {}
+    for (path, x), number in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(layers), strict=True):
+        if np.all(number < 0):  # a stage's temporary layer
+            continue
+        name = torch_name(path)
+        for i, one in enumerate(x) if "*" in name else [(0, x)]:
+            if name == "patch_embed.proj.weight":
+                one = one.reshape(model.patch_size, model.patch_size, -1, model.width)
+            axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[one.ndim]
+            one = one[None] if name == "pos_embed" else one.transpose(axes)
+            tensors[name.replace("*", str(i))] = np.ascontiguousarray(one)
+    return tensors
+
+
+def from_state_dict(shapes: Tree, layers: Tree, tensors: dict[str, np.ndarray]) -> Tree:
+    """Parameters of the given shapes from ``state_dict``'s tensors; temporary layers become None.
+
+    Raises:
+      KeyError, ValueError: a tensor is missing, or has another size.
+    """
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct, number: np.ndarray) -> jax.Array | None:
+        if np.all(number < 0):
+            return None
+        name = torch_name(path)
+        depth = len(number) if "*" in name else 1
+        x = np.stack([tensors[name.replace("*", str(i))] for i in range(depth)])
+        axes = {2: (0, 1), 3: (0, 2, 1), 4: (0, 1, 2, 3), 5: (0, 3, 4, 2, 1)}[x.ndim]
+        return jnp.asarray(x.transpose(axes).reshape(shape.shape))
+
+    return jax.tree.map_with_path(leaf, shapes, layers)
+
+
+def torch_name(path: Any) -> str:
+    """The name in timm or torchvision of a leaf of ``{"encoder": ..., "statistics": ...}``."""
+    name = ".".join(str(key.key) for key in path[1:])
+    for ours, theirs in NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+class TrainedEncoder:
+    """``images -> features`` of an encoder that a run has written.
+
+    Attributes:
+      config: the content of ``encoder.json``.
+      num_features: D.
+      params: ``{"encoder": weights, "statistics": running averages}``.
+    """
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        channels, *size = config["input_size"]
+        (mean,), (std,) = set(config["mean"]), set(config["std"])
+        dtype = jnp.dtype(config["precision"])
+        model = ModelConfig(**config["model"])
+        self.config = config
+        self._image_shape = (*size, channels)
+        self._depth = model.depth
+        self._encoder = make_encoder(model, self._image_shape, dtype)
+        self._recipe, self._dtype = Recipe(mean=mean, std=std), np.promote_types(dtype, np.float32)
+        self._encode = make_encode(self._encoder, self._recipe, self._dtype)
+        self.num_features = self._encoder.feature_dim
+        shapes = jax.eval_shape(self._encoder.init, jax.random.key(0))
+        self.params = from_state_dict(shapes, self._encoder.layers(shapes), tensors)
+
+    def __call__(self, images_NxHxWxC: np.ndarray | jax.Array) -> np.ndarray:
+        """``features_NxD``, float32, of uint8 images or floats in [0, 1], a batch after the other.
+
+        Raises:
+          ValueError: they are of another shape or type, or out of range.
+        """
+        images = np.asarray(images_NxHxWxC)
+        real = jnp.issubdtype(images.dtype, jnp.floating)
+        shown = f"{images.dtype} {images.shape}"
+        if images.shape[1:] != self._image_shape or images.ndim != 4 or not (real or images.dtype == np.uint8):
+            h, w, c = self._image_shape
+            raise ValueError(f"images: {shown} does not fit; accepted: uint8, or floats in [0, 1], (N, {h}, {w}, {c})")
+        if real and images.size and not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(
+                f"images: {shown} from {images.min()} to {images.max()}; accepted: floats in [0, 1], not normalised"
+            )
+        if not len(images):
+            return np.zeros((0, self.num_features), np.float32)
+        # Few images in a batch of a power of two, that few programs serve all numbers.
+        return self._encode(self.params, images, self._depth, min(BATCH, 1 << (len(images) - 1).bit_length()))
+
+    def apply(self, params: Tree, images_BxHxWxC: jax.Array) -> jax.Array:
+        """The same as a pure function of parameters and images, unchecked: for jit, grad and vmap."""
+        return apply(self._encoder, self._recipe, self._dtype, params, images_BxHxWxC, self._depth)
+
+
+def load_encoder(directory: str | Path) -> TrainedEncoder:
+    """The encoder that a finished run has left in its work directory.
+
+    Raises:
+      ConfigError: its files are missing, damaged, not of one run, or of another format.
+    """
+    weights, about = Path(directory) / WEIGHTS, Path(directory) / ABOUT
+    try:
+        content, config = weights.read_bytes(), json.loads(about.read_text())
+        version = config["format_version"]
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: cannot be read ({error.strerror}); accepted: the work directory of a finished run"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{about}: describes no encoder; accepted: the file that a finished run wrote") from error
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{about}: format_version {version!r} is unknown; accepted: {FORMAT_VERSION}")
+    if hashlib.sha256(content).hexdigest() != config.get("sha256"):
+        raise ConfigError(
+            f"{weights}: damaged, or of another run than {ABOUT} (its SHA-256 is not the one there); "
+            "accepted: both files as the run wrote them"
+        )
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        stated = json.loads(header["__metadata__"][METADATA])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{weights}: holds no encoder; accepted: the file that a finished run wrote") from error
+    if stated != {k: v for k, v in config.items() if k != "sha256"}:
+        raise ConfigError(f"{about}: not what {WEIGHTS} says of itself; accepted: both files as the run wrote them")
+    try:
+        return TrainedEncoder(config, safetensors.numpy.load(content))
+    except Exception as error:  # whatever its sizes, names and bytes make fail
+        what = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ConfigError(
+            f"{about}: cannot be rebuilt by lwfedssl_jax {lwfedssl_jax.__version__} ({what}); "
+            f"accepted: encoders of this version, found one of {config.get('lwfedssl_jax')}"
+        ) from error

@@ -1,0 +1,182 @@
+"""How good an encoder is as a start: encoder and linear head trained with labels (arXiv 2401.11647's fine-tuning)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from lwfedssl_jax.config import EvaluationConfig
+from lwfedssl_jax.data.rand_augment import LARGEST_MAGNITUDE, MAGNITUDE, OPERATIONS_DRAWN, rand_augment
+from lwfedssl_jax.data.sources import Dataset
+from lwfedssl_jax.data.views import Recipe
+from lwfedssl_jax.evaluation.frozen import Encode, Result, scores
+from lwfedssl_jax.method import stages
+from lwfedssl_jax.method.task import Task
+from lwfedssl_jax.models.encoder import Encoder
+from lwfedssl_jax.system.seeds import FINE_TUNE_STREAM
+from lwfedssl_jax.tree import Tree
+
+HEAD_STD = 0.01  # of the head's first weights
+
+
+class FineTuneSetup(NamedTuple):
+    """What is fixed when a step is compiled, hashable: equal ones share a program."""
+
+    encoder: Encoder
+    recipe: Recipe
+    dtype: DTypeLike
+    config: EvaluationConfig
+    steps_per_epoch: int
+
+
+class FineTuneState(NamedTuple):
+    """What a step changes: ``weights`` are those of the encoder and of the head."""
+
+    weights: Tree
+    statistics: Tree
+    opt_state: optax.OptState
+
+
+def fine_tune(
+    task: Task,
+    encode: Encode,
+    config: EvaluationConfig,
+    dataset: Dataset,
+    params: Tree,
+    depth: int,
+    seed: int,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """``{**scores, settings}`` on the test images, of layers L1..L_depth and a linear head trained on all labels.
+
+    Args:
+      task: static.
+      encode: of ``evaluate.make_encode``, for the test images.
+      config: epochs, learning rate and the like.
+      dataset: to train and to test on.
+      params: where the encoder starts.
+      depth: layers that exist.
+      seed: of the head, the batches and the views.
+      notify: hears of each epoch.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    state = train(task, config, dataset, params, depth, seed, notify)
+    head = jax.device_get(state.weights["head"])
+    trained = {"encoder": state.weights["encoder"], "statistics": state.statistics}
+    logits_NxC = encode(trained, dataset.test_images, depth) @ head["kernel"] + head["bias"]
+    return {
+        **scores(dataset.test_labels, logits_NxC.argmax(-1)),
+        "epochs": config.fine_tune_epochs,
+        "warmup_epochs": config.fine_tune_warmup_epochs,
+        "learning_rate": config.fine_tune_learning_rate,
+        "weight_decay": config.fine_tune_weight_decay,
+        "batch_size": config.fine_tune_batch_size,
+        "views": f"RandAugment({OPERATIONS_DRAWN} operations, magnitude {MAGNITUDE} of {LARGEST_MAGNITUDE})",
+    }
+
+
+def train(
+    task: Task,
+    config: EvaluationConfig,
+    dataset: Dataset,
+    params: Tree,
+    depth: int,
+    seed: int,
+    notify: Callable[[str], None],
+) -> FineTuneState:
+    """The state after all epochs, each with one RandAugment view of every image; see ``fine_tune``."""
+    labelled = dataset.labelled
+    n = len(labelled)
+    batch_size = min(config.fine_tune_batch_size, n)
+    fixed = FineTuneSetup(task.encoder, task.recipe, np.dtype(task.dtype), config, -(-n // batch_size))
+    key = jax.random.fold_in(jax.random.key(seed), FINE_TUNE_STREAM)
+    start = _existing(task.encoder, params, depth)
+    image, mask_1 = jnp.zeros((1, *task.image_shape), task.dtype), jnp.ones(1, bool)
+    # Not always the whole encoder's width, where there are fewer layers.
+    width = jax.eval_shape(lambda p: task.encoder.trainable_forward(p, image, mask_1, depth, None)[0], start).shape[-1]
+    state = _start(fixed, start, key, (width, dataset.classes))
+    for epoch in range(config.fine_tune_epochs):
+        notify(f"fine-tuning, epoch {epoch + 1} of {config.fine_tune_epochs}")
+        order = np.random.default_rng([seed, FINE_TUNE_STREAM, epoch]).permutation(n)
+        losses = []
+        for step, first in enumerate(range(0, n, batch_size)):
+            batch = order[first : first + batch_size]
+            mask_B = np.arange(batch_size) < len(batch)
+            batch = labelled[np.resize(batch, batch_size)]  # the last one is filled up with repetitions
+            images_BxHxWxC, labels_B = dataset.train_images[batch], dataset.train_labels[batch]
+            at = np.array([epoch + 1, step, depth], np.int32)  # from 1: 0 is the head's
+            state, loss = _step(fixed, state, images_BxHxWxC, labels_B, mask_B, key, at)
+            losses.append(loss)
+        if not np.isfinite(jax.device_get(losses)).all():
+            raise FloatingPointError(
+                f"fine-tuning: the loss is not finite in epoch {epoch + 1}; "
+                f"lower evaluation.fine_tune_learning_rate ({config.fine_tune_learning_rate})"
+            )
+    return state
+
+
+def schedule(config: EvaluationConfig, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate of each step (from 0): up from 0 in a line, then down as a cosine to 0 after the last."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.fine_tune_learning_rate,
+        warmup_steps=config.fine_tune_warmup_epochs * steps_per_epoch,
+        decay_steps=config.fine_tune_epochs * steps_per_epoch,
+    )
+
+
+def _optimizer(fixed: FineTuneSetup) -> optax.GradientTransformation:
+    return optax.adamw(schedule(fixed.config, fixed.steps_per_epoch), weight_decay=fixed.config.fine_tune_weight_decay)
+
+
+def _existing(encoder: Encoder, params: Tree, depth: int) -> Tree:
+    """Parameters of layers L1..L_depth; of stacked leaves all rows, of which the others are not run."""
+    layers = encoder.layers(params)
+    _, trainable = stages.freeze(layers, 0, depth)
+    # As in ``evaluate.make_encode``, what exists in one stage only is left out.
+    leaf = lambda mask, n, x: x if np.any(mask & (n >= 0)) else None  # noqa: E731
+    return jax.tree.map(leaf, trainable, layers, {name: params[name] for name in layers})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _start(fixed: FineTuneSetup, params: Tree, key: jax.Array, head_shape: tuple[int, int]) -> FineTuneState:
+    head = {
+        "kernel": HEAD_STD * jax.random.normal(jax.random.fold_in(key, 0), head_shape, fixed.dtype),
+        "bias": jnp.zeros(head_shape[1], fixed.dtype),
+    }
+    weights = {"encoder": params["encoder"], "head": head}
+    return FineTuneState(weights, params["statistics"], _optimizer(fixed).init(weights))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(
+    fixed: FineTuneSetup,
+    state: FineTuneState,
+    images_BxHxWxC: jax.Array,
+    labels_B: jax.Array,
+    mask_B: jax.Array,
+    key: jax.Array,
+    at: jax.Array,
+) -> tuple[FineTuneState, jax.Array]:
+    """One optimizer step; ``at``: the epoch, the step in it, and how many layers exist."""
+    epoch, step, depth = at
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), step)
+    views = rand_augment(key, images_BxHxWxC, fixed.recipe, fixed.dtype)
+
+    def loss(weights: Tree) -> tuple[jax.Array, Any]:
+        part = {"encoder": weights["encoder"], "statistics": state.statistics}
+        features_BxD, statistics = fixed.encoder.trainable_forward(part, views, mask_B, depth, None)
+        logits = features_BxD @ weights["head"]["kernel"] + weights["head"]["bias"][None]
+        losses_B = optax.softmax_cross_entropy_with_integer_labels(logits, labels_B)
+        return losses_B.mean(where=mask_B), statistics
+
+    (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(state.weights)
+    updates, opt_state = _optimizer(fixed).update(grads, state.opt_state, state.weights)
+    return FineTuneState(optax.apply_updates(state.weights, updates), statistics, opt_state), value

@@ -1,0 +1,18 @@
+"""Every check of a config that needs neither data nor a compilation."""
+
+from lwfedssl_jax.config import Config
+from lwfedssl_jax.experiment import trackers
+from lwfedssl_jax.method import checks
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be trained, or cannot be tracked.
+
+    Args:
+      config: resolved.
+
+    Raises:
+      ConfigError: naming the field, the value and what is accepted.
+    """
+    checks.check(config)
+    trackers.check(config)

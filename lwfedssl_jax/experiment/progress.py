@@ -1,0 +1,141 @@
+"""Progress of a run on a terminal, in a log and in a notebook."""
+
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.simulation.events import Listener
+from lwfedssl_jax.simulation.setup import Prepared
+
+SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
+SECONDS_BETWEEN_UPDATES = 0.3  # in a notebook
+
+
+def clock(seconds: float) -> str:
+    """``minutes:seconds``, with hours where there are some."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}" if hours else f"{minutes}:{int(seconds) % 60:02d}"
+
+
+class ConsoleProgress(Listener):
+    """Prints what it hears; a context manager that owns the live line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:.0f}%"),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", total=1.0)
+        self._printed = 0.0
+        self._status = ""
+        self._training = 0.0  # seconds of rounds so far
+        self._left = [1.0]
+        self._number = 0
+
+    def __enter__(self) -> "ConsoleProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def loading(self, what: str) -> None:
+        self._show(what)
+
+    def note(self, what: str) -> None:
+        self.say(what)
+
+    def start(self, run: Prepared, finished_rounds: int) -> None:
+        self._run, self._number = run, finished_rounds
+        config, sizes = run.config, run.clients.sizes
+        self.say(
+            f"{config.strategy.name}, {config.objective.name}: {len(run.stages)} stages, {config.federation.rounds} "
+            f"rounds, {len(sizes):,} clients with {sizes.min()} to {sizes.max()} examples, "
+            f"{run.lanes} lane{'s' * (run.lanes > 1)} on {run.mesh.size} {jax.devices()[0].device_kind}"
+            f" device{'s' * (run.mesh.size > 1)}"
+        )
+        if finished_rounds:
+            self.say(f"continuing after round {finished_rounds}")
+        # A round's cost depends on its stage: progress is measured in operations, not rounds.
+        per_stage = ledger.make_ledger(config)["per_stage"]
+        costs = [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
+        self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
+        self._left_at_start = self._left[finished_rounds]
+
+    def compiling(self, what: str) -> None:
+        self._show(f"compiling {what}", always=True)
+
+    def stage(self, stage: Stage) -> None:
+        self._stage = stage
+        self._status = f"stage {stage.number}/{len(self._run.stages)}"
+
+    def steps(self, round_number: int, done: int, total: int) -> None:
+        self._show(f"{self._status} · round {round_number}, step {done}/{total}")
+
+    def round(self, line: dict[str, Any]) -> None:
+        self._number = line["round"]
+        seconds = max(line["seconds"], 1e-4)
+        self._training += seconds
+        loss = "nobody reported" if line["loss"] is None else f"loss {line['loss']:.3f}"
+        self._status = (
+            f"stage {line['stage']}/{len(self._run.stages)} · round {self._number}/{self._run.config.federation.rounds}"
+            f" · {loss} · {line['clients'] / seconds:.3g} clients/s"
+            f" · {line['examples'] / seconds:,.0f} samples/s · {self._time_left()} left"
+        )
+        self._show(self._status, always=self._number == self._stage.first_round + self._stage.rounds)
+
+    def fine_tuning(self, what: str) -> None:
+        self._show(what)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        start = "from scratch" if "baseline" in line else "untrained"
+        where = f"round {line['round']}, {line['depth']} layers" if line["round"] else start
+        self.say(f"  {where}: {line['protocol']} {100 * line['accuracy']:.1f} %")
+
+    def _time_left(self) -> str:
+        done = self._left_at_start - self._left[self._number]
+        return clock(self._training / done * self._left[self._number])
+
+    def _show(self, text: str, *, always: bool = False) -> None:
+        if self._console.is_terminal:
+            self._bar.update(self._task, description=text, completed=1 - self._left[self._number] / self._left[0])
+            self._bar.start()  # not before there is something to show: tensorflow-datasets has bars of its own
+        elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self.say(text)
+
+
+class NotebookProgress(ConsoleProgress):
+    """The same as one output of a notebook's cell, which changes in place and ends in a line or two."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        from IPython.display import display
+
+        self._said: list[str] = []
+        self._output = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def say(self, text: str) -> None:
+        self._said.append(text)
+        self._show("", always=True)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Said by no line: a run has dozens."""
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        self.say(f"{summary['rounds']} rounds in {summary['seconds']:.0f} s")
+
+    def _show(self, text: str, *, always: bool = False) -> None:
+        if always or time.monotonic() - self._printed > SECONDS_BETWEEN_UPDATES:
+            self._printed = time.monotonic()
+            self._output.update({"text/plain": "\n".join([*self._said, text])}, raw=True)

@@ -1,0 +1,250 @@
+"""TensorBoard and Weights & Biases."""
+
+import contextlib
+import importlib.metadata
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lwfedssl_jax.analysis.style import traffic_by_round
+from lwfedssl_jax.config import Config, ConfigError, choose, to_dict
+from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.simulation.events import Listener
+from lwfedssl_jax.simulation.setup import Prepared
+from lwfedssl_jax.workdir import WorkDir
+
+
+class Tracker(NamedTuple):
+    """Where a run's numbers go.
+
+    Attributes:
+      log: ``(step, {name: value})``; steps never go back, and one may come several times with other names.
+      finish: ``({name: value})`` of the whole run, or None where it ends before its last round; nothing follows.
+    """
+
+    log: Callable[[int, dict[str, float]], None]
+    finish: Callable[[dict[str, float] | None], None]
+
+
+def tensorboard(config: Config, directory: Path) -> Tracker:
+    """Event files in ``directory/tensorboard``; those of the run before it was interrupted are replaced.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    from tensorboardX import summary
+
+    # Not its SummaryWriter, whose thread dies of a full disk, after which the next call never returns.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder = directory / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    for file in folder.glob("events.*"):
+        file.unlink()
+    writer = EventsWriter(str(folder / "events"))
+    # A TensorBoard that is open forgets what it has read of them.
+    writer.write_event(Event(wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+    last = 0
+
+    def write(step: int, *summaries: Any) -> None:
+        for content in summaries:
+            writer.write_event(Event(wall_time=time.time(), step=step, summary=content))
+        writer.flush()
+
+    def log(step: int, values: dict[str, float]) -> None:
+        nonlocal last
+        last = step
+        write(step, *(summary.scalar(name, value) for name, value in values.items()))
+
+    def finish(values: dict[str, float] | None) -> None:
+        try:
+            if values:
+                values = {f"summary/{name}": value for name, value in values.items()}
+                log(last, values)
+                write(last, *summary.hparams(_flat(config), values))
+        finally:
+            writer.close()
+
+    return Tracker(log, finish)
+
+
+def wandb(config: Config, directory: Path) -> Tracker:
+    """A run of Weights & Biases with its files in ``directory/wandb``; the same one whenever the run continues.
+
+    The user's environment says where it goes: ``WANDB_MODE``, ``WANDB_PROJECT`` (else lwfedssl_jax), ``WANDB_ENTITY``.
+
+    Raises:
+      Exception: whatever wandb raises, such as when it is not logged in or not reachable.
+    """
+    import wandb
+
+    known = directory / "wandb" / "run_id"
+    known.parent.mkdir(exist_ok=True)
+    if not known.exists():
+        known.write_text(secrets.token_hex(4))
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "lwfedssl_jax"),
+        name=directory.absolute().name,
+        id=known.read_text().strip(),
+        resume="allow",
+        dir=str(directory),
+        config=to_dict(config),
+        reinit="create_new",  # a process may have several
+        settings=wandb.Settings(
+            silent=True, console="off", disable_git=True, finish_timeout=60, finish_timeout_raises=True
+        ),
+    )
+    first = run.starting_step  # those before are there
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if step >= first:
+            run.log(values, step=step)
+
+    def finish(values: dict[str, float] | None) -> None:
+        run.summary.update(values or {})
+        run.finish(exit_code=1 if values is None else 0)
+
+    return Tracker(log, finish)
+
+
+TRACKERS: dict[str, Callable[[Config, Path], Tracker]] = {"tensorboard": tensorboard, "wandb": wandb}
+EXTRAS = {"wandb"}  # packages, of the same name, that an extra of the same name installs
+
+
+def check(config: Config) -> None:
+    """Refuse trackers that do not exist or are not installed.
+
+    Raises:
+      ConfigError: naming what would do.
+    """
+    for name in config.runtime.trackers:
+        choose("runtime.trackers", name, TRACKERS)
+        if name in EXTRAS:
+            try:
+                importlib.metadata.version(name)  # not its module: wandb makes folders of that name
+            except importlib.metadata.PackageNotFoundError:
+                raise ConfigError(
+                    f'runtime.trackers: {name} is not installed; accepted: pip install "lwfedssl_jax[{name}]", or '
+                    f"{', '.join(t for t in TRACKERS if t not in EXTRAS)}"
+                ) from None
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """``{"section.field": value}``, lists as text."""
+    return {
+        f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
+        for section, fields in to_dict(config).items()
+        for name, value in fields.items()
+    }
+
+
+class Tracking(Listener):
+    """Passes on all it hears; a context manager that owns ``runtime.trackers``.
+
+    Trackers are opened when the run starts, and given what ``metrics.jsonl`` holds already. One that fails is left
+    out from there on, and the listener told.
+
+    Args:
+      config: resolved and checked.
+      workdir: the run's; without one nothing is tracked.
+      listener: hears everything too.
+    """
+
+    def __init__(self, config: Config, workdir: WorkDir | None, listener: Listener) -> None:
+        self._config, self._workdir, self._listener = config, workdir, listener
+        self._trackers: dict[str, Tracker] = {}
+        self._summary: dict[str, float] | None = None
+        self._step, self._traffic = 0, 0.0
+
+    def __enter__(self) -> "Tracking":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.finish(self._summary)
+            except Exception as error:
+                self._say_failed(name, error)
+
+    def start(self, run: Prepared, finished_rounds: int) -> None:
+        self._listener.start(run, finished_rounds)
+        if not (self._workdir and self._config.runtime.trackers):
+            return
+        for name in dict.fromkeys(self._config.runtime.trackers):
+            try:
+                self._trackers[name] = TRACKERS[name](self._config, self._workdir.path)
+            except Exception as error:  # of any kind: no run is to end for its trackers
+                self._say_failed(name, error)
+        for line in self._workdir.metrics():
+            self._log(line)
+
+    def round(self, line: dict[str, Any]) -> None:
+        self._listener.round(line)
+        self._log(line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        self._listener.evaluation(line)
+        self._log(line)
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        self._listener.finished(summary)
+        self._summary = summary_values(summary) if self._trackers else None
+
+    def loading(self, what: str) -> None:
+        self._listener.loading(what)
+
+    def note(self, what: str) -> None:
+        self._listener.note(what)
+
+    def compiling(self, what: str) -> None:
+        self._listener.compiling(what)
+
+    def stage(self, stage: Stage) -> None:
+        self._listener.stage(stage)
+
+    def steps(self, round_number: int, done: int, total: int) -> None:
+        self._listener.steps(round_number, done, total)
+
+    def fine_tuning(self, what: str) -> None:
+        self._listener.fine_tuning(what)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self._step = max(self._step, line["round"])  # training from scratch, a round 0, is judged last
+        values = line_values(line)
+        if "event" not in line:
+            self._traffic += traffic_by_round([line])[line["round"]]
+            values["round/traffic_mib"] = self._traffic
+        for name, tracker in [*self._trackers.items()]:
+            try:
+                tracker.log(self._step, values)
+            except Exception as error:
+                self._say_failed(name, error)
+                del self._trackers[name]
+                with contextlib.suppress(Exception):  # it has been said
+                    tracker.finish(None)
+
+    def _say_failed(self, name: str, error: Exception) -> None:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        self._listener.note(f"runtime.trackers: {name} failed and is left out from here on ({what})")
+
+
+def line_values(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of ``metrics.jsonl`` by the names they have in trackers."""
+    if "event" in line:
+        return {f"{line.get('baseline', 'evaluation')}/{line['protocol']}": line["accuracy"]}
+    return {f"round/{name}": value for name, value in line.items() if name != "round" and value is not None}
+
+
+def summary_values(summary: dict[str, Any]) -> dict[str, float]:
+    """What one compares runs by: accuracies, seconds of training, and what one client spends."""
+    judged = {"accuracy": summary["evaluation"], **summary["baselines"]}
+    accuracies = {
+        f"{of}/{name}": result["accuracy"] for of, results in judged.items() for name, result in results.items()
+    }
+    costs = ("total_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
+    spent = {name: value for name in costs if (value := summary["resources"][name]) is not None}
+    return accuracies | {"seconds": summary["seconds"], **spent}

@@ -1,0 +1,121 @@
+"""What the server makes of the clients' trained parameters, as a stream of sums."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lwfedssl_jax.config import Config, choose
+from lwfedssl_jax.method.task import Broadcast, weights_of
+from lwfedssl_jax.tree import Tree
+
+
+class Aggregator(NamedTuple):
+    """Aggregation as sums over clients, so that nobody's model has to be kept.
+
+    Attributes:
+      init: ``sent -> state``, the server's own state over the rounds of a stage (momentum, a
+        random key; ``()`` if it has none).
+      add: ``(sent, trained, examples) -> contribution``, a pytree that is summed over all
+        clients that report; ``()`` where the weighted mean, which every round has, is enough.
+      finish: ``(state, sent, mean, summed) -> (state, trainable)``, after the round.
+
+    ``sent`` is what the server sent out, ``trained`` what a client made of its trainable part,
+    ``mean`` the clients' average weighted by their examples.
+    """
+
+    init: Callable[[Broadcast], Tree]
+    add: Callable[[Broadcast, Tree, jax.Array], Tree]
+    finish: Callable[[Tree, Broadcast, Tree, Tree], tuple[Tree, Tree]]
+
+
+# FedAvg (McMahan et al., 2017, arXiv 1602.05629): sum of n_i * w_i over sum of n_i.
+WEIGHTED_MEAN = Aggregator(
+    init=lambda sent: (),
+    add=lambda sent, trained, examples: (),
+    finish=lambda state, sent, mean, summed: (state, mean),
+)
+
+
+def server_optimizer(optimizer: optax.GradientTransformation) -> Aggregator:
+    """``optimizer`` on the averaged change as a pseudo-gradient (FedOpt; Reddi et al., 2021, arXiv 2003.00295, alg. 1).
+
+    Running averages of batch normalisation are averaged.
+    """
+
+    def finish(state: Tree, sent: Broadcast, mean: Tree, summed: Tree) -> tuple[Tree, Tree]:
+        del summed
+        weights = weights_of(sent.trainable)
+        change = jax.tree.map(jnp.subtract, weights, weights_of(mean))
+        updates, state = optimizer.update(change, state, weights)
+        return state, mean | optax.apply_updates(weights, updates)
+
+    return Aggregator(
+        init=lambda sent: optimizer.init(weights_of(sent.trainable)),
+        add=lambda sent, trained, examples: (),
+        finish=finish,
+    )
+
+
+def fedavgm(config: Config) -> Aggregator:
+    """Averaging with server momentum (Hsu et al., 2019, arXiv 1909.06335)."""
+    f = config.federation
+    return server_optimizer(optax.sgd(f.server_learning_rate or 1.0, f.server_momentum))
+
+
+def fedadam(config: Config) -> Aggregator:
+    """Adam on the averaged change (Reddi et al., 2021, arXiv 2003.00295); second moment's decay 0.99 as there."""
+    f = config.federation
+    rate = f.server_learning_rate or 0.01
+    return server_optimizer(optax.adam(rate, b1=f.server_momentum, b2=0.99, eps=f.server_epsilon))
+
+
+def ldawa(config: Config) -> Aggregator:
+    """L-DAWA: every parameter by the cosine of a client's with the global one (Rehman et al., 2023, arXiv 2307.07393).
+
+    ``w = sum(n_i * c_i * w_i) / sum(n_i * c_i)``, c the cosine of ``w_i`` and the global ``w``, for each
+    parameter (each layer of a stacked one) by itself; 0 for a negative one, 1 where either is zero.
+    Where all are 0, and for running averages of batch normalisation, the weighted mean.
+    """
+    del config
+
+    def cosine(sent: jax.Array, trained: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        product = (sent * trained).sum(axes, keepdims=True)
+        norms = jnp.sqrt(jnp.square(sent).sum(axes, keepdims=True) * jnp.square(trained).sum(axes, keepdims=True))
+        return jnp.where(norms > 0, jnp.maximum(product, 0) / jnp.where(norms > 0, norms, 1), 1)
+
+    def add(sent: Broadcast, trained: Tree, examples: jax.Array) -> Tree:
+        def leaf(present: jax.Array, s: jax.Array, t: jax.Array) -> dict[str, jax.Array]:
+            weight = examples.astype(s.dtype) * cosine(s, t, tuple(range(present.ndim, s.ndim)))
+            return {"weighted": weight * t, "weight": weight}
+
+        return jax.tree.map(leaf, *map(weights_of, (sent.present, sent.trainable, trained)))
+
+    def finish(state: Tree, sent: Broadcast, mean: Tree, summed: Tree) -> tuple[Tree, Tree]:
+        del sent
+
+        def leaf(mean: jax.Array, s: dict[str, jax.Array]) -> jax.Array:
+            return jnp.where(s["weight"] > 0, s["weighted"] / jnp.where(s["weight"] > 0, s["weight"], 1), mean)
+
+        return state, mean | jax.tree.map(leaf, weights_of(mean), summed)
+
+    return Aggregator(init=lambda sent: (), add=add, finish=finish)
+
+
+AGGREGATORS: dict[str, Callable[[Config], Aggregator]] = {
+    "fedavg": lambda config: WEIGHTED_MEAN,
+    "fedavgm": fedavgm,
+    "fedadam": fedadam,
+    "ldawa": ldawa,
+}
+
+
+def make_aggregator(config: Config) -> Aggregator:
+    """The aggregator that ``federation.aggregator`` names.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    return choose("federation.aggregator", config.federation.aggregator, AGGREGATORS)(config)

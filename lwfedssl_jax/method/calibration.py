@@ -1,0 +1,82 @@
+"""Server-side calibration: after averaging, the server trains L1..Ls end to end on its own unlabelled images.
+
+arXiv 2401.11647 v3. Layers that were trained one by one learn to work together; since all of them
+move, clients fetch all of them in every round (traffic.py).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lwfedssl_jax import tree
+from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.method.client import client_init, client_step
+from lwfedssl_jax.method.stages import Stage, freeze
+from lwfedssl_jax.method.task import Broadcast, ClientState, Hyper, Task
+from lwfedssl_jax.tree import Tree
+
+
+def check(config: Config) -> None:
+    """Refuse calibration without images to calibrate on.
+
+    Raises:
+      ConfigError: ``additions.calibration_steps`` without ``partition.server_share``.
+    """
+    if config.additions.calibration_steps and not config.partition.server_share:
+        raise ConfigError(
+            f"additions.calibration_steps: {config.additions.calibration_steps} steps need images that the server "
+            "holds, and partition.server_share is 0.0; accepted: 0, or a partition.server_share above 0"
+        )
+
+
+def all_trainable(stage: Stage, layers: Tree) -> Stage:
+    """The stage with all layers that exist trainable, in one shape for as many stages as can share a program.
+
+    Args:
+      stage: any.
+      layers: each parameter's layer number (``client.param_layers``).
+    """
+    frozen, trainable = freeze(layers, 0, stage.depth)
+    length = max(len(n) if n.ndim else 1 for n in jax.tree.leaves(layers))
+    rows = tree.rows(trainable, length)
+    return stage._replace(frozen_depth=0, trained_before=0, trainable=trainable, frozen=frozen, rows=rows)
+
+
+def calibrate(
+    task: Task,
+    batch_size: int,
+    steps: int,
+    hyper: Hyper,
+    params: Tree,
+    rows: Tree,
+    depth: jax.Array,
+    images: jax.Array,
+    key: jax.Array,
+) -> tuple[Tree, jax.Array]:
+    """``steps`` local steps of the objective, without additions, from a fresh optimizer and target branch.
+
+    Args:
+      task: static.
+      batch_size, steps: static; a batch is drawn from all images without repeats, and of no more than there are.
+      hyper: in place of the task's.
+      params: of all layers.
+      rows: where those to be trained are (``whole``).
+      depth: how many layers exist.
+      images: NxHxWxC uint8, the server's.
+      key: of the round.
+
+    Returns:
+      The parameters and the mean loss.
+    """
+    task = task._replace(terms=(), drops_layers=False, hyper=hyper._replace(weights=()))
+    none = jnp.int32(0)
+    nothing = jax.tree.map(lambda _: None, params)
+    sent = Broadcast(tree.take(params, rows), tree.present(params, rows), nothing, depth, none, none)
+    batch = min(batch_size, len(images))
+
+    def step(state: ClientState, i: jax.Array) -> tuple[ClientState, jax.Array]:
+        step_key = jax.random.fold_in(key, i)
+        drawn = jax.random.choice(jax.random.fold_in(step_key, 1), len(images), (batch,), replace=False)
+        return client_step(task, state, sent, images[drawn], jnp.ones(batch, bool), jax.random.fold_in(step_key, 2))
+
+    state, loss = jax.lax.scan(step, client_init(task, sent.trainable), jnp.arange(steps))
+    return tree.put(params, rows, state.trainable), loss.mean()

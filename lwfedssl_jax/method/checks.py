@@ -1,0 +1,36 @@
+"""Every check of a config that needs neither data nor a compilation; each part's own check stands with the part."""
+
+from lwfedssl_jax.config import MODELS, Config, ConfigError, VitSize, choose
+from lwfedssl_jax.data.partition import PARTITIONS
+from lwfedssl_jax.method import calibration, fedca
+from lwfedssl_jax.method.aggregation import make_aggregator
+from lwfedssl_jax.method.stages import stage_depths
+from lwfedssl_jax.method.stateful_clients import make_start
+from lwfedssl_jax.method.task import make_task
+
+
+def check(config: Config) -> None:
+    """Refuse names that do not exist and parts of a (resolved) config that do not go together.
+
+    Raises:
+      ConfigError: naming the field, the value and what is accepted.
+    """
+    task = make_task(config)
+    stages = len(stage_depths(config))
+    choose("partition.kind", config.partition.kind, PARTITIONS)
+    make_aggregator(config)
+    make_start(config, task)
+    calibration.check(config)
+    fedca.check(config)
+    rate = config.additions.depth_dropout
+    if rate and stages == 1:
+        raise ConfigError(
+            f"additions.depth_dropout: {rate} skips layers that an earlier stage has trained, and strategy.name "
+            f"{config.strategy.name} with strategy.layers_per_stage {config.strategy.layers_per_stage} has one stage; "
+            "accepted: 0.0, or more stages"
+        )
+    if rate and not isinstance(MODELS[config.model.name], VitSize):
+        raise ConfigError(
+            f"additions.depth_dropout: {rate} needs layers of equal width, which {config.model.name} has not; "
+            "accepted: 0.0, or a vit"
+        )

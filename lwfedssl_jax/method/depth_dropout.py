@@ -1,0 +1,44 @@
+"""Depth dropout: which layers a step runs (Guo et al., 2023)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from lwfedssl_jax.method.task import Broadcast, Route, Task
+from lwfedssl_jax.models.encoder import Depth
+from lwfedssl_jax.system.seeds import DROPOUT_STREAM
+
+
+def kept_layers(
+    key: jax.Array, rate: ArrayLike, droppable: Depth, first: Depth, depth: Depth, layers: int
+) -> tuple[jax.Array, jax.Array]:
+    """Depth dropout: which of ``depth`` layers a step's forward passes run (Guo et al., 2023).
+
+    Args:
+      key: of the step.
+      rate: probability that a layer is skipped.
+      droppable: the first so many layers of the encoder can be.
+      first: layers of the encoder before these.
+      depth: how many there are of these.
+      layers: L.
+
+    Returns:
+      Numbers of the layers that run, counted from ``first``, in order and before all others; how
+      many they are.
+    """
+    skipped_L = jax.random.uniform(jax.random.fold_in(key, DROPOUT_STREAM), (layers,), jnp.float32) < rate
+    number_L = jnp.arange(layers) + first
+    runs_L = (number_L < first + depth) & ~(jnp.take(skipped_L, number_L, mode="clip") & (number_L < droppable))
+    return jnp.argsort(~runs_L, stable=True).astype(jnp.int32), runs_L.sum(dtype=jnp.int32)
+
+
+def routes(task: Task, sent: Broadcast, key: jax.Array) -> tuple[Route, Route]:
+    """Which trainable and which frozen layers a step runs: all, or those that depth dropout keeps."""
+    if not task.drops_layers:
+        return (sent.depth, None), (sent.frozen_depth, None)
+    kept = functools.partial(kept_layers, key, task.hyper.depth_dropout, sent.droppable, layers=task.layers)
+    order, count = kept(sent.frozen_depth, sent.depth)
+    frozen_order, frozen_count = kept(0, sent.frozen_depth)
+    return (count, order), (frozen_count, frozen_order)

@@ -1,0 +1,40 @@
+"""Which configs share compiled programs and ledgers."""
+
+import dataclasses
+import operator
+from typing import Any
+
+from lwfedssl_jax.config import Config, EvaluationConfig, FleetConfig, override
+
+# Fields that programs take as arguments, or never see: batches, cohorts and judgements are the host's.
+FREE_FIELDS = (
+    "partition.kind",
+    "partition.beta",
+    "partition.shards_per_client",
+    "partition.allow_empty",
+    "partition.examples_per_client",
+    "partition.size_sigma",
+    "objective.temperature",
+    "objective.momentum",
+    "federation.dropout",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "runtime.seed",
+    "runtime.trackers",
+)
+
+
+def program_config(config: Config) -> Config:
+    """A stand-in for all configs that run by the same programs: they differ in ``FREE_FIELDS``, in how they are
+    judged, in their fleet, and in the weights of terms and the rate of depth dropout where these are not 0.
+    """
+    named = (text.partition("=") for text in config.additions.terms)
+    free: dict[str, Any] = {name: operator.attrgetter(name)(Config()) for name in FREE_FIELDS}
+    free["additions.terms"] = tuple(f"{name}=1" for name, _, weight in named if float(weight))
+    free["additions.depth_dropout"] = 0.5 if config.additions.depth_dropout else 0.0
+    return dataclasses.replace(override(config, free), evaluation=EvaluationConfig(), fleet=FleetConfig())
+
+
+def ledger_config(config: Config) -> Config:
+    """``program_config`` with the rate of depth dropout: all configs with one ledger."""
+    return override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})

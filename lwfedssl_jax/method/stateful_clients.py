@@ -1,0 +1,133 @@
+"""How a client takes the global model in, where it keeps one of its own between rounds.
+
+Both baselines are for end-to-end training with a target branch and a prediction head. What a
+client keeps lives on the host, and only for clients that have taken part.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lwfedssl_jax import tree
+from lwfedssl_jax.config import Config, ConfigError, choose
+from lwfedssl_jax.method.client import client_init
+from lwfedssl_jax.method.stages import Stage, stage_depths
+from lwfedssl_jax.method.task import Broadcast, ClientState, Task, init_params
+from lwfedssl_jax.tree import Tree
+
+
+class Memory(NamedTuple):
+    """What a client keeps from its last round.
+
+    Attributes:
+      known: False before its first round; all else then counts for nothing.
+      trainable: its own model after local training.
+      target: its target branch.
+      scale: FedEMA's lambda; 0 until it is set.
+    """
+
+    known: jax.Array
+    trainable: Tree
+    target: Tree
+    scale: jax.Array
+
+
+# ``(sent, memory, divergence) -> (trainable, scale)`` of a client that has a memory.
+ClientStart = Callable[[Broadcast, Memory, float], tuple[Tree, jax.Array]]
+
+FEDU_DIVERGENCE, FEDEMA_DIVERGENCE = 0.4, 0.7  # the papers'
+
+
+def distance(present: Tree, a: Tree, b: Tree) -> jax.Array:
+    """The mean of ``||a_l - b_l||`` over the encoders' weight matrices, those of a stacked one layer by layer.
+
+    The papers write ``||a - b||``; thresholds like theirs hold for this mean, which their code takes.
+    """
+
+    def norms(p: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        if x.ndim - p.ndim < 2:  # biases, gains
+            return jnp.zeros(0, x.dtype)
+        return jnp.sqrt(jnp.square(x - y).sum(tuple(range(p.ndim, x.ndim)))).ravel()
+
+    by_leaf = jax.tree.map(norms, present["encoder"], a["encoder"], b["encoder"])
+    return jnp.concatenate(jax.tree.leaves(by_leaf)).mean()
+
+
+def fedu(sent: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
+    """FedU's divergence-aware predictor update (Zhuang et al., 2021, arXiv 2108.06492).
+
+    The global predictor is taken only where the client's encoder is nearer than ``divergence`` to
+    the global one (``distance``); the rest always.
+    """
+    near = distance(sent.present, sent.trainable, memory.trainable) < (divergence or FEDU_DIVERGENCE)
+    prediction = tree.where(near, sent.trainable["prediction"], memory.trainable["prediction"])
+    return sent.trainable | {"prediction": prediction}, memory.scale
+
+
+def fedema(sent: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
+    """FedEMA (Zhuang et al., 2022, arXiv 2204.04385, eq. 3 to 6).
+
+    ``w <- mu * w_local + (1 - mu) * w_global`` with ``mu = min(lambda * ||w_global - w_local||, 1)``; the
+    autoscaler sets ``lambda = tau / ||w_global - w_local||`` when the client takes part for the second time.
+    """
+    apart = distance(sent.present, sent.trainable, memory.trainable)
+    first = jnp.where(apart > 0, (divergence or FEDEMA_DIVERGENCE) / jnp.where(apart > 0, apart, 1), 0)
+    scale = jnp.where(memory.scale > 0, memory.scale, first)
+    mu = jnp.minimum(scale * apart, 1)
+    return tree.ema(memory.trainable, sent.trainable, mu), scale
+
+
+STARTS: dict[str, ClientStart | None] = {"global": None, "fedu": fedu, "fedema": fedema}
+
+
+def make_start(config: Config, task: Task) -> ClientStart | None:
+    """The start that ``federation.client_start`` names; None for clients without memory.
+
+    Raises:
+      ConfigError: there is none of that name, or it does not go with the strategy or the objective.
+    """
+    name = config.federation.client_start
+    start = choose("federation.client_start", name, STARTS)
+    if start is None:
+        return None
+    if len(stage_depths(config)) > 1:
+        raise ConfigError(
+            f"federation.client_start: {name} keeps whole models on clients and needs a single stage, found "
+            f"strategy.name {config.strategy.name}; accepted: global, or strategy.name end_to_end"
+        )
+    if not (task.objective.has_target and task.objective.has_prediction):
+        raise ConfigError(
+            f"federation.client_start: {name} needs a target branch and a prediction head, which objective.name "
+            f"{config.objective.name} has not; accepted: global, or objective.name byol or mocov3"
+        )
+    if jax.process_count() > 1:
+        raise ConfigError(f"federation.client_start: {name} runs in one process; accepted: global, or one process")
+    return start
+
+
+def start_client(task: Task, start: ClientStart | None, sent: Broadcast, memory: Memory | None) -> ClientState:
+    """A client's state at the start of a round."""
+    fresh = client_init(task, sent.trainable)
+    if start is None or memory is None:
+        return fresh
+    trainable, scale = start(sent, memory, task.divergence)
+    own = client_init(task, trainable)._replace(target=memory.target, scale=scale)
+    return tree.where(memory.known, own, fresh)
+
+
+def to_memory(client: ClientState) -> Memory:
+    """What clients keep of their states at the end of a round; every leaf has a leading lane axis W."""
+    return Memory(jnp.ones(client.scale.shape, bool), client.trainable, client.target, client.scale)
+
+
+def empty_memory(task: Task, stage: Stage) -> Memory:
+    """The memory of a client that has not taken part yet: zeros, on the host."""
+
+    def shapes() -> Memory:
+        client = client_init(task, tree.take(init_params(task, jax.random.key(0)), stage.rows))
+        return to_memory(client)
+
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(shapes))

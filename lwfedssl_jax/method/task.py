@@ -1,0 +1,164 @@
+"""What local training needs besides parameters and data, made from a config."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from lwfedssl_jax.config import MODELS, Config, ModelConfig, VitSize, choose
+from lwfedssl_jax.data import sources
+from lwfedssl_jax.data.views import RECIPES, Recipe
+from lwfedssl_jax.method.objectives import OBJECTIVES, Objective
+from lwfedssl_jax.method.terms import Term, terms_of
+from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
+from lwfedssl_jax.models.heads import Head, mlp_head
+from lwfedssl_jax.models.resnet import resnet
+from lwfedssl_jax.models.vit import vit
+from lwfedssl_jax.tree import Tree
+
+
+class Hyper(NamedTuple):
+    """Numbers of a config that programs take as arguments: runs that differ in these alone share what is compiled.
+
+    Attributes:
+      learning_rate: as the optimizer runs at (``Config.learning_rate``).
+      weights: of the terms of the loss, in ``Task.terms``'s order.
+      weight_decay, temperature, momentum, depth_dropout: the config's.
+    """
+
+    learning_rate: ArrayLike
+    weight_decay: ArrayLike
+    temperature: ArrayLike
+    momentum: ArrayLike
+    depth_dropout: ArrayLike
+    weights: tuple[ArrayLike, ...]
+
+
+class Task(NamedTuple):
+    """Everything that local training needs besides parameters and data; all but ``hyper`` is static.
+
+    Parameters are ``{"encoder": F, "statistics": F's running averages, "projection": H, "prediction": Q}``,
+    Q only where the objective has it.
+    """
+
+    encoder: Encoder
+    heads: dict[str, Head]
+    objective: Objective
+    optimizer: Callable[[Hyper], optax.GradientTransformation]
+    recipe: Recipe
+    dtype: DTypeLike
+    image_shape: tuple[int, int, int]
+    layers: int
+    drops_layers: bool
+    terms: tuple[Term, ...]
+    divergence: float
+    vmap_on_cpu: bool
+    hyper: Hyper
+
+
+Route = tuple[Depth, jax.Array | None]  # how many layers run, and which (see Encoder)
+
+
+class Broadcast(NamedTuple):
+    """What the server sends for a stage; one copy serves all lanes.
+
+    Attributes:
+      trainable: the trainable parameters; rows of stacked leaves past the stage's are idle.
+      present: for each of its leaves, which rows are not idle (``tree.present``).
+      frozen: the encoder's frozen part and its statistics.
+      depth, frozen_depth: how many trainable and frozen layers there are.
+      droppable: how many of all these, the first ones, depth dropout may skip.
+      shared: what FedCA sends besides (fedca.py); empty without it.
+    """
+
+    trainable: Tree
+    present: Tree
+    frozen: Tree
+    depth: Depth
+    frozen_depth: Depth
+    droppable: Depth
+    shared: Tree = {}  # noqa: RUF012  (a pytree without leaves, which nobody changes)
+
+
+class ClientState(NamedTuple):
+    """A client within a round: trainable parameters, optimizer state, target branch.
+
+    ``target`` is an average of the trainable encoder part and projection head, and empty for
+    objectives without a target branch. ``scale`` is FedEMA's (starts.py).
+    """
+
+    trainable: Tree
+    opt_state: optax.OptState
+    target: Tree
+    scale: jax.Array
+
+
+def make_task(config: Config) -> Task:
+    """The task of a resolved config.
+
+    Raises:
+      ConfigError: unknown data set, objective or term of the loss.
+    """
+    source = sources.find(config.data)
+    recipe_name = source.views if config.data.views == "auto" else config.data.views
+    dtype = jnp.dtype(config.runtime.precision)
+    image_shape = (config.data.image_size, config.data.image_size, source.channels)
+    objective = choose("objective.name", config.objective.name, OBJECTIVES)
+    hidden, output = config.objective.hidden_dim, config.objective.output_dim
+    encoder = make_encoder(config.model, image_shape, dtype, remat=config.runtime.remat)
+    terms = terms_of(config)
+    heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
+    if objective.has_prediction:
+        heads["prediction"] = mlp_head(2, output, hidden, output, dtype)
+    return Task(
+        encoder=encoder,
+        heads=heads,
+        objective=objective,
+        optimizer=lambda hyper: optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay),
+        recipe=RECIPES[recipe_name],
+        dtype=np.promote_types(dtype, jnp.float32),
+        image_shape=image_shape,
+        layers=config.model.depth,
+        drops_layers=bool(config.additions.depth_dropout),
+        terms=tuple(term for term, _ in terms),
+        divergence=config.federation.divergence,
+        vmap_on_cpu=config.cpu_lanes > 1,
+        hyper=Hyper(
+            learning_rate=config.learning_rate,
+            weight_decay=config.optimizer.weight_decay,
+            temperature=config.objective.temperature,
+            momentum=config.objective.momentum,
+            depth_dropout=config.additions.depth_dropout,
+            weights=tuple(weight for _, weight in terms),
+        ),
+    )
+
+
+def make_encoder(
+    model: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False
+) -> Encoder:
+    """The named model, see ``vit`` and ``resnet``."""
+    make = vit if isinstance(MODELS[model.name], VitSize) else resnet
+    return make(model, image_shape, dtype, remat=remat)
+
+
+def init_params(task: Task, key: jax.Array) -> Tree:
+    """Fresh parameters of all layers and heads."""
+    keys = jax.random.split(key, 1 + len(task.heads))
+    heads = {name: head.init(k) for k, (name, head) in zip(keys[1:], task.heads.items(), strict=True)}
+    return task.encoder.init(keys[0]) | heads
+
+
+def param_layers(task: Task, params: Tree) -> Tree:
+    """Layer number of every parameter; heads are trained in every stage."""
+    heads: Tree = {name: jax.tree.map(lambda _: np.array(EVERY_STAGE), params[name]) for name in task.heads}
+    return task.encoder.layers(params) | heads
+
+
+def weights_of(trainable: Tree) -> Tree:
+    """What of the trainable parameters gets a gradient: all but the statistics."""
+    return {k: v for k, v in trainable.items() if k != "statistics"}

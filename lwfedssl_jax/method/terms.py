@@ -1,0 +1,93 @@
+"""Terms that can be added to the local loss."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.method.objectives import nce, unit_norm
+from lwfedssl_jax.tree import Tree
+
+ALIGNMENT_TEMPERATURE = 0.5  # MOON's
+
+
+class Local(NamedTuple):
+    """What a term of the local loss may look at.
+
+    Attributes:
+      weights: what is being trained.
+      received: the same, as the server sent it.
+      present: for each leaf, which rows are not idle (``tree.present``).
+      projection: 2xBxO, the projection head's output for both views.
+      received_projection: gives the same from the received weights, for one more forward pass.
+      mask: B, True for real samples.
+      public_projections: gives PxO of the weights and PxO of the base model, for a batch of public images.
+    """
+
+    weights: Tree
+    received: Tree
+    present: Tree
+    projection: jax.Array
+    received_projection: Callable[[], jax.Array]
+    mask: jax.Array
+    public_projections: Callable[[], tuple[jax.Array, jax.Array]]
+
+
+Term = Callable[[Local], jax.Array]
+
+
+def proximal(local: Local) -> jax.Array:
+    """``1/2 * ||w - w_global||^2`` over the trainable weights (FedProx; Li et al., 2020, arXiv 1812.06127, eq. 2).
+
+    The weight is FedProx's mu.
+    """
+
+    def squares(w: jax.Array, received: jax.Array, present: jax.Array) -> jax.Array:
+        mask = present.reshape(present.shape + (1,) * (w.ndim - present.ndim))
+        return jnp.where(mask, jnp.square(w - received), 0).sum()
+
+    return jnp.stack(jax.tree.leaves(jax.tree.map(squares, local.weights, local.received, local.present))).sum() / 2
+
+
+def alignment(local: Local) -> jax.Array:
+    """Pulls local projections to the global model's of the same view (arXiv 2401.11647 v3; after MOON, 2103.16257).
+
+    The mean of both views' ``nce(z, z_global)``, other samples' global projections as negatives, temperature 0.5.
+    """
+    z, goal = local.projection, jax.lax.stop_gradient(local.received_projection())
+    return (
+        nce(z[0], goal[0], local.mask, ALIGNMENT_TEMPERATURE) + nce(z[1], goal[1], local.mask, ALIGNMENT_TEMPERATURE)
+    ) / 2
+
+
+def base(local: Local) -> jax.Array:
+    """Mean ``||z - z_base||^2`` of normalised projections of public images (FedCA's alignment; arXiv 2010.08982)."""
+    z, goal = map(unit_norm, local.public_projections())
+    return jnp.square(z - goal).sum(-1).mean()
+
+
+TERMS: dict[str, Term] = {"proximal": proximal, "alignment": alignment, "base": base}
+
+
+def terms_of(config: Config) -> tuple[tuple[Term, float], ...]:
+    """The terms that ``additions.terms`` names, with their weights; one of weight 0 is left out.
+
+    Raises:
+      ConfigError: not NAME=WEIGHT, no such term, twice the same, or a negative weight.
+    """
+    found: dict[str, float] = {}
+    for text in config.additions.terms:
+        name, _, number = text.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if name not in TERMS or name in found or not 0 <= weight < float("inf"):
+            raise ConfigError(
+                f"additions.terms: {text!r} is not valid; accepted: NAME=WEIGHT, each NAME once of {', '.join(TERMS)}, "
+                "a finite WEIGHT of at least 0"
+            )
+        found[name] = weight
+    return tuple((TERMS[name], weight) for name, weight in found.items() if weight)

@@ -1,0 +1,63 @@
+"""A plan: every option's costs against a fleet's devices."""
+
+from typing import NamedTuple
+
+from lwfedssl_jax.config import Config, device_classes
+from lwfedssl_jax.config.device_classes import DeviceClass
+from lwfedssl_jax.costs import fleet
+from lwfedssl_jax.costs.ledger import ledgers_of
+from lwfedssl_jax.costs.memory import Notify
+from lwfedssl_jax.method.stages import stages_of
+from lwfedssl_jax.plan.measured import NO_RESULTS, Results
+from lwfedssl_jax.plan.options import Option, each_option, shares_by_stage
+from lwfedssl_jax.plan.recommend import recommend
+
+
+class Plan(NamedTuple):
+    """What ``plan`` prints.
+
+    Attributes:
+      config: resolved, with the fleet.
+      devices: its classes.
+      examples: of a client.
+      options: all that can run.
+      refused: of those that cannot run with the rest of the config, why.
+      recommended: the choice of ``recommend``; None where no class can take part throughout in any.
+      reason: why, in sentences.
+      results: that were asked for.
+    """
+
+    config: Config
+    devices: list[DeviceClass]
+    examples: float
+    options: list[Option]
+    refused: dict[str, str]
+    recommended: Option | None
+    reason: str
+    results: Results
+
+
+def make_plan(config: Config, examples: float, results: Results = NO_RESULTS, notify: Notify = lambda _: None) -> Plan:
+    """Price every option and see what each class of the fleet can do of it; compiles a step of each.
+
+    Args:
+      config: resolved; its strategy and ``runtime.remat`` are varied.
+      examples: that a client trains on.
+      results: accuracies (``measured_accuracies``).
+      notify: told what is being compiled.
+
+    Raises:
+      ConfigError: no option can run.
+    """
+    configs, refused = each_option(config)
+    ledgers = ledgers_of(configs, memory=True, notify=notify)
+    devices = device_classes(config)
+    options = []
+    for (strategy, layers, remat), ledger in ledgers.items():
+        deadline = config.fleet.deadline_seconds
+        parts = [fleet.participation(device, ledger["per_stage"], examples, deadline) for device in devices]
+        accuracy = results.found.get((stages_of(config, strategy, layers), remat))
+        shares = shares_by_stage(devices, parts, len(ledger["per_stage"]))
+        options.append(Option(strategy, layers, remat, ledger, parts, shares, accuracy))
+    recommended, reason = recommend(config, devices, options, results.protocol)
+    return Plan(config, devices, examples, options, refused, recommended, reason, results)

@@ -1,0 +1,1 @@
+"""Lanes of clients, the compiled round, and the simulator that runs rounds on the devices."""

@@ -1,0 +1,42 @@
+"""Who is drawn in a round, who reports, and their work packed into lanes."""
+
+import numpy as np
+
+from lwfedssl_jax.simulation.packing import PackedRound, pack_round
+from lwfedssl_jax.simulation.setup import Prepared
+from lwfedssl_jax.system.seeds import BATCHES_STREAM, SAMPLING_STREAM
+
+CALL_STEPS = 32  # steps that are laid out, and at most run, at once
+
+
+def eligible_clients(run: Prepared, number: int) -> np.ndarray:
+    """The clients whose devices can take part in a round: all, or those of the fleet that can afford its stage."""
+    if not run.fleet:
+        return np.arange(run.config.partition.clients)
+    stage = next(stage for stage in run.stages if number <= stage.first_round + stage.rounds)
+    return np.flatnonzero(run.fleet.can[stage.number])
+
+
+def draw_cohort(run: Prepared, number: int) -> tuple[list[int], list[int]]:
+    """The clients drawn in a round that have data, and those of them that report."""
+    rng = np.random.default_rng([run.config.runtime.seed, SAMPLING_STREAM, number])
+    clients = eligible_clients(run, number)
+    cohort = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
+    stays = rng.random(len(cohort)) >= run.config.federation.dropout
+    has_data = run.clients.sizes[cohort] > 0
+    return cohort[has_data].tolist(), cohort[has_data & stays].tolist()
+
+
+def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound:
+    """The work of these clients in a round, in the run's lanes."""
+    return pack_round(
+        clients,
+        run.clients,
+        run.clients.sizes[clients].tolist(),
+        run.lanes,
+        run.config.optimizer.batch_size,
+        run.config.federation.local_epochs,
+        CALL_STEPS,
+        seed=(run.config.runtime.seed, BATCHES_STREAM, number),
+        one_a_call=run.start is not None,
+    )

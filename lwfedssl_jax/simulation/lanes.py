@@ -1,0 +1,44 @@
+"""How many lanes a run has, and over which devices they are split."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lwfedssl_jax.config import Config
+
+SAMPLES_AT_ONCE = 2048  # of all lanes of one accelerator together
+
+
+def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = None) -> tuple[int, Mesh]:
+    """How many lanes there are, and the devices they are split over, evenly.
+
+    ``runtime.lanes``, or by device: ``config.cpu_lanes`` on each CPU, elsewhere as many as make
+    ``SAMPLES_AT_ONCE``. Never more than the cohort can fill; rounded up to a multiple of the devices,
+    of which no more are used than there are lanes.
+
+    Args:
+      config: resolved.
+      axis: the mesh's name for the lanes.
+      devices: to be used; by default all.
+    """
+    devices = list(devices or jax.devices())
+    each = config.cpu_lanes if devices[0].platform == "cpu" else max(1, SAMPLES_AT_ONCE // config.optimizer.batch_size)
+    wanted = min(config.runtime.lanes or each * len(devices), config.cohort_size)
+    if jax.process_count() == 1:
+        devices = devices[:wanted]
+    lanes = -(-wanted // len(devices)) * len(devices)
+    return lanes, Mesh(np.array(devices), (axis,))
+
+
+def placer(mesh: Mesh, spec: PartitionSpec) -> Callable[[np.ndarray], jax.Array]:
+    """A function that puts a host array on the mesh; every process must give it the same array."""
+    sharding = NamedSharding(mesh, spec)
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return put

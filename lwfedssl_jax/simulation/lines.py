@@ -1,0 +1,47 @@
+"""A round's line of ``metrics.jsonl``."""
+
+from typing import Any
+
+from lwfedssl_jax.costs.traffic import Traffic
+from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.simulation.packing import PackedRound
+from lwfedssl_jax.simulation.setup import Prepared
+
+
+def empty_line(
+    run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: list[int], reporting: list[int]
+) -> dict[str, Any]:
+    """A round's line of ``metrics.jsonl``, as it is if nobody reports."""
+    return {
+        "round": number,
+        "stage": stage.number,
+        "loss": None,
+        "client_distance": None,
+        "clients": len(reporting),
+        "dropped": len(cohort) - len(reporting),
+        "left_out": 0,
+        "cannot_afford": int((~run.fleet.can[stage.number]).sum()) if run.fleet else 0,
+        "examples": 0,
+        "steps": 0,
+        "download_bytes": traffic.download(stage, cohort),
+        "upload_bytes": len(reporting) * traffic.upload(stage),
+        "lane_utilisation": 0.0,
+    }
+
+
+def trained_fields(
+    run: Prepared, stage: Stage, work: PackedRound, reporting: list[int], measured: dict[str, Any]
+) -> dict[str, Any]:
+    """What a round's training adds to its line; ``measured`` as ``finish_round`` gives it."""
+    line = {
+        "left_out": int(measured["left_out"]),
+        "loss": float(measured["loss"]),
+        "client_distance": float(measured["client_distance"]) if len(reporting) > 1 else 0.0,
+        "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
+        "steps": work.steps,
+        "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
+    }
+    if run.config.additions.depth_dropout and stage.trained_before:
+        skipped = work.steps * stage.depth - int(measured["layers"])
+        line["layers_skipped"] = round(skipped / (work.steps * stage.trained_before), 4)
+    return line

@@ -1,0 +1,46 @@
+"""Which processor cores and accelerators a worker gets."""
+
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def search_path() -> str:
+    """``PYTHONPATH`` that finds this package first, wherever it was found."""
+    here = str(Path(__file__).parent.parent.absolute())
+    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+
+
+def core_slots(jobs: int) -> list[tuple[list[int], dict[str, str]]]:
+    """The cores and environment of each of so many workers: all of the machine for one, else a share of it."""
+    if jobs == 1:
+        return [([], {})]
+    gpus = visible_gpus()
+    if gpus:
+        share = (
+            {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / math.ceil(jobs / len(gpus)):.3f}"} if jobs > len(gpus) else {}
+        )
+        return [([], {**share, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}) for i in range(jobs)]
+    cores = available_cores()
+    each = max(1, len(cores) // jobs)
+    # NumPy's and scikit-learn's threads, which are made before a worker has its cores, would wait for each other.
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    threads = {name: str(each) for name in names if name not in os.environ}
+    return [([cores[(i * each + k) % len(cores)] for k in range(each)], threads) for i in range(jobs)]
+
+
+def available_cores() -> list[int]:
+    """The cores this process may use; without numbers where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def visible_gpus() -> list[str]:
+    """NVIDIA's GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them; asked without JAX, which would take them."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in chosen.split(",") if gpu and gpu != "-1"]
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return [str(i) for i in range(len([line for line in listed if line.startswith("GPU ")]))]

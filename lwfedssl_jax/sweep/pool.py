@@ -1,0 +1,174 @@
+"""The pool of worker processes of a sweep."""
+
+import contextlib
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from lwfedssl_jax.sweep.cores import core_slots, search_path
+from lwfedssl_jax.sweep.grid import SweepRun
+
+LOGS = "logs"
+
+Event = dict[str, Any]
+Hear = Callable[[SweepRun, Event], None]
+
+
+class Worker:
+    """A worker as the sweep's process sees it.
+
+    Attributes:
+      at_work: the runs it has been given and has not ended.
+      begun: those of them that it has begun.
+      group: what runs of the last unit had in common (``Pool``).
+    """
+
+    def __init__(self, number: int, request: Event, environment: Mapping[str, str], events: "queue.Queue[Any]") -> None:
+        self.at_work: list[SweepRun] = []
+        self.begun: list[SweepRun] = []
+        self.group: Any = None
+        self.log = Path(request["path"]) / LOGS / f"worker{number}.log"
+        self.log.parent.mkdir(exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lwfedssl_jax.sweep.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "PYTHONPATH": search_path(), **environment},
+                start_new_session=True,  # Ctrl-C is the sweep's to pass on
+            )
+        self._say(request)
+        threading.Thread(target=self._listen, args=(self._process.stdout, events), daemon=True).start()
+
+    def give(self, runs: Sequence[SweepRun]) -> None:
+        """Have it do these runs next."""
+        self.at_work, self.begun = list(runs), []
+        self._say([run.directory for run in runs])
+
+    def stop(self) -> None:
+        """Have it save and end."""
+        self._process.terminate()
+
+    def end(self) -> int:
+        """No more runs; waits for it."""
+        with contextlib.suppress(OSError):
+            if self._process.stdin:
+                self._process.stdin.close()
+        return self._process.wait()
+
+    def _say(self, content: Any) -> None:
+        with contextlib.suppress(OSError):  # it has died: that is heard from its output
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(content) + "\n")
+            self._process.stdin.flush()
+
+    def _listen(self, output: IO[str], events: "queue.Queue[Any]") -> None:
+        for line in output:
+            events.put((self, json.loads(line)))
+        events.put((self, {"event": "exit", "code": self._process.wait()}))
+
+
+class Pool:
+    """Does runs in several workers.
+
+    Args:
+      request: what each worker is told first: ``path`` of the sweep's directory, ``sweep``, ``cache``, ``together``.
+      groups: each run's key; runs of one are best done by one worker.
+      jobs: how many workers there are.
+      hear: told what happens to each run (``event``: started, compiling, round, evaluation, finished or failed).
+    """
+
+    def __init__(self, request: Event, groups: Mapping[str, Any], jobs: int, hear: Hear) -> None:
+        self._request, self._groups, self._hear = request, groups, hear
+        self._events: queue.Queue[Any] = queue.Queue()
+        self._jobs = jobs
+        self._workers: dict[int, Worker] = {}
+        self._suspects: set[str] = set()  # runs whose process has ended once while others ran beside them
+
+    def run(self, runs: Sequence[SweepRun]) -> None:
+        """All of them, in order as far as groups allow.
+
+        Raises:
+          KeyboardInterrupt: on Ctrl-C or SIGTERM, after all workers have saved and ended.
+          OSError: workers do not start.
+        """
+        waiting = list(runs)
+        self._places = core_slots(min(self._jobs, len(waiting))) if waiting else []
+        try:
+            for number in range(len(self._places)):
+                self._begin(number)
+            while self._workers:
+                with contextlib.suppress(queue.Empty):
+                    worker, event = self._events.get(timeout=0.5)  # a signal is heard between waits
+                    self._handle(worker, event, waiting)
+        except BaseException:
+            for worker in self._workers.values():
+                worker.stop()
+            raise
+        finally:
+            for worker in self._workers.values():
+                worker.end()
+
+    def _begin(self, number: int) -> None:
+        cores, environment = self._places[number]
+        self._workers[number] = Worker(number, {**self._request, "cores": cores}, environment, self._events)
+
+    def _handle(self, worker: Worker, event: Event, waiting: list[SweepRun]) -> None:
+        number = next(n for n, w in self._workers.items() if w is worker)
+        if event["event"] == "exit":
+            del self._workers[number]
+            worker.end()
+            if not (worker.at_work or worker.group) and event["code"]:
+                raise OSError(f"workers do not start; what they say is in {worker.log}")
+            # Of several side by side nobody knows which was it: each is tried alone, once.
+            blamed = worker.begun or worker.at_work[:1]
+            if len(blamed) > 1:
+                self._suspects |= {run.directory for run in blamed}
+                blamed = []
+            for run in blamed:
+                why = f"its process ended with exit code {event['code']}; see {worker.log}"
+                self._hear(run, {"event": "failed", "why": why})
+            waiting[:0] = [run for run in worker.at_work if run not in blamed]
+            if waiting:
+                self._begin(number)
+        elif event["event"] == "ready":
+            unit = self._next_unit(worker, waiting, event["at_once"])
+            if unit:
+                worker.give(unit)
+            else:
+                worker.end()
+        else:
+            run = next(run for run in worker.at_work if run.directory == event["run"])
+            if event["event"] == "started":
+                worker.begun.append(run)
+            if event["event"] in ("finished", "failed"):
+                worker.at_work.remove(run)
+                worker.begun.remove(run)
+            self._hear(run, event)
+
+    def _next_unit(self, worker: Worker, waiting: list[SweepRun], at_once: bool) -> list[SweepRun]:
+        """Runs for a worker, taken from those that wait: of its group, else of the first one."""
+        of_group = lambda group: [run for run in waiting if self._groups[run.directory] == group]  # noqa: E731
+        others = [other.group for other in self._workers.values() if other is not worker]
+        if waiting and not of_group(worker.group):
+            free = [run for run in waiting if self._groups[run.directory] not in others] or waiting
+            worker.group = self._groups[free[0].directory]
+        mine = of_group(worker.group)
+        if alone := [run for run in mine if run.directory in self._suspects]:
+            unit = alone[:1]
+        else:
+            groups = ({self._groups[run.directory] for run in waiting} | {*others}) - {None}
+            sharers = max(1, len(self._places) // max(1, len(groups)))
+            unit = mine[: math.ceil(len(mine) / sharers)] if at_once else mine[:1]
+        for run in unit:
+            waiting.remove(run)
+        return unit

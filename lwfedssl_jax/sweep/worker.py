@@ -1,0 +1,137 @@
+"""The process that runs a sweep's runs one after the other."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.sweep.grid import SweepRun
+from lwfedssl_jax.sweep.pool import Event
+from lwfedssl_jax.system.errors import user_message
+
+SHUTDOWN_SECONDS = 120.0  # seconds for a worker of a sweep that was killed to save and end
+
+
+def main() -> None:
+    """A worker: the first line of its input is the request, each further one a list of directories."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever prints goes to the log
+
+    def say(event: Event) -> None:
+        try:
+            out.write(json.dumps(event) + "\n")
+        except BrokenPipeError:  # the sweep is gone: save and end
+            signal.raise_signal(signal.SIGTERM)
+
+    request = json.loads(sys.stdin.readline())
+    if request["cores"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, request["cores"])
+    from lwfedssl_jax.simulation.setup import Cache
+    from lwfedssl_jax.sweep.grid import load_sweep
+    from lwfedssl_jax.system import devices
+    from lwfedssl_jax.system.interrupts import Interrupts
+
+    devices.set_up_cpu()
+    devices.set_up_cache(request["cache"])
+    import jax
+
+    by_directory = {run.directory: run for run in load_sweep(request["sweep"]).runs}
+    shared = Cache()
+    with contextlib.suppress(KeyboardInterrupt), Interrupts() as interrupts:
+        units: queue.Queue[list[str] | None] = queue.Queue()
+        idle = threading.Event()
+        threading.Thread(target=read_units, args=(units, idle), daemon=True).start()
+        at_once = request["together"] != 1 and (request["together"] > 1 or jax.default_backend() != "cpu")
+        while True:
+            idle.set()
+            say({"event": "ready", "at_once": at_once})
+            if (unit := units.get()) is None:
+                break
+            for directory in (d for d in unit if d not in by_directory):
+                say({"event": "started", "run": directory})
+                say(
+                    {"event": "failed", "run": directory, "why": "the sweep's file makes other runs than it did before"}
+                )
+            known = [by_directory[d] for d in unit if d in by_directory]
+            run_unit(Path(request["path"]), known, request["together"], shared, say)
+            interrupts.check()
+
+
+def read_units(units: "queue.Queue[list[str] | None]", idle: threading.Event) -> None:
+    """Pass on what the sweep says; where it ends in the middle of a unit, it has been killed: save and end."""
+    for line in sys.stdin:
+        idle.clear()
+        units.put(json.loads(line))
+    units.put(None)
+    if not idle.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, say: Callable[[Event], None]) -> None:
+    """Runs of one group, as many side by side as asked for, or as pay off (0)."""
+    from lwfedssl_jax.experiment import train
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.workdir import WorkDir
+
+    rest = list(runs)
+    while rest:
+        count = together or setup.stack_size(rest[0].config)
+        count = count if setup.can_stack(rest[0].config) else 1
+        chunk, rest = rest[:count], rest[count:]
+        members = []
+        for run in chunk:
+            say({"event": "started", "run": run.directory})
+            try:
+                workdir = WorkDir(path / run.directory, run.config, run.code, patience=SHUTDOWN_SECONDS)
+            except ConfigError as error:
+                say({"event": "failed", "run": run.directory, "why": str(error)})
+                continue
+            members.append((run, train.ActiveRun(run.config, workdir, telling(run, say))))
+        if members:
+            train.train_together([member for _, member in members], shared)
+        for run, member in members:
+            if member.error:
+                traceback.print_exception(member.error)
+                why = (
+                    user_message(member.error)
+                    or f"{type(member.error).__name__}: {' '.join(str(member.error).split())}"
+                )
+                say({"event": "failed", "run": run.directory, "why": why})
+            else:
+                say({"event": "finished", "run": run.directory})
+
+
+def telling(run: SweepRun, say: Callable[[Event], None]) -> Any:
+    """A listener that passes on what a sweep shows."""
+    from lwfedssl_jax.simulation.events import Listener
+
+    class Telling(Listener):
+        def note(self, what: str) -> None:
+            print(f"{run.directory}: {what}", file=sys.stderr, flush=True)
+
+        def compiling(self, what: str) -> None:
+            say({"event": "compiling", "run": run.directory, "what": what})
+
+        def round(self, line: dict[str, Any]) -> None:
+            say({"event": "round", "run": run.directory, "round": line["round"], "stage": line["stage"]})
+
+        def fine_tuning(self, what: str) -> None:
+            say({"event": "compiling", "run": run.directory, "what": what})
+
+        def evaluation(self, line: dict[str, Any]) -> None:
+            content = {key: line[key] for key in ("round", "protocol", "accuracy")}
+            say({"event": "evaluation", "run": run.directory, **content})
+
+    return Telling()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The machine: errors and exit codes, signals, files, devices, and random streams."""

@@ -1,0 +1,143 @@
+"""The devices of a run: set-up before JAX starts, placing arrays, memory, several processes."""
+
+import contextlib
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from lwfedssl_jax.system.errors import ConfigError
+from lwfedssl_jax.system.files import can_hold
+from lwfedssl_jax.tree import Tree
+
+MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
+
+
+def set_up_cpu() -> None:
+    """Make each CPU core a device of its own, unless ``XLA_FLAGS`` or ``JAX_NUM_CPU_DEVICES`` say otherwise.
+
+    Clients side by side on a core each are faster than the products of one client split over
+    the cores. Changes nothing where JAX has started its backends.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    now = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and now != cores:
+        with contextlib.suppress(RuntimeError):  # too late
+            jax.config.update("jax_num_cpu_devices", cores)
+
+
+def set_up_cache(folder: str | None) -> None:
+    """Keep compiled programs on disk for the next run.
+
+    Args:
+      folder: where; ``off`` for nowhere; None for ``JAX_COMPILATION_CACHE_DIR``, or the
+        user's cache folder if it can be written.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lwfedssl_jax"
+    asked = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not can_hold(Path(asked or default)):
+        if asked:
+            raise ConfigError(f"--compilation-cache: {asked} cannot be written; accepted: a folder, or off")
+        return
+    jax.config.update("jax_compilation_cache_dir", asked or str(default))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes of a run over several hosts; does nothing if no option is given.
+
+    Args:
+      coordinator: HOST:PORT of process 0; ``auto`` where JAX finds out by itself (SLURM, TPU pods).
+      processes, process: how many there are, and which one this is.
+
+    Raises:
+      ConfigError: some of the three are missing, or the others cannot be reached.
+    """
+    if coordinator is None and processes is None and process is None:
+        return
+    numbers = [processes, process].count(None)
+    if coordinator is None or numbers != (2 if coordinator == "auto" else 0):
+        raise ConfigError(
+            "--coordinator: --coordinator, --processes and --process belong together; "
+            "accepted: all three, or --coordinator auto alone"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if coordinator != "auto" and not (host and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+        raise ConfigError(f"--coordinator: {coordinator!r} is no address; accepted: HOST:PORT, or auto")
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes: {processes} is out of range; accepted: at least 1")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ConfigError(f"--process: {process} of {processes} processes; accepted: 0 to {processes - 1}")
+    address = () if coordinator == "auto" else (coordinator, processes, process)
+    try:
+        if coordinator != "auto":  # where there is no such host, or its port is taken, JAX crashes
+            socket.getaddrinfo(host.strip("[]"), port)
+            if process == 0:
+                socket.create_server(("", int(port))).close()
+        # The first process evaluates and writes when the others are done; they wait for it.
+        jax.distributed.initialize(*address, shutdown_timeout_seconds=24 * 3600)  # type: ignore[misc]
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        accepted = "SLURM or a TPU pod" if coordinator == "auto" else "HOST:PORT that process 0 can open"
+        raise ConfigError(f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: {accepted}") from error
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    return bool(jax.distributed.is_initialized())
+
+
+def leave(code: int) -> None:
+    """End this process at once: the others would wait for it."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and prints."""
+    return jax.process_index() == 0
+
+
+def memory_limit(mesh: Mesh) -> int:
+    """Bytes one program may use on each device of the mesh, the least over all hosts.
+
+    CPU devices share the machine's memory.
+    """
+    stats = mesh.local_devices[0].memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    limit = int(stats.get("bytes_limit", machine) * MEMORY_SHARE)
+    return min(from_all(limit))
+
+
+def from_all(number: int) -> list[int]:
+    """Every process's number, below 2^62."""
+    if jax.process_count() == 1:
+        return [number]
+    halves = multihost_utils.process_allgather(np.array([number >> 31, number & (2**31 - 1)], np.int32))
+    return [(int(high) << 31) + int(low) for high, low in halves]
+
+
+def from_first(x: Tree) -> Tree:
+    """The first process's value in all of them."""
+    return multihost_utils.broadcast_one_to_all(x) if jax.process_count() > 1 else x
+
+
+def program_memory(program: jax.stages.Compiled) -> int:
+    """Bytes of a program on one device by its compiler: arguments + outputs + temporaries - aliased."""
+    m: Any = program.memory_analysis()
+    return int(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes)
