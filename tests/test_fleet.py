@@ -26,7 +26,7 @@ def test_csv_and_descriptions_say_the_same(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "fleet.csv") == [PHONE, BOX]
     described = [describe(device) for device in (PHONE, BOX)]
     assert described[0] == "old phone count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=40 watts=3.5"
-    assert load(described) == load([str(tmp_path / "fleet.csv")]) == [PHONE, BOX]
+    assert load_classes(described) == load_classes([str(tmp_path / "fleet.csv")]) == [PHONE, BOX]
 
 
 def test_resolving_puts_the_classes_in_the_place_of_the_file(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_unreadable_files(content: bytes | str | None, tmp_path: Path) -> None:
 )
 def test_bad_descriptions(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message + ".*; accepted: "):
-        load([text])
+        load_classes([text])
 
 
 @pytest.mark.parametrize("devices", [(), (describe(PHONE), describe(BOX))])
