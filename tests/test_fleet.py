@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lwfedssl_jax.config import Config, ConfigError, load, override, resolve, to_dict
-from lwfedssl_jax.config.device_classes import DeviceClass, describe, read_csv
+from lwfedssl_jax.config import Config, ConfigError, override, resolve, to_dict
+from lwfedssl_jax.config.device_classes import DeviceClass, describe, load_classes, read_csv
 from lwfedssl_jax.costs import fleet
 
 PHONE = DeviceClass("old phone", 30, 2.0, 50.0, 10.0, 40.0, 3.5)
