@@ -53,7 +53,8 @@ def compile_stages(strategy: str, which: str, cache: str) -> dict[str, Any]:
     import jax.monitoring
 
     from lwfedssl_jax.config import Config, override, resolve
-    from lwfedssl_jax.simulation import setup, simulator
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.simulator import Simulator
     from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
@@ -61,12 +62,12 @@ def compile_stages(strategy: str, which: str, cache: str) -> dict[str, Any]:
     config = {"data.name": "synthetic", "data.image_size": 32, "model.name": "vit_micro", "model.depth": 12,
               "strategy.name": strategy, "optimizer.batch_size": 32, "data.views": "natural"}  # fmt: skip
     run = setup.prepare(resolve(override(Config(), config)))
-    simulator = simulator.Simulator(run)
+    simulator = Simulator([run])
     jax.block_until_ready(setup.initial_params(run))
     programs = []
 
     def listen(event: str, duration: float, **details: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration" and details["fun_name"] == "jit(steps)":
+        if event == "/jax/core/compile/backend_compile_duration" and details["fun_name"] == "jit(train_stage)":
             programs.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -49,10 +49,10 @@ def main() -> None:
         labels = np.resize(run.dataset.train_labels, len(images))
         clients = partition.partition(config.partition, labels, config.runtime.seed)
         run = run._replace(dataset=run.dataset._replace(train_images=images, train_labels=labels), clients=clients)
-        simulator, stage = Simulator(run), run.stages[options.stage - 1]
+        simulator, stage = Simulator([run]), run.stages[options.stage - 1]
         simulator.program(stage)
-        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
-        return lambda: jax.block_until_ready(simulator.run_round(stage, params, None, stage.first_round + 1)[0])
+        params = simulator.stack.place(jax.tree.map(np.asarray, setup.initial_params(run)))
+        return lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images.npy"

@@ -32,10 +32,10 @@ def main() -> None:
         )  # fmt: skip
         run = setup.prepare(config, jax.devices()[:count])
         run = run._replace(task=run.task._replace(vmap_on_cpu=vmap))
-        simulator, stage = Simulator(run), run.stages[2]
+        simulator, stage = Simulator([run]), run.stages[2]
         simulator.program(stage)
-        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
-        return lambda: jax.block_until_ready(simulator.run_round(stage, params, None, stage.first_round + 1)[0])
+        params = simulator.stack.place(jax.tree.map(np.asarray, setup.initial_params(run)))
+        return lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
 
     every = jax.device_count()
     layouts = {

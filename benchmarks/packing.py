@@ -41,12 +41,12 @@ def main() -> None:
         if padded:  # every client runs the longest one's steps; what is beyond its own is thrown away
             longest = np.full_like(sizes, sizes.max())
             run = run._replace(clients=Population(longest, lambda i: np.arange(sizes.max()) % 4000))
-        simulator = Simulator(run)
-        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
+        simulator = Simulator([run])
+        params = simulator.stack.place(jax.tree.map(np.asarray, setup.initial_params(run)))
         stage = run.stages[1]
         work = cohort.pack_cohort(run, list(range(options.clients)), 1)
         return (
-            lambda: jax.block_until_ready(simulator.run_round(stage, params, None, 2)[0]),
+            lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, 2).params),
             useful / (work.length * run.lanes),
         )
 

@@ -82,12 +82,12 @@ def our_side(work: str, options: argparse.Namespace) -> tuple[Any, Any]:
         )
     )  # fmt: skip
     run = setup.prepare(config)
-    simulator = Simulator(run)
-    params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
+    simulator = Simulator([run])
+    params = simulator.stack.place(jax.tree.map(np.asarray, setup.initial_params(run)))
     stage = run.stages[2 if work == LAYERWISE else 0]
 
     def one_round() -> None:
-        after, _, _ = simulator.run_round(stage, params, None, stage.first_round + 1)
+        after = simulator.run_rounds(stage, params, None, stage.first_round + 1)
         jax.block_until_ready(after)
 
     return one_round, simulator

@@ -57,7 +57,8 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
     import numpy as np
 
     from lwfedssl_jax.config import Config, override, resolve
-    from lwfedssl_jax.simulation import cohort, setup, simulator
+    from lwfedssl_jax.simulation import cohort, setup
+    from lwfedssl_jax.simulation.simulator import Simulator
     from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
@@ -83,12 +84,12 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
     next(cohort.pack_cohort(run, reporting, 1).calls)
     result["draw"] = time.perf_counter() - began
     if rounds:
-        simulator = simulator.Simulator(run)
-        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
+        simulator = Simulator([run])
+        params = simulator.stack.place(jax.tree.map(np.asarray, setup.initial_params(run)))
         simulator.program(run.stages[1])
         began = time.perf_counter()
         for number in range(rounds):
-            jax.block_until_ready(simulator.run_round(run.stages[1], params, None, 2 + number)[0])
+            jax.block_until_ready(simulator.run_rounds(run.stages[1], params, None, 2 + number).params)
         result["round"] = (time.perf_counter() - began) / rounds
     return result | {"peak": peak()}
 

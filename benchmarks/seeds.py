@@ -86,24 +86,25 @@ def whole_commands(seeds: int, rounds: int, repeats: int) -> list[dict[str, Any]
 def one_round(name: str, seeds: int, repeats: int) -> list[dict[str, Any]]:
     """A round of all runs, of the last stage."""
     from lwfedssl_jax.config import load, override, resolve
-    from lwfedssl_jax.simulation import setup, simulator
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.simulator import Simulator
     from lwfedssl_jax.system import devices
 
     devices.set_up_cpu()
     shared = setup.Cache()
     configs = [resolve(override(load(name), {"runtime.seed": seed})) for seed in range(seeds)]
-    runs = [setup.prepare(config, shared=shared) for config in configs]
+    runs = [setup.prepare(config, cache=shared) for config in configs]
     stage = runs[0].stages[-1]
 
-    def rounds(simulators: list[simulator.Simulator]) -> Any:
-        started = [(s, s.take_up(0, *[{}] * len(s.runs))[0]) for s in simulators]
+    def rounds(simulators: list[Simulator]) -> Any:
+        started = [(s, s.resume(0, [{}] * len(s.runs))[0]) for s in simulators]
         return lambda: [s.run_rounds(stage, params, None, stage.first_round + 1) for s, params in started]
 
-    sides = {"a round, one run after the other": rounds([simulator.Simulator(run, shared=shared) for run in runs])}
+    sides = {"a round, one run after the other": rounds([Simulator([run], cache=shared) for run in runs])}
     for count in {2, seeds}:
         groups = [runs[i : i + count] for i in range(0, seeds, count)]
         sides[f"a round, {count} runs at a time under vmap"] = rounds(
-            [simulator.Simulator(group[0], others=group[1:], shared=shared) for group in groups]
+            [Simulator(group, cache=shared) for group in groups]
         )
     seconds = common.interleave(sides, repeats)
     rival = next(iter(seconds))

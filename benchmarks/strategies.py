@@ -43,13 +43,13 @@ def main() -> None:
             )
         )  # fmt: skip
         run = setup.prepare(config)
-        simulator = Simulator(run)
-        params = simulator.place(jax.tree.map(np.asarray, setup.initial_params(run)))
+        simulator = Simulator([run])
+        params = simulator.stack.place(jax.tree.map(np.asarray, setup.initial_params(run)))
 
         def run_pass() -> None:
             for stage in run.stages:
                 for number in range(stage.rounds):
-                    after, _, _ = simulator.run_round(stage, params, None, stage.first_round + number + 1)
+                    after = simulator.run_rounds(stage, params, None, stage.first_round + number + 1)
                     jax.block_until_ready(after)
 
         return run_pass

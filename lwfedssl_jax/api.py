@@ -128,8 +128,8 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
     if workdir.summary is not None or not progress:
         return Run(path, config, experiment.train(config, workdir))
     console = Console(stderr=True)
-    with NotebookProgress(console) if console.is_jupyter else ConsoleProgress(console) as listener:
-        return Run(path, config, experiment.train(config, workdir, listener))
+    with NotebookProgress(console) if console.is_jupyter else ConsoleProgress(console) as hear:
+        return Run(path, config, experiment.train(config, workdir, hear))
 
 
 def set_up() -> None:

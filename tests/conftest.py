@@ -17,8 +17,10 @@ from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment import finish
 from lwfedssl_jax.method import programs
-from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.method.stages import STRATEGIES, Stage
 from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.simulation.simulator import Simulator
+from lwfedssl_jax.simulation.state import RoundState
 
 # Four devices; and less time on code that is run for a moment only.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -66,7 +68,7 @@ def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def price(config: Config, *_: object) -> dict[str, ledger.Ledger]:
         alike = tuple(STRATEGIES), ledger.ledgers_of, override(programs.ledger_config(config), {"strategy.name": ""})
-        return PRICED.once(alike, lambda: ledger.all_strategies(config, memory=False))
+        return PRICED.get(alike, lambda: ledger.all_strategies(config, memory=False))
 
     monkeypatch.setattr(finish, "write_report", lambda directories, out: None)
     monkeypatch.setattr(finish, "ledgers_of_run", price)
@@ -118,3 +120,18 @@ def compiled() -> Iterator[list[str]]:
 def encoding(run: setup.Prepared) -> frozen.Encode:
     """``images -> features`` of a run's encoder."""
     return frozen.make_encode(run.task.encoder, run.task.recipe, run.task.dtype)
+
+
+def run_round(
+    simulator: Simulator, stage: Stage, params: Any, state: RoundState | None, number: int
+) -> tuple[Any, RoundState, dict[str, Any]]:
+    """One round of a simulator's only run: parameters, state and the round's line.
+
+    Raises:
+      FloatingPointError: no client's update is finite.
+    """
+    result = simulator.run_rounds(stage, params, state, number)
+    (outcome,) = result.outcomes
+    if outcome.error:
+        raise outcome.error
+    return result.params, result.state, outcome.line

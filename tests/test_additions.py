@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import small_config
+from conftest import run_round, small_config
 from test_rounds import fast_round, float64, max_difference, parts, prepare
 
 from lwfedssl_jax import tree
@@ -17,8 +17,7 @@ from lwfedssl_jax.method.client import client_init, client_step
 from lwfedssl_jax.method.depth_dropout import kept_layers
 from lwfedssl_jax.method.stages import Stage, freeze
 from lwfedssl_jax.method.terms import TERMS
-from lwfedssl_jax.simulation import setup
-from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation import cohort, setup
 from lwfedssl_jax.simulation.simulator import Simulator
 
 
@@ -122,11 +121,11 @@ def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
         assert 0.2 * plain[2][key] < plain[2][key] - all_[2][key] < plain[2][key]
     run = prepare(config)
     params = setup.initial_params(run)
-    simulator = Simulator(run)
-    params = simulator.place(params)
-    lines = [simulator.run_round(run.stages[2], params, None, number)[2] for number in range(1, 7)]
+    simulator = Simulator([run])
+    params = simulator.stack.place(params)
+    lines = [run_round(simulator, run.stages[2], params, None, number)[2] for number in range(1, 7)]
     assert np.mean([line["layers_skipped"] for line in lines]) == pytest.approx(0.5, abs=0.1)
-    assert "layers_skipped" not in simulator.run_round(run.stages[0], params, None, 1)[2]
+    assert "layers_skipped" not in run_round(simulator, run.stages[0], params, None, 1)[2]
     rounds = [{"stage": 1}, {"stage": 2, "layers_skipped": 0.25}, {"stage": 3, "layers_skipped": 1.0}, {"stage": 2}]
     second = plain[1]["flops_executed"] - (plain[1]["flops_executed"] - all_[1]["flops_executed"]) / 4
     expected = plain[0]["flops_executed"] + second + all_[2]["flops_executed"]
@@ -188,29 +187,33 @@ def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPa
     run = prepare(small_config())
     cohorts = {1: [0, 1], 2: [0, 1], 3: [0, 2], 4: [0, 1, 2, 3]}
     stages = {1: run.stages[0], 2: run.stages[1], 3: run.stages[1], 4: run.stages[2]}
-    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
-    simulator = Simulator(run)
-    params = simulator.place(setup.initial_params(run))
+    drawn = {number: cohort.Cohort(clients, clients[:1]) for number, clients in cohorts.items()}
+    monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: drawn[number])
+    simulator = Simulator([run])
+    params = simulator.stack.place(setup.initial_params(run))
     size = {n: 0 for n in range(4)}
     for x, n in zip(jax.tree.leaves(params), jax.tree.leaves(run.layers), strict=True):
         for number in np.ravel(n):
             size[int(number)] += x.nbytes // n.size
     for number, lacking in ((1, []), (2, [1, 1]), (3, [1]), (4, [2, 2, 2, 1, 2])):
         stage = stages[number]
-        line = simulator.run_round(stage, params, None, number)[2]
+        line = run_round(simulator, stage, params, None, number)[2]
         trained = size[0] + size[stage.number]
         assert line["upload_bytes"] == trained
         assert line["download_bytes"] == len(cohorts[number]) * trained + sum(size[layer] for layer in lacking)
 
     resumed = Simulator(
-        run._replace(
-            stages=[
-                s._replace(first_round=f, rounds=r) for s, f, r in zip(run.stages, (0, 1, 3), (1, 2, 1), strict=True)
-            ]
-        )
+        [
+            run._replace(
+                stages=[
+                    s._replace(first_round=f, rounds=r)
+                    for s, f, r in zip(run.stages, (0, 1, 3), (1, 2, 1), strict=True)
+                ]
+            )
+        ]
     )
-    resumed.take_up(3, {})
-    assert resumed.run_round(run.stages[2], params, None, 4)[2]["download_bytes"] == line["download_bytes"]
+    resumed.resume(3, [{}])
+    assert run_round(resumed, run.stages[2], params, None, 4)[2]["download_bytes"] == line["download_bytes"]
 
 
 def test_lanes_that_skip_different_layers_run_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:

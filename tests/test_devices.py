@@ -111,17 +111,17 @@ def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(
     each = _bytes(run, stage)
     monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
     monkeypatch.setattr(setup, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
-    simulator = Simulator(run, [stage])
+    simulator = Simulator([run], [stage])
     assert 1 <= simulator.run.lanes < 8
     assert devices.program_memory(simulator.program(stage).steps) <= 0.7 * each * devices_used / simulator.run.mesh.size
     asked = setup.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:devices_used])
     with pytest.raises(ConfigError, match=r"runtime\.lanes: 8 need .* GiB; accepted: at most about \d lanes"):
-        Simulator(asked, [stage])
+        Simulator([asked], [stage])
     monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: 1000)
     monkeypatch.setattr(setup, "memory_limit", lambda mesh: 1000)
     with pytest.raises(ConfigError, match=r"accepted: a smaller optimizer\.batch_size, runtime\.remat"):
-        Simulator(run, [stage])
+        Simulator([run], [stage])
 
 
 def _bytes(run: setup.Prepared, stage: stages.Stage) -> int:
-    return devices.program_memory(Simulator(run).program(stage).steps)
+    return devices.program_memory(Simulator([run]).program(stage).steps)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import run_round, small_config
 from safetensors.numpy import load, load_file, save
 
 from lwfedssl_jax import load_encoder
@@ -310,10 +310,10 @@ def test_timm_finds_the_features_of_a_trained_encoder(tmp_path: Path) -> None:
     import_or_skip("timm")
     config = small_config(model__depth=2, objective__name="simclr", federation__rounds=2, federation__local_epochs=1)
     run = setup.prepare(config)
-    simulator = Simulator(run)
-    params = simulator.place(setup.initial_params(run))
+    simulator = Simulator([run])
+    params = simulator.stack.place(setup.initial_params(run))
     for stage in run.stages:
-        params, _, _ = simulator.run_round(stage, params, None, stage.number)
+        params, _, _ = run_round(simulator, stage, params, None, stage.number)
     check_timm(config, jax.device_get(params), tmp_path)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import run_round, small_config
 from test_objectives import REAL, B, D, T, embeddings, unit
 from test_rounds import SIZES, max_difference, parts, prepare
 
@@ -15,12 +15,11 @@ from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
 from lwfedssl_jax.data.views import standardise, two_views
-from lwfedssl_jax.method import client, fedca, terms
+from lwfedssl_jax.method import fedca, terms
 from lwfedssl_jax.method.checks import check
 from lwfedssl_jax.method.client import client_init, client_step, embed
 from lwfedssl_jax.method.objectives import OBJECTIVES
-from lwfedssl_jax.simulation import setup
-from lwfedssl_jax.simulation import simulator as simulator_module
+from lwfedssl_jax.simulation import cohort, setup
 from lwfedssl_jax.simulation.packing import batches
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.simulation.state import state_to_save
@@ -82,13 +81,13 @@ def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
     lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Client 2 never reports; client 1 has one image; slots follow the cohort, [1, 2, 3]."""
-    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([1, 2, 3], [1, 3]))
+    monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: cohort.Cohort([1, 2, 3], [1, 3]))
     config = fedca_config(additions__dictionary=3, federation__clients_per_round=3, runtime__lanes=lanes)
     run = prepare(config)
-    simulator, stage = Simulator(run), run.stages[0]
-    params = simulator.place(setup.initial_params(run))
-    after, state, _ = simulator.run_round(stage, params, None, 1)
-    dictionary, filled = (np.asarray(state.dictionary[name]) for name in ("dictionary", "filled"))
+    simulator, stage = Simulator([run]), run.stages[0]
+    params = simulator.stack.place(setup.initial_params(run))
+    after, state, _ = run_round(simulator, stage, params, None, 1)
+    dictionary, filled = (np.asarray(state.exchange[name]) for name in ("dictionary", "filled"))
 
     sent = parts(stage, params)
     step = jax.jit(lambda s, x, k: client_step(run.task, s, sent, x, jnp.ones(len(x), bool), k)[0])
@@ -110,14 +109,14 @@ def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
     assert not dictionary[~filled].any()
     assert not filled[3:6].any()
 
-    _, again, second = simulator.run_round(stage, after, state, 2)
-    empty = state._replace(dictionary=simulator.place(fedca.empty(config, run.task)))
-    assert second["loss"] > simulator.run_round(stage, after, empty, 2)[2]["loss"] + 0.1
-    assert max_difference(again.dictionary["dictionary"], dictionary) > 1e-3
+    _, again, second = run_round(simulator, stage, after, state, 2)
+    empty = state._replace(exchange=simulator.stack.place(fedca.empty_dictionary(config, run.task)))
+    assert second["loss"] > run_round(simulator, stage, after, empty, 2)[2]["loss"] + 0.1
+    assert max_difference(again.exchange["dictionary"], dictionary) > 1e-3
 
-    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([1, 2, 3], []))
-    _, kept, _ = simulator.run_round(stage, after, state, 2)
-    assert all((np.asarray(kept.dictionary[k]) == x).all() for k, x in state.dictionary.items())
+    monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: cohort.Cohort([1, 2, 3], []))
+    _, kept, _ = run_round(simulator, stage, after, state, 2)
+    assert all((np.asarray(kept.exchange[k]) == x).all() for k, x in state.exchange.items())
 
 
 def test_the_base_term_is_zero_at_the_base_model_and_pulls_to_it() -> None:
@@ -125,11 +124,16 @@ def test_the_base_term_is_zero_at_the_base_model_and_pulls_to_it() -> None:
     base = setup.initial_params(run)
     moved = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), base)
 
+    def embed_images(model: tree.Tree, images: jax.Array) -> jax.Array:
+        assert len(images) == len(run.server_images)
+        return project(run, model)  # of all of them: a mean does not depend on their order
+
     @jax.jit
     def term(weights: tree.Tree, base: tree.Tree) -> jax.Array:
         none: Any = None
-        thunk = lambda: (project(run, weights), project(run, base))  # noqa: E731
-        return terms.base(terms.Local(none, none, none, none, none, none, thunk))
+        extras = {"base": base, "public": jnp.asarray(run.server_images)}
+        mask, key = jnp.ones(len(run.server_images), bool), jax.random.key(0)
+        return terms.base(terms.Local(weights, none, none, none, none, mask, extras, embed_images, key))
 
     assert term(base, base) == 0
     loss, grad = jax.jit(jax.value_and_grad(term))(moved, base)
@@ -141,26 +145,23 @@ def test_the_base_term_is_zero_at_the_base_model_and_pulls_to_it() -> None:
 
 def test_the_base_term_looks_at_a_few_public_images_of_each_step() -> None:
     run = prepare(fedca_config(**BASE))
-    sent = parts(run.stages[0], setup.initial_params(run))
-    assert client.public_batch(run.task, sent, 4, jax.random.key(0)) is None
-    sent = sent._replace(shared={"public": jnp.asarray(run.server_images)})
-    every = np.asarray(standardise(jnp.asarray(run.server_images), run.task.recipe))
-    drawn = [np.asarray(client.public_batch(run.task, sent, 4, jax.random.key(i))) for i in (0, 1)]
+    every = run.server_images
+    drawn = [np.asarray(terms.public_batch(jnp.asarray(every), 4, jax.random.key(i))) for i in (0, 1)]
     for batch in drawn:
         assert len({int(np.flatnonzero((every == x).all((1, 2, 3)))[0]) for x in batch}) == 4
     assert (drawn[0] != drawn[1]).any()
-    assert len(client.public_batch(run.task, sent, 400, jax.random.key(0))) == len(run.server_images)
+    assert len(terms.public_batch(jnp.asarray(every), 400, jax.random.key(0))) == len(every)
 
 
 def test_a_run_with_a_base_term_ends_nearer_to_the_base_model() -> None:
     apart = []
     for weight in (1e-30, 30.0):
         run = prepare(fedca_config(**BASE | {"additions__terms": (f"base={weight}",)}))
-        simulator, start = Simulator(run), setup.initial_params(run)
-        params, state = simulator.place(start), None
+        simulator, start = Simulator([run]), setup.initial_params(run)
+        params, state = simulator.stack.place(start), None
         for number in (1, 2):
-            params, state, _ = simulator.run_round(run.stages[0], params, state, number)
-        base = simulator._base["base"]
+            params, state, _ = run_round(simulator, run.stages[0], params, state, number)
+        base = simulator._extras["base"]
         assert max_difference(base, start) > 1e-3
         z, goal = (unit(np.asarray(project(run, m))) for m in (params, base))
         apart.append(((z - goal) ** 2).sum(-1).mean())
@@ -184,15 +185,16 @@ def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strategies["end_to_end"]["peak_memory_bytes"] > 0
 
     cohorts = {1: [0, 1], 2: [1, 2, 3]}
-    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: (cohorts[number], cohorts[number][:1]))
+    drawn = {number: cohort.Cohort(clients, clients[:1]) for number, clients in cohorts.items()}
+    monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: drawn[number])
     run = prepare(config)
-    simulator = Simulator(run)
-    params, state, one = simulator.run_round(run.stages[0], simulator.place(setup.initial_params(run)), None, 1)
+    simulator = Simulator([run])
+    params, state, one = run_round(simulator, run.stages[0], simulator.stack.place(setup.initial_params(run)), None, 1)
     assert (one["download_bytes"], one["upload_bytes"]) == (2 * (2 * model + 3 * upload), model + upload)
-    two = simulator.run_round(run.stages[0], params, state, 2)[2]
+    two = run_round(simulator, run.stages[0], params, state, 2)[2]
     assert two["download_bytes"] == 3 * (model + 3 * upload) + 2 * model
-    resumed = Simulator(run)
-    resumed.take_up(1, state_to_save(params, state))
+    resumed = Simulator([run])
+    resumed.resume(1, [state_to_save(params, state)])
     assert resumed._traffic[0].download(run.stages[0], cohorts[2]) == two["download_bytes"]
 
 
@@ -218,11 +220,11 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_dictionary_goes_with_frozen_layers() -> None:
     run = prepare(small_config(objective__name="mocov3", additions__dictionary=2))
-    simulator = Simulator(run)
-    params = simulator.place(setup.initial_params(run))
-    _, state, _ = simulator.run_round(run.stages[1], params, None, 1)
-    assert state.dictionary["filled"].tolist() == [True, True, True, False, True, False, True, True]  # last: 4, 1, 1, 4
-    np.testing.assert_allclose(np.linalg.norm(state.dictionary["dictionary"], axis=1)[:2], 1, rtol=1e-5)
+    simulator = Simulator([run])
+    params = simulator.stack.place(setup.initial_params(run))
+    _, state, _ = run_round(simulator, run.stages[1], params, None, 1)
+    assert state.exchange["filled"].tolist() == [True, True, True, False, True, False, True, True]  # last: 4, 1, 1, 4
+    np.testing.assert_allclose(np.linalg.norm(state.exchange["dictionary"], axis=1)[:2], 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -259,10 +261,10 @@ def test_processes_that_hold_no_checkpoint_take_up_trees_of_the_same_form() -> N
     """Several processes broadcast what the first has restored; round 2 ends a stage."""
     config = small_config(additions__dictionary=2, objective__name="simclr", federation__rounds=6)
     run = setup.prepare(config)
-    simulator = Simulator(run)
-    params, state = simulator.run_round(run.stages[0], simulator.place(setup.initial_params(run)), None, 1)[:2]
+    simulator = Simulator([run])
+    params, state = run_round(simulator, run.stages[0], simulator.stack.place(setup.initial_params(run)), None, 1)[:2]
     for rounds in (1, 2):
-        first = simulator.take_up(rounds, jax.device_get(state_to_save(params, state)))
-        other = simulator.take_up(rounds, {})
+        first = simulator.resume(rounds, [jax.device_get(state_to_save(params, state))])
+        other = simulator.resume(rounds, [{}])
         assert jax.tree.structure(first) == jax.tree.structure(other)
         assert (first[1] is None) == (rounds == 2)

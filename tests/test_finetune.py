@@ -116,17 +116,18 @@ def test_scores_by_hand() -> None:
     assert (result["mean_per_class_accuracy"], result["recall"]) == (0.5, 0.25)
 
 
-class Interrupting(events.Listener):
+class Interrupting:
     """Presses Ctrl-C when fine-tuning says this."""
 
     def __init__(self, when: str = "") -> None:
         self.when = when
         self.heard: list[str] = []
 
-    def fine_tuning(self, what: str) -> None:
-        self.heard.append(what)
-        if what == self.when:
-            raise KeyboardInterrupt
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.FineTuning):
+            self.heard.append(event.what)
+            if event.what == self.when:
+                raise KeyboardInterrupt
 
 
 def test_a_run_writes_lines_and_summary_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

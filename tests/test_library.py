@@ -17,6 +17,7 @@ from lwfedssl_jax import api
 from lwfedssl_jax.analysis import style
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.experiment import progress
+from lwfedssl_jax.simulation.events import Evaluated, Finished, StepsDone
 from lwfedssl_jax.workdir import WorkDir
 
 ROOT = Path(__file__).parent.parent
@@ -100,12 +101,12 @@ def test_a_notebook_keeps_two_lines_of_a_run(monkeypatch: pytest.MonkeyPatch) ->
 
     output = Output()
     monkeypatch.setattr(IPython.display, "display", lambda *_, **__: output)
-    with progress.NotebookProgress(Console(quiet=True)) as listener:
-        listener.say("layerwise, simclr")
+    with progress.NotebookProgress(Console(quiet=True)) as hear:
+        hear.say("layerwise, simclr")
         for _ in range(1000):
-            listener._show("round 1")
-        listener.evaluation({"round": 1, "depth": 1, "protocol": "knn", "accuracy": 0.5})
-        listener.finished({"rounds": 3, "seconds": 1.2})
+            hear(StepsDone(1, 1, 2))
+        hear(Evaluated({"round": 1, "depth": 1, "protocol": "knn", "accuracy": 0.5}))
+        hear(Finished({"rounds": 3, "seconds": 1.2}))
     assert output.shown[-1].split("\n") == ["layerwise, simclr", "3 rounds in 1 s", ""]
     assert len(output.shown) < 10
 
@@ -125,7 +126,7 @@ def test_the_notebook_is_committed_as_it_ran() -> None:
 
 
 def test_the_default_directory_is_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(config: Config, workdir: WorkDir, listener: object = None) -> dict[str, Any]:
+    def train(config: Config, workdir: WorkDir, hear: object = None) -> dict[str, Any]:
         return {"strategy": config.strategy.name, "rounds": 3, "evaluation": {}}
 
     monkeypatch.setattr(api.experiment, "train", train)

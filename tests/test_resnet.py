@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import run_round, small_config
 from safetensors.numpy import load_file
 
 from lwfedssl_jax import tree
@@ -22,7 +22,6 @@ from lwfedssl_jax.method.task import make_task
 from lwfedssl_jax.models.encoder import Encoder
 from lwfedssl_jax.models.resnet import resnet
 from lwfedssl_jax.simulation import events, program, setup
-from lwfedssl_jax.simulation import simulator as simulator_module
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.workdir import WorkDir
 
@@ -261,12 +260,10 @@ def test_a_reshape_layer_is_in_its_own_stage_only() -> None:
     assert [names(s.frozen) for s in stages] == [set(), {"stem", "layer1"}, {"stem", "layer1", "layer2"}]
 
 
-class Interrupting(events.Listener):
+def interrupt(event: events.Event) -> None:
     """Presses Ctrl-C as soon as the second round has ended."""
-
-    def round(self, line: dict[str, Any]) -> None:
-        if line["round"] == 2:
-            raise KeyboardInterrupt
+    if isinstance(event, events.RoundDone) and event.line["round"] == 2:
+        raise KeyboardInterrupt
 
 
 def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,19 +272,19 @@ def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ledger, "all_strategies", lambda config, **_: {"layerwise": ledger.make_ledger(config)})
     compile_stage, programs = program.compile_stage, dict[int, program.Program]()
 
-    def compile_once(run: setup.Prepared, stage: Stage, feed: Any, runs: int) -> program.Program:
+    def compile_once(run: setup.Prepared, stage: Stage, feed: Any, stack: Any) -> program.Program:
         if stage.number not in programs:
-            programs[stage.number] = compile_stage(run, stage, feed, runs)
+            programs[stage.number] = compile_stage(run, stage, feed, stack)
         return programs[stage.number]
 
-    monkeypatch.setattr(simulator_module, "compile_stage", compile_once)
+    monkeypatch.setattr(program, "compile_stage", compile_once)
     config = small_config(**RESNET, model__depth=2, runtime__lanes=1, federation__local_epochs=1)
     run = setup.prepare(config)
-    simulator = Simulator(run)
-    params, lines = simulator.place(setup.initial_params(run)), []
+    simulator = Simulator([run])
+    params, lines = simulator.stack.place(setup.initial_params(run)), []
     for stage in run.stages:
         for number in range(stage.first_round + 1, stage.first_round + stage.rounds + 1):
-            after, _, line = simulator.run_round(stage, params, None, number)
+            after, _, line = run_round(simulator, stage, params, None, number)
             lines.append(line)
             changed = jax.tree.map(lambda x, y: bool(np.any(np.asarray(x) != np.asarray(y))), params, after)
             # All that is trained moves, statistics too, and not a bit of all else does.
@@ -297,7 +294,7 @@ def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert np.isfinite([line["loss"] for line in lines]).all()
 
     with pytest.raises(KeyboardInterrupt):
-        train.train(config, WorkDir(tmp_path / "run", config), Interrupting())
+        train.train(config, WorkDir(tmp_path / "run", config), interrupt)
     train.train(config, WorkDir(tmp_path / "run", config))
     found = load_file(tmp_path / "run" / "encoder.safetensors")
     expected = export.state_dict(config.model, run.task, params)

@@ -1,34 +1,12 @@
-"""The ledger against the paper, against the compiler and against hand counts."""
+"""The ledger against the compiler and against hand counts; `test_paper.py` holds it against the paper."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax.config import CONFIG_DIR, load, resolve
 from lwfedssl_jax.costs import memory, operations
 from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
-
-PAPER: dict[str, tuple[dict[str, float], dict[str, float]]] = {  # arXiv 2401.11647: traffic in 1000 MiB, FLOPs in G
-    "mocov3": (
-        {"end_to_end": 8.40, "layerwise": 1.66, "progressive": 5.04},
-        {"end_to_end": 586, "layerwise": 139, "progressive": 318},
-    ),
-    "simclr": (
-        {"end_to_end": 8.03, "layerwise": 1.29, "progressive": 4.68},
-        {"end_to_end": 1169, "layerwise": 278, "progressive": 635},
-    ),
-}
-
-
-@pytest.mark.parametrize("objective", PAPER)
-def test_paper_traffic_and_operations_within_one_percent(objective: str) -> None:
-    strategies = all_strategies(resolve(load(f"paper/vit_tiny_{objective}")), memory=False)
-    traffic, flops = PAPER[objective]
-    for name, ledger in strategies.items():
-        assert ledger["total_bytes"] / 2**20 / 1000 == pytest.approx(traffic[name], rel=0.01)
-        assert ledger["flops_paper_rule"] / 1e9 == pytest.approx(flops[name], rel=0.01)
-    assert strategies["layerwise"]["flops_executed"] < 0.25 * strategies["end_to_end"]["flops_executed"]
 
 
 @pytest.mark.parametrize("strategy", ["end_to_end", "layerwise"])
@@ -125,12 +103,3 @@ def test_remat_executes_one_more_forward_pass_and_is_counted() -> None:
     remat = make_ledger(small_config(strategy__name="end_to_end", runtime__remat=True))
     assert remat["flops_paper_rule"] == plain["flops_paper_rule"]
     assert 1.1 < remat["flops_executed"] / plain["flops_executed"] < 1.34
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_mocov3_layerwise_calibration", "resnet18_mocov3_layerwise"])
-def test_headers_of_the_papers_configs_give_the_ledgers_figures(name: str) -> None:
-    text = " ".join((CONFIG_DIR / "paper" / f"{name}.py").read_text().split())
-    found = make_ledger(resolve(load(f"paper/{name}")))
-    traffic, rule, executed = (found[key] for key in ("total_bytes", "flops_paper_rule", "flops_executed"))
-    assert f"From shapes: {traffic / 2**20 / 1000:.2f} x 1000 MiB of traffic, {rule / 1e9:.1f} G" in text
-    assert f"by the paper's rule, {executed / 1e9:.1f} G executed." in text

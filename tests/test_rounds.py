@@ -9,19 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import small_config
+from conftest import run_round, small_config
 from reference import train_round
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.data.partition import Population
-from lwfedssl_jax.method.aggregation import WEIGHTED_MEAN, Aggregator
+from lwfedssl_jax.method.aggregation import WEIGHTED_MEAN, Aggregator, RoundContext
 from lwfedssl_jax.method.client import client_init, client_step
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort, program, setup
-from lwfedssl_jax.simulation import simulator as simulator_module
 from lwfedssl_jax.simulation.simulator import Simulator
 
 STRATEGIES = ["layerwise", "progressive", "end_to_end"]
@@ -36,14 +35,14 @@ def prepare(config: Config, devices: int = 1) -> setup.Prepared:
 
 
 def fast_round(run: setup.Prepared, stage: Stage, params: tree.Tree, number: int) -> tuple[tree.Tree, dict]:
-    simulator = Simulator(run)
-    after, _, line = simulator.run_round(stage, simulator.place(params), None, number)
+    simulator = Simulator([run])
+    after, _, line = run_round(simulator, stage, simulator.stack.place(params), None, number)
     return jax.device_get(after), line
 
 
 def parts(stage: Stage, params: tree.Tree) -> Broadcast:
     """What the server sends of ``params``."""
-    return program.broadcast(stage, params, stage.rows, stage.depths)
+    return program.make_broadcast(stage, params, stage.rows, stage.depths)
 
 
 @contextlib.contextmanager
@@ -88,7 +87,7 @@ def test_equals_naive_round(
             **additions,
         )
         run = prepare(override(config, {"runtime.precision": "float64"}))
-        monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([0, 1, 2, 3], [0, 1, 2]))
+        monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: cohort.Cohort([0, 1, 2, 3], [0, 1, 2]))
         params = setup.initial_params(run)
         stage = run.stages[-1]
         fast, line = fast_round(run, stage, params, 1)
@@ -130,32 +129,35 @@ def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
     def clip(x: jax.Array, by: jax.Array) -> jax.Array:
         return x * jnp.minimum(1, by / jnp.maximum(jnp.linalg.norm(x), 1e-9))
 
-    def add(sent: Broadcast, trained: tree.Tree, examples: jax.Array) -> tree.Tree:
+    def add(context: RoundContext, sent: Broadcast, trained: tree.Tree, examples: jax.Array) -> tree.Tree:
         change = jax.tree.map(lambda s, t: clip(t - s, 0.01), sent.trainable, trained)
         return {"change": change, "clients": jnp.sign(examples)}
 
-    def finish(momentum: tree.Tree, sent: Broadcast, mean: tree.Tree, summed: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+    def finish(
+        context: RoundContext, momentum: tree.Tree, sent: Broadcast, mean: tree.Tree, summed: tree.Tree
+    ) -> tuple[tree.Tree, tree.Tree, dict[str, jax.Array]]:
         change = jax.tree.map(lambda x: x / summed["clients"], summed["change"])
         momentum = jax.tree.map(lambda m, x: 0.5 * m + x, momentum, change)
-        return momentum, jax.tree.map(jnp.add, sent.trainable, momentum)
+        return momentum, jax.tree.map(jnp.add, sent.trainable, momentum), {"clipped_clients": summed["clients"]}
 
     clipped = Aggregator(lambda sent: jax.tree.map(jnp.zeros_like, sent.trainable), add, finish)
     run = prepare(small_config(strategy__name="end_to_end", runtime__lanes=2))
     params = setup.initial_params(run)
-    simulator = Simulator(run._replace(aggregator=clipped))
+    simulator = Simulator([run._replace(aggregator=clipped)])
     stage = run.stages[0]
-    once, state, _ = simulator.run_round(stage, simulator.place(params), None, 1)
+    once, state, line = run_round(simulator, stage, simulator.stack.place(params), None, 1)
     # The change is the mean of four of norm at most 0.01, and 0.01 itself for leaves that all clients moved alike.
     norms = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b)), jax.device_get(once), jax.device_get(params))
     assert 0 < max(jax.tree.leaves(norms)) <= 0.01 + 1e-6
-    _, again, _ = simulator.run_round(stage, simulator.place(params), state, 1)
+    assert line["clipped_clients"] == 4  # what an aggregator measures is in the round's line
+    _, again, _ = run_round(simulator, stage, simulator.stack.place(params), state, 1)
     ratio = jax.tree.map(lambda a, b: float(jnp.abs(a - 1.5 * b).max()), again.server, state.server)
     assert max(jax.tree.leaves(ratio)) < 1e-6
 
     mean, _ = fast_round(run, stage, params, 1)
     plain = Aggregator(
-        lambda sent: (), lambda sent, trained, n: jax.tree.map(lambda t: t * n, trained),
-        lambda state, sent, mean, summed: (state, jax.tree.map(lambda x: x / sum(SIZES), summed)),
+        lambda sent: (), lambda context, sent, trained, n: jax.tree.map(lambda t: t * n, trained),
+        lambda context, state, sent, mean, summed: (state, jax.tree.map(lambda x: x / sum(SIZES), summed), {}),
     )  # fmt: skip
     assert max_difference(mean, fast_round(run._replace(aggregator=plain), stage, params, 1)[0]) < 1e-6
     assert run.aggregator is WEIGHTED_MEAN
@@ -171,7 +173,7 @@ def test_calls_of_any_length_give_the_same_round(monkeypatch: pytest.MonkeyPatch
 
 
 def test_everybody_dropped_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number: ([0, 1, 2, 3], []))
+    monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: cohort.Cohort([0, 1, 2, 3], []))
     run = prepare(small_config())
     params = setup.initial_params(run)
     after, line = fast_round(run, run.stages[0], params, 1)
@@ -260,9 +262,9 @@ def test_clients_whose_update_is_not_finite_are_left_out(monkeypatch: pytest.Mon
     params = setup.initial_params(run)
     results = {}
     for name, reporting in {"all": [0, 1, 2, 3], "good": [0, 3]}.items():
-        monkeypatch.setattr(simulator_module, "draw_cohort", lambda run, number, r=reporting: (list(range(4)), r))
-        simulator = Simulator(run)
-        results[name] = simulator.run_round(run.stages[0], simulator.place(params), None, 1)
+        monkeypatch.setattr(cohort, "draw_cohort", lambda run, number, r=reporting: cohort.Cohort(list(range(4)), r))
+        simulator = Simulator([run])
+        results[name] = run_round(simulator, run.stages[0], simulator.stack.place(params), None, 1)
     (after, state, line), (expected, expected_state, expected_line) = results["all"], results["good"]
     assert max_difference(after, expected) == 0
     assert (line["clients"], line["left_out"], expected_line["left_out"]) == (4, 2, 0)
@@ -305,12 +307,12 @@ def test_runs_that_go_together_equal_each_alone(
         runs = [setup.prepare(config, jax.devices()[:devices]) for config in configs]
         stage = runs[0].stages[1]
         nobody = next(n for n in range(1, 30) if not cohort.draw_cohort(runs[2], n)[1])
-        alone = [after_rounds(Simulator(run), stage, [nobody, nobody + 1]) for run in runs]
-        together = Simulator(runs[0], others=runs[1:])
+        alone = [after_rounds(Simulator([run]), stage, [nobody, nobody + 1]) for run in runs]
+        together = Simulator(runs)
         params, state, lines = after_rounds(together, stage, [nobody, nobody + 1])
         for i, (own_params, own_state, own_lines) in enumerate(alone):
-            assert max_difference(together.of_run(i, params), own_params) < 1e-9
-            assert max_difference(together.of_run(i, state.server), own_state.server) < 1e-9
+            assert max_difference(together.stack.select(i, params), own_params) < 1e-9
+            assert max_difference(together.stack.select(i, state.server), own_state.server) < 1e-9
             for mine, shared in zip(own_lines, lines, strict=True):
                 assert set(mine[0]) == set(shared[i])
                 same_keys = set(mine[0]) - {"seconds", "loss", "client_distance"}
@@ -323,19 +325,19 @@ def test_runs_that_go_together_equal_each_alone(
 
 
 def after_rounds(simulator: Simulator, stage: Stage, numbers: list[int]) -> tuple[tree.Tree, Any, list[Any]]:
-    params, state = simulator.take_up(0, {}, *[{}] * (len(simulator.runs) - 1))
+    params, state = simulator.resume(0, [{}] * len(simulator.runs))
     lines = []
     for number in numbers:
-        params, state, of_round = simulator.run_rounds(stage, params, state, number)
-        lines.append(of_round)
+        params, state, outcomes = simulator.run_rounds(stage, params, state, number)
+        lines.append([outcome.error or outcome.line for outcome in outcomes])
     return params, state, lines
 
 
 def test_a_run_that_is_not_finite_leaves_the_others_alone() -> None:
     configs = [small_config(optimizer__learning_rate=rate) for rate in (0.1, 3e38)]
     runs = [setup.prepare(config) for config in configs]
-    lines = after_rounds(Simulator(runs[0], others=runs[1:]), runs[0].stages[0], [1, 2])[2]
-    alone = after_rounds(Simulator(runs[0]), runs[0].stages[0], [1, 2])[2]
+    lines = after_rounds(Simulator(runs), runs[0].stages[0], [1, 2])[2]
+    alone = after_rounds(Simulator([runs[0]]), runs[0].stages[0], [1, 2])[2]
     for (line, error), (expected,) in zip(lines, alone, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
         assert isinstance(error, FloatingPointError)

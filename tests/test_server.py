@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import run_round, small_config
 from test_rounds import SIZES, max_difference, prepare
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.config import ConfigError, override
 from lwfedssl_jax.data.partition import Population
 from lwfedssl_jax.method.aggregation import AGGREGATORS, WEIGHTED_MEAN
+from lwfedssl_jax.method.stateful_clients import make_client_start
 from lwfedssl_jax.simulation import cohort, setup
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.tree import Tree
@@ -26,9 +27,9 @@ class Probe:
     def __init__(self, aggregator: Any) -> None:
         self.models: list[Tree] = []
 
-        def add(sent: Any, trained: Tree, examples: jax.Array) -> Tree:
+        def add(context: Any, sent: Any, trained: Tree, examples: jax.Array) -> Tree:
             jax.debug.callback(self._take, trained, examples, ordered=False)
-            return aggregator.add(sent, trained, examples)
+            return aggregator.add(context, sent, trained, examples)
 
         self.aggregator = aggregator._replace(add=add)
 
@@ -40,11 +41,11 @@ class Probe:
 def two_rounds(run: setup.Prepared) -> tuple[list[Tree], list[list[tuple[Tree, float]]]]:
     """Global models before and after each of two rounds, and what the clients made in each."""
     probe = Probe(run.aggregator)
-    simulator = Simulator(run._replace(aggregator=probe.aggregator))
+    simulator = Simulator([run._replace(aggregator=probe.aggregator)])
     stage = run.stages[0]
-    models, trained, state = [simulator.place(setup.initial_params(run))], [], None
+    models, trained, state = [simulator.stack.place(setup.initial_params(run))], [], None
     for number in (1, 2):
-        params, state, _ = simulator.run_round(stage, models[-1], state, number)
+        params, state, _ = run_round(simulator, stage, models[-1], state, number)
         jax.effects_barrier()
         models.append(params)
         trained.append(probe.models)
@@ -140,9 +141,9 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
     sizes = [12, 1, 5, 3]  # one lane is idle at the end
     run = prepare(config)._replace(clients=Population.disjoint(np.arange(sum(sizes)), np.array(sizes)))
     monkeypatch.setattr(cohort, "CALL_STEPS", 3)
-    simulator = Simulator(run)
-    params = simulator.place(setup.initial_params(run))
-    after, state, _ = simulator.run_round(run.stages[0], params, None, 1)
+    simulator = Simulator([run])
+    params = simulator.stack.place(setup.initial_params(run))
+    after, state, _ = run_round(simulator, run.stages[0], params, None, 1)
     own = state.clients
     assert sorted(own) == [0, 1, 2, 3]
     assert all(m.known for m in own.values())
@@ -153,12 +154,13 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
     divergence = 0.0 if name == "fedema" else float(np.median(list(apart.values())))
     adamw = run.task.optimizer(run.task.hyper)
     no_update = lambda _: adamw._replace(update=lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), s))  # noqa: E731
-    still = Simulator(run._replace(task=run.task._replace(optimizer=no_update, divergence=divergence)))
+    start = make_client_start(override(config, {"federation.divergence": divergence}), run.task, run.stages[0])
+    still = Simulator([run._replace(task=run.task._replace(optimizer=no_update), start=start)])
     branches = set()
     for number, grown in ((2, 1.0), (3, 1.1)):
         received = jax.tree.map(lambda x, by=grown: by * x, jax.device_get(after))
         before = {c: (memory, apart_of(received, memory.trainable)) for c, memory in state.clients.items()}
-        _, state, _ = still.run_round(run.stages[0], still.place(received), state, number)
+        _, state, _ = run_round(still, run.stages[0], still.stack.place(received), state, number)
         for c, (memory, apart_now) in before.items():
             if name == "fedema":
                 mu = min(0.7 / apart[c] * apart_now, 1)  # the scale of the second round, kept

@@ -5,12 +5,12 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import run_round, small_config
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -20,6 +20,7 @@ from lwfedssl_jax.config import Config, ConfigError, resolve
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment import train as experiment
+from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.simulation import events, feed, setup
 from lwfedssl_jax.simulation import simulator as simulator_module
 from lwfedssl_jax.simulation.cohort import draw_cohort, pack_cohort
@@ -27,7 +28,7 @@ from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.workdir import WorkDir, checkpoint
 
 
-class Interrupting(events.Listener):
+class Interrupting:
     """Sends this process a signal in the middle of a round, or as soon as it has ended."""
 
     def __init__(self, number: int, when: str = "after", sent: signal.Signals = signal.SIGINT) -> None:
@@ -35,22 +36,20 @@ class Interrupting(events.Listener):
         self.notices: list[str] = []
         self.heard_after = 0
 
-    def steps(self, round_number: int, done: int, total: int) -> None:
-        if self.notices:
-            self.heard_after += 1
-        elif (round_number, self.when) == (self.number, "within"):
-            signal.raise_signal(self.sent)
-
-    def round(self, line: dict[str, Any]) -> None:
-        if (line["round"], self.when) == (self.number, "after"):
-            signal.raise_signal(self.sent)
-
-    def note(self, text: str) -> None:
-        self.notices.append(text)
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.StepsDone() if self.notices:
+                self.heard_after += 1
+            case events.StepsDone(number) if (number, self.when) == (self.number, "within"):
+                signal.raise_signal(self.sent)
+            case events.RoundDone(line) if (line["round"], self.when) == (self.number, "after"):
+                signal.raise_signal(self.sent)
+            case events.Note(text):
+                self.notices.append(text)
 
 
-def train(config: Config, path: Path, listener: events.Listener | None = None) -> dict[str, Any]:
-    return experiment.train(config, WorkDir(path, config), listener)
+def train(config: Config, path: Path, hear: events.Hear = events.ignore) -> dict[str, Any]:
+    return experiment.train(config, WorkDir(path, config), hear)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +118,10 @@ def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
     config = small_config(strategy__name=strategy)
     run = setup.prepare(config)
     params = setup.initial_params(run)
-    simulator = Simulator(run)
+    simulator = Simulator([run])
     for stage, row in zip(run.stages, ledger.make_ledger(config)["per_stage"], strict=True):
         sent = sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree.take(params, tree.rows(stage.trainable))))
-        after, _, line = simulator.run_round(stage, simulator.place(params), None, stage.number)
+        after, _, line = run_round(simulator, stage, simulator.stack.place(params), None, stage.number)
         changed = sum(
             int((np.asarray(a) != np.asarray(b)).reshape(n, -1).any(axis=1).sum()) * (np.asarray(a).nbytes // n)
             for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True)
@@ -157,7 +156,7 @@ def test_one_program_for_all_stages(strategy: str, programs: int, tmp_path: Path
     train(config, tmp_path / "run")
     clients = {line["clients"] for line in WorkDir(tmp_path / "run", config).metrics() if "event" not in line}
     assert len(clients) > 1
-    for name in ("steps", "start", "finish"):
+    for name in ("train_stage", "start_stage", "finish_stage"):
         assert compiled.count(f"jit({name})") == programs
 
 
@@ -194,13 +193,13 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, P
 def test_a_signal_that_a_callback_swallows_is_not_forgotten(tmp_path: Path) -> None:
     """As JAX's of the garbage collector do, where an exception is lost."""
 
-    class Swallowing(events.Listener):
-        def compiling(self, what: str) -> None:
+    def swallow(event: events.Event) -> None:
+        if isinstance(event, events.Compiling):
             with contextlib.suppress(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        train(small_config(), tmp_path / "run", Swallowing())
+        train(small_config(), tmp_path / "run", swallow)
     assert not (tmp_path / "run").exists()
 
 
@@ -305,22 +304,17 @@ def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
     (tmp_path / "data" / "clients.csv").write_text("\n".join(rows))
     config = small_config(data__name=f"folder:{tmp_path}/data", partition__kind="natural", partition__clients=3)
 
-    class Heard(events.Listener):
-        lines: ClassVar[list[str]] = []
-
-        def loading(self, what: str) -> None:
-            self.lines.append(what)
-
-    run = setup.prepare(config, listener=Heard())
+    heard = list[events.Event]()
+    run = setup.prepare(config, hear=heard.append)
     images = run.dataset.train_images
     assert isinstance(images, np.memmap)
     assert run.clients.sizes.tolist() == [12, 12, 12]
     calls = list(pack_cohort(run, [0, 1, 2], 1).calls)
-    streamed = feed.streamed(images, np.asarray)(iter(calls))  # type: ignore[arg-type]
+    streamed = feed.streamed(images, np.asarray).serve(iter(calls))  # type: ignore[arg-type]
     for (pixels_WxNxHxWxC, plan, _), (whole, _) in zip(streamed, calls, strict=True):
         by_lane = pixels_WxNxHxWxC[np.arange(run.lanes)[:, None], plan.examples]
         np.testing.assert_array_equal(by_lane, images[whole.examples])
-    assert Heard.lines[:2] == ["decoding 36 of 48 images", "decoding 48 of 48 images"]
+    assert heard[:2] == [events.Loading(f"decoding {done} of 48 images") for done in (36, 48)]
 
 
 def test_a_flat_folder_is_trained_on_and_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,17 +362,17 @@ def test_runs_together_are_the_same_runs(tmp_path: Path, compiled: list[str]) ->
     ]
     same = {"federation__rounds": 4, "strategy__name": "progressive", "objective__name": "simclr", "model__depth": 2}
     configs = [small_config(**same | changes) for changes in numbers]
-    members = [experiment.ActiveRun(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
-    members[2].listener = Interrupting(2)
+    members = [ActiveRun(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
+    members[2].listeners.append(Interrupting(2))
     with pytest.raises(KeyboardInterrupt):
         experiment.train_together(members)
     assert isinstance(members[1].error, FloatingPointError)
     assert [checkpoint.numbers(tmp_path / name / "checkpoints")[-1:] for name in "012"] == [[2], [], [2]]
     before = len(compiled)
-    members = [experiment.ActiveRun(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
+    members = [ActiveRun(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
     experiment.train_together(members)
     assert "no client's update is finite in round 1" in str(members[1].error)
-    assert compiled[before:].count("jit(steps)") == 2  # of the two that go on, and of the one that begins again
+    assert compiled[before:].count("jit(train_stage)") == 2  # of the two that go on, and of the one that begins again
     assert [member.summary is None for member in members] == [False, True, False]
     assert [(tmp_path / name / "summary.json").exists() for name in "012"] == [True, False, True]
     together, alone = members[2].summary, train(configs[2], tmp_path / "alone")
@@ -400,8 +394,10 @@ def test_shared_runs_compile_once_and_write_the_same_bits(tmp_path: Path, compil
     configs = [small_config(runtime__seed=seed, optimizer__learning_rate=0.1 + seed / 10) for seed in (0, 1)]
     for config, name in zip(configs, "ab", strict=True):
         before = len(compiled)
-        experiment.train(config, WorkDir(tmp_path / name, config), shared=shared)
-    assert not {f"jit({name})" for name in ("steps", "start", "finish", "forward")} & set(compiled[before:])
+        experiment.train(config, WorkDir(tmp_path / name, config), cache=shared)
+    assert not {f"jit({name})" for name in ("train_stage", "start_stage", "finish_stage", "forward")} & set(
+        compiled[before:]
+    )
     train(configs[1], tmp_path / "alone")
     encoders = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("a", "b", "alone")]
     assert encoders[0] != encoders[1] == encoders[2]

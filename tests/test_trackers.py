@@ -7,25 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import small_config
 
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.experiment import trackers, train
+from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.experiment.trackers import TRACKERS, Tracker, Tracking, line_values, summary_values
-from lwfedssl_jax.simulation.events import Listener
+from lwfedssl_jax.simulation.events import Evaluated, Event, Note, RoundDone, Started
 from lwfedssl_jax.workdir import WorkDir
 
 Points = dict[tuple[str, int], float]
 
 
-class Killed(Listener):
+def kill(event: Event) -> None:
     """Ends a run as a crash does, in a round after the last checkpoint."""
-
-    def round(self, line: dict[str, Any]) -> None:
-        if line["round"] == 5:
-            raise RuntimeError("killed")
+    if isinstance(event, RoundDone) and event.line["round"] == 5:
+        raise RuntimeError("killed")
 
 
 def expected(lines: list[dict[str, Any]]) -> Points:
@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_shows_every_round_once(
     )
     path = tmp_path / "run"
     with pytest.raises(RuntimeError, match="killed"):
-        train.train(config, WorkDir(path, config), Killed())
+        train.train(config, WorkDir(path, config), kill)
     before = WorkDir(path, config).metrics()
     assert [line["round"] for line in before if "event" not in line] == [1, 2, 3, 4, 5]
     heard = expected([line for line in before if line["round"] < 5])
@@ -125,16 +125,6 @@ def test_a_run_that_was_killed_shows_every_round_once(
     assert len([*(path / "wandb").glob("offline-run-*")]) == 2
 
 
-class Hearing(Listener):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, what: str) -> None:
-        self.notes.append(what)
-
-
 def failing(when: str) -> Tracker:
     def fail(now: str) -> None:
         if now == when:
@@ -158,15 +148,14 @@ def test_a_tracker_that_fails_is_left_out_and_said_once(
     )
     config = small_config(runtime__trackers=("failing", "whole"))
     check(config)
-    workdir, listener = WorkDir(tmp_path, config), Hearing()
+    workdir, heard = WorkDir(tmp_path, config), list[Event]()
     sent = {"clients": 3, "dropped": 1, "download_bytes": 4 * 2**20, "upload_bytes": 0}
     workdir.append({"event": "evaluation", "round": 0, "protocol": "knn", "accuracy": 0.25})
-    run: Any = None
-    with Tracking(config, workdir, listener) as tracking:
-        tracking.start(run, 0)
-        tracking.round({"round": 1, "loss": 2.0, **sent})
-        tracking.round({"round": 2, "loss": None, **sent})
-        tracking.evaluation({"event": "evaluation", "round": 0, "protocol": "f", "baseline": "scratch", "accuracy": 1})
+    with Tracking(config, workdir, heard.append) as tracking:
+        tracking(Started(config, 1, np.array([1]), 1, 1, 0, []))
+        tracking(RoundDone({"round": 1, "loss": 2.0, **sent}))
+        tracking(RoundDone({"round": 2, "loss": None, **sent}))
+        tracking(Evaluated({"round": 0, "event": "evaluation", "protocol": "f", "baseline": "scratch", "accuracy": 1}))
     assert logged == [
         (0, {"evaluation/knn": 0.25}),
         (1, {"round/loss": 2.0, **{f"round/{k}": v for k, v in sent.items()}, "round/traffic_mib": 1.0}),
@@ -174,8 +163,11 @@ def test_a_tracker_that_fails_is_left_out_and_said_once(
         (2, {"scratch/f": 1}),
     ]
     assert finished == [None]
-    assert listener.notes == [
-        "runtime.trackers: failing failed and is left out from here on (OSError: [Errno 28] No space left on device)"
+    assert heard == [
+        Note(
+            "runtime.trackers: failing failed and is left out from here on "
+            "(OSError: [Errno 28] No space left on device)"
+        )
     ]
 
 
@@ -192,19 +184,12 @@ def test_a_full_disk_is_an_error_of_tensorboard_at_once(tmp_path: Path) -> None:
     assert file.stat().st_size > size
 
 
-def test_listeners_hear_everything_through_it(tmp_path: Path) -> None:
-    heard: list[str] = []
-    methods = [name for name in vars(Listener) if not name.startswith("_")]
-    inner: Any = Listener()
-    for name in methods:
-        setattr(inner, name, lambda *_, name=name: heard.append(name))
-    with Tracking(small_config(), None, inner) as tracking:
-        line = {"round": 1, "event": "evaluation", "protocol": "knn", "accuracy": 0.5}
-        given: dict[str, tuple[Any, ...]] = {"start": (None, 0), "steps": (1, 1, 2), "round": (line,)}
-        given |= {"evaluation": (line,), "finished": ({},)}
-        for name in methods:
-            getattr(tracking, name)(*given.get(name, ("what",)))
-    assert heard == methods
+def test_all_listeners_of_a_run_hear_all_of_its_events() -> None:
+    first, second = list[Event](), list[Event]()
+    run = ActiveRun(small_config(), None, [first.append, second.append])
+    for event in (Note("a"), RoundDone({"round": 1})):
+        run.hear(event)
+    assert first == second == [Note("a"), RoundDone({"round": 1})]
 
 
 def test_trackers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

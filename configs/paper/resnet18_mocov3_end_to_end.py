@@ -1,9 +1,6 @@
 """ResNet-18 with MoCo-v3, FedSSL end to end: 10 clients, uniform partition, 120 rounds, batch 512.
 
-arXiv 2401.11647 with another encoder. No accuracy is recorded here.
-
-From shapes: 11.08 x 1000 MiB of traffic, 41.0 G multiply-adds a sample by the paper's rule,
-107.8 G executed.
+arXiv 2401.11647 with another encoder. Figures: docs/paper_figures.md.
 
     python run.py resources paper/resnet18_mocov3_end_to_end
     python run.py train paper/resnet18_mocov3_end_to_end

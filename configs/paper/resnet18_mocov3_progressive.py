@@ -1,9 +1,6 @@
 """ResNet-18 with MoCo-v3, Prog-FedSSL: 10 clients, uniform partition, 120 rounds, batch 512.
 
-arXiv 2401.11647 with another encoder. No accuracy is recorded here.
-
-From shapes: 4.29 x 1000 MiB of traffic, 27.4 G multiply-adds a sample by the paper's rule,
-71.7 G executed.
+arXiv 2401.11647 with another encoder. Figures: docs/paper_figures.md.
 
     python run.py resources paper/resnet18_mocov3_progressive
     python run.py train paper/resnet18_mocov3_progressive

@@ -1,9 +1,6 @@
 """ViT-Tiny with BYOL, FedSSL end to end: server momentum (FedAvgM).
 
-A baseline beside arXiv 2401.11647. No accuracy is recorded here.
-
-From shapes: 8.40 x 1000 MiB of traffic, 585.6 G multiply-adds a sample by the paper's rule,
-1554.5 G executed.
+A baseline beside arXiv 2401.11647. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_byol_fedavgm
     python run.py train paper/vit_tiny_byol_fedavgm

@@ -1,10 +1,6 @@
-"""ViT-Tiny with BYOL, Prog-FedSSL: the paper's default, 10 clients, uniform partition, 180 rounds, batch 512.
+"""ViT-Tiny with BYOL, Prog-FedSSL: 10 clients, uniform partition, 180 rounds, batch 512.
 
-Expected (arXiv 2401.11647, its default setting): 318 G multiply-adds a sample by the paper's rule; 5.04 x 1000 MiB
-of traffic.
-
-From shapes: 5.04 x 1000 MiB of traffic, 318.3 G multiply-adds a sample by the paper's rule,
-844.5 G executed.
+A default setting of arXiv 2401.11647. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_byol_progressive
     python run.py train paper/vit_tiny_byol_progressive

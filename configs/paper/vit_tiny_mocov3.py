@@ -1,11 +1,6 @@
-"""ViT-Tiny with MoCo-v3, LW-FedSSL: the paper's default, 10 clients, uniform partition, 180 rounds, batch 512.
+"""ViT-Tiny with MoCo-v3, LW-FedSSL: 10 clients, uniform partition, 180 rounds, batch 512.
 
-Expected (arXiv 2401.11647, its default setting): 83.43 % on CIFAR-10 after fine-tuning (from scratch 63.28;
-pre-trained on COCO, here on CIFAR-10); 139 G multiply-adds a sample by the paper's rule; 1.66 x 1000 MiB of
-traffic; 2.61 GB peak memory on a GPU.
-
-From shapes: 1.65 x 1000 MiB of traffic, 139.4 G multiply-adds a sample by the paper's rule,
-311.0 G executed.
+A default setting of arXiv 2401.11647. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_mocov3
     python run.py train paper/vit_tiny_mocov3

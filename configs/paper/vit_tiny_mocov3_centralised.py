@@ -1,10 +1,7 @@
 """ViT-Tiny with MoCo-v3, centralised: all images in one place, 540 epochs.
 
-What federation is held against, for arXiv 2401.11647: as many passes as 180 rounds of 3 epochs. No figure is
-recorded here. `resources` prices it alone: layer by layer needs at least 12 rounds.
-
-From shapes: 0.05 x 1000 MiB of traffic, 585.6 G multiply-adds a sample by the paper's rule,
-1554.8 G executed.
+The reference without a federation in arXiv 2401.11647: as many passes over the data as 180 rounds of 3 epochs.
+`resources` shows end_to_end alone, because layer by layer needs at least 12 rounds. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_mocov3_centralised
     python run.py train paper/vit_tiny_mocov3_centralised

@@ -1,10 +1,6 @@
-"""ViT-Tiny with SimCLR, LW-FedSSL: the paper's default, 10 clients, uniform partition, 180 rounds, batch 512.
+"""ViT-Tiny with SimCLR, LW-FedSSL: 10 clients, uniform partition, 180 rounds, batch 512.
 
-Expected (arXiv 2401.11647, its default setting): 278 G multiply-adds a sample by the paper's rule; 1.29 x 1000 MiB
-of traffic; 8.59 GB peak memory on a GPU.
-
-From shapes: 1.29 x 1000 MiB of traffic, 278.0 G multiply-adds a sample by the paper's rule,
-277.9 G executed.
+A default setting of arXiv 2401.11647. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_simclr
     python run.py train paper/vit_tiny_simclr

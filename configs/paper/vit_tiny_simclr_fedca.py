@@ -1,9 +1,6 @@
 """ViT-Tiny with SimCLR, FedSSL end to end: FedCA's dictionary and its alignment to a base model.
 
-A baseline beside arXiv 2401.11647. The base model learns from a tenth of the images. No accuracy is recorded here.
-
-From shapes: 8.09 x 1000 MiB of traffic, 1170.4 G multiply-adds a sample by the paper's rule,
-1942.8 G executed.
+A baseline in arXiv 2401.11647; here the base model learns from a tenth of the images. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_simclr_fedca
     python run.py train paper/vit_tiny_simclr_fedca

@@ -1,10 +1,6 @@
-"""ViT-Tiny with SimCLR, Prog-FedSSL: the paper's default, 10 clients, uniform partition, 180 rounds, batch 512.
+"""ViT-Tiny with SimCLR, Prog-FedSSL: 10 clients, uniform partition, 180 rounds, batch 512.
 
-Expected (arXiv 2401.11647, its default setting): 635 G multiply-adds a sample by the paper's rule; 4.68 x 1000 MiB
-of traffic; 14.36 GB peak memory on a GPU.
-
-From shapes: 4.68 x 1000 MiB of traffic, 635.7 G multiply-adds a sample by the paper's rule,
-633.5 G executed.
+A default setting of arXiv 2401.11647. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_simclr_progressive
     python run.py train paper/vit_tiny_simclr_progressive

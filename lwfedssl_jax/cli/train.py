@@ -47,8 +47,8 @@ def run_and_print(config: Config, arguments: Sequence[str], path: Path | None) -
         out.print(terminal.summary_tables(workdir.summary))
         return
     began = time.monotonic()
-    with ConsoleProgress(Console(stderr=True)) as listener:
-        summary = experiment.train(config, workdir, listener)
+    with ConsoleProgress(Console(stderr=True)) as progress:
+        summary = experiment.train(config, workdir, progress)
     out.print(terminal.summary_tables(summary))
     out.print(
         f"{summary['seconds']:.0f} s of training, {time.monotonic() - began:.0f} s since this command began; "

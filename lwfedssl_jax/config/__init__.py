@@ -1,6 +1,6 @@
 """What an experiment is, and every check that a config alone allows."""
 
-from lwfedssl_jax.config.files import CONFIG_DIR, SWEEPS, available, load, run_file
+from lwfedssl_jax.config.files import CONFIG_DIR, REPLACED, SWEEPS, available, load, run_file
 from lwfedssl_jax.config.resolve import choose, device_classes, digest, divisors, override, resolve
 from lwfedssl_jax.config.sections import (
     MODELS,
@@ -25,6 +25,7 @@ from lwfedssl_jax.system.errors import ConfigError
 __all__ = [
     "CONFIG_DIR",
     "MODELS",
+    "REPLACED",
     "SWEEPS",
     "AdditionsConfig",
     "Config",

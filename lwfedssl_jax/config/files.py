@@ -1,6 +1,7 @@
 """Config files: finding, running and listing them."""
 
 import ast
+import csv
 import difflib
 import os.path
 import types
@@ -16,6 +17,7 @@ CONFIG_DIR = next(
 )
 
 SWEEPS = "sweeps"  # its folder that has sweeps
+REPLACED = "replaced.csv"  # its table of configs that were removed, and what gives the same runs
 
 
 def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
@@ -28,17 +30,31 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
     path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
     known = [n for n, _ in available(config_dir)]
     if not os.path.isfile(path) or not (name.endswith(".py") or name in known):
+        check_not_replaced(name, config_dir)
         close = difflib.get_close_matches(name, known, n=3)
         names = f", such as {', '.join(close)}" if close else ""
         raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or a name of `list`{names}")
     if name.startswith(f"{SWEEPS}/"):
-        raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {path.stem}` runs the sweep)")
+        sweep = name.removeprefix(f"{SWEEPS}/")
+        raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {sweep}` runs the sweep)")
     config = getattr(run_file(path, "CONFIG", "config"), "config", None)
     if not isinstance(config, Config):
         found = f"found {type(config).__name__}; accepted: `config = Config(...)`"
         raise ConfigError(f"CONFIG: {path} defines no config, {found}")
     check_fields(config)  # before options override them: the parser trusts their types
     return config
+
+
+def check_not_replaced(name: str, config_dir: Path) -> None:
+    """Refuse the name, or the path, of a config that was removed.
+
+    Raises:
+      ConfigError: ``config_dir/replaced.csv`` says what replaces it.
+    """
+    table = config_dir / REPLACED
+    for row in csv.DictReader(table.read_text().splitlines() if table.is_file() else ()):
+        if f"/{name}".removesuffix(".py").endswith(f"/{row['removed']}"):
+            raise ConfigError(f"CONFIG: {name} was replaced; accepted: {row['instead']}, or the sweep {row['sweep']}")
 
 
 def run_file(path: Path, argument: str, what: str) -> types.ModuleType:

@@ -27,7 +27,7 @@ from lwfedssl_jax.method import fedca
 from lwfedssl_jax.method.checks import check
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import STRATEGIES, make_stages
-from lwfedssl_jax.method.stateful_clients import empty_memory, make_start
+from lwfedssl_jax.method.stateful_clients import make_client_start
 from lwfedssl_jax.method.task import make_task
 
 BYTES_PER_PARAMETER = 4
@@ -176,8 +176,5 @@ def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]]) -> 
 
 def client_state(config: Config) -> int:
     """Bytes that a client keeps between rounds."""
-    task = make_task(config)
-    if make_start(config, task) is None:
-        return 0
     _, layers = param_shapes(config)
-    return tree.nbytes(empty_memory(task, make_stages(config, layers)[0]))
+    return tree.nbytes(make_client_start(config, make_task(config), make_stages(config, layers)[0]).empty_memory)

@@ -11,9 +11,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, override
-from lwfedssl_jax.method import fedca
 from lwfedssl_jax.method.calibration import all_trainable
 from lwfedssl_jax.method.client import client_init, client_step, embed
+from lwfedssl_jax.method.fedca import make_exchange
 from lwfedssl_jax.method.stages import Stage, make_stages
 from lwfedssl_jax.method.task import Broadcast, ClientState, Task, init_params, make_task, param_layers
 from lwfedssl_jax.tree import Tree
@@ -187,7 +187,7 @@ def lowered_step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callabl
             number,
             number,
             number,
-            fedca.shapes(config, task, trainable, b),  # a client needs no more public images at once
+            make_exchange(config, task).shapes(trainable, b),  # a client needs no more public images at once
         ),
         jax.ShapeDtypeStruct((b, *task.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((b,), bool),

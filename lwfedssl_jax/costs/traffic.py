@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from lwfedssl_jax.config import Config
+from lwfedssl_jax.method import fedca
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.tree import Tree
 
@@ -56,3 +58,15 @@ class Traffic:
 
     def _frozen_bytes(self, stage: Stage, after: int) -> int:
         return int(self._bytes[(self._layers > after) & (self._layers <= stage.frozen_depth)].sum())
+
+
+def make_traffic(config: Config, params: Tree, layers: Tree, clients: int) -> Traffic:
+    """The traffic of a (resolved) config's run."""
+    return Traffic(
+        params,
+        layers,
+        clients,
+        calibrated=bool(config.additions.calibration_steps),
+        dictionary=fedca.dictionary_bytes(config),
+        base=fedca.has_base(config),
+    )

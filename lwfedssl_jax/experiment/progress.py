@@ -7,10 +7,19 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lwfedssl_jax.costs import ledger
-from lwfedssl_jax.method.stages import Stage
-from lwfedssl_jax.simulation.events import Listener
-from lwfedssl_jax.simulation.setup import Prepared
+from lwfedssl_jax.simulation.events import (
+    Compiling,
+    Evaluated,
+    Event,
+    FineTuning,
+    Finished,
+    Loading,
+    Note,
+    RoundDone,
+    StageBegan,
+    Started,
+    StepsDone,
+)
 
 SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
 SECONDS_BETWEEN_UPDATES = 0.3  # in a notebook
@@ -22,7 +31,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}" if hours else f"{minutes}:{int(seconds) % 60:02d}"
 
 
-class ConsoleProgress(Listener):
+class ConsoleProgress:
     """Prints what it hears; a context manager that owns the live line."""
 
     def __init__(self, console: Console) -> None:
@@ -35,7 +44,7 @@ class ConsoleProgress(Listener):
         self._printed = 0.0
         self._status = ""
         self._training = 0.0  # seconds of rounds so far
-        self._left = [1.0]
+        self._left = [1.0]  # operations after each number of rounds
         self._number = 0
 
     def __enter__(self) -> "ConsoleProgress":
@@ -45,62 +54,68 @@ class ConsoleProgress(Listener):
         if self._console.is_terminal:
             self._bar.stop()
 
+    def __call__(self, event: Event) -> None:
+        """Hear an event of the run."""
+        match event:
+            case Note(text):
+                self.say(text)
+            case Started():
+                self._start(event)
+            case Compiling(what):
+                self._show(f"compiling {what}", always=True)
+            case StageBegan(stage):
+                self._stage = stage
+                self._status = f"stage {stage.number}/{self._run.stages}"
+            case StepsDone():
+                self._show(f"{self._status} · round {event.round}, step {event.done}/{event.total}")
+            case RoundDone(line):
+                self._round(line)
+            case Evaluated(line):
+                self._evaluation(line)
+            case Loading(what) | FineTuning(what):
+                self._show(what)
+            case Finished(summary):
+                self._finished(summary)
+
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def loading(self, what: str) -> None:
-        self._show(what)
-
-    def note(self, what: str) -> None:
-        self.say(what)
-
-    def start(self, run: Prepared, finished_rounds: int) -> None:
-        self._run, self._number = run, finished_rounds
-        config, sizes = run.config, run.clients.sizes
+    def _start(self, run: Started) -> None:
+        self._run, self._number = run, run.finished_rounds
+        config, sizes = run.config, run.sizes
         self.say(
-            f"{config.strategy.name}, {config.objective.name}: {len(run.stages)} stages, {config.federation.rounds} "
+            f"{config.strategy.name}, {config.objective.name}: {run.stages} stages, {config.federation.rounds} "
             f"rounds, {len(sizes):,} clients with {sizes.min()} to {sizes.max()} examples, "
-            f"{run.lanes} lane{'s' * (run.lanes > 1)} on {run.mesh.size} {jax.devices()[0].device_kind}"
-            f" device{'s' * (run.mesh.size > 1)}"
+            f"{run.lanes} lane{'s' * (run.lanes > 1)} on {run.devices} {jax.devices()[0].device_kind}"
+            f" device{'s' * (run.devices > 1)}"
         )
-        if finished_rounds:
-            self.say(f"continuing after round {finished_rounds}")
+        if run.finished_rounds:
+            self.say(f"continuing after round {run.finished_rounds}")
         # A round's cost depends on its stage: progress is measured in operations, not rounds.
-        per_stage = ledger.make_ledger(config)["per_stage"]
-        costs = [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
-        self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]  # after i rounds
-        self._left_at_start = self._left[finished_rounds]
+        costs = run.operations
+        self._left = [sum(costs[i:]) for i in range(len(costs) + 1)]
+        self._left_at_start = self._left[run.finished_rounds]
 
-    def compiling(self, what: str) -> None:
-        self._show(f"compiling {what}", always=True)
-
-    def stage(self, stage: Stage) -> None:
-        self._stage = stage
-        self._status = f"stage {stage.number}/{len(self._run.stages)}"
-
-    def steps(self, round_number: int, done: int, total: int) -> None:
-        self._show(f"{self._status} · round {round_number}, step {done}/{total}")
-
-    def round(self, line: dict[str, Any]) -> None:
+    def _round(self, line: dict[str, Any]) -> None:
         self._number = line["round"]
         seconds = max(line["seconds"], 1e-4)
         self._training += seconds
         loss = "nobody reported" if line["loss"] is None else f"loss {line['loss']:.3f}"
         self._status = (
-            f"stage {line['stage']}/{len(self._run.stages)} · round {self._number}/{self._run.config.federation.rounds}"
+            f"stage {line['stage']}/{self._run.stages} · round {self._number}/{self._run.config.federation.rounds}"
             f" · {loss} · {line['clients'] / seconds:.3g} clients/s"
             f" · {line['examples'] / seconds:,.0f} samples/s · {self._time_left()} left"
         )
-        self._show(self._status, always=self._number == self._stage.first_round + self._stage.rounds)
+        self._show(self._status, always=self._number == self._stage.last_round)
 
-    def fine_tuning(self, what: str) -> None:
-        self._show(what)
-
-    def evaluation(self, line: dict[str, Any]) -> None:
+    def _evaluation(self, line: dict[str, Any]) -> None:
         start = "from scratch" if "baseline" in line else "untrained"
         where = f"round {line['round']}, {line['depth']} layers" if line["round"] else start
         self.say(f"  {where}: {line['protocol']} {100 * line['accuracy']:.1f} %")
+
+    def _finished(self, summary: dict[str, Any]) -> None:
+        """A terminal's summary is the command's to print."""
 
     def _time_left(self) -> str:
         done = self._left_at_start - self._left[self._number]
@@ -129,10 +144,10 @@ class NotebookProgress(ConsoleProgress):
         self._said.append(text)
         self._show("", always=True)
 
-    def evaluation(self, line: dict[str, Any]) -> None:
-        """Said by no line: a run has dozens."""
+    def _evaluation(self, line: dict[str, Any]) -> None:
+        """A run has dozens of evaluations: none gets a line."""
 
-    def finished(self, summary: dict[str, Any]) -> None:
+    def _finished(self, summary: dict[str, Any]) -> None:
         self.say(f"{summary['rounds']} rounds in {summary['seconds']:.0f} s")
 
     def _show(self, text: str, *, always: bool = False) -> None:

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 from lwfedssl_jax.analysis.style import traffic_by_round
 from lwfedssl_jax.config import Config, ConfigError, choose, to_dict
-from lwfedssl_jax.method.stages import Stage
-from lwfedssl_jax.simulation.events import Listener
-from lwfedssl_jax.simulation.setup import Prepared
+from lwfedssl_jax.simulation.events import Evaluated, Event, Finished, Hear, Note, RoundDone, Started
 from lwfedssl_jax.workdir import WorkDir
 
 
@@ -142,20 +140,20 @@ def _flat(config: Config) -> dict[str, Any]:
     }
 
 
-class Tracking(Listener):
-    """Passes on all it hears; a context manager that owns ``runtime.trackers``.
+class Tracking:
+    """Gives what it hears to the trackers of ``runtime.trackers``; a context manager that owns them.
 
     Trackers are opened when the run starts, and given what ``metrics.jsonl`` holds already. One that fails is left
-    out from there on, and the listener told.
+    out from there on, with a note.
 
     Args:
       config: resolved and checked.
-      workdir: the run's; without one nothing is tracked.
-      listener: hears everything too.
+      workdir: the run's.
+      hear: hears notes.
     """
 
-    def __init__(self, config: Config, workdir: WorkDir | None, listener: Listener) -> None:
-        self._config, self._workdir, self._listener = config, workdir, listener
+    def __init__(self, config: Config, workdir: WorkDir, hear: Hear) -> None:
+        self._config, self._workdir, self._hear = config, workdir, hear
         self._trackers: dict[str, Tracker] = {}
         self._summary: dict[str, float] | None = None
         self._step, self._traffic = 0, 0.0
@@ -168,49 +166,26 @@ class Tracking(Listener):
             try:
                 tracker.finish(self._summary)
             except Exception as error:
-                self._say_failed(name, error)
+                self._note_failure(name, error)
 
-    def start(self, run: Prepared, finished_rounds: int) -> None:
-        self._listener.start(run, finished_rounds)
-        if not (self._workdir and self._config.runtime.trackers):
-            return
+    def __call__(self, event: Event) -> None:
+        """Hear an event of the run."""
+        match event:
+            case Started():
+                self._open()
+            case RoundDone(line) | Evaluated(line):
+                self._log(line)
+            case Finished(summary):
+                self._summary = summary_values(summary) if self._trackers else None
+
+    def _open(self) -> None:
         for name in dict.fromkeys(self._config.runtime.trackers):
             try:
                 self._trackers[name] = TRACKERS[name](self._config, self._workdir.path)
             except Exception as error:  # of any kind: no run is to end for its trackers
-                self._say_failed(name, error)
+                self._note_failure(name, error)
         for line in self._workdir.metrics():
             self._log(line)
-
-    def round(self, line: dict[str, Any]) -> None:
-        self._listener.round(line)
-        self._log(line)
-
-    def evaluation(self, line: dict[str, Any]) -> None:
-        self._listener.evaluation(line)
-        self._log(line)
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        self._listener.finished(summary)
-        self._summary = summary_values(summary) if self._trackers else None
-
-    def loading(self, what: str) -> None:
-        self._listener.loading(what)
-
-    def note(self, what: str) -> None:
-        self._listener.note(what)
-
-    def compiling(self, what: str) -> None:
-        self._listener.compiling(what)
-
-    def stage(self, stage: Stage) -> None:
-        self._listener.stage(stage)
-
-    def steps(self, round_number: int, done: int, total: int) -> None:
-        self._listener.steps(round_number, done, total)
-
-    def fine_tuning(self, what: str) -> None:
-        self._listener.fine_tuning(what)
 
     def _log(self, line: dict[str, Any]) -> None:
         self._step = max(self._step, line["round"])  # training from scratch, a round 0, is judged last
@@ -222,14 +197,14 @@ class Tracking(Listener):
             try:
                 tracker.log(self._step, values)
             except Exception as error:
-                self._say_failed(name, error)
+                self._note_failure(name, error)
                 del self._trackers[name]
                 with contextlib.suppress(Exception):  # it has been said
                     tracker.finish(None)
 
-    def _say_failed(self, name: str, error: Exception) -> None:
+    def _note_failure(self, name: str, error: Exception) -> None:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        self._listener.note(f"runtime.trackers: {name} failed and is left out from here on ({what})")
+        self._hear(Note(f"runtime.trackers: {name} failed and is left out from here on ({what})"))
 
 
 def line_values(line: dict[str, Any]) -> dict[str, float]:

@@ -8,34 +8,49 @@ import jax.numpy as jnp
 import optax
 
 from lwfedssl_jax.config import Config, choose
-from lwfedssl_jax.method.task import Broadcast, weights_of
+from lwfedssl_jax.method.task import Broadcast, Hyper, weights_of
 from lwfedssl_jax.tree import Tree
+
+
+class RoundContext(NamedTuple):
+    """What is known of a round wherever something is aggregated.
+
+    Attributes:
+      number: of the round, from 1.
+      key: for the aggregator's own draws; in ``add`` it differs between clients.
+      hyper: the run's numbers.
+    """
+
+    number: jax.Array
+    key: jax.Array
+    hyper: Hyper
 
 
 class Aggregator(NamedTuple):
     """Aggregation as sums over clients, so that nobody's model has to be kept.
 
     Attributes:
-      init: ``sent -> state``, the server's own state over the rounds of a stage (momentum, a
-        random key; ``()`` if it has none).
-      add: ``(sent, trained, examples) -> contribution``, a pytree that is summed over all
+      init: ``broadcast -> state``, the server's own state over the rounds of a stage (momentum, for example; ``()``
+        if it has none).
+      add: ``(context, broadcast, trained, examples) -> contribution`` of one client, a pytree that is summed over all
         clients that report; ``()`` where the weighted mean, which every round has, is enough.
-      finish: ``(state, sent, mean, summed) -> (state, trainable)``, after the round.
+      finish: ``(context, state, broadcast, mean, summed) -> (state, trainable, measured)``, after the round;
+        ``measured`` maps names to numbers for the round's line of ``metrics.jsonl``.
 
-    ``sent`` is what the server sent out, ``trained`` what a client made of its trainable part,
-    ``mean`` the clients' average weighted by their examples.
+    ``broadcast`` is what the server sent, ``trained`` what a client made of its trainable part, ``mean`` the clients'
+    average weighted by their examples, ``summed`` the sum of the contributions.
     """
 
     init: Callable[[Broadcast], Tree]
-    add: Callable[[Broadcast, Tree, jax.Array], Tree]
-    finish: Callable[[Tree, Broadcast, Tree, Tree], tuple[Tree, Tree]]
+    add: Callable[[RoundContext, Broadcast, Tree, jax.Array], Tree]
+    finish: Callable[[RoundContext, Tree, Broadcast, Tree, Tree], tuple[Tree, Tree, dict[str, jax.Array]]]
 
 
 # FedAvg (McMahan et al., 2017, arXiv 1602.05629): sum of n_i * w_i over sum of n_i.
 WEIGHTED_MEAN = Aggregator(
-    init=lambda sent: (),
-    add=lambda sent, trained, examples: (),
-    finish=lambda state, sent, mean, summed: (state, mean),
+    init=lambda broadcast: (),
+    add=lambda context, broadcast, trained, examples: (),
+    finish=lambda context, state, broadcast, mean, summed: (state, mean, {}),
 )
 
 
@@ -45,16 +60,17 @@ def server_optimizer(optimizer: optax.GradientTransformation) -> Aggregator:
     Running averages of batch normalisation are averaged.
     """
 
-    def finish(state: Tree, sent: Broadcast, mean: Tree, summed: Tree) -> tuple[Tree, Tree]:
-        del summed
-        weights = weights_of(sent.trainable)
+    def finish(
+        context: RoundContext, state: Tree, broadcast: Broadcast, mean: Tree, summed: Tree
+    ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+        del context, summed
+        weights = weights_of(broadcast.trainable)
         change = jax.tree.map(jnp.subtract, weights, weights_of(mean))
         updates, state = optimizer.update(change, state, weights)
-        return state, mean | optax.apply_updates(weights, updates)
+        return state, mean | optax.apply_updates(weights, updates), {}
 
-    return Aggregator(
-        init=lambda sent: optimizer.init(weights_of(sent.trainable)),
-        add=lambda sent, trained, examples: (),
+    return WEIGHTED_MEAN._replace(
+        init=lambda broadcast: optimizer.init(weights_of(broadcast.trainable)),
         finish=finish,
     )
 
@@ -86,22 +102,26 @@ def ldawa(config: Config) -> Aggregator:
         norms = jnp.sqrt(jnp.square(sent).sum(axes, keepdims=True) * jnp.square(trained).sum(axes, keepdims=True))
         return jnp.where(norms > 0, jnp.maximum(product, 0) / jnp.where(norms > 0, norms, 1), 1)
 
-    def add(sent: Broadcast, trained: Tree, examples: jax.Array) -> Tree:
+    def add(context: RoundContext, broadcast: Broadcast, trained: Tree, examples: jax.Array) -> Tree:
+        del context
+
         def leaf(present: jax.Array, s: jax.Array, t: jax.Array) -> dict[str, jax.Array]:
             weight = examples.astype(s.dtype) * cosine(s, t, tuple(range(present.ndim, s.ndim)))
             return {"weighted": weight * t, "weight": weight}
 
-        return jax.tree.map(leaf, *map(weights_of, (sent.present, sent.trainable, trained)))
+        return jax.tree.map(leaf, *map(weights_of, (broadcast.present, broadcast.trainable, trained)))
 
-    def finish(state: Tree, sent: Broadcast, mean: Tree, summed: Tree) -> tuple[Tree, Tree]:
-        del sent
+    def finish(
+        context: RoundContext, state: Tree, broadcast: Broadcast, mean: Tree, summed: Tree
+    ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+        del context, broadcast
 
         def leaf(mean: jax.Array, s: dict[str, jax.Array]) -> jax.Array:
             return jnp.where(s["weight"] > 0, s["weighted"] / jnp.where(s["weight"] > 0, s["weight"], 1), mean)
 
-        return state, mean | jax.tree.map(leaf, weights_of(mean), summed)
+        return state, mean | jax.tree.map(leaf, weights_of(mean), summed), {}
 
-    return Aggregator(init=lambda sent: (), add=add, finish=finish)
+    return WEIGHTED_MEAN._replace(add=add, finish=finish)
 
 
 AGGREGATORS: dict[str, Callable[[Config], Aggregator]] = {

@@ -2,10 +2,9 @@
 
 from lwfedssl_jax.config import MODELS, Config, ConfigError, VitSize, choose
 from lwfedssl_jax.data.partition import PARTITIONS
-from lwfedssl_jax.method import calibration, fedca
+from lwfedssl_jax.method import calibration, fedca, stateful_clients
 from lwfedssl_jax.method.aggregation import make_aggregator
 from lwfedssl_jax.method.stages import stage_depths
-from lwfedssl_jax.method.stateful_clients import make_start
 from lwfedssl_jax.method.task import make_task
 
 
@@ -19,7 +18,7 @@ def check(config: Config) -> None:
     stages = len(stage_depths(config))
     choose("partition.kind", config.partition.kind, PARTITIONS)
     make_aggregator(config)
-    make_start(config, task)
+    stateful_clients.check(config, task)
     calibration.check(config)
     fedca.check(config)
     rate = config.additions.depth_dropout

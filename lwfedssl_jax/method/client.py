@@ -1,12 +1,14 @@
 """Local training: what one client does with one batch.
 
 Only the stage's trainable part is differentiated, optimised and averaged into the target.
-The frozen part is run forward once a view, for both branches: the target's frozen layers
+The frozen part is run forward once per view, for both branches: the target's frozen layers
 equal the online ones at all times, an average of equals.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,25 +18,41 @@ from lwfedssl_jax.data.views import standardise, two_views
 from lwfedssl_jax.method.depth_dropout import routes
 from lwfedssl_jax.method.task import Broadcast, ClientState, Route, Task, weights_of
 from lwfedssl_jax.method.terms import Local
-from lwfedssl_jax.system.seeds import PUBLIC_STREAM
 from lwfedssl_jax.tree import Tree
 
 
+class ClientStart(NamedTuple):
+    """How a client's state begins in a round.
+
+    Attributes:
+      begin: ``(task, broadcast, memory) -> state``; ``memory`` is None where only the state's shapes matter.
+      empty_memory: what a client that has not taken part yet keeps between rounds, zeros on the host; None where
+        clients keep nothing.
+    """
+
+    begin: Callable[[Task, Broadcast, Tree], ClientState]
+    empty_memory: Tree = None
+
+
 def client_init(task: Task, trainable: Tree) -> ClientState:
-    """State at the start of a round, from what the server sent."""
+    """A client's state at the start of a round, from the trainable parameters of the broadcast."""
     target = {k: trainable[k] for k in ("encoder", "projection")} if task.objective.has_target else {}
-    return ClientState(trainable, task.optimizer(task.hyper).init(weights_of(trainable)), target, jnp.zeros(()))
+    return ClientState(trainable, task.optimizer(task.hyper).init(weights_of(trainable)), target)
+
+
+# The global model as it is, with nothing kept between rounds.
+FROM_BROADCAST = ClientStart(lambda task, broadcast, memory: client_init(task, broadcast.trainable))
 
 
 def client_step(
-    task: Task, state: ClientState, sent: Broadcast, images_BxHxWxC: jax.Array, mask_B: jax.Array, key: jax.Array
+    task: Task, state: ClientState, broadcast: Broadcast, images_BxHxWxC: jax.Array, mask_B: jax.Array, key: jax.Array
 ) -> tuple[ClientState, jax.Array]:
     """One optimizer step on one batch, then the target's moving average.
 
     Args:
-      task: static, but for its numbers, which may be traced.
+      task: static, except for its numbers, which may be traced.
       state: the client's.
-      sent: what the server sent; its frozen part is shared by all clients and both branches.
+      broadcast: from the server; its frozen part is shared by all clients and both branches.
       images_BxHxWxC: uint8.
       mask_B: True for real samples, at least one.
       key: draws the views.
@@ -42,29 +60,21 @@ def client_step(
     Returns:
       The new state and the batch's loss.
     """
+    chex.assert_shape(images_BxHxWxC, (len(mask_B), *task.image_shape))
+    chex.assert_type([images_BxHxWxC, mask_B], [jnp.uint8, bool])
     views = two_views(key, images_BxHxWxC, task.recipe, task.dtype)
-    route, frozen_route = routes(task, sent, key)
-    x = task.encoder.frozen_forward(sent.frozen, views.reshape(-1, *views.shape[2:]), *frozen_route)
+    route, frozen_route = routes(task, broadcast, key)
+    x = task.encoder.frozen_forward(broadcast.frozen, views.reshape(-1, *views.shape[2:]), *frozen_route)
     x = jax.lax.stop_gradient(x)
     weights = weights_of(state.trainable)
     gradient = jax.value_and_grad(_loss, argnums=1, has_aux=True)
-    public = public_batch(task, sent, len(mask_B), key)
-    (loss, statistics), grads = gradient(task, weights, state, sent, x, mask_B, route, public)
+    (loss, statistics), grads = gradient(task, weights, state, broadcast, x, mask_B, route, key)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, weights)
     updates, opt_state = task.optimizer(task.hyper).update(grads, state.opt_state, weights)
-    updates = jax.tree.map(_keep_present, weights_of(sent.present), updates)
+    updates = jax.tree.map(_keep_present, weights_of(broadcast.present), updates)
     weights = optax.apply_updates(weights, updates)
     target = tree.ema(state.target, {k: weights[k] for k in state.target}, task.hyper.momentum)
     return state._replace(trainable=weights | {"statistics": statistics}, opt_state=opt_state, target=target), loss
-
-
-def public_batch(task: Task, sent: Broadcast, size: int, key: jax.Array) -> jax.Array | None:
-    """At most ``size`` of the public images, drawn for a step without repeats and normalised: PxHxWxC."""
-    if "public" not in sent.shared:
-        return None
-    images = sent.shared["public"]
-    shape = (min(size, len(images)),)
-    drawn = jax.random.choice(jax.random.fold_in(key, PUBLIC_STREAM), len(images), shape, replace=False)
-    return standardise(images[drawn], task.recipe).astype(task.dtype)
 
 
 def _keep_present(present: jax.Array, update: jax.Array) -> jax.Array:
@@ -76,11 +86,11 @@ def _loss(
     task: Task,
     weights: Tree,
     state: ClientState,
-    sent: Broadcast,
+    broadcast: Broadcast,
     x: jax.Array,
     mask_B: jax.Array,
     route: Route,
-    public: jax.Array | None,
+    key: jax.Array,
 ) -> tuple[jax.Array, Tree]:
     statistics = {"statistics": state.trainable["statistics"]}
     outputs, new_statistics = embed(task, weights | statistics, x, mask_B, route, list(task.heads))
@@ -89,27 +99,40 @@ def _loss(
     def project(weights: Tree) -> jax.Array:
         return embed(task, weights | statistics, x, mask_B, route, ["projection"])[0][0]
 
-    def project_public() -> tuple[jax.Array, jax.Array]:
-        assert public is not None  # where the base term is, the server shares images
-        real = jnp.ones(len(public), bool)
-        models = weights | statistics, sent.shared["base"]
-        z, goal = (embed(task, model, public, real, route, ["projection"])[0][0][0] for model in models)
-        return z, goal
+    def project_images(model: Tree, images_PxHxWxC: jax.Array) -> jax.Array:
+        plain = standardise(images_PxHxWxC, task.recipe).astype(task.dtype)
+        real = jnp.ones(len(plain), bool)
+        return embed(task, statistics | model, plain, real, route, ["projection"])[0][0][0]
 
     goal = jax.lax.stop_gradient(project(state.target)) if state.target else online
-    with_negatives = task.objective.loss_with_negatives
-    if with_negatives and "dictionary" in sent.shared:
-        negatives = sent.shared["dictionary"], sent.shared["filled"]
-        loss = with_negatives(online, goal, mask_B, task.hyper.temperature, negatives)
-    else:
-        loss = task.objective.loss(online, goal, mask_B, task.hyper.temperature)
-    received = weights_of(sent.trainable)
+    loss = _objective_loss(task, broadcast, online, goal, mask_B)
+    received = weights_of(broadcast.trainable)
     local = Local(
-        weights, received, weights_of(sent.present), projection, lambda: project(received), mask_B, project_public
+        weights=weights,
+        received=received,
+        present=weights_of(broadcast.present),
+        projection=projection,
+        received_projection=lambda: project(received),
+        mask=mask_B,
+        extras=broadcast.extras,
+        project_images=project_images,
+        key=key,
     )
     for term, weight in zip(task.terms, task.hyper.weights, strict=True):
         loss += weight * term(local)
     return loss, new_statistics
+
+
+def _objective_loss(
+    task: Task, broadcast: Broadcast, online_2xBxD: jax.Array, goal_2xBxD: jax.Array, mask_B: jax.Array
+) -> jax.Array:
+    """The objective, with further negatives if the server has sent a dictionary of them."""
+    chex.assert_equal_shape([online_2xBxD, goal_2xBxD])
+    extras, with_negatives = broadcast.extras, task.objective.loss_with_negatives
+    if with_negatives and "dictionary" in extras:
+        negatives = extras["dictionary"], extras["filled"]
+        return with_negatives(online_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature, negatives)
+    return task.objective.loss(online_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature)
 
 
 def embed(

@@ -34,11 +34,11 @@ def kept_layers(
     return jnp.argsort(~runs_L, stable=True).astype(jnp.int32), runs_L.sum(dtype=jnp.int32)
 
 
-def routes(task: Task, sent: Broadcast, key: jax.Array) -> tuple[Route, Route]:
+def routes(task: Task, broadcast: Broadcast, key: jax.Array) -> tuple[Route, Route]:
     """Which trainable and which frozen layers a step runs: all, or those that depth dropout keeps."""
     if not task.drops_layers:
-        return (sent.depth, None), (sent.frozen_depth, None)
-    kept = functools.partial(kept_layers, key, task.hyper.depth_dropout, sent.droppable, layers=task.layers)
-    order, count = kept(sent.frozen_depth, sent.depth)
-    frozen_order, frozen_count = kept(0, sent.frozen_depth)
+        return (broadcast.depth, None), (broadcast.frozen_depth, None)
+    kept = functools.partial(kept_layers, key, task.hyper.depth_dropout, broadcast.droppable, layers=task.layers)
+    order, count = kept(broadcast.frozen_depth, broadcast.depth)
+    frozen_order, frozen_count = kept(0, broadcast.frozen_depth)
     return (count, order), (frozen_count, frozen_order)

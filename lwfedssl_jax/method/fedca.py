@@ -2,7 +2,7 @@
 
 Clients upload embeddings that their trained models make, and the next round's clients have all of them as
 further negatives (``additions.dictionary``). A base model, which the server trains on public images before the
-first round, pulls local models to its projections of these (the term ``base``). ``Sent.shared`` has
+first round, pulls local models to its projections of these (the term ``base``). ``Broadcast.extras`` has
 
 * ``dictionary`` MxO, normalised, ``filled`` M, and ``cohort`` K, the round's clients in order: M = K * the
   embeddings of each, and a client's slot is its place in ``cohort``;
@@ -19,6 +19,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.data.views import two_views
 from lwfedssl_jax.method import terms
 from lwfedssl_jax.method.client import embed
+from lwfedssl_jax.method.exchange import MODELS_ONLY, Batch, Exchange
 from lwfedssl_jax.method.objectives import OBJECTIVES, unit_norm
 from lwfedssl_jax.method.stages import stage_depths
 from lwfedssl_jax.method.task import Broadcast, Task
@@ -76,90 +77,97 @@ def has_base(config: Config) -> bool:
 
 
 def dictionary_bytes(config: Config) -> tuple[int, int]:
-    """What of the dictionary a client downloads and uploads in a round, float32, all slots counted."""
+    """Bytes of the dictionary that a client downloads and uploads in a round, float32, all slots counted."""
     upload = config.additions.dictionary * config.objective.output_dim * 4
     return config.cohort_size * upload, upload
 
 
-def empty(config: Config, task: Task) -> dict[str, np.ndarray]:
+def make_exchange(config: Config, task: Task) -> Exchange:
+    """FedCA's exchange, or none where the config has neither a dictionary nor a base model."""
+    per_client = config.additions.dictionary
+    if not (per_client or has_base(config)):
+        return MODELS_ONLY
+    shapes = functools.partial(extras_shapes, config, task)
+    if not per_client:
+        return MODELS_ONLY._replace(shapes=shapes)
+    return Exchange(
+        start=functools.partial(empty_dictionary, config, task),
+        for_cohort=functools.partial(cohort_slots, config),
+        shapes=shapes,
+        nothing=no_upload,
+        upload=upload_last_batch,
+        finish=join_uploads,
+    )
+
+
+def empty_dictionary(config: Config, task: Task) -> dict[str, np.ndarray]:
     """The dictionary before a stage's first round."""
     slots = config.cohort_size * config.additions.dictionary
-    if not slots:
-        return {}
     embeddings = np.zeros((slots, config.objective.output_dim), task.dtype)
     return {"dictionary": embeddings, "filled": np.zeros(slots, bool)}
 
 
-def padded(config: Config, cohort: list[int]) -> np.ndarray:
-    """``cohort`` K: a round's clients, in order."""
-    return np.pad(np.array(cohort, np.int32), (0, config.cohort_size - len(cohort)), constant_values=NOBODY)
+def cohort_slots(config: Config, cohort: list[int]) -> dict[str, np.ndarray]:
+    """``cohort`` K: a round's clients, in order, filled up to the largest cohort."""
+    missing = config.cohort_size - len(cohort)
+    return {"cohort": np.pad(np.array(cohort, np.int32), (0, missing), constant_values=NOBODY)}
 
 
-def shapes(config: Config, task: Task, trainable: Tree, images: int) -> Tree:
-    """Shapes of ``Sent.shared``.
+def extras_shapes(config: Config, task: Task, trainable: Tree, images: int) -> Tree:
+    """Shapes of ``Broadcast.extras``.
 
     Args:
       config: resolved.
-      task: of it.
+      task: of this config.
       trainable: shapes of the stage's trainable part.
-      images: how many public ones there are.
+      images: number of public images.
     """
-    shared: Tree = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in empty(config, task).items()}
-    if shared:
-        shared["cohort"] = jax.ShapeDtypeStruct((config.cohort_size,), jnp.int32)
+    extras: Tree = {}
+    if config.additions.dictionary:
+        for name, x in (empty_dictionary(config, task) | cohort_slots(config, [])).items():
+            extras[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if has_base(config):
-        shared |= {"base": trainable, "public": jax.ShapeDtypeStruct((images, *task.image_shape), jnp.uint8)}
-    return shared
+        extras |= {"base": trainable, "public": jax.ShapeDtypeStruct((images, *task.image_shape), jnp.uint8)}
+    return extras
 
 
-def no_upload(sent: Broadcast) -> Tree:
-    """What clients that have not finished add to the dictionary; empty without one."""
-    if "dictionary" not in sent.shared:
-        return {}
-    slots = jnp.zeros_like(sent.shared["filled"], jnp.int32)
-    return {"dictionary": jnp.zeros_like(sent.shared["dictionary"]), "filled": slots}
+def no_upload(broadcast: Broadcast) -> Tree:
+    """What clients that have not finished add to the dictionary: zeros."""
+    extras = broadcast.extras
+    return {"dictionary": jnp.zeros_like(extras["dictionary"]), "filled": jnp.zeros_like(extras["filled"], jnp.int32)}
 
 
-def upload(
-    task: Task,
-    sent: Broadcast,
-    trained: Tree,
-    images_BxHxWxC: jax.Array,
-    mask_B: jax.Array,
-    key: jax.Array,
-    client: jax.Array,
-    weight: jax.Array,
+def upload_last_batch(
+    task: Task, broadcast: Broadcast, trained: Tree, batch: Batch, client: jax.Array, is_finished: jax.Array
 ) -> Tree:
     """What a client adds to the dictionary: normalised projections of the first samples of its last batch.
 
     Args:
       task: static.
-      sent: what the server sent.
-      trained: what the client made of its trainable part.
-      images_BxHxWxC, mask_B, key: of the step; the first view is embedded, as the step saw it, and by all layers.
+      broadcast: from the server.
+      trained: the client's trainable part after its step.
+      batch: of the step; the first view is embedded, as the step saw it, and by all layers.
       client: its number.
-      weight: above 0 at the client's last step; before it nothing is added.
+      is_finished: whether this was the client's last step; before it nothing is added.
     """
-    if "dictionary" not in sent.shared:
-        return {}
-    cohort_K = sent.shared["cohort"]
+    cohort_K = broadcast.extras["cohort"]
 
     def finished() -> Tree:
-        view = two_views(key, images_BxHxWxC, task.recipe, task.dtype)[0]
-        x = task.encoder.frozen_forward(sent.frozen, view, sent.frozen_depth, None)
-        projections, _ = embed(task, trained, x, mask_B, (sent.depth, None), ["projection"])
-        nothing = no_upload(sent)
+        view = two_views(batch.key, batch.images_BxHxWxC, task.recipe, task.dtype)[0]
+        x = task.encoder.frozen_forward(broadcast.frozen, view, broadcast.frozen_depth, None)
+        projections, _ = embed(task, trained, x, batch.mask_B, (broadcast.depth, None), ["projection"])
+        nothing = no_upload(broadcast)
         count = len(nothing["filled"]) // len(cohort_K)
-        real = mask_B[:count]
+        real = batch.mask_B[:count]
         z = jnp.where(real[:, None], unit_norm(projections[0][0, :count]), 0)
         at = jnp.searchsorted(cohort_K, client) * count + jnp.arange(count)
         added = {"dictionary": z.astype(task.dtype), "filled": real.astype(jnp.int32)}
         return {name: x.at[at].set(added[name]) for name, x in nothing.items()}
 
     # A pass forward that only last steps need; lanes under ``vmap`` run it in every step.
-    return jax.lax.cond(weight > 0, finished, functools.partial(no_upload, sent))
+    return jax.lax.cond(is_finished, finished, functools.partial(no_upload, broadcast))
 
 
-def join(uploaded: Tree) -> Tree:
-    """The dictionary from the sum of what clients added."""
-    return uploaded and {"dictionary": uploaded["dictionary"], "filled": uploaded["filled"] > 0}
+def join_uploads(uploaded: Tree) -> Tree:
+    """The dictionary from the sum of the clients' uploads."""
+    return {"dictionary": uploaded["dictionary"], "filled": uploaded["filled"] > 0}

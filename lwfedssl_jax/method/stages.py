@@ -18,7 +18,7 @@ class Stage(NamedTuple):
 
     Attributes:
       number: 1..S.
-      first_round: rounds of the run before this stage.
+      first_round: how many rounds of the run come before this stage.
       rounds: rounds of this stage.
       depth: layers L1..L_depth exist.
       frozen_depth: of these, L1..L_frozen_depth are frozen.
@@ -37,6 +37,11 @@ class Stage(NamedTuple):
     trainable: Tree
     frozen: Tree
     rows: Tree
+
+    @property
+    def last_round(self) -> int:
+        """Number of this stage's last round; a run's rounds begin with 1."""
+        return self.first_round + self.rounds
 
     @property
     def trainable_depth(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError, choose
-from lwfedssl_jax.method.client import client_init
+from lwfedssl_jax.method.client import FROM_BROADCAST, ClientStart, client_init
 from lwfedssl_jax.method.stages import Stage, stage_depths
 from lwfedssl_jax.method.task import Broadcast, ClientState, Task, init_params
 from lwfedssl_jax.tree import Tree
@@ -35,8 +35,8 @@ class Memory(NamedTuple):
     scale: jax.Array
 
 
-# ``(sent, memory, divergence) -> (trainable, scale)`` of a client that has a memory.
-ClientStart = Callable[[Broadcast, Memory, float], tuple[Tree, jax.Array]]
+# ``(broadcast, memory, divergence) -> (trainable, scale)`` of a client that has a memory.
+Rule = Callable[[Broadcast, Memory, float], tuple[Tree, jax.Array]]
 
 FEDU_DIVERGENCE, FEDEMA_DIVERGENCE = 0.4, 0.7  # the papers'
 
@@ -56,43 +56,43 @@ def distance(present: Tree, a: Tree, b: Tree) -> jax.Array:
     return jnp.concatenate(jax.tree.leaves(by_leaf)).mean()
 
 
-def fedu(sent: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
+def fedu(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
     """FedU's divergence-aware predictor update (Zhuang et al., 2021, arXiv 2108.06492).
 
     The global predictor is taken only where the client's encoder is nearer than ``divergence`` to
     the global one (``distance``); the rest always.
     """
-    near = distance(sent.present, sent.trainable, memory.trainable) < (divergence or FEDU_DIVERGENCE)
-    prediction = tree.where(near, sent.trainable["prediction"], memory.trainable["prediction"])
-    return sent.trainable | {"prediction": prediction}, memory.scale
+    near = distance(broadcast.present, broadcast.trainable, memory.trainable) < (divergence or FEDU_DIVERGENCE)
+    prediction = tree.where(near, broadcast.trainable["prediction"], memory.trainable["prediction"])
+    return broadcast.trainable | {"prediction": prediction}, memory.scale
 
 
-def fedema(sent: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
+def fedema(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
     """FedEMA (Zhuang et al., 2022, arXiv 2204.04385, eq. 3 to 6).
 
     ``w <- mu * w_local + (1 - mu) * w_global`` with ``mu = min(lambda * ||w_global - w_local||, 1)``; the
     autoscaler sets ``lambda = tau / ||w_global - w_local||`` when the client takes part for the second time.
     """
-    apart = distance(sent.present, sent.trainable, memory.trainable)
+    apart = distance(broadcast.present, broadcast.trainable, memory.trainable)
     first = jnp.where(apart > 0, (divergence or FEDEMA_DIVERGENCE) / jnp.where(apart > 0, apart, 1), 0)
     scale = jnp.where(memory.scale > 0, memory.scale, first)
     mu = jnp.minimum(scale * apart, 1)
-    return tree.ema(memory.trainable, sent.trainable, mu), scale
+    return tree.ema(memory.trainable, broadcast.trainable, mu), scale
 
 
-STARTS: dict[str, ClientStart | None] = {"global": None, "fedu": fedu, "fedema": fedema}
+STARTS: dict[str, Rule | None] = {"global": None, "fedu": fedu, "fedema": fedema}
 
 
-def make_start(config: Config, task: Task) -> ClientStart | None:
-    """The start that ``federation.client_start`` names; None for clients without memory.
+def check(config: Config, task: Task) -> None:
+    """Refuse a start that cannot be had.
 
     Raises:
-      ConfigError: there is none of that name, or it does not go with the strategy or the objective.
+      ConfigError: ``federation.client_start`` is unknown, or does not go with the strategy, the objective or several
+        processes.
     """
     name = config.federation.client_start
-    start = choose("federation.client_start", name, STARTS)
-    if start is None:
-        return None
+    if choose("federation.client_start", name, STARTS) is None:
+        return
     if len(stage_depths(config)) > 1:
         raise ConfigError(
             f"federation.client_start: {name} keeps whole models on clients and needs a single stage, found "
@@ -101,33 +101,43 @@ def make_start(config: Config, task: Task) -> ClientStart | None:
     if not (task.objective.has_target and task.objective.has_prediction):
         raise ConfigError(
             f"federation.client_start: {name} needs a target branch and a prediction head, which objective.name "
-            f"{config.objective.name} has not; accepted: global, or objective.name byol or mocov3"
+            f"{config.objective.name} does not have; accepted: global, or objective.name byol or mocov3"
         )
     if jax.process_count() > 1:
         raise ConfigError(f"federation.client_start: {name} runs in one process; accepted: global, or one process")
-    return start
 
 
-def start_client(task: Task, start: ClientStart | None, sent: Broadcast, memory: Memory | None) -> ClientState:
-    """A client's state at the start of a round."""
-    fresh = client_init(task, sent.trainable)
-    if start is None or memory is None:
-        return fresh
-    trainable, scale = start(sent, memory, task.divergence)
-    own = client_init(task, trainable)._replace(target=memory.target, scale=scale)
-    return tree.where(memory.known, own, fresh)
+def make_client_start(config: Config, task: Task, stage: Stage) -> ClientStart:
+    """The start that ``federation.client_start`` names, in the run's single stage (see ``check``)."""
+    rule, divergence = STARTS[config.federation.client_start], config.federation.divergence
+    if rule is None:
+        return FROM_BROADCAST
+
+    def begin(task: Task, broadcast: Broadcast, memory: Memory | None) -> ClientState:
+        fresh = fresh_client(task, broadcast.trainable)
+        if memory is None:
+            return fresh
+        trainable, scale = rule(broadcast, memory, divergence)
+        own = client_init(task, trainable)._replace(target=memory.target, kept=scale)
+        return tree.where(memory.known, own, fresh)
+
+    return ClientStart(begin, empty_memory(task, stage))
+
+
+def fresh_client(task: Task, trainable: Tree) -> ClientState:
+    """The state of a client that takes part for the first time."""
+    return client_init(task, trainable)._replace(kept=jnp.zeros(()))
 
 
 def to_memory(client: ClientState) -> Memory:
-    """What clients keep of their states at the end of a round; every leaf has a leading lane axis W."""
-    return Memory(jnp.ones(client.scale.shape, bool), client.trainable, client.target, client.scale)
+    """What clients keep of their states at the end of a round; leaves may have a leading lane axis W."""
+    return Memory(jnp.ones(client.kept.shape, bool), client.trainable, client.target, client.kept)
 
 
 def empty_memory(task: Task, stage: Stage) -> Memory:
     """The memory of a client that has not taken part yet: zeros, on the host."""
 
     def shapes() -> Memory:
-        client = client_init(task, tree.take(init_params(task, jax.random.key(0)), stage.rows))
-        return to_memory(client)
+        return to_memory(fresh_client(task, tree.take(init_params(task, jax.random.key(0)), stage.rows)))
 
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(shapes))

@@ -55,7 +55,6 @@ class Task(NamedTuple):
     layers: int
     drops_layers: bool
     terms: tuple[Term, ...]
-    divergence: float
     vmap_on_cpu: bool
     hyper: Hyper
 
@@ -72,7 +71,7 @@ class Broadcast(NamedTuple):
       frozen: the encoder's frozen part and its statistics.
       depth, frozen_depth: how many trainable and frozen layers there are.
       droppable: how many of all these, the first ones, depth dropout may skip.
-      shared: what FedCA sends besides (fedca.py); empty without it.
+      extras: what it sends in addition to the model (``Exchange``); empty in plain federated averaging.
     """
 
     trainable: Tree
@@ -81,20 +80,23 @@ class Broadcast(NamedTuple):
     depth: Depth
     frozen_depth: Depth
     droppable: Depth
-    shared: Tree = {}  # noqa: RUF012  (a pytree without leaves, which nobody changes)
+    extras: Tree = {}  # noqa: RUF012  (a pytree without leaves, which nobody changes)
 
 
 class ClientState(NamedTuple):
-    """A client within a round: trainable parameters, optimizer state, target branch.
+    """A client within a round.
 
-    ``target`` is an average of the trainable encoder part and projection head, and empty for
-    objectives without a target branch. ``scale`` is FedEMA's (starts.py).
+    Attributes:
+      trainable: the trainable parameters.
+      opt_state: the optimizer's state.
+      target: an average of the trainable encoder part and projection head; empty without a target branch.
+      kept: what a client that keeps a model between rounds keeps in addition to it (``Memory``); else empty.
     """
 
     trainable: Tree
     opt_state: optax.OptState
     target: Tree
-    scale: jax.Array
+    kept: Tree = ()
 
 
 def make_task(config: Config) -> Task:
@@ -125,7 +127,6 @@ def make_task(config: Config) -> Task:
         layers=config.model.depth,
         drops_layers=bool(config.additions.depth_dropout),
         terms=tuple(term for term, _ in terms),
-        divergence=config.federation.divergence,
         vmap_on_cpu=config.cpu_lanes > 1,
         hyper=Hyper(
             learning_rate=config.learning_rate,

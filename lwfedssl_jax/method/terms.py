@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.method.objectives import nce, unit_norm
+from lwfedssl_jax.system.seeds import PUBLIC_STREAM
 from lwfedssl_jax.tree import Tree
 
 ALIGNMENT_TEMPERATURE = 0.5  # MOON's
@@ -23,7 +24,9 @@ class Local(NamedTuple):
       projection: 2xBxO, the projection head's output for both views.
       received_projection: gives the same from the received weights, for one more forward pass.
       mask: B, True for real samples.
-      public_projections: gives PxO of the weights and PxO of the base model, for a batch of public images.
+      extras: what the server sent in addition to the model (``Exchange``).
+      project_images: ``(model, images_PxHxWxC) -> PxO``, projections of uint8 images as they are, all layers trainable.
+      key: of the step; a term that draws folds a stream of its own into it.
     """
 
     weights: Tree
@@ -32,7 +35,9 @@ class Local(NamedTuple):
     projection: jax.Array
     received_projection: Callable[[], jax.Array]
     mask: jax.Array
-    public_projections: Callable[[], tuple[jax.Array, jax.Array]]
+    extras: Tree
+    project_images: Callable[[Tree, jax.Array], jax.Array]
+    key: jax.Array
 
 
 Term = Callable[[Local], jax.Array]
@@ -64,8 +69,17 @@ def alignment(local: Local) -> jax.Array:
 
 def base(local: Local) -> jax.Array:
     """Mean ``||z - z_base||^2`` of normalised projections of public images (FedCA's alignment; arXiv 2010.08982)."""
-    z, goal = map(unit_norm, local.public_projections())
+    images = public_batch(local.extras["public"], len(local.mask), local.key)
+    models = local.weights, local.extras["base"]
+    z, goal = (unit_norm(local.project_images(model, images)) for model in models)
     return jnp.square(z - goal).sum(-1).mean()
+
+
+def public_batch(public_NxHxWxC: jax.Array, size: int, key: jax.Array) -> jax.Array:
+    """At most ``size`` of the public images, drawn for a step without repeats: PxHxWxC, uint8."""
+    shape = (min(size, len(public_NxHxWxC)),)
+    drawn = jax.random.choice(jax.random.fold_in(key, PUBLIC_STREAM), len(public_NxHxWxC), shape, replace=False)
+    return public_NxHxWxC[drawn]
 
 
 TERMS: dict[str, Term] = {"proximal": proximal, "alignment": alignment, "base": base}

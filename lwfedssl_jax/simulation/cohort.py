@@ -1,5 +1,7 @@
 """Who is drawn in a round, who reports, and their work packed into lanes."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lwfedssl_jax.simulation.packing import PackedRound, pack_round
@@ -13,22 +15,31 @@ def eligible_clients(run: Prepared, number: int) -> np.ndarray:
     """The clients whose devices can take part in a round: all, or those of the fleet that can afford its stage."""
     if not run.fleet:
         return np.arange(run.config.partition.clients)
-    stage = next(stage for stage in run.stages if number <= stage.first_round + stage.rounds)
+    stage = next(stage for stage in run.stages if number <= stage.last_round)
     return np.flatnonzero(run.fleet.can[stage.number])
 
 
-def draw_cohort(run: Prepared, number: int) -> tuple[list[int], list[int]]:
-    """The clients drawn in a round that have data, and those of them that report."""
+class Cohort(NamedTuple):
+    """Clients of a round, by number and in order: those drawn that have data, and those of them that report."""
+
+    drawn: list[int]
+    reporting: list[int]
+
+
+def draw_cohort(run: Prepared, number: int) -> Cohort:
+    """The clients of a round."""
     rng = np.random.default_rng([run.config.runtime.seed, SAMPLING_STREAM, number])
     clients = eligible_clients(run, number)
-    cohort = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
-    stays = rng.random(len(cohort)) >= run.config.federation.dropout
-    has_data = run.clients.sizes[cohort] > 0
-    return cohort[has_data].tolist(), cohort[has_data & stays].tolist()
+    drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
+    stays = rng.random(len(drawn)) >= run.config.federation.dropout
+    has_data = run.clients.sizes[drawn] > 0
+    return Cohort(drawn[has_data].tolist(), drawn[has_data & stays].tolist())
 
 
-def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound:
-    """The work of these clients in a round, in the run's lanes."""
+def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound | None:
+    """The work of these clients in a round, in the run's lanes; None without any client."""
+    if not clients:
+        return None
     return pack_round(
         clients,
         run.clients,
@@ -38,5 +49,5 @@ def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound:
         run.config.federation.local_epochs,
         CALL_STEPS,
         seed=(run.config.runtime.seed, BATCHES_STREAM, number),
-        one_a_call=run.start is not None,
+        one_a_call=run.keeps_clients,
     )

@@ -1,42 +1,94 @@
-"""What a run reports while it goes."""
+"""What a run reports while it goes: one small type per event, and one function that hears them all."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from lwfedssl_jax.config import Config
 from lwfedssl_jax.method.stages import Stage
 
-if TYPE_CHECKING:
-    from lwfedssl_jax.simulation.setup import Prepared
+
+class Loading(NamedTuple):
+    """Progress of loading the data set."""
+
+    what: str
 
 
-class Listener:
-    """Hears how a run goes; every method may be overridden."""
+class Note(NamedTuple):
+    """Something that the user should know."""
 
-    def loading(self, what: str) -> None:
-        """So much of the data set is there."""
+    text: str
 
-    def note(self, what: str) -> None:
-        """Something that the user should know."""
 
-    def start(self, run: "Prepared", finished_rounds: int) -> None:
-        """The run begins, or continues after so many rounds."""
+class Started(NamedTuple):
+    """The run begins, or continues after ``finished_rounds``.
 
-    def compiling(self, what: str) -> None:
-        """A compilation begins."""
+    Attributes:
+      config: resolved.
+      stages: how many there are.
+      sizes: N, the number of each client's examples.
+      lanes, devices: how many are used.
+      finished_rounds: how many rounds were finished before.
+      operations: of each round, multiply-adds per sample, to measure progress by.
+    """
 
-    def stage(self, stage: Stage) -> None:
-        """A stage's rounds begin."""
+    config: Config
+    stages: int
+    sizes: np.ndarray
+    lanes: int
+    devices: int
+    finished_rounds: int
+    operations: list[float]
 
-    def steps(self, round_number: int, done: int, total: int) -> None:
-        """So many of a round's steps are done."""
 
-    def round(self, line: dict[str, Any]) -> None:
-        """A round's line of ``metrics.jsonl``."""
+class Compiling(NamedTuple):
+    """A compilation begins."""
 
-    def fine_tuning(self, what: str) -> None:
-        """An epoch of fine-tuning begins."""
+    what: str
 
-    def evaluation(self, line: dict[str, Any]) -> None:
-        """An evaluation's line of ``metrics.jsonl``."""
 
-    def finished(self, summary: dict[str, Any]) -> None:
-        """The run is over and its summary written."""
+class StageBegan(NamedTuple):
+    """A stage's rounds begin."""
+
+    stage: Stage
+
+
+class StepsDone(NamedTuple):
+    """Progress within a round."""
+
+    round: int
+    done: int
+    total: int
+
+
+class RoundDone(NamedTuple):
+    """A round's line of ``metrics.jsonl``."""
+
+    line: dict[str, Any]
+
+
+class FineTuning(NamedTuple):
+    """An epoch of fine-tuning begins."""
+
+    what: str
+
+
+class Evaluated(NamedTuple):
+    """An evaluation's line of ``metrics.jsonl``."""
+
+    line: dict[str, Any]
+
+
+class Finished(NamedTuple):
+    """The run is over and its summary written."""
+
+    summary: dict[str, Any]
+
+
+Event = Loading | Note | Started | Compiling | StageBegan | StepsDone | RoundDone | FineTuning | Evaluated | Finished
+Hear = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Hears nothing."""

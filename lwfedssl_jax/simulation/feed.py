@@ -1,6 +1,7 @@
 """Images on their way to the device: all of them once, or those of the next call while this one runs."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -8,18 +9,30 @@ import numpy as np
 from lwfedssl_jax.simulation.packing import Schedule
 
 Put = Callable[[np.ndarray], jax.Array]
-Feed = Callable[[Iterator[tuple[Schedule, int]]], Iterator[tuple[jax.Array, Schedule, int]]]
+Calls = Iterator[tuple[Schedule, int]]
+
+
+class Feed(NamedTuple):
+    """Images for calls.
+
+    Attributes:
+      is_resident: whether all images stay on the device.
+      serve: ``calls -> (images, schedule, steps)`` of each call, whose examples are indices into the images.
+    """
+
+    is_resident: bool
+    serve: Callable[[Calls], Iterator[tuple[jax.Array, Schedule, int]]]
 
 
 def resident(images_NxHxWxC: np.ndarray, put: Put) -> Feed:
-    """All images stay on the device, and a plan's examples are indices into them.
+    """All images stay on the device, and a schedule's examples are indices into them.
 
     Args:
       images_NxHxWxC: uint8.
       put: to all devices.
     """
     pool = put(images_NxHxWxC[None])
-    return lambda calls: ((pool, plan, steps) for plan, steps in calls)
+    return Feed(True, lambda calls: ((pool, schedule, steps) for schedule, steps in calls))
 
 
 def streamed(images_NxHxWxC: np.ndarray, put_by_lane: Put) -> Feed:
@@ -27,14 +40,14 @@ def streamed(images_NxHxWxC: np.ndarray, put_by_lane: Put) -> Feed:
 
     Args:
       images_NxHxWxC: uint8, on the host.
-      put_by_lane: an array's axis of lanes, the first one or that behind the runs', over the devices.
+      put_by_lane: an array's axis of lanes, the first one or the one behind that of the runs, over the devices.
     """
 
-    def feed(calls: Iterator[tuple[Schedule, int]]) -> Iterator[tuple[jax.Array, Schedule, int]]:
-        for plan, steps in calls:
-            *runs, c, w, b = plan.examples.shape
-            images_WxNxHxWxC = images_NxHxWxC[plan.examples.swapaxes(-3, -2).reshape(*runs, w, c * b)]
-            at = np.broadcast_to(np.arange(c * b, dtype=np.int32).reshape(c, 1, b), plan.examples.shape)
-            yield put_by_lane(images_WxNxHxWxC), plan._replace(examples=at), steps
+    def serve(calls: Calls) -> Iterator[tuple[jax.Array, Schedule, int]]:
+        for schedule, steps in calls:
+            *runs, c, w, b = schedule.examples.shape
+            images_WxNxHxWxC = images_NxHxWxC[schedule.examples.swapaxes(-3, -2).reshape(*runs, w, c * b)]
+            at = np.broadcast_to(np.arange(c * b, dtype=np.int32).reshape(c, 1, b), schedule.examples.shape)
+            yield put_by_lane(images_WxNxHxWxC), schedule._replace(examples=at), steps
 
-    return feed
+    return Feed(False, serve)

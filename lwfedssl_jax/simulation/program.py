@@ -1,38 +1,52 @@
-"""A stage's programs, compiled ahead of time."""
+"""A stage's programs, compiled ahead of time: they refuse other shapes instead of recompiling."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.method import fedca
+from lwfedssl_jax.method.aggregation import RoundContext
+from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import Stage
-from lwfedssl_jax.method.stateful_clients import Memory
-from lwfedssl_jax.method.task import Broadcast, Hyper
+from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
+from lwfedssl_jax.simulation.events import Compiling, Hear
 from lwfedssl_jax.simulation.feed import Feed
 from lwfedssl_jax.simulation.packing import Schedule, idle_schedule, side_by_side
-from lwfedssl_jax.simulation.rounds import ALL, BY_LANE, PLAN_BY_LANE, Carry, finish_round, run_steps, start_round
-from lwfedssl_jax.simulation.setup import Prepared, initial_params
+from lwfedssl_jax.simulation.rounds import (
+    ALL,
+    BY_LANE,
+    SCHEDULE_BY_LANE,
+    Carry,
+    Method,
+    Work,
+    finish_round,
+    run_steps,
+    start_round,
+)
+from lwfedssl_jax.simulation.setup import Cache, Prepared, initial_params
+from lwfedssl_jax.simulation.stack import Stack
 from lwfedssl_jax.tree import Tree
 
-# What of ``Sent`` has a run axis where runs go together: all but what the stage alone says.
+# Which parts of an argument have an axis over stacked runs: of a broadcast all except what the stage alone decides.
 OF_STAGE = ("present", "depth", "frozen_depth", "droppable")
 BROADCAST_BY_RUN = Broadcast._make(None if name in OF_STAGE else 0 for name in Broadcast._fields)
+CONTEXT_BY_RUN = RoundContext(number=None, key=0, hyper=0)  # type: ignore[arg-type]
 
 
 class Program(NamedTuple):
     """The compiled programs of a stage, and of all stages of the same shapes.
 
     Attributes:
-      start: ``(params, rows, depths, shared) -> (sent, empty carry)``.
-      steps: ``(carry, sent, memory, images, plan, first, steps, round_key, hyper) -> carry``.
-      finish: ``(params, rows, state, sent, carry) -> (params with the average put in, state, measured, dictionary)``.
+      start: ``(params, rows, depths, extras) -> (broadcast, empty carry)``.
+      steps: ``(carry, broadcast, memory, work, context) -> carry``; a context's key is key data.
+      finish: ``(params, rows, state, broadcast, carry, context) -> After``.
     """
 
     start: jax.stages.Compiled
@@ -40,91 +54,125 @@ class Program(NamedTuple):
     finish: jax.stages.Compiled
 
 
-def by_run(f: Callable[..., Any], in_axes: tuple[Any, ...], runs: int, out_axes: Any = 0) -> Callable[..., Any]:
-    """``f`` for each of several runs at once."""
-    return jax.vmap(f, in_axes, out_axes) if runs > 1 else f
+class After(NamedTuple):
+    """Parameters and states after a round, as before it if nobody's update counts, and what was measured."""
+
+    params: Tree
+    state: Tree
+    exchange: Tree
+    measured: dict[str, Tree]
 
 
-def broadcast(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) -> Broadcast:
-    """What the server sends of the global parameters in a stage; the stage's rows and depths may be traced."""
+class Programs:
+    """The programs of a run's stages, or of several stacked runs', compiled when they are first needed.
+
+    Args:
+      run: of which they are, or any of those that are stacked.
+      stack: the runs.
+      feed: gives the images.
+      cache: shared with other simulators of this process.
+      hear: hears of compilations.
+    """
+
+    def __init__(self, run: Prepared, stack: Stack, feed: Feed, cache: Cache, hear: Hear) -> None:
+        self._run, self._stack, self._feed, self._cache, self._hear = run, stack, feed, cache, hear
+
+    def of(self, stage: Stage) -> Program:
+        """The programs of a stage, compiled once for all stages of the same shapes."""
+        run, count = self._run, self._stack.size
+
+        def compiled() -> Program:
+            together = "" if self._stack.is_single else f"{count} runs, each with "
+            self._hear(Compiling(f"the round, {together}{run.lanes} lane{'s' * (run.lanes > 1)}"))
+            return compile_stage(run, stage, self._feed, self._stack)
+
+        shapes = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
+        layout = run.lanes, run.mesh, count, self._feed.is_resident
+        return self._cache.get(("round", program_config(run.config), layout, shapes), compiled)
+
+
+def make_broadcast(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) -> Broadcast:
+    """What the server sends of the global parameters in a stage, whose rows and depths may be traced."""
     frozen = jax.tree.map(lambda m, x: x if np.any(m) else None, stage.frozen, params)
     return Broadcast(tree.take(params, rows), tree.present(params, rows), frozen, *map(jnp.asarray, depths))
 
 
-def compile_stage(run: Prepared, stage: Stage, feed: Feed, runs: int = 1) -> Program:
-    """Compile a stage's programs ahead of time: they refuse other shapes instead of recompiling.
+def start_stage(
+    method: Method, stage: Stage, lanes: int, params: Tree, rows: Tree, depths: tuple[jax.Array, ...], extras: Tree
+) -> tuple[Broadcast, Carry]:
+    """A round's broadcast, and the empty round."""
+    broadcast = make_broadcast(stage, params, rows, depths)._replace(extras=extras)
+    return broadcast, start_round(method, broadcast, lanes)
+
+
+def train_stage(
+    method: Method, carry: Carry, broadcast: Broadcast, memory: Tree, work: Work, context: RoundContext
+) -> Carry:
+    """``run_steps`` with a context whose key is key data, which every process can place on all devices."""
+    return run_steps(method, carry, broadcast, memory, work, _with_key(context))
+
+
+def finish_stage(
+    method: Method, params: Tree, rows: Tree, state: Tree, broadcast: Broadcast, carry: Carry, context: RoundContext
+) -> After:
+    """The round's average put into the parameters, if any client's update counts."""
+    end = finish_round(method, _with_key(context), state, broadcast, carry)
+    new = tree.put(params, rows, end.trainable), end.state, end.exchange
+    old = params, state, {name: broadcast.extras[name] for name in end.exchange}
+    params, state, exchange = tree.where(carry.total.examples.sum() > 0, new, old)
+    return After(params, state, exchange, end.measured)
+
+
+def _with_key(context: RoundContext) -> RoundContext:
+    return context._replace(key=jax.random.wrap_key_data(context.key))
+
+
+def idle_call(run: Prepared) -> Schedule:
+    """The schedule of a call in which no lane has a client."""
+    return idle_schedule(cohort.CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
+
+
+def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> Program:
+    """Compile a stage's programs.
 
     Args:
-      run: of which they are, or any of those that go together.
+      run: of which they are, or any of those that are stacked.
       stage: or any of the same shapes.
       feed: gives the images.
-      runs: how many go together.
+      stack: the runs.
     """
-
-    def start(params: Tree, rows: Tree, depths: tuple[jax.Array, ...], shared: Tree) -> tuple[Broadcast, Carry]:
-        sent = broadcast(stage, params, rows, depths)._replace(shared=shared)
-        return sent, start_round(run.task, run.aggregator, sent, run.lanes)
-
-    def steps(
-        carry: Carry,
-        sent: Broadcast,
-        memory: Memory | None,
-        images: jax.Array,
-        plan: Schedule,
-        first: jax.Array,
-        count: jax.Array,
-        key: jax.Array,
-        hyper: Hyper,
-    ) -> Carry:
-        key = jax.random.wrap_key_data(key)
-        static = (run.task, run.aggregator, run.start, run.mesh)
-        return run_steps(*static, carry, sent, memory, images, plan, first, count, key, hyper)
-
-    def finish(params: Tree, rows: Tree, state: Tree, sent: Broadcast, carry: Carry) -> tuple[Tree, Tree, Tree, Tree]:
-        new_state, trainable, measured, dictionary = finish_round(run.aggregator, state, sent, carry)
-        new = tree.put(params, rows, trainable), new_state, dictionary
-        old = params, state, {name: sent.shared[name] for name in dictionary}
-        params, state, dictionary = tree.where(carry.total.examples.sum() > 0, new, old)
-        return params, state, measured, dictionary
-
-    def shapes(x: Tree, spec: PartitionSpec) -> Tree:
-        sharding = NamedSharding(run.mesh, spec)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), x)
-
-    def of_runs(x: Tree, *lanes: int) -> Tree:
-        """With an axis for the runs, where there are several, and one for lanes, where these are given."""
-        wide = (runs, *lanes) if runs > 1 else lanes
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*wide, *x.shape), x.dtype), x)
-
-    idle = idle_schedule(cohort.CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
-    idle = idle if runs == 1 else next(side_by_side([iter([(idle, 0)])] * runs, idle))[0]
-    images, plan, _ = next(feed(iter([(idle, 0)])))
-    own_images = 0 if len(images.shape) > 5 else None
-    init = by_run(run.aggregator.init, (BROADCAST_BY_RUN,), runs)
-    start = by_run(start, (0, None, None, 0), runs, (BROADCAST_BY_RUN, 0))
-    steps = by_run(steps, (0, BROADCAST_BY_RUN, 0, own_images, 0, None, None, 0, 0), runs)
-    finish = by_run(finish, (0, None, 0, BROADCAST_BY_RUN, 0), runs)
-
-    lanes, plan_lanes = (
-        (BY_LANE, PLAN_BY_LANE) if runs == 1 else (PartitionSpec(None, *BY_LANE), PartitionSpec(None, *PLAN_BY_LANE))
+    idle = idle_call(run)
+    calls = iter([(idle, 0)]) if stack.is_single else side_by_side([iter([(idle, 0)])] * stack.size, idle)
+    method, (images, schedule, _) = run.method, next(feed.serve(calls))
+    own_images = None if feed.is_resident else 0
+    work_by_run = Work(own_images, 0, None, None)  # type: ignore[arg-type]
+    start = stack.vmap(
+        functools.partial(start_stage, method, stage, run.lanes), (0, None, None, 0), (BROADCAST_BY_RUN, 0)
     )
-    everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, lanes)
+    steps = stack.vmap(functools.partial(train_stage, method), (0, BROADCAST_BY_RUN, 0, work_by_run, CONTEXT_BY_RUN))
+    finish = stack.vmap(functools.partial(finish_stage, method), (0, None, 0, BROADCAST_BY_RUN, 0, CONTEXT_BY_RUN))
+    init = stack.vmap(method.aggregator.init, (BROADCAST_BY_RUN,))
+
     one = jax.eval_shape(lambda: initial_params(run))
-    params, rows = shapes(of_runs(one), ALL), shapes(stage.rows, ALL)
-    number = shapes(jax.ShapeDtypeStruct((), np.int32), ALL)
-    key = shapes(of_runs(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))), ALL)
-    hyper = shapes(of_runs(jax.tree.map(lambda _: jax.ShapeDtypeStruct((), run.task.dtype), run.task.hyper)), ALL)
+    number = stack.abstract(jax.ShapeDtypeStruct((), np.int32), ALL)
+    params, rows = stack.abstract(stack.shapes(one), ALL), stack.abstract(stage.rows, ALL)
     depths = jax.tree.map(lambda _: number, stage.depths)
     trainable = jax.eval_shape(tree.take, one, rows)
-    shared = shapes(of_runs(fedca.shapes(run.config, run.task, trainable, len(run.server_images))), ALL)
-    sent, carry = jax.eval_shape(start, params, rows, depths, shared)
-    sent, carry = shapes(sent, ALL), shapes(carry, lanes)
-    state = shapes(jax.eval_shape(init, sent), ALL)
-    memory = shapes(of_runs(run.no_memory, run.lanes), lanes)
+    extras = stack.abstract(stack.shapes(method.exchange.shapes(trainable, len(run.server_images))), ALL)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    context = RoundContext(number, *(stack.abstract(stack.shapes(x), ALL) for x in (key, run.hyper)))
+    lanes, schedule_lanes = stack.spec(BY_LANE), stack.spec(SCHEDULE_BY_LANE)
+    broadcast, carry = jax.eval_shape(start, params, rows, depths, extras)
+    broadcast, carry = stack.abstract(broadcast, ALL), stack.abstract(carry, lanes)
+    state = stack.abstract(jax.eval_shape(init, broadcast), ALL)
+    memory = stack.abstract(stack.shapes(method.start.empty_memory, run.lanes), lanes)
+    work = Work(images, stack.abstract(schedule, schedule_lanes), number, number)
+
+    everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, lanes)
     return Program(
-        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths, shared).compile(),
-        steps=jax.jit(steps, donate_argnums=0)
-        .lower(carry, sent, memory, images, shapes(plan, plan_lanes), number, number, key, hyper)
+        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths, extras).compile(),
+        steps=jax.jit(steps, donate_argnums=0).lower(carry, broadcast, memory, work, context).compile(),
+        finish=jax.jit(finish, out_shardings=everywhere)
+        .lower(params, rows, state, broadcast, carry, context)
         .compile(),
-        finish=jax.jit(finish, out_shardings=everywhere).lower(params, rows, state, sent, carry).compile(),
     )

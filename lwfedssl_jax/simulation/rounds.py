@@ -1,6 +1,6 @@
 """The round: lanes of clients side by side, over one device or many, and the streaming average.
 
-A call runs a number of steps of the plan in all lanes; what clients contribute streams into
+A call runs a number of steps of the schedule in all lanes; what clients contribute streams into
 a sum per lane, so memory grows with the lanes, not with the cohort. Lanes are the one axis
 that is split over devices and hosts; nothing crosses it before the round's end.
 """
@@ -9,23 +9,58 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.method import fedca
-from lwfedssl_jax.method.aggregation import Aggregator
-from lwfedssl_jax.method.client import client_init, client_step
+from lwfedssl_jax.method.aggregation import Aggregator, RoundContext
+from lwfedssl_jax.method.client import ClientStart, client_step
 from lwfedssl_jax.method.depth_dropout import routes
-from lwfedssl_jax.method.stateful_clients import ClientStart, Memory, start_client
-from lwfedssl_jax.method.task import Broadcast, ClientState, Hyper, Task, weights_of
+from lwfedssl_jax.method.exchange import Batch, Exchange
+from lwfedssl_jax.method.task import Broadcast, ClientState, Task, weights_of
 from lwfedssl_jax.simulation.packing import Schedule
+from lwfedssl_jax.system.seeds import CONTRIBUTION_STREAM, FINISH_STREAM
 from lwfedssl_jax.tree import Tree
 
 LANES = "lanes"  # the mesh's only axis
 ALL, BY_LANE = PartitionSpec(), PartitionSpec(LANES)
-PLAN_BY_LANE = PartitionSpec(None, LANES)
+SCHEDULE_BY_LANE = PartitionSpec(None, LANES)
+
+
+class Method(NamedTuple):
+    """All static parts of a round; programs close over it.
+
+    Attributes:
+      task: local training.
+      aggregator: what the server makes of the clients' models.
+      start: how a client's state begins.
+      exchange: what clients and server exchange in addition to models.
+      mesh: the devices that the lanes are split over, evenly.
+    """
+
+    task: Task
+    aggregator: Aggregator
+    start: ClientStart
+    exchange: Exchange
+    mesh: Mesh
+
+
+class Work(NamedTuple):
+    """What one call does.
+
+    Attributes:
+      images_GxNxHxWxC: uint8, what ``schedule.examples`` counts in: one pool for all lanes (G = 1) or one for each
+        (G = W).
+      schedule: C steps, of which any part can be run: calls of all lengths share a program.
+      first, steps: the row of the schedule to begin with, and how many to run.
+    """
+
+    images_GxNxHxWxC: jax.Array
+    schedule: Schedule
+    first: jax.Array
+    steps: jax.Array
 
 
 class Carry(NamedTuple):
@@ -56,7 +91,7 @@ class Total(NamedTuple):
       squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
       loss, samples: loss summed over real samples, and their number.
       summed: the aggregator's contributions.
-      dictionary: what they add to FedCA's; empty without it.
+      uploaded: the uploads of the method's further exchange.
     """
 
     examples: jax.Array
@@ -65,139 +100,155 @@ class Total(NamedTuple):
     loss: jax.Array
     samples: jax.Array
     summed: Tree
-    dictionary: Tree
+    uploaded: Tree
 
 
-def contribution(
-    aggregator: Aggregator,
-    sent: Broadcast,
-    trained: Tree,
-    examples: jax.Array,
-    loss: jax.Array,
-    samples: jax.Array,
-    uploaded: Tree,
-) -> Total:
-    """What one client adds."""
-    weighted = jax.tree.map(lambda x: examples.astype(x.dtype) * x, trained)
-    squares = examples * squared_distance(trained, sent.trainable)
-    summed = aggregator.add(sent, trained, examples)
-    return Total(examples, weighted, squares, loss, samples, summed, uploaded)
+class Update(NamedTuple):
+    """What a client reports at the end of its last step.
+
+    Attributes:
+      trained: its trainable part.
+      examples: n_i, float32.
+      loss, samples: its loss summed over real samples, and their number.
+      uploaded: for the method's further exchange.
+    """
+
+    trained: Tree
+    examples: jax.Array
+    loss: jax.Array
+    samples: jax.Array
+    uploaded: Tree
+
+
+def contribution(aggregator: Aggregator, context: RoundContext, broadcast: Broadcast, update: Update) -> Total:
+    """What one client adds to the round's sums."""
+    trained, examples = update.trained, update.examples
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained, broadcast.trainable)
+    return Total(
+        examples=examples,
+        weighted=jax.tree.map(lambda x: examples.astype(x.dtype) * x, trained),
+        squares=examples * squared_distance(trained, broadcast.trainable),
+        loss=update.loss,
+        samples=update.samples,
+        summed=aggregator.add(context, broadcast, trained, examples),
+        uploaded=update.uploaded,
+    )
 
 
 def is_finite(total: Total) -> jax.Array:
-    """Whether all that a client adds is; its weights are where the squares of their change are."""
+    """Whether everything that a client adds is finite; its weights are if the squares of their change are."""
     statistics = {k: v for k, v in total.weighted.items() if k == "statistics"}
-    leaves = jax.tree.leaves((total.squares, total.loss, statistics, total.dictionary))
+    leaves = jax.tree.leaves((total.squares, total.loss, statistics, total.uploaded))
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def squared_distance(a: Tree, b: Tree) -> jax.Array:
     """``||a - b||^2`` over all weights, float32."""
-    of_leaves = jax.tree.map(lambda x, y: jnp.square(x - y).sum().astype(jnp.float32), weights_of(a), weights_of(b))
-    return jnp.stack(jax.tree.leaves(of_leaves)).sum()
+    squares = jax.tree.map(lambda x, y: jnp.square(x - y).sum().astype(jnp.float32), weights_of(a), weights_of(b))
+    return jnp.stack(jax.tree.leaves(squares)).sum()
 
 
-def start_round(task: Task, aggregator: Aggregator, sent: Broadcast, lanes: int) -> Carry:
+def start_round(method: Method, broadcast: Broadcast, lanes: int) -> Carry:
     """An empty round."""
-    client = client_init(task, sent.trainable)
-    wide = lambda x: jnp.broadcast_to(x, (lanes, *x.shape))  # noqa: E731
-    add = functools.partial(contribution, aggregator)
+    client = method.start.begin(method.task, broadcast, None)
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    total = jax.eval_shape(add, sent, sent.trainable, zero, zero, none, fedca.no_upload(sent))
+    update = Update(broadcast.trainable, zero, zero, none, method.exchange.nothing(broadcast))
+    context = RoundContext(none, jax.random.key(0), method.task.hyper)
+    total = jax.eval_shape(functools.partial(contribution, method.aggregator), context, broadcast, update)
     zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), total)
-    return Carry(jax.tree.map(wide, client), wide(zero), wide(none), zeros, wide(none), wide(none))
+
+    def in_lanes(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (lanes, *x.shape))
+
+    client, zero, none = jax.tree.map(in_lanes, (client, zero, none))
+    return Carry(client, zero, none, zeros, none, none)
 
 
 def run_steps(
-    task: Task,
-    aggregator: Aggregator,
-    start: ClientStart | None,
-    mesh: Mesh,
-    carry: Carry,
-    sent: Broadcast,
-    memory: Memory | None,
-    images_GxNxHxWxC: jax.Array,
-    plan: Schedule,
-    first: jax.Array,
-    steps: jax.Array,
-    round_key: jax.Array,
-    hyper: Hyper,
+    method: Method, carry: Carry, broadcast: Broadcast, memory: Tree, work: Work, context: RoundContext
 ) -> Carry:
-    """Run ``steps`` steps of ``plan``, from its row ``first`` on, in every lane.
+    """Run the steps of a call in every lane.
 
     Args:
-      task, aggregator, start: static.
-      mesh: the devices the lanes are split over, evenly.
+      method: static.
       carry: from ``start_round`` or the call before; may be donated.
-      sent: one copy for all lanes.
-      memory: where ``start`` needs it, that of the client each lane begins with, if it begins one.
-      images_GxNxHxWxC: uint8, what ``plan.examples`` counts in: one pool for all lanes (G = 1)
-        or one for each (G = W).
-      plan: C steps, of which any part can be run: calls of all lengths share a program.
-      round_key: ``fold_in(seed, round)``; client and step are folded in here.
-      hyper: in place of the task's.
+      broadcast: one copy for all lanes.
+      memory: what the clients that lanes begin have kept, with a leading lane axis; None where they keep nothing.
+      work: images and steps.
+      context: of the round; its numbers take the place of the task's, and its key is ``fold_in(seed, round)``, into
+        which client and step are folded here.
     """
-    batch_size = plan.examples.shape[-1]
-    shared_pool = len(images_GxNxHxWxC) == 1
-
-    def on_device(
-        carry: Carry,
-        sent: Broadcast,
-        memory: Memory | None,
-        images: jax.Array,
-        plan: Schedule,
-        first: jax.Array,
-        steps: jax.Array,
-        round_key: jax.Array,
-        hyper: Hyper,
-    ) -> Carry:
-        of_run = task._replace(hyper=hyper)
-
-        def lane_step(lane: Carry, row: Schedule, memory: Memory | None, pool_NxHxWxC: jax.Array) -> Carry:
-            state = tree.where(row.step == 0, start_client(of_run, start, sent, memory), lane.client)
-            key = jax.random.fold_in(jax.random.fold_in(round_key, row.client), row.step)
-            mask_B = jnp.arange(batch_size) < row.real
-            batch_BxHxWxC = pool_NxHxWxC[row.examples]
-            state, loss = client_step(of_run, state, sent, batch_BxHxWxC, mask_B, key)
-            if start is not None:  # what a client keeps is read from its lane after the call
-                state = tree.where(row.busy, state, lane.client)
-            client, weight = jnp.asarray(row.client), jnp.asarray(row.weight)
-            uploaded = fedca.upload(of_run, sent, state.trainable, batch_BxHxWxC, mask_B, key, client, weight)
-            real = jnp.where(row.busy, row.real, 0)
-            loss = jnp.where(real > 0, loss.astype(jnp.float32) * real.astype(jnp.float32), 0)
-            loss = jnp.where(row.step == 0, 0, lane.loss) + loss
-            samples = jnp.where(row.step == 0, 0, lane.samples) + real
-            added = contribution(aggregator, sent, state.trainable, weight, loss, samples, uploaded)
-            # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
-            finished, good = weight > 0, is_finite(added)
-            total = tree.where(finished & good, jax.tree.map(jnp.add, lane.total, added), lane.total)
-            left_out = lane.left_out + (finished & ~good).astype(jnp.int32)
-            layers = sum(count for count, _ in routes(of_run, sent, key))
-            layers = lane.layers + jnp.where(row.busy, layers, 0)
-            return Carry(state, loss, samples, total, left_out, layers)
-
-        def body(c: jax.Array, carry: Carry) -> Carry:
-            row = jax.tree.map(lambda x: x[c], plan)
-            if shared_pool:
-                with_pool = lambda lane, row, memory: lane_step(lane, row, memory, images[0])  # noqa: E731
-                return over_lanes(with_pool, task.vmap_on_cpu, carry, row, memory)
-            return over_lanes(lane_step, task.vmap_on_cpu, carry, row, memory, images)
-
-        return jax.lax.fori_loop(first, first + steps, body, carry)
-
+    batch = work.images_GxNxHxWxC
+    chex.assert_rank(batch, 5)
+    pool = ALL if len(batch) == 1 else BY_LANE
     return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(BY_LANE, ALL, BY_LANE, ALL if shared_pool else BY_LANE, PLAN_BY_LANE, ALL, ALL, ALL, ALL),
+        functools.partial(on_device, method),
+        mesh=method.mesh,
+        in_specs=(BY_LANE, ALL, BY_LANE, Work._make((pool, SCHEDULE_BY_LANE, ALL, ALL)), ALL),
         out_specs=BY_LANE,
         check_vma=False,  # nothing is reduced over lanes here; the check would sum what is not to be summed
-    )(carry, sent, memory, images_GxNxHxWxC, plan, first, steps, round_key, hyper)
+    )(carry, broadcast, memory, work, context)
+
+
+def on_device(
+    method: Method, carry: Carry, broadcast: Broadcast, memory: Tree, work: Work, context: RoundContext
+) -> Carry:
+    """``run_steps`` for the lanes of one device."""
+    method = method._replace(task=method.task._replace(hyper=context.hyper))
+    images = work.images_GxNxHxWxC
+    step = functools.partial(lane_step, method, broadcast, context)
+
+    def body(c: jax.Array, carry: Carry) -> Carry:
+        row = jax.tree.map(lambda x: x[c], work.schedule)
+        if len(images) == 1:
+            return over_lanes(functools.partial(step, images[0]), method.task.vmap_on_cpu, carry, row, memory)
+        return over_lanes(
+            lambda lane, row, memory, pool: step(pool, lane, row, memory),
+            method.task.vmap_on_cpu, carry, row, memory, images,
+        )  # fmt: skip
+
+    return jax.lax.fori_loop(work.first, work.first + work.steps, body, carry)
+
+
+def lane_step(
+    method: Method,
+    broadcast: Broadcast,
+    context: RoundContext,
+    pool_NxHxWxC: jax.Array,
+    lane: Carry,
+    row: Schedule,
+    memory: Tree,
+) -> Carry:
+    """One step of the client that a lane is training; at its last one it adds its update to the lane's sums."""
+    task = method.task
+    state = tree.where(row.step == 0, method.start.begin(task, broadcast, memory), lane.client)
+    client_key = jax.random.fold_in(context.key, row.client)
+    mask_B = jnp.arange(row.examples.shape[-1]) < row.real
+    batch = Batch(pool_NxHxWxC[row.examples], mask_B, jax.random.fold_in(client_key, row.step))
+    state, loss = client_step(task, state, broadcast, *batch)
+    if memory is not None:  # what a client keeps is read from its lane after the call
+        state = tree.where(row.busy, state, lane.client)
+    client, weight = jnp.asarray(row.client), jnp.asarray(row.weight)
+    uploaded = method.exchange.upload(task, broadcast, state.trainable, batch, client, weight > 0)
+    real = jnp.where(row.busy, row.real, 0)
+    loss = jnp.where(real > 0, loss.astype(jnp.float32) * real.astype(jnp.float32), 0)
+    loss = jnp.where(row.step == 0, 0, lane.loss) + loss
+    samples = jnp.where(row.step == 0, 0, lane.samples) + real
+    own_context = context._replace(key=jax.random.fold_in(client_key, CONTRIBUTION_STREAM))
+    update = Update(state.trainable, weight, loss, samples, uploaded)
+    added = contribution(method.aggregator, own_context, broadcast, update)
+    # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
+    finished, good = weight > 0, is_finite(added)
+    total = tree.where(finished & good, jax.tree.map(jnp.add, lane.total, added), lane.total)
+    left_out = lane.left_out + (finished & ~good).astype(jnp.int32)
+    layers = sum(count for count, _ in routes(task, broadcast, batch.key))
+    return Carry(state, loss, samples, total, left_out, lane.layers + jnp.where(row.busy, layers, 0))
 
 
 def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carry:
-    """``f`` for every lane of this device: by ``vmap``, but on a CPU one after the other.
+    """``f`` for every lane of this device: by ``vmap``, except on a CPU, where they run one after the other.
 
-    There a product with different weights for every lane is slower than one product a lane.
+    There a product with different weights for every lane is slower than one product per lane.
     """
     if len(jax.tree.leaves(lanes)[0]) == 1:
         one = f(*jax.tree.map(lambda x: x[0], lanes))
@@ -207,27 +258,39 @@ def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carr
     return jax.vmap(f)(*lanes)
 
 
-def finish_round(
-    aggregator: Aggregator, state: Tree, sent: Broadcast, carry: Carry
-) -> tuple[Tree, Tree, dict[str, jax.Array], Tree]:
-    """The round's end on the server.
+class RoundEnd(NamedTuple):
+    """What a round leaves on the server.
 
-    Returns:
-      The server's state; the trainable part after the round; ``loss``, the mean of a sample,
-      ``client_distance``, the clients' weighted root mean squared distance from their mean,
-      ``left_out``, how many clients are in neither, their updates not being finite, and
-      ``layers``, run in all steps; FedCA's dictionary.
+    Attributes:
+      state: the aggregator's.
+      trainable: the trainable part after the round.
+      measured: ``loss``, the mean over samples; ``client_distance``, the clients' weighted root mean squared distance
+        from their mean; ``left_out``, how many clients are in neither because their updates are not finite;
+        ``layers``, run in all steps; and ``aggregator``, what the aggregator measured.
+      exchange: the state of the method's further exchange.
     """
+
+    state: Tree
+    trainable: Tree
+    measured: dict[str, Tree]
+    exchange: Tree
+
+
+def finish_round(method: Method, context: RoundContext, state: Tree, broadcast: Broadcast, carry: Carry) -> RoundEnd:
+    """The round's end on the server."""
     total = jax.tree.map(lambda x: x.sum(0), carry.total)
     examples = jnp.maximum(total.examples, 1)
     mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), total.weighted)
-    state, trainable = aggregator.finish(state, sent, mean, total.summed)
+    context = context._replace(key=jax.random.fold_in(context.key, FINISH_STREAM))
+    state, trainable, found = method.aggregator.finish(context, state, broadcast, mean, total.summed)
+    chex.assert_trees_all_equal_shapes_and_dtypes(trainable, broadcast.trainable)
     # The variance by its two moments, both around what was sent, near which all clients are.
-    variance = total.squares / examples - squared_distance(mean, sent.trainable)
+    variance = total.squares / examples - squared_distance(mean, broadcast.trainable)
     measured = {
         "loss": total.loss / jnp.maximum(total.samples, 1).astype(total.loss.dtype),
         "client_distance": jnp.sqrt(jnp.maximum(variance, 0)),
         "left_out": carry.left_out.sum(),
         "layers": carry.layers.sum(),
+        "aggregator": found,
     }
-    return state, trainable, measured, fedca.join(total.dictionary)
+    return RoundEnd(state, trainable, measured, method.exchange.finish(total.uploaded))

@@ -8,19 +8,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lwfedssl_jax.config import Config, ConfigError, override
+from lwfedssl_jax.config import Config, ConfigError, DataConfig, override
 from lwfedssl_jax.costs.fleet import Fleet
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.method.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.client import ClientStart
+from lwfedssl_jax.method.exchange import Exchange
+from lwfedssl_jax.method.fedca import make_exchange
 from lwfedssl_jax.method.stages import Stage, make_stages
-from lwfedssl_jax.method.stateful_clients import ClientStart, Memory, empty_memory, make_start
-from lwfedssl_jax.method.task import Task, init_params, make_task, param_layers
-from lwfedssl_jax.simulation.events import Listener
+from lwfedssl_jax.method.stateful_clients import make_client_start
+from lwfedssl_jax.method.task import Hyper, Task, init_params, make_task, param_layers
+from lwfedssl_jax.simulation.events import Hear, Loading, Note, ignore
 from lwfedssl_jax.simulation.lanes import SAMPLES_AT_ONCE, lanes_and_mesh
-from lwfedssl_jax.simulation.rounds import LANES
+from lwfedssl_jax.simulation.rounds import LANES, Method
 from lwfedssl_jax.system.devices import memory_limit
 from lwfedssl_jax.system.seeds import INIT_STREAM, stream_key
 from lwfedssl_jax.tree import Tree
@@ -44,9 +47,25 @@ class Prepared(NamedTuple):
     lanes: int
     mesh: Mesh
     aggregator: Aggregator
-    start: ClientStart | None
-    no_memory: Memory | None
+    start: ClientStart
+    exchange: Exchange
     fleet: Fleet | None = None
+
+    @property
+    def method(self) -> Method:
+        """All static parts of a round."""
+        return Method(self.task, self.aggregator, self.start, self.exchange, self.mesh)
+
+    @property
+    def hyper(self) -> Hyper:
+        """The run's numbers as host arrays, the arguments of its programs."""
+        as_array = functools.partial(np.asarray, dtype=self.task.dtype)
+        return jax.tree.map(as_array, self.task.hyper)
+
+    @property
+    def keeps_clients(self) -> bool:
+        """Whether clients keep a model between rounds."""
+        return self.start.empty_memory is not None
 
 
 class Cache:
@@ -55,15 +74,15 @@ class Cache:
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
 
-    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` gave when the key was new."""
+    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` returned when the key was new."""
         if key not in self._made:
             self._made[key] = make()
         made: Made = self._made[key]
         return made
 
-    def latest(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
-        """As ``once``, but of what is large only the last is kept."""
+    def get_latest(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
+        """As ``get``, but only the latest of a kind is kept: for what is large."""
         if self._made.get(kind, (None,))[0] != key:
             self._made.pop(kind, None)  # before the next one is made
             self._made[kind] = key, make()
@@ -74,59 +93,69 @@ class Cache:
 def prepare(
     config: Config,
     devices: Sequence[Any] | None = None,
-    listener: Listener | None = None,
-    shared: Cache | None = None,
+    hear: Hear = ignore,
+    cache: Cache | None = None,
 ) -> Prepared:
-    """Load the data, deal it out, lay out the stages; nothing is compiled.
+    """Load the data, partition it, lay out the stages; nothing is compiled.
 
     Args:
       config: resolved.
       devices: to be used; by default all.
-      listener: hears how the data is loaded.
-      shared: with other runs of this process.
+      hear: hears how the data is loaded.
+      cache: shared with other runs of this process.
 
     Raises:
-      ConfigError: the data set is not installed or does not serve the partition or a protocol, or
-        parts of the config do not go together; the server's images do not fit a device.
+      ConfigError: the data set is not installed or does not serve the partition, or parts of the config do not go
+        together; the server's images do not fit a device.
     """
-    listener, shared = listener or Listener(), shared or Cache()
     check(config)
-    task = make_task(config)
+    task, cache = make_task(config), cache or Cache()
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
-    aggregator, start = make_aggregator(config), make_start(config, task)
-    load = lambda: sources.find(config.data).load(config.data, listener.loading, listener.note)  # noqa: E731
-    dataset = shared.latest("data", config.data, load)
-    of_server = server_examples(config.partition, dataset.train_labels, config.runtime.seed)
-    clients = partition(config.partition, dataset.train_labels, config.runtime.seed, dataset.train_clients)
+    dataset = cache.get_latest("data", config.data, functools.partial(load_data, config.data, hear))
+    labels, seed = dataset.train_labels, config.runtime.seed
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
-    size, room = len(of_server) * dataset.train_images[0].nbytes, int(RESIDENT_SHARE * memory_limit(mesh))
-    if size > room:  # they stay on the device
-        raise ConfigError(
-            f"partition.server_share: {config.partition.server_share} gives the server {size / GIB:.3g} GiB of images, "
-            f"and {room / GIB:.3g} GiB of a device are for them; "
-            f"accepted: at most {config.partition.server_share * room / size:.2g}"
-        )
+    held_by_server = server_examples(config.partition, labels, seed)
+    check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
     return Prepared(
-        config,
-        dataset,
-        clients,
-        dataset.train_images[of_server],
-        task,
-        layers,
-        stages,
-        lanes,
-        mesh,
-        aggregator,
-        start,
-        empty_memory(task, stages[0]) if start else None,
+        config=config,
+        dataset=dataset,
+        clients=partition(config.partition, labels, seed, dataset.train_clients),
+        server_images=dataset.train_images[held_by_server],
+        task=task,
+        layers=layers,
+        stages=stages,
+        lanes=lanes,
+        mesh=mesh,
+        aggregator=make_aggregator(config),
+        start=make_client_start(config, task, stages[0]),
+        exchange=make_exchange(config, task),
     )
 
 
+def load_data(config: DataConfig, hear: Hear) -> Dataset:
+    """The data set that a config names."""
+    return sources.find(config).load(config, lambda what: hear(Loading(what)), lambda text: hear(Note(text)))
+
+
+def check_server_images(config: Config, size: int, limit: int) -> None:
+    """Refuse more images on the server than stay on a device that has ``limit`` bytes.
+
+    Raises:
+      ConfigError: there are more.
+    """
+    room, share = int(RESIDENT_SHARE * limit), config.partition.server_share
+    if size > room:
+        raise ConfigError(
+            f"partition.server_share: {share} gives the server {size / GIB:.3g} GiB of images, "
+            f"and {room / GIB:.3g} GiB of a device are for them; accepted: at most {share * room / size:.2g}"
+        )
+
+
 def can_stack(config: Config) -> bool:
-    """Whether runs of a config can be one program: nothing of theirs is kept or trained between rounds by itself."""
-    alone = config.additions.calibration_steps or config.additions.base_steps
-    return not alone and config.federation.client_start == "global" and jax.process_count() == 1
+    """Whether runs of a config can be stacked in one program: no server trains, and no client keeps a model."""
+    server_trains = config.additions.calibration_steps or config.additions.base_steps
+    return not server_trains and config.federation.client_start == "global" and jax.process_count() == 1
 
 
 def stack_size(config: Config) -> int:
@@ -138,10 +167,10 @@ def stack_size(config: Config) -> int:
 
 
 def with_fewer_lanes(run: Prepared, needed: int, limit: int) -> Prepared:
-    """The run with lanes that should fit, where a program needs more bytes on a device than there are.
+    """The run with as many lanes as should fit, if a program needs more bytes on a device than it has.
 
     Raises:
-      ConfigError: the user has asked for so many, or there is one only.
+      ConfigError: the user has asked for this number of lanes, or there is only one.
     """
     fit = min(run.lanes - 1, run.lanes * limit // needed)
     # Fewer CPU devices leave each more of the machine's memory; else every device keeps a lane.

@@ -3,328 +3,254 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from lwfedssl_jax import tree
-from lwfedssl_jax.costs.traffic import Traffic
-from lwfedssl_jax.method import calibration, fedca
-from lwfedssl_jax.method.programs import program_config
+from lwfedssl_jax.costs.traffic import make_traffic
+from lwfedssl_jax.method.aggregation import RoundContext
 from lwfedssl_jax.method.stages import Stage
-from lwfedssl_jax.method.stateful_clients import Memory, to_memory
 from lwfedssl_jax.method.task import Broadcast
-from lwfedssl_jax.simulation import cohort, feed
-from lwfedssl_jax.simulation.cohort import draw_cohort, pack_cohort
-from lwfedssl_jax.simulation.events import Listener
+from lwfedssl_jax.simulation import cohort
+from lwfedssl_jax.simulation.cohort import Cohort
+from lwfedssl_jax.simulation.events import Hear, StepsDone, ignore
+from lwfedssl_jax.simulation.feed import Feed, resident, streamed
 from lwfedssl_jax.simulation.lanes import placer
 from lwfedssl_jax.simulation.lines import empty_line, trained_fields
-from lwfedssl_jax.simulation.packing import PackedRound, Schedule, idle_schedule, side_by_side
-from lwfedssl_jax.simulation.program import BROADCAST_BY_RUN, Program, by_run, compile_stage
-from lwfedssl_jax.simulation.rounds import ALL, BY_LANE, PLAN_BY_LANE, Carry
+from lwfedssl_jax.simulation.memories import Memories, recall, remember
+from lwfedssl_jax.simulation.packing import PackedRound, Schedule, side_by_side
+from lwfedssl_jax.simulation.program import BROADCAST_BY_RUN, Program, Programs, idle_call
+from lwfedssl_jax.simulation.rounds import ALL, BY_LANE, SCHEDULE_BY_LANE, Carry, Work
+from lwfedssl_jax.simulation.server import ServerTraining
 from lwfedssl_jax.simulation.setup import (
     RESIDENT_SHARE,
     Cache,
     Prepared,
-    check_finite,
     initial_params,
     not_finite,
     with_fewer_lanes,
 )
+from lwfedssl_jax.simulation.stack import Stack
 from lwfedssl_jax.simulation.state import RoundState, resume_one
 from lwfedssl_jax.system.devices import from_first, memory_limit, program_memory
-from lwfedssl_jax.system.seeds import BASE_STREAM, SERVER_STREAM, round_key, stream_key
+from lwfedssl_jax.system.seeds import round_key
 from lwfedssl_jax.tree import Tree
 
-SECONDS_OF_A_CALL = 5.0  # progress is seen after each call
+SECONDS_PER_CALL = 5.0  # progress is seen after each call
+
+
+class Outcome(NamedTuple):
+    """One run's round: its line of ``metrics.jsonl``, and what is wrong if no client's update is finite."""
+
+    line: dict[str, Any]
+    error: FloatingPointError | None
+
+
+class RoundResult(NamedTuple):
+    """The global parameters and the state after a round (of all stacked runs), and the outcome of each run."""
+
+    params: Tree
+    state: RoundState
+    outcomes: list[Outcome]
 
 
 class Simulator:
-    """A run on its devices, or several that go together: where the images are, and the programs compiled so far.
+    """A run on its devices, or several that are stacked: where the images are, and the programs compiled so far.
 
-    Runs that go together (``go_together``) make each round as one program, by ``vmap``; parameters and state then
-    have a leading run axis.
+    Stacked runs (``can_stack``) make each round as one program; parameters and state then have a leading axis over
+    runs (``stack``).
 
     Args:
-      run: what is to be run.
+      runs: one, or several that can be stacked.
       stages: what is compiled now; by default nothing is before it is needed. Lanes that were
         not asked for become fewer where these need more memory than there is.
-      listener: hears of compilations and steps.
+      hear: hears of compilations and steps.
       between_calls: called after each call of a round's program; may raise to give the round up.
-      shared: with other simulators of this process.
-      others: that go together with ``run``.
+      cache: shared with other simulators of this process.
 
     Attributes:
-      runs: with as many lanes and devices as are used.
+      runs: with the lanes and devices that are used.
 
     Raises:
       ConfigError: the lanes that the user asks for, or a single one, do not fit the memory.
-      MemoryError: so many runs together do not fit.
+      MemoryError: the stacked runs do not fit the memory together.
     """
 
     def __init__(
         self,
-        run: Prepared,
+        runs: Sequence[Prepared],
         stages: Sequence[Stage] = (),
-        listener: Listener | None = None,
+        hear: Hear = ignore,
         between_calls: Callable[[], None] = lambda: None,
-        shared: Cache | None = None,
-        others: Sequence[Prepared] = (),
+        cache: Cache | None = None,
     ) -> None:
-        self.runs = (run, *others)
-        self._listener = listener or Listener()
-        self._between_calls = between_calls
-        self._shared = shared or Cache()
-        # Steps of a call; several processes must make the same calls.
+        self.runs = tuple(runs)
+        self._hear, self._between_calls, self._cache = hear, between_calls, cache or Cache()
+        # Steps per call; several processes must make the same calls.
         self._pace = 1 if jax.process_count() == 1 else cohort.CALL_STEPS
-        shapes = jax.eval_shape(lambda: initial_params(run))
-        self._traffic = [
-            Traffic(
-                shapes,
-                each.layers,
-                len(each.clients),
-                calibrated=bool(each.config.additions.calibration_steps),
-                dictionary=fedca.dictionary_bytes(each.config),
-                base=fedca.has_base(each.config),
-            )
-            for each in self.runs
-        ]
+        shapes = jax.eval_shape(lambda: initial_params(self.run))
+        self._traffic = [make_traffic(run.config, shapes, run.layers, len(run.clients)) for run in self.runs]
         self._set_up()
-        while (needed := max((self._needed(stage) for stage in stages), default=0)) > self._limit:
-            if others:
+        while (needed := self._needed(stages)) > (limit := memory_limit(self.run.mesh)):
+            if not self.stack.is_single:
                 raise MemoryError(f"{len(self.runs)} runs together need {needed} bytes on each device")
-            self.runs = (with_fewer_lanes(self.run, needed, self._limit),)
+            self.runs = (with_fewer_lanes(self.run, needed, limit),)
             self._set_up()
 
     def _set_up(self) -> None:
+        self.stack = Stack(len(self.runs), self.run.mesh)
+        self._feed = self._make_feed()
+        self._programs = Programs(self.run, self.stack, self._feed, self._cache, self._hear)
+        self._server = ServerTraining(self.run, self._cache, self._hear)
+        self._hyper = self.stack.gather([run.hyper for run in self.runs])
+
+    def _make_feed(self) -> Feed:
         mesh, images, kind = self.run.mesh, self.run.dataset.train_images, self.run.config.runtime.feed
-        self._limit = memory_limit(mesh)
-        self._resident = kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * self._limit)
-        if self._resident:
-            place = lambda: feed.resident(images, placer(mesh, ALL))  # noqa: E731
-            self._feed = self._shared.latest("images", (self.run.config.data, mesh), place)
-        else:
-            self._feed = feed.streamed(images, placer(mesh, self._by_run(BY_LANE)))
-        numbers = [jax.tree.map(functools.partial(np.asarray, dtype=r.task.dtype), r.task.hyper) for r in self.runs]
-        self._hyper = self._gather(numbers)
+        if kind == "resident" or (kind == "auto" and images.nbytes < RESIDENT_SHARE * memory_limit(mesh)):
+            key = self.run.config.data, mesh
+            return self._cache.get_latest("images", key, lambda: resident(images, placer(mesh, ALL)))
+        return streamed(images, placer(mesh, self.stack.spec(BY_LANE)))
+
+    def _needed(self, stages: Sequence[Stage]) -> int:
+        return max((program_memory(self.program(stage).steps) for stage in stages), default=0)
 
     @property
     def run(self) -> Prepared:
-        """The run, or the first of those that go together."""
+        """The run, or the first of those that are stacked."""
         return self.runs[0]
 
-    def _needed(self, stage: Stage) -> int:
-        return program_memory(self.program(stage).steps)
-
-    def place(self, x: Tree) -> Tree:
-        """Arrays on all devices, the same on each."""
-        return jax.tree.map(placer(self.run.mesh, ALL), x)
-
-    def _gather(self, of_runs: Sequence[Tree]) -> Tree:
-        """Each run's arrays, on all devices."""
-        return self.place(jax.device_get(of_runs[0]) if len(of_runs) == 1 else tree.stack(jax.device_get(of_runs)))
-
-    def _by_run(self, spec: PartitionSpec) -> PartitionSpec:
-        return spec if len(self.runs) == 1 else PartitionSpec(None, *spec)
-
-    def of_run(self, number: int, x: Tree) -> Tree:
-        """One run's part of parameters or state."""
-        return x if len(self.runs) == 1 else jax.tree.map(lambda leaf: leaf[number], x)
+    @functools.cached_property
+    def _extras(self) -> Tree:
+        """What every broadcast has in addition to the model."""
+        return self.stack.place(from_first(self._server.extras))
 
     def program(self, stage: Stage) -> Program:
         """The programs of a stage, compiled once for all stages of the same shapes."""
-        run, count = self.run, len(self.runs)
+        return self._programs.of(stage)
 
-        def compiled() -> Program:
-            together = f"{count} runs, each with " if count > 1 else ""
-            self._listener.compiling(f"the round, {together}{run.lanes} lane{'s' * (run.lanes > 1)}")
-            return compile_stage(run, stage, self._feed, count)
-
-        shapes = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
-        layout = run.lanes, run.mesh, count, self._resident
-        return self._shared.once(("round", program_config(run.config), layout, shapes), compiled)
-
-    def run_round(
-        self, stage: Stage, params: Tree, state: RoundState | None, number: int
-    ) -> tuple[Tree, RoundState, dict[str, Any]]:
-        """``run_rounds`` of the only run.
-
-        Raises:
-          FloatingPointError: no client's update is finite.
-        """
-        params, state, (line,) = self.run_rounds(stage, params, state, number)
-        if isinstance(line, FloatingPointError):
-            raise line
-        return params, state, line
-
-    def run_rounds(
-        self, stage: Stage, params: Tree, state: RoundState | None, number: int
-    ) -> tuple[Tree, RoundState, list[dict[str, Any] | FloatingPointError]]:
-        """One round of each run: draw the cohort, train the clients that report, aggregate what they trained.
+    def resume(self, rounds: int, saved: Sequence[Tree]) -> tuple[Tree, RoundState | None]:
+        """Continue after ``rounds`` rounds.
 
         Args:
-          stage: that the round is in.
-          params: the global parameters, as ``place`` gives them.
-          state: as the round before left it; None in a stage's first round.
-          number: of the round, from 1.
-
-        Returns:
-          The new global parameters (the old ones if nobody reports), the new state, and each run's metrics line,
-          or what is wrong where no client's update is finite. What was passed in stays as it was.
-        """
-        base = self._base
-        began = time.monotonic()
-        program, run = self.program(stage), self.run
-        cohorts = [draw_cohort(each, number) for each in self.runs]
-        if state is None:
-            dictionary = self._gather([fedca.empty(each.config, each.task) for each in self.runs])
-        else:
-            dictionary = state.dictionary
-        slots = [fedca.padded(each.config, cohort) for each, (cohort, _) in zip(self.runs, cohorts, strict=True)]
-        of_cohort = {"cohort": self._gather(slots)} if dictionary else {}
-        rows = self.place(stage.rows)
-        depths = self.place(stage.depths)
-        sent, carry = program.start(params, rows, depths, base | dictionary | of_cohort)
-        clients = {} if state is None else dict(state.clients)
-        server = (
-            by_run(run.aggregator.init, (BROADCAST_BY_RUN,), len(self.runs))(sent) if state is None else state.server
-        )
-        lines = [
-            empty_line(each, stage, number, traffic, *cohort)
-            for each, traffic, cohort in zip(self.runs, self._traffic, cohorts, strict=True)
-        ]
-        works = [
-            pack_cohort(each, reporting, number) if reporting else None
-            for each, (_, reporting) in zip(self.runs, cohorts, strict=True)
-        ]
-        if any(works):
-            carry = self._train(program, sent, carry, clients, works, number)
-            params, server, measured, dictionary = program.finish(params, rows, server, sent, carry)
-            for i, (work, (_, reporting)) in enumerate(zip(works, cohorts, strict=True)):
-                if work is not None:
-                    of_run = jax.device_get(self.of_run(i, measured))
-                    lines[i] |= trained_fields(self.runs[i], stage, work, reporting, of_run)
-            if run.config.additions.calibration_steps and lines[0]["left_out"] < lines[0]["clients"]:
-                key = jax.random.fold_in(stream_key(run.config.runtime.seed, SERVER_STREAM), number)
-                steps = run.config.additions.calibration_steps
-                calibrated, lines[0]["calibration_loss"] = self._calibrate(stage, params, steps, key)
-                params = self.place(from_first(calibrated))
-                check_finite(run.config, "the calibration's loss is not finite", number, lines[0]["calibration_loss"])
-        seconds = round((time.monotonic() - began) / len(self.runs), 4)
-        return (
-            params,
-            RoundState(server, clients, dictionary),
-            [
-                not_finite(each.config, "no client's update is finite", number)
-                if 0 < line["clients"] == line["left_out"]
-                else line | {"seconds": seconds}
-                for each, line in zip(self.runs, lines, strict=True)
-            ],
-        )
-
-    def _train(
-        self,
-        program: Program,
-        sent: Broadcast,
-        carry: Carry,
-        clients: dict[int, Memory],
-        works: Sequence[PackedRound | None],
-        number: int,
-    ) -> Carry:
-        """The round's local training, call by call; ``clients`` get what they keep of it."""
-        keys = [np.asarray(jax.random.key_data(round_key(run.config.runtime.seed, number))) for run in self.runs]
-        key = self._gather(keys)
-        put_plan = placer(self.run.mesh, self._by_run(PLAN_BY_LANE))
-        total, done = max(work.length for work in works if work), 0
-        pieces = self._feed(self._calls(works))
-        piece = next(pieces, None)
-        while piece is not None:
-            images, host_plan, steps = piece
-            plan = jax.tree.map(put_plan, host_plan)
-            memory = self._recall(clients, host_plan)
-            first, piece = 0, None
-            while first < steps:
-                count = min(self._pace, steps - first)
-                asked = time.monotonic()
-                which = self.place((np.int32(first), np.int32(count)))
-                carry = program.steps(carry, sent, memory, images, plan, *which, key, self._hyper)
-                if first + count == steps:
-                    piece = next(pieces, None)  # made while the device works
-                jax.block_until_ready(carry)
-                first, done = first + count, done + count
-                if jax.process_count() == 1:
-                    self._pace = max(1, int(count * SECONDS_OF_A_CALL / (time.monotonic() - asked)))
-                self._listener.steps(number, done, total)
-                self._between_calls()
-            self._remember(clients, carry, host_plan)
-        return carry
-
-    def _calls(self, works: Sequence[PackedRound | None]) -> Iterator[tuple[Schedule, int]]:
-        if len(works) == 1:
-            return works[0].calls if works[0] else iter(())
-        idle = idle_schedule(cohort.CALL_STEPS, self.run.lanes, self.run.config.optimizer.batch_size)
-        return side_by_side([work.calls if work else iter(()) for work in works], idle)
-
-    def take_up(self, rounds: int, saved: Tree, *of_others: Tree) -> tuple[Tree, RoundState | None]:
-        """Continue after so many rounds with what ``to_save`` gave; from the beginning where that is empty.
+          rounds: how many are finished.
+          saved: for each run what ``state_to_save`` returned; empty for one that begins.
 
         Returns:
           The parameters, on all devices, and the state, None at a stage's beginning.
         """
-        taken = [
-            resume_one(run, traffic, rounds, of_run)
-            for run, traffic, of_run in zip(self.runs, self._traffic, (saved, *of_others), strict=True)
-        ]
-        params, states = self._gather([params for params, _ in taken]), [state for _, state in taken]
+        each = zip(self.runs, self._traffic, saved, strict=True)
+        resumed = [resume_one(run, traffic, rounds, content) for run, traffic, content in each]
+        params, states = self.stack.gather([params for params, _ in resumed]), [state for _, state in resumed]
         if (first := states[0]) is None:
             return params, None
-        server, dictionary = self._gather([(s.server, s.dictionary) for s in states if s])
-        return params, RoundState(server, first.clients, dictionary)
+        server, exchange = self.stack.gather([(state.server, state.exchange) for state in states if state])
+        return params, RoundState(server, first.clients, exchange)
 
-    @functools.cached_property
-    def _base(self) -> Tree:
-        """What of ``Sent.shared`` no round changes: the base model, which is trained now, and the public images."""
-        run = self.run
-        if not fedca.has_base(run.config):
-            return {}
-        (stage,), key = run.stages, stream_key(run.config.runtime.seed, BASE_STREAM)
-        params, loss = self._calibrate(stage, initial_params(run), run.config.additions.base_steps, key)
-        check_finite(run.config, "the base model's loss is not finite", 0, loss)
-        base = jax.device_get(tree.take(params, stage.rows))
-        return self.place({"base": from_first(base), "public": run.server_images})
+    def run_rounds(self, stage: Stage, params: Tree, state: RoundState | None, number: int) -> RoundResult:
+        """One round of each run: draw the cohort, train the clients that report, aggregate what they trained.
 
-    def _recall(self, clients: dict[int, Memory], plan: Schedule) -> Memory | None:
-        """Memories of the clients that lanes begin in a call, on the lanes' devices; other lanes get an empty one."""
-        if self.run.no_memory is None:
-            return None
-        empty, begins = self.run.no_memory, plan.busy[0] & (plan.step[0] == 0)
-        lanes = [clients.get(int(c), empty) if b else empty for c, b in zip(plan.client[0], begins, strict=True)]
-        put = placer(self.run.mesh, BY_LANE)
-        return jax.tree.map(lambda *of_lanes: put(np.stack(of_lanes)), *lanes)
+        Args:
+          stage: that the round is in.
+          params: the global parameters, on all devices (``stack.place``).
+          state: as the round before left it; None in a stage's first round.
+          number: of the round, from 1.
 
-    def _remember(self, clients: dict[int, Memory], carry: Carry, plan: Schedule) -> None:
-        """Keep the finite models of the clients that a call has finished, one at most in a lane."""
-        if self.run.no_memory is None:
-            return
-        lanes, losses = jax.device_get((to_memory(carry.client), carry.loss))
-        for lane in np.flatnonzero(plan.weight.max(axis=0)):
-            memory = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
-            if all(np.isfinite(x).all() for x in jax.tree.leaves((memory, losses[lane]))):
-                clients[int(plan.client[0, lane])] = memory
+        Returns:
+          The new global parameters (the old ones if nobody reports), the new state, and each run's outcome. What was
+          passed in stays as it was.
+        """
+        extras = self._extras  # before the clock starts: the base model's training is no round's
+        began, program = time.monotonic(), self.program(stage)
+        drawn = [cohort.draw_cohort(run, number) for run in self.runs]
+        broadcast, carry, state = self._begin(program, stage, params, state, drawn, extras)
+        per_run = list(zip(self.runs, self._traffic, drawn, strict=True))
+        lines = [empty_line(run, stage, number, traffic, clients) for run, traffic, clients in per_run]
+        works = [cohort.pack_cohort(run, clients.reporting, number) for run, _, clients in per_run]
+        if any(works):
+            carry = self._train(program, broadcast, carry, state.clients, works, number)
+            rows = self.stack.place(stage.rows)
+            after = program.finish(params, rows, state.server, broadcast, carry, self._context(number))
+            params, state = after.params, state._replace(server=after.state, exchange=after.exchange)
+            for i, work in enumerate(works):
+                if work:
+                    measured = jax.device_get(self.stack.select(i, after.measured))
+                    lines[i] |= trained_fields(self.runs[i], stage, work, drawn[i], measured)
+            if self._server.calibrates and lines[0]["left_out"] < lines[0]["clients"]:
+                calibrated, lines[0]["calibration_loss"] = self._server.after_round(stage, params, number)
+                params = self.stack.place(from_first(calibrated))
+        seconds = round((time.monotonic() - began) / len(self.runs), 4)
+        outcomes = [outcome(run, line | {"seconds": seconds}) for run, line in zip(self.runs, lines, strict=True)]
+        return RoundResult(params, state, outcomes)
 
-    def _calibrate(self, stage: Stage, params: Tree, steps: int, key: jax.Array) -> tuple[Tree, float]:
-        """The server's own training, on one device; what it gives is on the host."""
-        run = self.run
-        stage = calibration.all_trainable(stage, run.layers)
+    def _begin(
+        self,
+        program: Program,
+        stage: Stage,
+        params: Tree,
+        state: RoundState | None,
+        drawn: Sequence[Cohort],
+        extras: Tree,
+    ) -> tuple[Broadcast, Carry, RoundState]:
+        """The round's broadcast, the empty round, and the state, of which this round may change ``clients``."""
+        exchange = state.exchange if state else self.stack.gather([run.exchange.start() for run in self.runs])
+        pairs = zip(self.runs, drawn, strict=True)
+        of_cohort = self.stack.gather([run.exchange.for_cohort(clients.drawn) for run, clients in pairs])
+        rows, depths = self.stack.place(stage.rows), self.stack.place(stage.depths)
+        broadcast, carry = program.start(params, rows, depths, extras | exchange | of_cohort)
+        if state:
+            return broadcast, carry, state._replace(clients=dict(state.clients))
+        server = self.stack.vmap(self.run.aggregator.init, (BROADCAST_BY_RUN,))(broadcast)
+        return broadcast, carry, RoundState(server, {}, exchange)
 
-        def traced() -> Callable[..., tuple[Tree, jax.Array]]:
-            self._listener.compiling("the server's training")
-            return jax.jit(functools.partial(calibration.calibrate, run.task, run.config.optimizer.batch_size, steps))
+    def _context(self, number: int) -> RoundContext:
+        keys = [np.asarray(jax.random.key_data(round_key(run.config.runtime.seed, number))) for run in self.runs]
+        return RoundContext(self.stack.place(np.int32(number)), self.stack.gather(keys), self._hyper)
 
-        shapes = str(jax.tree.map(np.shape, stage.rows))
-        calibrate = self._shared.once(("calibration", program_config(run.config), steps, shapes), traced)
-        hyper, params = jax.device_get((self._hyper, params))
-        params, loss = calibrate(hyper, params, stage.rows, np.int32(stage.depth), run.server_images, key)
-        return jax.device_get(params), float(loss)
+    def _train(
+        self,
+        program: Program,
+        broadcast: Broadcast,
+        carry: Carry,
+        clients: Memories,
+        works: Sequence[PackedRound | None],
+        number: int,
+    ) -> Carry:
+        """The round's local training, call by call; ``clients`` get what they keep of it."""
+        put_schedule = placer(self.run.mesh, self.stack.spec(SCHEDULE_BY_LANE))
+        context, total, done = self._context(number), max(work.length for work in works if work), 0
+        calls = self._feed.serve(self._calls(works))
+        call = next(calls, None)
+        while call is not None:
+            images, host_schedule, steps = call
+            schedule = jax.tree.map(put_schedule, host_schedule)
+            memory = None
+            if self.run.keeps_clients:
+                memory = recall(self.run.start.empty_memory, clients, host_schedule, self.run.mesh)
+            first, call = 0, None
+            while first < steps:
+                count = min(self._pace, steps - first)
+                asked = time.monotonic()
+                work = Work(images, schedule, *self.stack.place((np.int32(first), np.int32(count))))
+                carry = program.steps(carry, broadcast, memory, work, context)
+                if first + count == steps:
+                    call = next(calls, None)  # made while the device works
+                jax.block_until_ready(carry)
+                first, done = first + count, done + count
+                if jax.process_count() == 1:
+                    self._pace = max(1, int(count * SECONDS_PER_CALL / (time.monotonic() - asked)))
+                self._hear(StepsDone(number, done, total))
+                self._between_calls()
+            if self.run.keeps_clients:
+                remember(clients, carry, host_schedule)
+        return carry
+
+    def _calls(self, works: Sequence[PackedRound | None]) -> Iterator[tuple[Schedule, int]]:
+        calls = [work.calls if work else iter(()) for work in works]
+        return calls[0] if self.stack.is_single else side_by_side(calls, idle_call(self.run))
+
+
+def outcome(run: Prepared, line: dict[str, Any]) -> Outcome:
+    """A round's line, and what is wrong if the updates of all clients that report were left out."""
+    failed = 0 < line["clients"] == line["left_out"]
+    return Outcome(line, not_finite(run.config, "no client's update is finite", line["round"]) if failed else None)

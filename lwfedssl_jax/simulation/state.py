@@ -7,54 +7,77 @@ import jax
 import numpy as np
 
 from lwfedssl_jax.costs.traffic import Traffic
-from lwfedssl_jax.method import fedca
-from lwfedssl_jax.method.stateful_clients import Memory
-from lwfedssl_jax.simulation.cohort import draw_cohort
-from lwfedssl_jax.simulation.program import broadcast
+from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.simulation import cohort
+from lwfedssl_jax.simulation.memories import Memories
+from lwfedssl_jax.simulation.program import make_broadcast
 from lwfedssl_jax.simulation.setup import Prepared, initial_params
 from lwfedssl_jax.system.devices import from_first
 from lwfedssl_jax.tree import Tree
 
 
 class RoundState(NamedTuple):
-    """What lasts from round to round of a stage besides the parameters; of runs that go together, a leading run axis.
+    """What lasts from round to round of a stage in addition to the parameters; of stacked runs, with their axis.
 
     Attributes:
       server: the aggregator's state.
       clients: what clients keep, by their number.
-      dictionary: FedCA's, from the round before; empty without it.
+      exchange: the state of the method's further exchange, a dict.
     """
 
     server: Tree
-    clients: dict[int, Memory]
-    dictionary: Tree
+    clients: Memories
+    exchange: Tree
 
 
 def resume_one(run: Prepared, traffic: Traffic, rounds: int, saved: Tree) -> tuple[Tree, RoundState | None]:
-    """What ``Simulator.take_up`` gives of one run, on the host; ``traffic`` hears of the rounds that were."""
-    params, server, clients, dictionary = initial_params(run), None, {}, {}
-    for stage in run.stages:
-        last = stage.first_round + stage.rounds
-        for number in range(stage.first_round + 1, min(last, rounds) + 1):
-            traffic.download(stage, draw_cohort(run, number)[0])
-        if stage.first_round < rounds < last:
-            sent = functools.partial(broadcast, stage, rows=stage.rows, depths=stage.depths)
-            shapes = jax.eval_shape(lambda p, sent=sent: run.aggregator.init(sent(p)), params)
-            server = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-            dictionary = fedca.empty(run.config, run.task)
+    """One run's parameters and state after ``rounds`` rounds, on the host; the state is None at a stage's beginning.
+
+    Args:
+      run: prepared.
+      traffic: is told of the rounds that were.
+      rounds: how many are finished.
+      saved: as ``state_to_save`` returned it; empty for a run that begins.
+    """
+    count_traffic(run, traffic, rounds)
+    params, stage = initial_params(run), stage_within(run, rounds)
+    state = None if stage is None else RoundState(empty_server_state(run, stage, params), {}, run.exchange.start())
     if saved:
         params = saved["params"]
-        form, no_memory = jax.tree.structure(server), jax.tree.structure(run.no_memory)
-        server = jax.tree.unflatten(form, saved["server"]) if server is not None else None
-        clients = {int(c): jax.tree.unflatten(no_memory, leaves) for c, leaves in saved["clients"].items()}
-        dictionary = saved["dictionary"] if server is not None else {}
+        if state is not None:
+            memory = jax.tree.structure(run.start.empty_memory)
+            clients = {int(client): jax.tree.unflatten(memory, leaves) for client, leaves in saved["clients"].items()}
+            server = jax.tree.unflatten(jax.tree.structure(state.server), saved["server"])
+            state = RoundState(server, clients, saved["dictionary"])
     if rounds:
-        params, server, dictionary = from_first((params, server, dictionary))
-    return params, None if server is None else RoundState(server, clients, dictionary)
+        params = from_first(params)
+        if state is not None:
+            server, exchange = from_first((state.server, state.exchange))
+            state = state._replace(server=server, exchange=exchange)
+    return params, state
+
+
+def count_traffic(run: Prepared, traffic: Traffic, rounds: int) -> None:
+    """Tell ``traffic`` which clients were drawn in the first ``rounds`` rounds."""
+    for stage in run.stages:
+        for number in range(stage.first_round + 1, min(stage.last_round, rounds) + 1):
+            traffic.download(stage, cohort.draw_cohort(run, number).drawn)
+
+
+def stage_within(run: Prepared, rounds: int) -> Stage | None:
+    """The stage of which some rounds are finished and some are not, after ``rounds`` rounds in all."""
+    return next((stage for stage in run.stages if stage.first_round < rounds < stage.last_round), None)
+
+
+def empty_server_state(run: Prepared, stage: Stage, params: Tree) -> Tree:
+    """Zeros in the shape of the aggregator's state."""
+    broadcast = functools.partial(make_broadcast, stage, rows=stage.rows, depths=stage.depths)
+    shapes = jax.eval_shape(lambda params: run.aggregator.init(broadcast(params)), params)
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def state_to_save(params: Tree, state: RoundState | None) -> Tree:
     """All that a run needs to continue after a round, as dicts and lists of arrays."""
-    server, clients, dictionary = state or RoundState((), {}, {})
+    server, clients, exchange = state or RoundState((), {}, {})
     kept = {str(client): jax.tree.leaves(memory) for client, memory in clients.items()}
-    return {"params": params, "server": jax.tree.leaves(server), "clients": kept, "dictionary": dictionary}
+    return {"params": params, "server": jax.tree.leaves(server), "clients": kept, "dictionary": exchange}

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 
 from lwfedssl_jax.config import Config
-from lwfedssl_jax.costs import ledger, memory
+from lwfedssl_jax.costs import memory
+from lwfedssl_jax.experiment.ledgers import round_operations, traced_ledger
 from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.simulation.setup import Cache, prepare
 from lwfedssl_jax.sweep.grid import SweepRun
@@ -25,7 +26,7 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-def estimate(runs: Sequence[SweepRun], shared: Cache) -> list[Estimate]:
+def estimate(runs: Sequence[SweepRun], cache: Cache) -> list[Estimate]:
     """What each run will take; reads the data, and compiles and times one step for each program of a last stage.
 
     Clients whose devices cannot afford a stage are counted as if they could.
@@ -33,21 +34,19 @@ def estimate(runs: Sequence[SweepRun], shared: Cache) -> list[Estimate]:
     found = []
     for run in runs:
         config, plain = run.config, ledger_config(run.config)
-        cost = shared.once(("cost", plain), functools.partial(ledger.make_ledger, plain))["flops_executed"]
-        ready = prepare(config, shared=shared)  # for the clients' sizes; nothing is compiled
+        cost = traced_ledger(config, cache)["flops_executed"]
+        ready = prepare(config, cache=cache)  # for the clients' sizes; nothing is compiled
         drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
         operations = cost * float(ready.clients.sizes.sum()) * drawn
-        rate = shared.once(("rate", plain), functools.partial(memory.step_rate, plain))
+        rate = cache.get(("rate", plain), functools.partial(memory.step_rate, plain))
         at_once = ready.mesh.size if jax.default_backend() == "cpu" else ready.lanes
         found.append(Estimate(operations, operations / rate / at_once))
     return found
 
 
-def round_costs(config: Config, shared: Cache) -> list[float]:
+def round_costs(config: Config, cache: Cache) -> list[float]:
     """Each round's work, to compare runs of one data set by: multiply-adds of a sample, times the share of it drawn."""
-    plain = ledger_config(config)
-    per_stage = shared.once(("cost", plain), functools.partial(ledger.make_ledger, plain))["per_stage"]
     share = config.cohort_size / config.partition.clients
     if config.partition.kind == "shared":
         share = float(config.cohort_size * config.partition.examples_per_client)
-    return [share * row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
+    return [share * operations for operations in round_operations(config, cache)]

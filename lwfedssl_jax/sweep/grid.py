@@ -68,7 +68,7 @@ class SweepFile(NamedTuple):
     """A sweep as its file has it.
 
     Attributes:
-      name: the file's, without its folder.
+      name: as `sweep` takes it; of a user's own file, its name without folder and `.py`.
       about: the first line of its docstring.
       source: its text.
       runs: see ``runs_of``.
@@ -86,10 +86,11 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
     Raises:
       ConfigError: no such sweep, the file does not run, it defines no ``sweep``, or one of its runs is not valid.
     """
-    known = [path.stem for path in sorted((config_dir / SWEEPS).glob("*.py"))]
+    folder, named = config_dir / SWEEPS, name.removeprefix(f"{SWEEPS}/")
+    known = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.py"))]
     own = name.endswith(".py")
-    path = Path(name) if own else config_dir / SWEEPS / f"{name.removeprefix(f'{SWEEPS}/')}.py"
-    if not os.path.isfile(path) or not (own or path.stem in known):
+    path = Path(name) if own else folder / f"{named}.py"
+    if not os.path.isfile(path) or not (own or named in known):
         names = ", ".join(difflib.get_close_matches(name, known) or known)
         raise ConfigError(f"SWEEP: no sweep {name!r}; accepted: a path to a .py file, or one of {names}")
     before = [dict(table) for table in TABLES]
@@ -102,7 +103,7 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
     about = (module.__doc__ or "").strip().split("\n")[0]
     # A file that adds entries to the tables holds more than the configs of its runs.
     code = path.read_bytes() if before != [dict(table) for table in TABLES] else b""
-    return SweepFile(path.stem, about, path.read_text(), runs_of(sweep, code))
+    return SweepFile(path.stem if own else named, about, path.read_text(), runs_of(sweep, code))
 
 
 def runs_of(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:

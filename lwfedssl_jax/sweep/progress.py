@@ -75,15 +75,19 @@ class SweepProgress:
         name, kind = run.directory, event["event"]
         if kind == "started":
             self._state[name], self._text[name] = "running", "loading"
-        elif kind == "compiling":
+        elif kind == "Compiling":
             self._text[name] = f"compiling {event['what']}"
-        elif kind == "round":
-            number, costs = event["round"], self._costs[name]
+        elif kind == "FineTuning":
+            self._text[name] = event["what"]
+        elif kind == "RoundDone":
+            line, costs = event["line"], self._costs[name]
+            number = line["round"]
             first = self._first.setdefault(name, number - 1)
             self._done[name], self._left[name] = sum(costs[first:number]), sum(costs[number:])
-            self._text[name] = f"stage {event['stage']}, round {number}/{len(costs)}"
-        elif kind == "evaluation":
-            self._accuracy.setdefault(name, {})[event["protocol"]] = event["accuracy"]
+            self._text[name] = f"stage {line['stage']}, round {number}/{len(costs)}"
+        elif kind == "Evaluated":
+            line = event["line"]
+            self._accuracy.setdefault(name, {})[line["protocol"]] = line["accuracy"]
         elif kind in ("finished", "failed"):
             self._state[name], self._left[name] = kind, 0.0
             scores = [f"{p} {100 * a:.1f} %" for p, a in self._accuracy.get(name, {}).items()]

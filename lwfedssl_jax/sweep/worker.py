@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.simulation.events import Hear
 from lwfedssl_jax.sweep.grid import SweepRun
 from lwfedssl_jax.sweep.pool import Event
 from lwfedssl_jax.system.errors import user_message
@@ -77,7 +78,8 @@ def read_units(units: "queue.Queue[list[str] | None]", idle: threading.Event) ->
 
 def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, say: Callable[[Event], None]) -> None:
     """Runs of one group, as many side by side as asked for, or as pay off (0)."""
-    from lwfedssl_jax.experiment import train
+    from lwfedssl_jax.experiment.active import ActiveRun
+    from lwfedssl_jax.experiment.train import train_together
     from lwfedssl_jax.simulation import setup
     from lwfedssl_jax.workdir import WorkDir
 
@@ -94,9 +96,9 @@ def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, s
             except ConfigError as error:
                 say({"event": "failed", "run": run.directory, "why": str(error)})
                 continue
-            members.append((run, train.ActiveRun(run.config, workdir, telling(run, say))))
+            members.append((run, ActiveRun(run.config, workdir, [listener(run, say)])))
         if members:
-            train.train_together([member for _, member in members], shared)
+            train_together([member for _, member in members], shared)
         for run, member in members:
             if member.error:
                 traceback.print_exception(member.error)
@@ -109,28 +111,17 @@ def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, s
                 say({"event": "finished", "run": run.directory})
 
 
-def telling(run: SweepRun, say: Callable[[Event], None]) -> Any:
-    """A listener that passes on what a sweep shows."""
-    from lwfedssl_jax.simulation.events import Listener
+def listener(run: SweepRun, say: Callable[[Event], None]) -> Hear:
+    """Passes on what a sweep shows of a run's events; notes go to the log."""
+    from lwfedssl_jax.simulation import events
 
-    class Telling(Listener):
-        def note(self, what: str) -> None:
-            print(f"{run.directory}: {what}", file=sys.stderr, flush=True)
+    def hear(event: events.Event) -> None:
+        if isinstance(event, events.Note):
+            print(f"{run.directory}: {event.text}", file=sys.stderr, flush=True)
+        if isinstance(event, events.Compiling | events.RoundDone | events.FineTuning | events.Evaluated):
+            say({"event": type(event).__name__, "run": run.directory, **event._asdict()})
 
-        def compiling(self, what: str) -> None:
-            say({"event": "compiling", "run": run.directory, "what": what})
-
-        def round(self, line: dict[str, Any]) -> None:
-            say({"event": "round", "run": run.directory, "round": line["round"], "stage": line["stage"]})
-
-        def fine_tuning(self, what: str) -> None:
-            say({"event": "compiling", "run": run.directory, "what": what})
-
-        def evaluation(self, line: dict[str, Any]) -> None:
-            content = {key: line[key] for key in ("round", "protocol", "accuracy")}
-            say({"event": "evaluation", "run": run.directory, **content})
-
-    return Telling()
+    return hear
 
 
 if __name__ == "__main__":

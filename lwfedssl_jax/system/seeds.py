@@ -8,6 +8,9 @@ SERVER_IMAGES_STREAM = 3  # of the seed in NumPy's generators; 0 is the clients'
 
 DROPOUT_STREAM, PUBLIC_STREAM = 2**32 - 1, 2**32 - 2  # of a step's key; its samples take 0 to B - 1
 
+CONTRIBUTION_STREAM = 2**32 - 3  # of a client's key; its steps take the smaller numbers
+FINISH_STREAM = 2**32 - 4  # of a round's key; its clients take the smaller numbers
+
 FINE_TUNE_STREAM = 64  # of the seed, here and in NumPy's generators; the simulation's are smaller
 
 # Streams of the seed; clients add round, client and step to theirs.

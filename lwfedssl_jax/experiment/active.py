@@ -1,0 +1,104 @@
+"""One run on its way from its config to its summary."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lwfedssl_jax.config import Config
+from lwfedssl_jax.costs import fleet
+from lwfedssl_jax.evaluation import frozen
+from lwfedssl_jax.experiment.checks import check
+from lwfedssl_jax.experiment.ledgers import compiled_ledger
+from lwfedssl_jax.method.programs import program_config
+from lwfedssl_jax.simulation.events import Event, Hear, Note
+from lwfedssl_jax.simulation.setup import Cache, Prepared, prepare
+from lwfedssl_jax.simulation.state import RoundState, state_to_save
+from lwfedssl_jax.system.devices import from_first
+from lwfedssl_jax.system.interrupts import Interrupts
+from lwfedssl_jax.tree import Tree
+from lwfedssl_jax.workdir import WorkDir
+
+
+@dataclass
+class ActiveRun:
+    """A run, from before its data is loaded until it has a summary or an error.
+
+    Attributes:
+      config: resolved.
+      workdir: belongs to this config; None in every process except the first of several.
+      listeners: hear of progress.
+      prepared: the config and what is derived from it, with the lanes that are used; once it has been loaded.
+      encode: gives the encoder's features; likewise.
+      done: how many rounds were finished when it was loaded.
+      saved: what the checkpoint after them holds, until it has been taken up.
+      summary: the content of ``summary.json``, once the run is finished; empty without a work directory.
+      error: why it ended before.
+    """
+
+    config: Config
+    workdir: WorkDir | None
+    listeners: list[Hear] = field(default_factory=list)
+    prepared: Prepared = field(init=False)
+    encode: frozen.Encode = field(init=False)
+    done: int = 0
+    saved: Tree = field(default_factory=dict)
+    summary: dict[str, Any] | None = None
+    error: Exception | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has neither finished nor failed."""
+        return self.summary is None and self.error is None
+
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[None]:
+        """Keep an error as this run's own, so that others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+
+    def hear(self, event: Event) -> None:
+        """Pass an event on to all listeners."""
+        for listener in self.listeners:
+            listener(event)
+
+    def load(self, cache: Cache, interrupts: Interrupts) -> None:
+        """Take the work directory, load what the run needs, and find out how far it is; no round is compiled.
+
+        Raises:
+          ConfigError: see ``experiment.train.train``.
+        """
+        if self.workdir:
+            self.workdir.take()
+        check(self.config)
+        run = prepare(self.config, hear=self.hear, cache=cache)
+        frozen.check(self.config.evaluation, run.dataset)
+        interrupts.check()
+        if self.config.fleet.devices:
+            run = self._on_fleet(run, cache)
+            interrupts.check()
+        task, key = run.task, ("encode", program_config(self.config))
+        self.encode = cache.get(key, lambda: frozen.make_encode(task.encoder, task.recipe, task.dtype))
+        self.prepared = run
+        found, faults = self.workdir.restore() if self.workdir else (None, {})
+        for rounds, why in faults.items():
+            self.hear(Note(f"checkpoint {rounds} is damaged: {why}"))
+        self.done = int(from_first(np.int32(found.rounds if found else 0)))
+        self.saved = found.state if found else {}
+
+    def _on_fleet(self, run: Prepared, cache: Cache) -> Prepared:
+        """The run with its clients on the devices of its fleet."""
+        per_stage = compiled_ledger(self.config, self.hear, cache)["per_stage"]
+        on_devices = fleet.fleet_of_clients(self.config, per_stage, run.clients.sizes)
+        self.hear(Note(fleet.fleet_line(fleet.summary(on_devices, run.clients.sizes), len(per_stage))))
+        return run._replace(fleet=on_devices)
+
+    def save(self, rounds: int, params: Tree, state: RoundState | None) -> None:
+        """Write a checkpoint after ``rounds`` rounds."""
+        if self.workdir and rounds:
+            ends = [stage.last_round for stage in self.prepared.stages]
+            self.workdir.save(rounds, state_to_save(params, state), ends)

@@ -1,0 +1,77 @@
+"""Evaluations of a run's encoder, each a line of ``metrics.jsonl``."""
+
+from typing import Any
+
+import jax
+
+from lwfedssl_jax.evaluation import finetune, frozen
+from lwfedssl_jax.experiment.active import ActiveRun
+from lwfedssl_jax.simulation.events import Evaluated, FineTuning
+from lwfedssl_jax.simulation.setup import check_finite, initial_params
+from lwfedssl_jax.system.interrupts import Interrupts
+from lwfedssl_jax.tree import Tree
+
+FINE_TUNE = "fine_tune"  # the protocol's name
+
+
+def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> None:
+    """Evaluate layers L1..L_depth by every protocol and write a line per protocol, unless no image has a label.
+
+    Raises:
+      FloatingPointError: a feature is not finite.
+    """
+    dataset = run.prepared.dataset
+    if not len(dataset.labelled):
+        return
+    params = jax.device_get(params)  # on the mesh, every device would repeat the work
+    features = [run.encode(params, images, depth) for images in (dataset.train_images, dataset.test_images)]
+    for x in features:
+        check_finite(run.config, "the encoder's features are not finite", number, x)
+    for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
+        _write(run, {"round": number, "depth": depth, "protocol": protocol, **result})
+
+
+def log_fine_tuning(run: ActiveRun, interrupts: Interrupts, params: Tree) -> None:
+    """Fine-tune the trained encoder, and from scratch the initial one; write a line for each that has none yet.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+      KeyboardInterrupt: a signal has come; heard at each epoch's beginning.
+    """
+    config, written = run.config, [line["round"] for line in _lines(run) if line.get("protocol") == FINE_TUNE]
+    if config.federation.rounds not in written:
+        result = _fine_tune(run, interrupts, params, "")
+        _write(run, {"round": config.federation.rounds, **result})
+    if 0 not in written:
+        result = _fine_tune(run, interrupts, initial_params(run.prepared), "from scratch: ")
+        _write(run, {"round": 0, "baseline": "scratch", **result})
+
+
+def _fine_tune(run: ActiveRun, interrupts: Interrupts, params: Tree, prefix: str) -> dict[str, Any]:
+    def notify(what: str) -> None:
+        interrupts.check()
+        run.hear(FineTuning(prefix + what))
+
+    depth = run.config.model.depth
+    result = finetune.fine_tune(
+        run.prepared.task,
+        run.encode,
+        run.config.evaluation,
+        run.prepared.dataset,
+        jax.device_get(params),  # on the mesh, every device would repeat the work
+        depth,
+        run.config.runtime.seed,
+        notify,
+    )
+    return {"depth": depth, "protocol": FINE_TUNE, **result}
+
+
+def _lines(run: ActiveRun) -> list[dict[str, Any]]:
+    return run.workdir.metrics() if run.workdir else []
+
+
+def _write(run: ActiveRun, content: dict[str, Any]) -> None:
+    line = {"event": "evaluation", **content}
+    if run.workdir:
+        run.workdir.append(line)
+        run.hear(Evaluated(line))

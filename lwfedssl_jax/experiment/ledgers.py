@@ -1,0 +1,45 @@
+"""Ledgers of runs, traced once per process."""
+
+import functools
+
+from lwfedssl_jax.config import Config, override
+from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.costs.ledger import Ledger
+from lwfedssl_jax.costs.memory import Notify
+from lwfedssl_jax.method.programs import ledger_config
+from lwfedssl_jax.simulation.events import Compiling, Hear
+from lwfedssl_jax.simulation.setup import Cache
+
+
+def traced_ledger(config: Config, cache: Cache) -> Ledger:
+    """A run's own ledger, without peak memory."""
+    plain = ledger_config(config)
+    return cache.get(("ledger", plain), functools.partial(ledger.make_ledger, plain))
+
+
+def round_operations(config: Config, cache: Cache) -> list[float]:
+    """Multiply-adds of one sample in each round (``flops_executed``); a stage's rounds cost the same."""
+    per_stage = traced_ledger(config, cache)["per_stage"]
+    return [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
+
+
+def compiled_ledger(config: Config, hear: Hear, cache: Cache) -> Ledger:
+    """A run's own ledger, with peak memory."""
+
+    def compiled() -> Ledger:
+        return ledger.ledgers_of({"": config}, memory=True, notify=_saying(hear))[""]
+
+    return cache.get(("compiled ledger", ledger_config(config)), compiled)
+
+
+def ledgers_of_run(config: Config, hear: Hear, cache: Cache) -> dict[str, Ledger]:
+    """The ledger of every strategy with a run's config, with peak memory."""
+
+    def compiled() -> dict[str, Ledger]:
+        return ledger.all_strategies(config, memory=True, notify=_saying(hear))
+
+    return cache.get(("ledgers", override(ledger_config(config), {"strategy.name": ""})), compiled)
+
+
+def _saying(hear: Hear) -> Notify:
+    return lambda what: hear(Compiling(what))

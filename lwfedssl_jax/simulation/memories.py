@@ -1,0 +1,30 @@
+"""Models that clients keep between rounds, on their way between the host and the lanes."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lwfedssl_jax.method.stateful_clients import Memory, to_memory
+from lwfedssl_jax.simulation.lanes import placer
+from lwfedssl_jax.simulation.packing import Schedule
+from lwfedssl_jax.simulation.rounds import BY_LANE, Carry
+
+Memories = dict[int, Memory]  # by client number
+
+
+def recall(empty: Memory, clients: Memories, schedule: Schedule, mesh: Mesh) -> Memory:
+    """Memories of the clients that lanes begin in a call, on the lanes' devices; other lanes get an empty one."""
+    begins = schedule.busy[0] & (schedule.step[0] == 0)
+    numbers = zip(schedule.client[0], begins, strict=True)
+    lanes = [clients.get(int(client), empty) if begin else empty for client, begin in numbers]
+    put = placer(mesh, BY_LANE)
+    return jax.tree.map(lambda *leaves: put(np.stack(leaves)), *lanes)
+
+
+def remember(clients: Memories, carry: Carry, schedule: Schedule) -> None:
+    """Keep the finite models of the clients that a call has finished, at most one per lane."""
+    lanes, losses = jax.device_get((to_memory(carry.client), carry.loss))
+    for lane in np.flatnonzero(schedule.weight.max(axis=0)):
+        memory = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
+        if all(np.isfinite(x).all() for x in jax.tree.leaves((memory, losses[lane]))):
+            clients[int(schedule.client[0, lane])] = memory
