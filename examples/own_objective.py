@@ -1,0 +1,54 @@
+"""A config file that adds an objective, a strategy, an aggregator and a loss term of its own.
+
+Barlow Twins; the two newest layers train; the server goes half the way; weights stay small.
+
+    python run.py train examples/own_objective.py
+    python run.py resources examples/own_objective.py    # newest_two next to the other strategies
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lwfedssl_jax.additions import TERMS
+from lwfedssl_jax.aggregation import AGGREGATORS, WEIGHTED_MEAN
+from lwfedssl_jax.config import load, override
+from lwfedssl_jax.objectives import OBJECTIVES, Objective
+from lwfedssl_jax.stages import STRATEGIES
+
+
+def barlow_twins(online_2xBxD, target_2xBxD, mask_B, temperature):
+    """From the embeddings of both views, 2xBxD; mask_B is False for the padding of a short batch."""
+    mask = mask_B[None, :, None]
+    mean = online_2xBxD.mean(1, keepdims=True, where=mask)
+    std = online_2xBxD.std(1, keepdims=True, where=mask)
+    z = jnp.where(mask, (online_2xBxD - mean) / (std + 1e-4), 0)
+    c_DxD = z[0].T @ z[1] / mask_B.sum().astype(z.dtype)
+    on_diagonal = jnp.eye(len(c_DxD), dtype=bool)
+    return jnp.where(on_diagonal, (1 - c_DxD) ** 2, 0.005 * c_DxD**2).sum()
+
+
+OBJECTIVES["barlow_twins"] = Objective(barlow_twins, has_target=False, has_prediction=False, paper_views=2)
+
+# For each stage: how many layers are frozen, and how many exist. Freezing, traffic and ledger follow.
+STRATEGIES["newest_two"] = lambda layers, k: [(max(d - k, 0), min(d + k, layers)) for d in range(0, layers, k)]
+
+
+def half_way(state, sent, mean, summed):
+    """After a round: from the weighted mean of the clients to the new global parameters."""
+    return state, jax.tree.map(lambda old, new: (old + new) / 2, sent.trainable, mean)
+
+
+AGGREGATORS["half_way"] = lambda config: WEIGHTED_MEAN._replace(finish=half_way)
+
+# A term sees the fields of Local: see the API reference.
+TERMS["small_weights"] = lambda local: sum(jnp.square(w).sum() for w in jax.tree.leaves(local.weights))
+
+config = override(
+    load("quickstart"),
+    {
+        "objective.name": "barlow_twins",
+        "strategy.name": "newest_two",
+        "federation.aggregator": "half_way",
+        "additions.terms": ("small_weights=1e-4",),
+    },
+)
