@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from lwfedssl_jax.analysis.wording import clock, percent
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation.events import Listener
@@ -14,12 +15,6 @@ from lwfedssl_jax.simulation.setup import Prepared
 
 SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
 SECONDS_BETWEEN_UPDATES = 0.3  # in a notebook
-
-
-def clock(seconds: float) -> str:
-    """``minutes:seconds``, with hours where there are some."""
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}" if hours else f"{minutes}:{int(seconds) % 60:02d}"
 
 
 class ConsoleProgress(Listener):
@@ -100,7 +95,7 @@ class ConsoleProgress(Listener):
     def evaluation(self, line: dict[str, Any]) -> None:
         start = "from scratch" if "baseline" in line else "untrained"
         where = f"round {line['round']}, {line['depth']} layers" if line["round"] else start
-        self.say(f"  {where}: {line['protocol']} {100 * line['accuracy']:.1f} %")
+        self.say(f"  {where}: {line['protocol']} {percent(line['accuracy'])}")
 
     def _time_left(self) -> str:
         done = self._left_at_start - self._left[self._number]
