@@ -105,7 +105,9 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "more_populations": len(populations[SHOWN_POPULATIONS:]),
         "differing": list(settings[0].values) if settings else [],
         "shared": (shared := _shared_fields(runs)),
-        "main_fields": {field: shared[field] for field in MAIN_FIELDS if field in shared},
+        "main_fields": {
+            field: shared[field] for field in MAIN_FIELDS if field in shared and _has_effect(field, shared)
+        },
         "devices": list(dict.fromkeys(str(run.about.get("device", "unknown device")) for run in runs if run.about)),
         "versions": list(dict.fromkeys(version for run in runs for version in _versions(run))),
     }
@@ -136,6 +138,13 @@ def _shared_fields(runs: Sequence[RunRecord]) -> dict[str, str]:
     first = configs[0] if configs else {}
     shared = {f: v for f, v in first.items() if f != SEED and all(config.get(f) == v for config in configs)}
     return {field: str(value) for field, value in join_lists(shared).items()}
+
+
+def _has_effect(field: str, config: Mapping[str, Any]) -> bool:
+    """Whether a field matters: beta does for two kinds of partition, and ``clients_per_round`` 0 draws all clients."""
+    if field == "partition.beta":
+        return config.get("partition.kind") in ("dirichlet", "quantity")
+    return field != "federation.clients_per_round" or config[field] != "0"
 
 
 def _costs_figure(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str, out: Path) -> Figure:
@@ -232,7 +241,7 @@ def _populations(runs: Sequence[RunRecord]) -> Iterator[Figure]:
             continue
         config = run.config
         words = [str(config.get(f, "")) for f in ("data.name", "partition.kind")]
-        words += [f"beta {config.get('partition.beta')}"] * (words[1] in ("dirichlet", "quantity"))
+        words += [f"beta {config.get('partition.beta')}"] * _has_effect("partition.beta", config)
         words += [f"{config.get('partition.clients')} clients", f"seed {config.get(SEED)}"]
         text = f"Examples of each class on each client: {', '.join(words)}"
         if picture := _picture(run.path / "plots" / "clients.png", text, f"{text}."):
