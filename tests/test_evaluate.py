@@ -20,19 +20,19 @@ def features(signal: float) -> np.ndarray:
     return NOISE + signal * np.eye(8, dtype=np.float32)[LABELS]
 
 
-def judge(x: np.ndarray) -> dict:
+def evaluate(x: np.ndarray) -> dict:
     return frozen.evaluate(EvaluationConfig(labels_per_class=(5, 0), neighbours=10), DATA, x[:200], x[200:])
 
 
 def test_separable_features_score_one_and_noise_scores_chance() -> None:
-    good, bad = judge(features(20.0)), judge(features(0.0))
+    good, bad = evaluate(features(20.0)), evaluate(features(0.0))
     assert list(good) == ["linear_probe_5", "linear_probe_all", "knn"]
     assert all(result["accuracy"] == 1.0 for result in good.values())
     assert all(abs(result["accuracy"] - 1 / 3) < 0.12 for result in bad.values())
 
 
 def test_more_labels_help_and_settings_stand_beside_the_number() -> None:
-    results = judge(features(2.5))
+    results = evaluate(features(2.5))
     few, every = results["linear_probe_5"], results["linear_probe_all"]
     assert few["accuracy"] < every["accuracy"]
     assert few["std"] > 0
@@ -42,7 +42,7 @@ def test_more_labels_help_and_settings_stand_beside_the_number() -> None:
 
 
 def test_draws_are_the_same_for_every_run() -> None:
-    assert judge(features(1.0)) == judge(features(1.0))
+    assert evaluate(features(1.0)) == evaluate(features(1.0))
 
 
 def test_features_are_those_of_the_first_layers_and_do_not_depend_on_the_batch() -> None:
@@ -83,7 +83,7 @@ def test_training_images_without_a_label_change_nothing() -> None:
     labels = np.concatenate([[-1, -1], DATA.train_labels])
     more = DATA._replace(train_labels=labels, train_images=np.zeros((202, 4, 4, 1), np.uint8))
     config = EvaluationConfig(labels_per_class=(5, 0), neighbours=10)
-    assert frozen.evaluate(config, more, np.concatenate([x[:2] + 9, x[:200]]), x[200:]) == judge(x)
+    assert frozen.evaluate(config, more, np.concatenate([x[:2] + 9, x[:200]]), x[200:]) == evaluate(x)
     frozen.check(EvaluationConfig(labels_per_class=(66,), neighbours=200), more)
     with pytest.raises(ConfigError, match=r"evaluation\.neighbours: 201 .*accepted: 0 to 200"):
         frozen.check(EvaluationConfig(neighbours=201), more)
@@ -92,8 +92,8 @@ def test_training_images_without_a_label_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_labels": LABELS[200:] + 5}, r"data\.name: class 5 has test images and no training images; accepted"),
-        ({"train_labels": np.zeros(200, np.int32)}, r"data: the training images are all of one class; accepted"),
+        ({"test_labels": LABELS[200:] + 5}, r"data\.name: class 5 has test images but no training images; accepted"),
+        ({"train_labels": np.zeros(200, np.int32)}, r"data: all training images are of one class; accepted"),
     ],
 )
 def test_classes_the_data_lacks(changes: dict, message: str) -> None:

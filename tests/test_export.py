@@ -200,22 +200,28 @@ def test_damage_is_one_line(written: Path, tmp_path: Path) -> None:
     weights, about = files[WEIGHTS], json.loads(files[ABOUT])
     flipped = [weights[:i] + bytes([weights[i] ^ 1]) + weights[i + 1 :] for i in (3, 200, len(weights) - 1)]
     plain, end = save(load(weights)), 8 + int.from_bytes(weights[:8], "little")
-    junk = [(content, "holds no encoder") for content in (b"", b"junk", plain, framed(b"[1]"), framed(b"[" * 99999))]
-    junk += [(framed(b'{"__metadata__": {"lwfedssl_jax": 3}}'), "holds no encoder"), (weights[:end], "cannot be rebui")]
+    junk = [
+        (content, "does not contain an encoder")
+        for content in (b"", b"junk", plain, framed(b"[1]"), framed(b"[" * 99999))
+    ]
+    junk += [
+        (framed(b'{"__metadata__": {"lwfedssl_jax": 3}}'), "does not contain an encoder"),
+        (weights[:end], "cannot be rebui"),
+    ]
     cases: list[tuple[dict[str, bytes], str]] = [
         *[({WEIGHTS: content}, "SHA-256") for content in (*flipped, weights[:-4], weights + b"\0", b"")],
         ({ABOUT: changed(about, sha256="0" * 64)}, "SHA-256"),
         ({ABOUT: changed(about, format_version=2)}, r"format_version 2 is unknown; accepted: 1"),
-        ({ABOUT: changed(about, mean=[0.5] * 3)}, "not what encoder.safetensors says of itself"),
-        ({ABOUT: changed(about, note="mine")}, "not what encoder.safetensors says of itself"),
+        ({ABOUT: changed(about, mean=[0.5] * 3)}, "differs from the metadata of encoder.safetensors"),
+        ({ABOUT: changed(about, note="mine")}, "differs from the metadata of encoder.safetensors"),
         (consistent(about, weights, model=about["model"] | {"depth": 3}), r"cannot be rebuilt .*blocks.2"),
         (consistent(about, weights, model=about["model"] | {"width": 16}), r"cannot be rebuilt .*reshape"),
         (consistent(about, weights, model=about["model"] | {"name": "vit"}), r"cannot be rebuilt .*'vit'"),
         (consistent(about, weights, precision="float33", lwfedssl_jax="9.0"), r"float33.* accepted: .* 9.0"),
         *[({WEIGHTS: c, ABOUT: changed(about, sha256=hashlib.sha256(c).hexdigest())}, what) for c, what in junk],
-        ({ABOUT: b"{"}, "describes no encoder"),
-        ({ABOUT: b"[1]"}, "describes no encoder"),
-        ({ABOUT: b"\xff"}, "describes no encoder"),
+        ({ABOUT: b"{"}, "does not describe an encoder"),
+        ({ABOUT: b"[1]"}, "does not describe an encoder"),
+        ({ABOUT: b"\xff"}, "does not describe an encoder"),
     ]
     for replaced, message in cases:
         for name, content in (files | replaced).items():

@@ -94,14 +94,14 @@ def written(top: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_says_what_the_numbers_say(written: Path) -> None:
     content = Content(written.read_text())
     text = " ".join(content.text.split())
-    assert "1 of 10 runs is not finished and left out of all means: stopped: unfinished after 2 of 4 rounds" in text
+    assert "1 of 10 runs is not finished and not included in any mean: stopped: unfinished after 2 of 4 rounds" in text
     # end_to_end and progressive both reach 83.0 on average
-    assert re.search(r"is best: it reached 83.0 ± \d.\d % by linear probe, 5 labels a class over 3 seeds", text)
-    assert "layerwise below end_to_end by 7.0 points (95 % CI -2.0 to 16.0, p = 0.078, adjusted 0.17, 3 seeds)" in text
-    settings = next(rows for caption, rows in content.tables.items() if caption.startswith("Accuracy as mean"))
+    assert re.search(r"is best: it reached 83.0 ± \d.\d % \(linear probe, 5 labels per class; mean of 3 seeds; ", text)
+    assert "layerwise is 7.0 points below end_to_end (95 % CI -2.0 to 16.0, p = 0.078, adjusted 0.17, 3 seeds)" in text
+    settings = next(rows for caption, rows in content.tables.items() if caption.startswith("Accuracy: mean"))
     shown = [dict(zip(settings[0], row, strict=True)) for row in settings[1:]]
     assert [row["setting"] for row in shown] == [*SEEDS, "untrained"]
-    assert [row["linear probe, 5 labels a class (%)"] for row in shown][1:3] == ["76.0 ± 0.0", "83.0 ± 3.0"]
+    assert [row["linear probe, 5 labels per class (%)"] for row in shown][1:3] == ["76.0 ± 0.0", "83.0 ± 3.0"]
     assert [row["peak memory (MiB)"] for row in shown] == ["16.00", "4.00 (0.25x)", "8.00 (0.50x)", "-"]
     markdown = (written.parent / "tables" / "settings.md").read_text().splitlines()
     assert [[c.strip() for c in line.strip("|").split("|")] for line in markdown[2:]] == settings[1:]
@@ -119,7 +119,7 @@ def test_chance_is_told_by_the_p_that_is_adjusted_for_all_comparisons(tmp_path: 
     runs, settings = group_by_setting(results.load_results(tmp_path))
     found = {"knn": statistics.differences(runs, settings, "knn")}
     _, said = headline.headline(runs, settings, ["knn"], found)
-    assert "7.0 points (95 % CI 2.0 to 12.0, p = 0.026, adjusted 0.078, 3 seeds)" in said
+    assert "7.0 points above end_to_end (95 % CI 2.0 to 12.0, p = 0.026, adjusted 0.078, 3 seeds)" in said
     assert said.endswith("This may be chance: the adjusted p is not below 0.05.")
     _, said = headline.headline(runs, settings, ["knn"], {})  # of many settings not every pair is compared
     assert "p = 0.026, not adjusted, 3 seeds" in said
@@ -150,7 +150,7 @@ def test_one_run_and_one_that_is_not_finished_have_pages_too(tmp_path: Path) -> 
     write_run(tmp_path / "stopped")
     one = Content(report.write_report([tmp_path / "one"], tmp_path / "one").read_text())
     assert any(rows[0][0] == "strategy" and len(rows) == 4 for rows in one.tables.values())
-    assert "layerwise reached 75.0 % by kNN (untrained: 25.0 %), for 0.25x the traffic, " in " ".join(one.text.split())
+    assert "layerwise reached 75.0 % (kNN; untrained: 25.0 %), for 0.25x the traffic, " in " ".join(one.text.split())
     assert "chance" not in one.text
     assert (tmp_path / "one" / "report.html").is_file()
     stopped = Content(report.write_report([tmp_path / "stopped"], tmp_path / "stopped").read_text())
@@ -241,7 +241,7 @@ def test_the_command_prints_the_table_and_the_pages_place(
     (tmp_path / "file").touch()
     for arguments, message in (
         ([], "DIR: report needs one first"),
-        ([str(tmp_path / "none")], "is no directory"),
+        ([str(tmp_path / "none")], "is not a directory"),
         ([str(tmp_path / "new")], "holds no run"),
         ([str(top), "--out", str(tmp_path / "file")], "--out: "),
         ([str(top), "--aut", "x"], "Unrecognized options"),
@@ -259,12 +259,12 @@ def test_many_settings_are_told_apart(tmp_path: Path) -> None:
             changes: dict[str, Any] = {"strategy__name": strategy, "partition__beta": beta}
             write_run(tmp_path / f"{strategy}-{beta}", {"knn": 0.5}, **changes)
     _, settings = group_by_setting(results.load_results(tmp_path))
-    looks = setting_plots.look(settings)
+    looks = setting_plots.choose_looks(settings)
     assert len({(look.style["color"], look.style["marker"]) for look in looks.values()}) == 9
     assert {look.panel for look in looks.values()} == {"beta 0.1", "beta 0.5", "beta 1"}
     assert len({look.line["marker"] for look in looks.values() if look.panel == "beta 1"}) == 3
     alike = [s._replace(label=str(i), strategy="layerwise", rest=str(i)) for i, s in enumerate(settings * 5)]
-    many = setting_plots.look(alike).values()
+    many = setting_plots.choose_looks(alike).values()
     assert len({(look.style["color"], look.style["marker"]) for look in many}) == 45
     assert len({look.panel for look in many}) == 7
 

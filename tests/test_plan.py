@@ -11,7 +11,7 @@ from conftest import SMALL, small_config
 from rich.console import Console
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, to_dict
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet, operations
 from lwfedssl_jax.costs import ledger as ledger_module
@@ -78,7 +78,9 @@ def test_the_largest_share_decides_then_the_published_order_then_time_then_traff
     assert best
     assert best.strategy == "progressive"
     assert "25 % of the devices, the most that any option reaches, can take part in every stage" in reason
-    assert "phone: every option needs 1.5 GB or more (progressive, 1 layer a stage), 0.5 GB above what it has" in reason
+    assert (
+        "phone: every option needs 1.5 GB or more (progressive, 1 layer per stage), 0.5 GB above what it has" in reason
+    )
 
 
 def test_measured_accuracy_goes_before_the_published_order() -> None:
@@ -119,7 +121,7 @@ def test_where_nothing_fits_the_nearest_is_said() -> None:
     best, reason = chosen(option("end_to_end", 8.0), option("layerwise", 4.0, 4.5))
     assert best is None
     assert reason.startswith("No class can take part in every stage of any option.")
-    assert "phone: every option needs 4.5 GB or more (layerwise, 1 layer a stage), 3.5 GB above" in reason
+    assert "phone: every option needs 4.5 GB or more (layerwise, 1 layer per stage), 3.5 GB above" in reason
     assert "optimizer.batch_size 256" in reason  # of 512; the box has two thirds of what it needs
 
 
@@ -127,7 +129,7 @@ def test_options_are_distinct() -> None:
     found, refused = each_option(small_config(model__depth=4, federation__rounds=3))
     each = [("end_to_end", 4), *((name, 2) for name in ("layerwise", "progressive"))]
     assert set(found) == {(name, k, remat) for name, k in each for remat in (False, True)}
-    assert set(refused) == {f"{name}, 1 layer a stage" for name in ("layerwise", "progressive")}
+    assert set(refused) == {f"{name}, 1 layer per stage" for name in ("layerwise", "progressive")}
     assert all((c.strategy.name, c.strategy.layers_per_stage, c.runtime.remat) == key for key, c in found.items())
 
 
@@ -152,11 +154,7 @@ def test_examples_of_a_client() -> None:
 
 
 def row(config: Config, accuracy: float, **changes: Any) -> dict[str, Any]:
-    fields = {
-        f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
-        for section, values in to_dict(config).items()
-        for name, value in values.items()
-    }
+    fields = join_lists(flat(to_dict(config)))
     scores = {"accuracy.knn": accuracy, "accuracy.linear_probe_all": accuracy + 0.1, "accuracy.fine_tune": math.nan}
     return fields | scores | {"finished": True} | {name.replace("__", "."): v for name, v in changes.items()}
 
@@ -189,7 +187,7 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
     before_fleets = row(config, 0.5, fleet__devices=math.nan, fleet__deadline_seconds=math.nan)
     assert measured.measured_accuracies(config, [before_fleets], "knn").found[layers, False] == Measured({0: 0.5})
     with pytest.raises(
-        ConfigError, match=r"^--protocol: fine_tune has judged none .*; accepted: knn, linear_probe_all"
+        ConfigError, match=r"^--protocol: fine_tune has evaluated none .*; accepted: knn, linear_probe_all"
     ):
         measured.measured_accuracies(config, rows, "fine_tune")
     with pytest.raises(ConfigError, match=r"none like this config: partition.beta is 9.0 there, 0.5 here; accepted: "):

@@ -105,20 +105,19 @@ def test_partitions_show_shares_on_one_scale(figures: list[Any], tmp_path: Path)
     assert 0 in populations["skewed"].sizes
 
 
-def test_accuracy_is_averaged_over_seeds_at_the_traffic_of_a_client(figures: list[Any], tmp_path: Path) -> None:
+def test_accuracy_is_averaged_over_seeds_at_the_traffic_of_a_client() -> None:
     seeds = [
         [evaluation(0, 0.1), round_line(1, 1), round_line(2, 1), evaluation(2, accuracy), evaluation(2, 0.0, "other")]
         for accuracy in (0.5, 0.7)
     ]
     single = [[evaluation(0, 0.1), round_line(1, 1, mib=2), evaluation(1, 0.3)]]
     runs = {"several": seeds, "one": single}
-    run_plots.plot_accuracy_against_traffic(runs, "knn", tmp_path / "accuracy.png")
-    (axes,) = figures[0].axes
+    (axes,) = run_plots.accuracy_against_traffic(runs, "knn").axes
     several, one = axes.lines
     assert several.get_xydata() == pytest.approx(np.array([[0, 10], [2 * 7 / 4, 60]]))
     assert one.get_xydata() == pytest.approx(np.array([[0, 10], [2 * 7 / 4, 30]]))
     (band,) = axes.collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((10, 60 + 10 * np.sqrt(2)))
-    with pytest.raises(ValueError, match="'kNN' has judged the runs of 'several' at no round"):
-        run_plots.plot_accuracy_against_traffic(runs, "kNN", tmp_path / "accuracy.png")
+    with pytest.raises(ValueError, match="the runs of 'several' share no round that 'kNN' has evaluated"):
+        run_plots.accuracy_against_traffic(runs, "kNN")

@@ -132,7 +132,7 @@ def test_runs_of_a_sweep_keep_its_order_names_and_failures(tmp_path: Path) -> No
     (tmp_path / "sweep.json").write_text(json.dumps(content))
     found = results.load_results(tmp_path)
     assert found["name"].tolist() == ["z", "a", "bad", "later"]
-    assert found["fault"].tolist() == ["", "", "partition.beta: too small", "not begun"]
+    assert found["fault"].tolist() == ["", "", "partition.beta: too small", "not started"]
     assert [s.label for s in group_by_setting(found)[1]] == ["beta = 0.1", "beta = 0.5"]
     assert results.sweep_name(tmp_path) == "mine"
     write_run(tmp_path / "runs" / "earlier", {"knn": 0.5}, partition__beta=9.0)
@@ -208,7 +208,7 @@ def test_differences_are_paired_over_seeds(nine: Path) -> None:
     assert above.p_holm == pytest.approx(3 * above.p)
     assert below.p_holm == pytest.approx(max(3 * above.p, 2 * below.p))
     assert str(below) == (
-        "layerwise below end_to_end by 7.0 points (95 % CI -2.0 to 16.0, p = 0.078, adjusted 0.17, 3 seeds)"
+        "layerwise is 7.0 points below end_to_end (95 % CI -2.0 to 16.0, p = 0.078, adjusted 0.17, 3 seeds)"
     )
 
 
@@ -245,7 +245,7 @@ def test_many_settings_stand_against_the_end_to_end_that_is_nearest() -> None:
 def test_every_format_says_the_same(nine: Path, tmp_path: Path) -> None:
     runs, settings = group_by_setting(results.load_results(nine))
     table = tables.settings_table(runs, settings)
-    assert table.words["linear probe, 5 labels a class (%)"].tolist() == [
+    assert table.words["linear probe, 5 labels per class (%)"].tolist() == [
         "83.0 ± 3.6", "76.0 ± 0.0", "83.0 ± 3.0", "25.0 ± 0.0",
     ]  # fmt: skip
     assert table.words["traffic (MiB)"].tolist() == ["40.00", "10.00 (0.25x)", "20.00 (0.50x)", "-"]

@@ -8,74 +8,85 @@ from lwfedssl_jax.analysis import tables, wording
 from lwfedssl_jax.analysis.results import END_TO_END
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.statistics import CHANCE, Difference, baseline_of, over_seeds, paired
-from lwfedssl_jax.analysis.wording import protocol_words
+from lwfedssl_jax.analysis.wording import percent, protocol_words
 
 if TYPE_CHECKING:
     import pandas as pd
+
+COST_WORDS = {wording.TRAFFIC: "traffic", wording.EXECUTED: "operations", wording.MEMORY: "peak memory"}
 
 
 def headline(
     runs: "pd.DataFrame",
     settings: Sequence[Setting],
-    names: Sequence[str],
-    found: Mapping[str, Sequence[Difference]],
+    protocols: Sequence[str],
+    compared: Mapping[str, Sequence[Difference]],
 ) -> Iterator[str]:
-    """By the first protocol the best setting on each data set, against end_to_end or the next one, and what it spends.
+    """Sentences on the best setting on each data set: its accuracy, its costs, and its lead over a rival.
+
+    Settings are ranked by the first protocol. The rival is end_to_end or, if that is the best, the next one.
 
     Args:
-      runs, settings: as ``comparison.settle`` gives them.
-      names: as ``comparison.protocols`` gives them.
-      found: by protocol what ``comparison.differences`` gives; a comparison that is not there is made, not adjusted.
+      runs, settings: as ``settings.group_by_setting`` returns them.
+      protocols: as ``settings.protocols`` returns them.
+      compared: what ``statistics.differences`` returns, by protocol. A comparison that is missing is made, without
+        adjustment.
     """
-    if not settings or not names:
+    if not settings or not protocols:
         return
+    protocol = protocols[0]
     summary = over_seeds(runs)
-    accuracy = summary[(f"accuracy.{names[0]}", "mean")]
+    accuracy = summary[(f"accuracy.{protocol}", "mean")]
     for data in dict.fromkeys(s.values.get("data.name") for s in settings):
-        members = [s for s in settings if s.values.get("data.name") == data and accuracy[s.label] == accuracy[s.label]]
+        members = [s for s in settings if s.values.get("data.name") == data and not isnan(accuracy[s.label])]
         if not members:
             continue
         best = max(members, key=lambda s: float(accuracy[s.label]))
-        reached = wording.accuracy_words(summary.loc[best.label, f"accuracy.{names[0]}"])
-        seeds = int(summary.loc[best.label, (f"accuracy.{names[0]}", "count")])
-        over = f" over {seeds} seeds" if seeds > 1 else ""
-        yield (
-            f"{f'On {data}, ' if data else ''}{best.label} {'is best: it ' * (len(members) > 1)}reached {reached} % by "
-            f"{protocol_words(names[0])}{over}{_untrained(summary, best, names[0])}{_spent(summary, best)}."
-        )
+        where = f"On {data}, " if data else ""
+        costs = _costs(summary, best)
+        yield f"{where}{_result(summary, best, protocol, only=len(members) == 1)}{costs and f', for {costs}'}."
         if rival := _rival(best, members, accuracy):
-            known = (d for d in found.get(names[0], ()) if {d.setting, d.against} == {best.label, rival.label})
-            difference = next(known, None) or paired(runs, best.label, rival.label, names[0])
-            kind, p = ("p", difference.p) if isnan(difference.p_holm) else ("adjusted p", difference.p_holm)
-            chance = f" This may be chance: the {kind} is not below {CHANCE}." if p >= CHANCE else ""
-            spent = _spent(summary, rival).replace(", for ", f"; {rival.label} takes ", 1)
-            yield f"{difference}{spent}.{chance}"
+            pair = {best.label, rival.label}
+            known = (d for d in compared.get(protocol, ()) if {d.setting, d.against} == pair)
+            difference = next(known, None) or paired(runs, best.label, rival.label, protocol)
+            costs = _costs(summary, rival)
+            yield f"{difference}{costs and f'; {rival.label} takes {costs}'}.{_doubt(difference)}"
 
 
-def _untrained(summary: "pd.DataFrame", setting: Setting, protocol: str) -> str:
-    for kind, words in (("untrained", "untrained"), ("scratch", "from scratch")):
+def _result(summary: "pd.DataFrame", setting: Setting, protocol: str, *, only: bool) -> str:
+    """The accuracy of the best setting, and that of the encoder untrained or trained from scratch."""
+    mean_std_count = summary.loc[setting.label, f"accuracy.{protocol}"]
+    details = [protocol_words(protocol)]
+    if mean_std_count.iloc[2] > 1:
+        details.append(f"mean of {mean_std_count.iloc[2]:.0f} seeds")
+    for kind, words in tables.BASELINES.items():
         mean = summary.loc[setting.label].get((f"{kind}.{protocol}", "mean"), float("nan"))
-        if mean == mean:
-            return f" ({words}: {100 * mean:.1f} %)"
-    return ""
+        if not isnan(mean):
+            details.append(f"{words}: {percent(mean)}")
+            break
+    best = "" if only else "is best: it "
+    return f"{setting.label} {best}reached {wording.mean_words(mean_std_count)} % ({'; '.join(details)})"
 
 
-def _spent(summary: "pd.DataFrame", setting: Setting) -> str:
-    """Costs as ratios to end_to_end with the same config; nothing for end_to_end."""
+def _costs(summary: "pd.DataFrame", setting: Setting) -> str:
+    """Costs as ratios to those of end_to_end with the same config, or an empty string for end_to_end."""
     if setting.strategy == END_TO_END:
         return ""
-    row = summary.loc[setting.label]
-    words = {wording.TRAFFIC: "traffic", wording.EXECUTED: "operations", wording.MEMORY: "peak memory"}
-    ratios = {w: tables.ratio(row, cost) for cost, w in words.items()}
-    said = [f"{ratio:.2f}x the {word}" for word, ratio in ratios.items() if ratio == ratio]
-    return f", for {' and '.join([', '.join(said[:-1]), said[-1]])} of end_to_end" if len(said) > 1 else ""
+    ratios = {words: tables.ratio(summary.loc[setting.label], cost) for cost, words in COST_WORDS.items()}
+    known = [f"{ratio:.2f}x the {words}" for words, ratio in ratios.items() if not isnan(ratio)]
+    return f"{', '.join(known[:-1])} and {known[-1]} of end_to_end" if len(known) > 1 else ""
+
+
+def _doubt(difference: Difference) -> str:
+    kind, p = ("p", difference.p) if isnan(difference.p_holm) else ("adjusted p", difference.p_holm)
+    return f" This may be chance: the {kind} is not below {CHANCE}." if p >= CHANCE else ""
 
 
 def _rival(best: Setting, members: Sequence[Setting], accuracy: Any) -> Setting | None:
-    """The end_to_end setting that the best stands against; where it is end_to_end itself, the best of the others."""
+    """The end_to_end setting nearest to the best; if the best is end_to_end itself, the most accurate other one."""
     others = [s for s in members if s != best and (best.strategy != END_TO_END or s.strategy != END_TO_END)]
     others = others or [s for s in members if s != best]
-    whole = [s for s in others if s.strategy == END_TO_END]
-    if whole and best.strategy != END_TO_END:
-        return baseline_of(best, whole)
+    baselines = [s for s in others if s.strategy == END_TO_END]
+    if baselines and best.strategy != END_TO_END:
+        return baseline_of(best, baselines)
     return max(others, key=lambda s: float(accuracy[s.label])) if others else None

@@ -1,4 +1,4 @@
-"""Runs read back from their work directories: frames, settings, means over seeds, paired comparisons."""
+"""Runs read back from their work directories, and data frames of them."""
 
 import json
 import os
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.analysis.wording import COSTS
+from lwfedssl_jax.config import ConfigError, flat, join_lists
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
 
@@ -15,20 +16,19 @@ if TYPE_CHECKING:
 
 
 SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
-COSTS = ("traffic_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
 
 
 class RunRecord(NamedTuple):
-    """What a work directory holds, as far as it can be read.
+    """The content of a work directory, as far as it can be read.
 
     Attributes:
-      path: the directory, which may not be there for a run of a sweep.
+      path: the directory, which may not exist yet for a run of a sweep.
       config: ``{"section.field": value}``, lists as in JSON.
       about: the rest of ``config.json``: versions, device, lanes, the command.
-      lines: the whole lines of ``metrics.jsonl``.
-      summary: of a finished run; else empty.
-      fault: why the run is not finished; empty where it is.
-      label: its setting's name in the sweep, if it is of one.
+      lines: the complete lines of ``metrics.jsonl``.
+      summary: ``summary.json`` of a finished run, otherwise empty.
+      fault: why the run is not finished, or an empty string.
+      label: the name of the run's setting in its sweep, or an empty string.
     """
 
     path: Path
@@ -41,24 +41,26 @@ class RunRecord(NamedTuple):
 
 
 def load_results(*directories: str | Path) -> "pd.DataFrame":
-    """One row for each run under the directories, at any depth, finished or not.
+    """Read every run under the directories, at any depth, finished or not.
 
     Returns:
-      ``path``, ``name``, ``finished``, ``fault`` (why not), ``label`` (in a sweep), ``config_file`` (hash of the
-      user's own), every config field as ``section.field`` (lists as words with spaces between), ``accuracy.PROTOCOL``
-      with ``std.PROTOCOL`` over its draws, ``untrained.PROTOCOL`` and ``scratch.PROTOCOL``, in [0, 1];
-      ``traffic_bytes`` (a client's, both directions, by the ledger), ``measured_bytes_per_client``,
-      ``flops_paper_rule``, ``flops_executed`` (of a sample), ``peak_memory_bytes``, and the same of end_to_end with
-      this config as ``end_to_end.traffic_bytes`` and so on; ``rounds`` and ``seconds`` so far. NaN where not known.
+      A frame with one row per run. Its columns are ``path``, ``name``, ``finished``, ``fault`` (why it is not
+      finished), ``label`` (of its setting in a sweep), ``config_file`` (hash of the user's own config file); every
+      config field as ``section.field`` (a list as its values with spaces between); ``accuracy.PROTOCOL``,
+      ``std.PROTOCOL`` over its draws, ``untrained.PROTOCOL`` and ``scratch.PROTOCOL``, all in [0, 1];
+      ``traffic_bytes`` (per client, both directions, by the ledger), ``measured_bytes_per_client``,
+      ``flops_paper_rule`` and ``flops_executed`` (multiply-adds per sample), ``peak_memory_bytes``, and the same
+      four for end_to_end with this config as ``end_to_end.traffic_bytes`` and so on; ``rounds`` and ``seconds`` so
+      far. Unknown numbers are NaN.
 
     Raises:
-      ConfigError: a directory does not exist, cannot be read or holds no run.
+      ConfigError: a directory does not exist, cannot be read or contains no run.
     """
     return frame(find_runs(directories))
 
 
 def load_metrics(*directories: str | Path) -> "pd.DataFrame":
-    """One row for each line of ``metrics.jsonl`` of the runs under the directories, with the run's ``path``.
+    """Read ``metrics.jsonl`` of the runs under the directories: one row per line, with the run's ``path``.
 
     Raises:
       ConfigError: as ``load_results``.
@@ -69,7 +71,9 @@ def load_metrics(*directories: str | Path) -> "pd.DataFrame":
 
 
 def find_runs(directories: Sequence[str | Path]) -> list[RunRecord]:
-    """The runs under the directories, each once: by its place, a sweep's in its order, of these the listed ones alone.
+    """Read the runs under the directories, each once, in the order of their paths.
+
+    Runs of a sweep come in the sweep's order, and only those that ``sweep.json`` lists.
 
     Raises:
       ConfigError: as ``load_results``.
@@ -77,7 +81,7 @@ def find_runs(directories: Sequence[str | Path]) -> list[RunRecord]:
     runs: dict[Path, RunRecord] = {}
     for directory in map(Path, directories):
         if not directory.is_dir():
-            raise ConfigError(f"DIR: {directory} is no directory; accepted: a run's work directory, or one above it")
+            raise ConfigError(f"DIR: {directory} is not a directory; accepted: a run's work directory, or one above it")
         found = list(_runs_under(directory))
         if not found:
             raise ConfigError(f"DIR: {directory} holds no run; accepted: a run's work directory, or one above it")
@@ -92,15 +96,15 @@ def _runs_under(directory: Path) -> Iterator[RunRecord]:
     try:
         for place, folders, files in os.walk(directory, onerror=_raise):
             folders.sort()
-            if "sweep.json" in files and (sweep := _sweep(Path(place))):
+            if "sweep.json" in files and (sweep := _read_sweep(Path(place))):
                 listed |= sweep
-                folders.clear()  # what an earlier form of the sweep has left there counts no longer
+                folders.clear()  # directories left by an earlier version of the sweep do not count
             elif "config.json" in files and (run := read_run(Path(place))):
                 paths.append(run.path)
                 folders.clear()
         for path in [*listed, *(p for p in paths if p not in listed)]:
             label, failed, overrides = listed.get(path, ("", "", {}))
-            found = read_run(path) or RunRecord(path, overrides, {}, [], {}, "not begun", "")
+            found = read_run(path) or RunRecord(path, overrides, {}, [], {}, "not started", "")
             yield found._replace(label=label, fault=(found.fault and failed) or found.fault)
     except OSError as error:
         raise ConfigError(
@@ -112,9 +116,9 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
-    """Label, why it failed, and overrides of a sweep's runs; none where ``sweep.json`` is damaged."""
-    content = _json(place / "sweep.json")
+def _read_sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
+    """Label, reason for failing and overrides of each run of a sweep; empty if ``sweep.json`` is damaged."""
+    content = _read_json(place / "sweep.json")
     try:
         return {
             place / run["directory"]: (
@@ -129,16 +133,16 @@ def _sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
 
 
 def sweep_name(directory: Path) -> str:
-    """The name of the sweep whose directory it is; empty where it is none's."""
-    return str(_json(directory / "sweep.json").get("name", ""))
+    """Name of the sweep stored in this directory, or an empty string."""
+    return str(_read_json(directory / "sweep.json").get("name", ""))
 
 
 def read_run(path: Path) -> RunRecord | None:
-    """The run in a work directory; None where the directory holds none."""
-    entries, summary = _json(path / "config.json"), _json(path / "summary.json")
+    """Read the run in a work directory; None if the directory contains none."""
+    entries, summary = _read_json(path / "config.json"), _read_json(path / "summary.json")
     config = entries.pop("config", None)
     try:
-        fields = {f"{section}.{k}": _plain(v) for section, values in config.items() for k, v in values.items()}
+        fields = {name: _plain(value) for name, value in flat(config).items()}
     except AttributeError:
         if not (path / METRICS).is_file():
             return None  # another program's config.json
@@ -149,23 +153,23 @@ def read_run(path: Path) -> RunRecord | None:
     except OSError as error:
         return run._replace(summary={}, fault=f"{METRICS} cannot be read ({error.strerror})")
     if not (path / "summary.json").is_file():
-        done, of = _rounds(run), fields.get("federation.rounds")
-        so_far = f"after all {of} rounds, without its summary" if done == of else f"after {done} of {of} rounds"
-        return run._replace(fault=f"unfinished {so_far}")
+        done, total = _count_rounds(run), fields.get("federation.rounds")
+        reached = f"all {total} rounds, without its summary" if done == total else f"{done} of {total} rounds"
+        return run._replace(fault=f"unfinished after {reached}")
     try:
-        _summarised(run)
+        _summary_columns(run)
     except (AttributeError, KeyError, TypeError, ValueError):
         return run._replace(summary={}, fault="summary.json is damaged")
     return run
 
 
 def _plain(value: Any) -> Any:
-    """A field's value as ``config.to_dict`` gives it; what is none becomes words."""
+    """A field's value if it is one that ``config.to_dict`` may give, otherwise its text."""
     return value if isinstance(value, str | int | float | list | None) else str(value)
 
 
 def _is_usable(line: dict[str, Any]) -> bool:
-    """Whether a line is as ``train`` writes it, as far as anybody here relies on it."""
+    """Whether a line has the entries that the analysis relies on, in the form in which ``train`` writes them."""
     if not isinstance(line["round"], int):
         return False
     if "event" in line:
@@ -173,7 +177,7 @@ def _is_usable(line: dict[str, Any]) -> bool:
     return "stage" in line and isinstance(line.get("loss"), int | float | None)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -181,12 +185,12 @@ def _json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _rounds(run: RunRecord) -> int:
+def _count_rounds(run: RunRecord) -> int:
     return sum("event" not in line for line in run.lines)
 
 
 def frame(runs: Sequence[RunRecord]) -> "pd.DataFrame":
-    """See ``load_results``."""
+    """A frame with one row per run; its columns are those of ``load_results``."""
     import pandas as pd
 
     rows = []
@@ -200,19 +204,23 @@ def frame(runs: Sequence[RunRecord]) -> "pd.DataFrame":
                 "fault": run.fault,
                 "label": run.label,
                 "config_file": str(run.about.get("config_file", "")),
-                **{k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in run.config.items()},
+                **join_lists(run.config),
                 **{cost: float("nan") for cost in COSTS},
                 "measured_bytes_per_client": float("nan"),
-                "rounds": _rounds(run),
+                "rounds": _count_rounds(run),
                 "seconds": sum(seconds),
-                **({} if run.fault else _summarised(run)),
+                **({} if run.fault else _summary_columns(run)),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _summarised(run: RunRecord) -> dict[str, float]:
-    """The columns that come from the summary; raises whatever a damaged one makes of it."""
+def _summary_columns(run: RunRecord) -> dict[str, float]:
+    """The columns that come from the summary.
+
+    Raises:
+      AttributeError, KeyError, TypeError, ValueError: the summary is damaged.
+    """
     summary = run.summary
     measured = summary["resources"]["measured"]
     ledgers = {name: ledger_costs(ledger, f"{name}.") for name, ledger in summary["strategies"].items()}
@@ -226,13 +234,13 @@ def _summarised(run: RunRecord) -> dict[str, float]:
     for protocol, result in summary["evaluation"].items():
         found[f"accuracy.{protocol}"] = float(result["accuracy"])
         found[f"std.{protocol}"] = float(result.get("std", "nan"))
-    fleet.participation_rows(summary)
+    fleet.participation_rows(summary)  # raises if the entry is damaged
     for baseline, results in summary["baselines"].items():
         found |= {f"{baseline}.{protocol}": float(result["accuracy"]) for protocol, result in results.items()}
     return found
 
 
 def ledger_costs(ledger: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A ledger's totals under the names of ``COSTS``; NaN where not known."""
+    """A ledger's totals by the names in ``COSTS``, each after ``prefix``; NaN if unknown."""
     values = (ledger.get(key) for key in ("total_bytes", *COSTS[1:]))
     return {prefix + cost: float("nan") if v is None else float(v) for cost, v in zip(COSTS, values, strict=True)}

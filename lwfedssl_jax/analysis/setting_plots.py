@@ -1,32 +1,38 @@
 """Figures over runs: accuracy against what it costs, and learning curves."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.statistics import over_seeds
-from lwfedssl_jax.analysis.style import STYLES, panels
+from lwfedssl_jax.analysis.style import STYLES, panels, use_whole_numbers
 from lwfedssl_jax.analysis.tables import Baseline
-from lwfedssl_jax.analysis.wording import EXECUTED, MEMORY, TRAFFIC, protocol_words, unit
+from lwfedssl_jax.analysis.wording import EXECUTED, MEMORY, TRAFFIC, cost_unit, protocol_words
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-ACROSS = 4  # panels beside each other
+ACROSS = 4  # most panels side by side
 WIDE_RANGE = 30  # largest cost over the smallest from which its axis is logarithmic
 AXES = {
-    TRAFFIC: "a client's traffic, both directions",
-    EXECUTED: "multiply-adds a sample, executed",
+    TRAFFIC: "traffic per client, both directions",
+    EXECUTED: "multiply-adds per sample, executed",
     MEMORY: "peak memory of a training step",
 }
 
 
 class Look(NamedTuple):
-    """How a setting is drawn: ``style`` where all settings are, ``line`` as ``name`` in its panel of curves."""
+    """How a setting is drawn.
+
+    Attributes:
+      panel: title of its panel of learning curves, or an empty string.
+      name: its label in the legend of learning curves.
+      style: of its points in a panel of all settings.
+      line: of its learning curve.
+    """
 
     panel: str
     name: str
@@ -35,7 +41,7 @@ class Look(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A setting's curves in a panel: each seed's values by round, and where its stages end."""
+    """A learning curve of a setting: each seed's values by round, and where its stages end."""
 
     label: str
     panel: str
@@ -44,14 +50,14 @@ class Curve(NamedTuple):
     ends: tuple[float, ...] = ()
 
 
-def look(settings: Sequence[Setting]) -> dict[str, Look]:
-    """How each setting is drawn, by its label.
+def choose_looks(settings: Sequence[Setting]) -> dict[str, Look]:
+    """Choose how each setting is drawn, by its label.
 
-    Up to seven settings share a panel and have a colour and a marker each. Of more, strategies have the colours and
-    what else differs the markers and panels; where strategies do not differ, seven settings share a panel.
+    Up to seven settings share a panel, each with a colour and a marker. Of more, strategies determine the colours, and
+    what else differs determines markers and panels; if strategies do not differ, seven settings share a panel.
     """
     if len(settings) <= len(STYLES):
-        styles = [style | _line(i) for i, style in enumerate(STYLES)]
+        styles = [style | _dashes(i) for i, style in enumerate(STYLES)]
         return {s.label: Look("", s.label, style, style) for s, style in zip(settings, styles, strict=False)}
     strategies, rests = (
         list(dict.fromkeys(values)) for values in zip(*((s.strategy, s.rest) for s in settings), strict=False)
@@ -63,66 +69,45 @@ def look(settings: Sequence[Setting]) -> dict[str, Look]:
             color, other = i % len(STYLES), i // len(STYLES) + i % len(STYLES)
         marker = STYLES[other % len(STYLES)]["marker"]
         hollow = {"markerfacecolor": "white"} if other // len(STYLES) % 2 else {}
-        style = STYLES[color] | _line(color) | {"marker": marker} | hollow
+        style = STYLES[color] | _dashes(color) | {"marker": marker} | hollow
         if len(strategies) > 1:
-            looks[s.label] = Look(s.rest or "as usual", s.strategy, style, STYLES[color] | _line(color))
+            looks[s.label] = Look(s.rest or "default", s.strategy, style, STYLES[color] | _dashes(color))
         else:
-            looks[s.label] = Look(
-                f"settings {i // 7 * 7 + 1} to {min(i // 7 * 7 + 7, len(settings))}", s.label, style, style
-            )
+            first = i // len(STYLES) * len(STYLES) + 1
+            last = min(first + len(STYLES) - 1, len(settings))
+            looks[s.label] = Look(f"settings {first} to {last}", s.label, style, style)
     return looks
 
 
-def _line(i: int) -> dict[str, str]:
+def _dashes(i: int) -> dict[str, str]:
     return {"linestyle": ("-", "--", "-.")[i % 3]}  # dotted lines are stages
 
 
 def plot_costs(
     runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str, baselines: Sequence[Baseline] = ()
 ) -> Any:
-    """Accuracy by one protocol against traffic, operations and peak memory: every run, and means with their spread.
+    """Draw accuracy by one protocol against traffic, operations and peak memory: every run, and means with their std.
 
     Args:
-      runs, settings: as ``comparison.settle`` gives them.
+      runs, settings: as ``settings.group_by_setting`` returns them.
       protocol: such as ``knn``.
-      baselines: drawn as lines across.
+      baselines: drawn as horizontal lines.
+
+    Returns:
+      The matplotlib figure.
     """
-    looks, summary = look(settings), over_seeds(runs)
+    looks = choose_looks(settings)
     costs = [cost for cost in AXES if runs[cost].notna().any()]
     known = [b for b in baselines if protocol in b.accuracy]
     legend_columns = max(1, 3 - max(len(label) for label in looks) // 30)
-    lines = -(-(len(settings) + len(known)) // legend_columns)
-    figure, (axes,) = panels(1, len(costs), size=(3.2 * len(costs) + 0.6, 3.2 + 0.2 * lines), sharey=True)
+    legend_rows = -(-(len(settings) + len(known)) // legend_columns)
+    figure, (axes,) = panels(1, len(costs), size=(3.2 * len(costs) + 0.6, 3.2 + 0.2 * legend_rows), sharey=True)
     for panel, cost in zip(axes, costs, strict=True):
-        scale, name = unit(cost, runs[cost].max())
-        placed: list[tuple[float, float]] = []
-        for label, (_, _, style, _) in looks.items():
-            own, x = runs[runs["setting"] == label], summary.loc[label, (cost, "mean")] / scale
-            mean, std, count = summary.loc[label, f"accuracy.{protocol}"]
-            near = 0.03 * runs[cost].max() / scale
-            beside = sum(abs(x - other) < near and abs(mean - y) < 0.1 for other, y in placed) % 4
-            placed.append((x, mean))
-            at = {"linestyle": "none", "zorder": 3 - 0.1 * beside}  # never moved: costs may differ by little
-            panel.errorbar(
-                [x], [100 * mean], 100 * std if count > 1 else None, capsize=3, label=label,
-                **style | at | {"markersize": 7 + 4 * beside, "markeredgecolor": style["color"]},
-            )  # fmt: skip
-            at = {"linestyle": "none", "transform": _moved(panel, 6), "alpha": 0.6, "zorder": 2}
-            values = 100 * own[f"accuracy.{protocol}"]
-            spread = [100 * (mean + side * np.nan_to_num(std)) for side in (-1, 1)]
-            panel.update_datalim([(x, y) for y in (*spread, *values.dropna())])  # what is moved does not count
-            panel.plot(own[cost] / scale, values, **style | at | {"markersize": 3, "markeredgewidth": 0.5})
+        plot_cost(panel, runs, looks, protocol, cost)
         for i, baseline in enumerate(known):
             mean = 100 * baseline.accuracy[protocol][0]
-            line = (":", "-.", (0, (1, 4)))[i % 3]
-            panel.axhline(mean, color="0.35", linestyle=line, label=baseline.label)
+            panel.axhline(mean, color="0.35", linestyle=(":", "-.", (0, (1, 4)))[i % 3], label=baseline.label)
         panel.autoscale_view()
-        panel.set(xlabel=f"{AXES[cost]}\n({name})")
-        panel.grid(alpha=0.3)
-        if runs[cost].max() > WIDE_RANGE * runs[cost].min() > 0:
-            panel.set_xscale("log")
-        else:
-            panel.set_xlim(0, 1.12 * runs[cost].max() / scale or 1)
     axes[0].set(ylabel=f"{protocol_words(protocol)}\naccuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i] not in looks)
@@ -132,17 +117,49 @@ def plot_costs(
     return figure
 
 
-def _moved(panel: Any, points: float) -> Any:
-    """The panel's coordinates, so many points to the right."""
+def plot_cost(panel: Any, runs: "pd.DataFrame", looks: Mapping[str, Look], protocol: str, cost: str) -> None:
+    """Draw accuracy against one cost: large the mean of each setting with its std, small and to its right every run."""
+    summary, largest = over_seeds(runs), runs[cost].max()
+    divisor, unit = cost_unit(cost, largest)
+    placed: list[tuple[float, float]] = []
+    for label, look in looks.items():
+        x = summary.loc[label, (cost, "mean")] / divisor
+        mean, std, count = summary.loc[label, f"accuracy.{protocol}"]
+        near = 0.03 * largest / divisor
+        overlaps = sum(abs(x - other) < near and abs(mean - y) < 0.1 for other, y in placed) % 4
+        placed.append((x, mean))
+        # Settings in one place are drawn around each other, not moved: costs may differ by little.
+        form = {"linestyle": "none", "zorder": 3 - 0.1 * overlaps, "markersize": 7 + 4 * overlaps}
+        panel.errorbar(
+            [x], [100 * mean], 100 * std if count > 1 else None, capsize=3, label=label,
+            **look.style | form | {"markeredgecolor": look.style["color"]},
+        )  # fmt: skip
+        seeds = runs[runs["setting"] == label]
+        values = 100 * seeds[f"accuracy.{protocol}"]
+        spread = [100 * (mean + side * np.nan_to_num(std)) for side in (-1, 1)]
+        panel.update_datalim([(x, y) for y in (*spread, *values.dropna())])  # shifted points do not count
+        form = {"linestyle": "none", "transform": _shifted(panel, 6), "alpha": 0.6, "zorder": 2}
+        panel.plot(seeds[cost] / divisor, values, **look.style | form | {"markersize": 3, "markeredgewidth": 0.5})
+    panel.set(xlabel=f"{AXES[cost]}\n({unit})")
+    panel.grid(alpha=0.3)
+    if largest > WIDE_RANGE * runs[cost].min() > 0:
+        panel.set_xscale("log")
+    else:
+        panel.set_xlim(0, 1.12 * largest / divisor or 1)
+
+
+def _shifted(panel: Any, points: float) -> Any:
+    """The panel's coordinates, that number of points to the right."""
     from matplotlib.transforms import ScaledTranslation
 
     return panel.transData + ScaledTranslation(points / 72, 0, panel.figure.dpi_scale_trans)
 
 
 def plot_curves(curves: Sequence[Curve], ylabel: str, *, share_y: bool) -> Any:
-    """Means over seeds by round, in a band of a standard deviation; stages end at the dotted lines.
+    """Draw means over seeds by round, in a band of one standard deviation; stages end at the dotted lines.
 
-    A panel's dotted lines are grey where all its curves that have stages share them, else of their colour.
+    Returns:
+      The matplotlib figure.
     """
     titles = list(dict.fromkeys(curve.panel for curve in curves))
     across = min(ACROSS, len(titles))
@@ -152,18 +169,11 @@ def plot_curves(curves: Sequence[Curve], ylabel: str, *, share_y: bool) -> Any:
     height = (2.4 if down > 1 else 3.2) * down + 0.22 * (1 - -len(labels) // legend_columns)
     size = (max(6.4, 3 * across), height)
     figure, axes = panels(down, across, size=size, sharex=True, sharey=share_y)
-    for title, panel in zip(titles, axes.flat, strict=False):
+    handles: dict[str, Any] = {}
+    for i, (title, panel) in enumerate(zip(titles, axes.flat, strict=False)):
         panel.set_title(title, fontsize="medium")
-        members = [curve for curve in curves if curve.panel == title]
-        shared = len({curve.ends for curve in members if curve.ends}) < 2
-        for curve in members:
-            _plot_curve(panel, curve)
-            for end in curve.ends:
-                color = "0.6" if shared else curve.style["color"]
-                panel.axvline(end, color=color, linestyle=":", linewidth=1, zorder=1)
-        panel.grid(alpha=0.3)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    for i, panel in enumerate(axes.flat[: len(titles)]):
+        plot_panel(panel, [curve for curve in curves if curve.panel == title])
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         if i % across == 0:
             panel.set(ylabel=ylabel)
         if i + across >= len(titles):  # nothing below
@@ -171,14 +181,27 @@ def plot_curves(curves: Sequence[Curve], ylabel: str, *, share_y: bool) -> Any:
             panel.tick_params(labelbottom=True)
     for panel in axes.flat[len(titles) :]:
         panel.remove()
-    handles: dict[str, Any] = {}
-    for panel in axes.flat[: len(titles)]:
-        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=legend_columns)
     return figure
 
 
-def _plot_curve(panel: Any, curve: Curve) -> None:
+def plot_panel(panel: Any, curves: Sequence[Curve]) -> None:
+    """Draw the curves of one panel.
+
+    The dotted lines at the ends of stages are grey if all curves that have stages share them, otherwise coloured.
+    """
+    shared = len({curve.ends for curve in curves if curve.ends}) < 2
+    for curve in curves:
+        plot_curve(panel, curve)
+        for end in curve.ends:
+            color = "0.6" if shared else curve.style["color"]
+            panel.axvline(end, color=color, linestyle=":", linewidth=1, zorder=1)
+    panel.grid(alpha=0.3)
+    use_whole_numbers(panel.xaxis)
+
+
+def plot_curve(panel: Any, curve: Curve) -> None:
+    """Draw the mean over seeds of the rounds that all of them have, and its band."""
     rounds = sorted(set.intersection(*map(set, curve.seeds)))
     values_SxR = np.array([[seed[r] for r in rounds] for seed in curve.seeds])
     mean = values_SxR.mean(0)
@@ -187,14 +210,3 @@ def _plot_curve(panel: Any, curve: Curve) -> None:
     if len(curve.seeds) > 1:
         std = values_SxR.std(0, ddof=1)
         panel.fill_between(rounds, mean - std, mean + std, color=curve.style["color"], alpha=0.2, linewidth=0, zorder=2)
-
-
-def save(figure: Any, folder: Path, name: str) -> bytes:
-    """Write ``NAME.png`` and ``NAME.svg``, and return the latter; the same figure is always the same bytes."""
-    import matplotlib
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    return (folder / f"{name}.svg").read_bytes()

@@ -1,7 +1,7 @@
-"""Runs that differ in their seed alone, as one setting."""
+"""Settings: runs that differ only in their seed are runs of one setting."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# Fields that a label names first, by their value alone.
+# Fields that a label names first, and only by their value.
 BY_VALUE = (STRATEGY, "objective.name", "data.name", "model.name", "partition.kind", "federation.aggregator")
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
 
 
 class Setting(NamedTuple):
-    """A row of ``settle``'s table of settings.
+    """What runs share that differ only in their seed.
 
     Attributes:
-      label: the name that the only sweep among the runs has for it, else what tells it from the others.
+      label: its name in the only sweep among the runs, otherwise what distinguishes it from other settings.
       strategy: its strategy.
-      rest: what else tells it from the others; empty where nothing does.
-      values: of the fields in which settings differ.
+      rest: what else distinguishes it from other settings, or an empty string.
+      values: its values of the fields in which settings differ.
     """
 
     label: str
@@ -35,17 +35,17 @@ class Setting(NamedTuple):
 
 
 def group_by_setting(results: "pd.DataFrame") -> tuple["pd.DataFrame", list[Setting]]:
-    """Group the finished runs by what they share but for ``runtime.seed``.
+    """Group the finished runs by all config fields except for ``runtime.seed``.
 
-    Labels hold only what differs between settings: of its fields, in order, those that tell further ones apart, and
-    not the value that more than two thirds of the settings have.
+    Labels hold only what differs between settings: the fields, in order, that distinguish further settings, and no
+    value that more than two thirds of the settings have.
 
     Args:
-      results: as ``load_results`` gives it.
+      results: as ``load_results`` returns it.
 
     Returns:
-      The finished runs with their setting's label as ``setting``, of runs of one setting and seed the first; and the
-      settings in the order of their first runs.
+      The finished runs with the label of their setting as ``setting``, only the first of several with one setting and
+      seed; and the settings in the order of their first runs.
     """
     import pandas as pd
 
@@ -53,29 +53,35 @@ def group_by_setting(results: "pd.DataFrame") -> tuple["pd.DataFrame", list[Sett
     fields = [c for c in finished.columns if c.split(".")[0] in SECTIONS and c != SEED] + ["config_file"]
     keys = [tuple(None if pd.isna(v) else v for v in row) for row in finished[fields].itertuples(index=False)]
     unique = list(dict.fromkeys(keys))
-    table = {field: values for field, values in zip(fields, zip(*unique, strict=True), strict=False)}
-    differing = {field: values for field, values in table.items() if len(set(values)) > 1}
-    ordered = sorted(differing, key=lambda f: BY_VALUE.index(f) if f in BY_VALUE else len(BY_VALUE))
-    chosen = distinguishing_fields([(field, differing[field]) for field in ordered])
-    settings = []
-    for i in range(len(unique)):
-        words = {f: _word(f, table[f][i]) for f in chosen if not is_common(f, table[f], i)}
-        strategy = str(table[STRATEGY][i]) if STRATEGY in table else ""
-        rest = ", ".join(word for field, word in words.items() if field != STRATEGY)
-        own = ", ".join(words.values()) or strategy or "as usual"
-        settings.append(Setting(own, strategy, rest, {f: v[i] for f, v in differing.items()}))
+    values = {field: column for field, column in zip(fields, zip(*unique, strict=True), strict=False)}
+    settings = _make_settings(values, len(unique))
     given = [finished["label"][keys.index(key)] or s.label for key, s in zip(unique, settings, strict=True)]
-    places = {Path(path).parent for path, label in zip(finished["path"], finished["label"], strict=True) if label}
-    if len(places) == 1 and len(set(given)) == len(given):  # of several sweeps the names say less than is needed
+    sweeps = {Path(path).parent for path, label in zip(finished["path"], finished["label"], strict=True) if label}
+    if len(sweeps) == 1 and len(set(given)) == len(given):  # labels of several sweeps need not be distinct
         settings = [s._replace(label=label) for s, label in zip(settings, given, strict=True)]
     numbers = [unique.index(key) for key in keys]
     seeds = finished[SEED] if SEED in finished else [None] * len(keys)
-    again = pd.Series(list(zip(numbers, seeds, strict=True)), dtype=object).duplicated()
-    return finished.assign(setting=[settings[i].label for i in numbers])[~again], settings
+    repeated = pd.Series(list(zip(numbers, seeds, strict=True)), dtype=object).duplicated()
+    return finished.assign(setting=[settings[i].label for i in numbers])[~repeated], settings
+
+
+def _make_settings(values: Mapping[str, Sequence[Any]], number: int) -> list[Setting]:
+    """That many settings from each field's values, one per setting."""
+    differing = {field: column for field, column in values.items() if len(set(column)) > 1}
+    ordered = sorted(differing, key=lambda f: BY_VALUE.index(f) if f in BY_VALUE else len(BY_VALUE))
+    chosen = distinguishing_fields([(field, differing[field]) for field in ordered])
+    settings = []
+    for i in range(number):
+        words = {f: _word(f, values[f][i]) for f in chosen if not is_common(f, values[f], i)}
+        strategy = str(values[STRATEGY][i]) if STRATEGY in values else ""
+        rest = ", ".join(word for field, word in words.items() if field != STRATEGY)
+        label = ", ".join(words.values()) or strategy or "default"
+        settings.append(Setting(label, strategy, rest, {f: column[i] for f, column in differing.items()}))
+    return settings
 
 
 def distinguishing_fields(fields: Sequence[tuple[str, Sequence[Any]]]) -> list[str]:
-    """Of fields with their values by setting, those that split the settings further than the ones before."""
+    """The fields (given with one value per setting) that split the settings further than those before them."""
     chosen: list[tuple[str, Sequence[Any]]] = []
     groups = 1
     for field, values in fields:
@@ -87,7 +93,7 @@ def distinguishing_fields(fields: Sequence[tuple[str, Sequence[Any]]]) -> list[s
 
 
 def is_common(field: str, values: Sequence[Any], i: int) -> bool:
-    """Whether the value of setting ``i`` need not be said: more than two thirds of the settings have it."""
+    """Whether more than two thirds of the settings share the value of setting ``i``, so that labels omit it."""
     return field not in BY_VALUE and 3 * values.count(values[i]) > 2 * len(values)
 
 
@@ -101,8 +107,8 @@ def _word(field: str, value: Any) -> str:
 
 
 def protocols(results: "pd.DataFrame") -> list[str]:
-    """Protocols that judged finished runs: those that judged most of them first, else in the order of evaluation."""
+    """Protocols that evaluated finished runs: by the number of these runs, then in the order of evaluation."""
     finished = results[results["finished"]]
-    found = [c for c in finished.columns if c.startswith("accuracy.") and finished[c].notna().any()]
-    found.sort(key=lambda c: -int(finished[c].notna().sum()))
-    return [c.removeprefix("accuracy.") for c in found]
+    columns = [c for c in finished.columns if c.startswith("accuracy.") and finished[c].notna().any()]
+    columns.sort(key=lambda c: -int(finished[c].notna().sum()))
+    return [c.removeprefix("accuracy.") for c in columns]

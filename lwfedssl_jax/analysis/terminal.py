@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables on a terminal."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from lwfedssl_jax.analysis.wording import MIB, percent_text, protocol_words, settings_words
+from lwfedssl_jax.analysis.wording import MIB, accuracy_words, protocol_words, settings_words
 from lwfedssl_jax.costs import fleet
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def summary_tables(summary: dict[str, Any]) -> Group:
-    """A finished run as two tables: accuracies against the untrained encoder, costs against the other strategies.
+    """Show a finished run: a table of its accuracies and those of the untrained encoder, a table of costs by strategy.
 
-    Below them who of a fleet took part. Fine-tuning stands against training from scratch, which is fine-tuning the
-    untrained encoder.
+    Fine-tuning is compared with training from scratch, which is fine-tuning of the untrained encoder. A line below
+    says which device classes of a fleet took part.
     """
     accuracy = Table(title=f"Encoder after {summary['rounds']} rounds of {summary['strategy']}")
     accuracy.add_column("protocol")
@@ -28,10 +28,10 @@ def summary_tables(summary: dict[str, Any]) -> Group:
     for protocol, result in summary["evaluation"].items():
         baselines = summary["baselines"]
         if protocol in baselines["untrained"]:
-            untrained = percent_text(baselines["untrained"][protocol])
+            untrained = accuracy_words(baselines["untrained"][protocol])
         else:
-            untrained = f"{percent_text(baselines['scratch'][protocol])} (scratch)"
-        accuracy.add_row(protocol_words(protocol), untrained, percent_text(result), settings_words(result))
+            untrained = f"{accuracy_words(baselines['scratch'][protocol])} (scratch)"
+        accuracy.add_row(protocol_words(protocol), untrained, accuracy_words(result), settings_words(result))
     tables = [accuracy] if summary["evaluation"] else []
     tables.append(resource_table(summary["strategies"], summary["strategy"]))
     if "fleet" not in summary:
@@ -40,17 +40,22 @@ def summary_tables(summary: dict[str, Any]) -> Group:
 
 
 def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
-    """What each strategy costs one client over the whole run, and beside it the ratio to end_to_end."""
-    table = Table(title="What one client spends over the whole run (x: against the first column)")
+    """Show what each strategy costs one client over the whole run, with the ratio to the first one.
+
+    Args:
+      strategies: ledgers by strategy; costs that they do not know are left out.
+      chosen: the strategy whose name is printed in bold.
+    """
+    table = Table(title="What one client spends over the whole run (x: relative to the first column)")
     table.add_column("")
     for name in strategies:
         table.add_column(f"[bold]{name}[/]" if name == chosen else name, justify="right")
     for label, key, unit, scale in (
         ("traffic, both directions", "total_bytes", "MiB", MIB),
         ("traffic, worst case", "worst_case_total_bytes", "MiB", MIB),
-        ("multiply-adds a sample, paper's rule", "flops_paper_rule", "G", 1e9),
-        ("multiply-adds a sample, executed", "flops_executed", "G", 1e9),
-        ("besides: multiply-adds of the server", "server_flops_executed", "G", 1e9),
+        ("multiply-adds per sample, paper's rule", "flops_paper_rule", "G", 1e9),
+        ("multiply-adds per sample, executed", "flops_executed", "G", 1e9),
+        ("in addition: multiply-adds of the server", "server_flops_executed", "G", 1e9),
         ("kept on a client between rounds", "client_state_bytes", "MiB", MIB),
         ("peak memory of a training step", "peak_memory_bytes", "MiB", MIB),
     ):
@@ -61,7 +66,7 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
 
 
 def rich_table(words: "pd.DataFrame") -> rich.table.Table:
-    """A settings table for a terminal: of the protocols the first, and what fits beside it."""
+    """Show a settings table on a terminal: only the first protocol, and without seeds and training time."""
     accuracies = [name for name in words.columns if name.endswith("(%)")]
     names = [name for name in words.columns if name not in (*accuracies[1:], "seeds", "training (s)")]
     shown = rich.table.Table()

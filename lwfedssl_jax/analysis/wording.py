@@ -1,24 +1,36 @@
-"""Numbers, units and names of protocols as people read them."""
+"""Numbers, units and names as people read them: in tables, figures, reports and on the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lwfedssl_jax.analysis.results import COSTS
-
 MIB = 2**20
+UNKNOWN = "-"
+
+# What a run costs a client: columns of a frame of results.
+COSTS = TRAFFIC, RULE, EXECUTED, MEMORY = "traffic_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes"
+TITLES = {TRAFFIC: "traffic", RULE: "FLOPs, paper's rule", EXECUTED: "FLOPs executed", MEMORY: "peak memory"}
+
+# (largest value, divisor, name), after the paper's: operations in 10⁹, traffic in 1000 MiB.
+OPERATION_UNITS = [(1e8, 1e6, "M"), (1e13, 1e9, "G"), (math.inf, 1e12, "T")]
+UNITS: dict[str, list[tuple[float, float, str]]] = {
+    TRAFFIC: [(MIB, 1024, "KiB"), (1000 * MIB, MIB, "MiB"), (math.inf, 1000 * MIB, "1000 MiB")],
+    MEMORY: [(MIB, 1024, "KiB"), (1024 * MIB, MIB, "MiB"), (math.inf, 1024 * MIB, "GiB")],
+    RULE: OPERATION_UNITS,
+    EXECUTED: OPERATION_UNITS,
+}
 
 
 def protocol_words(protocol: str) -> str:
-    """A protocol's name for a reader."""
+    """The name of an evaluation protocol, such as "linear probe, 5 labels per class" for ``linear_probe_5``."""
     if protocol == "fine_tune":
         return "fine-tuning"
     kind, _, labels = protocol.rpartition("_")
-    return f"linear probe, {labels} labels{'' if labels == 'all' else ' a class'}" if kind else "kNN"
+    return f"linear probe, {labels} labels{'' if labels == 'all' else ' per class'}" if kind else "kNN"
 
 
-def settings_words(result: dict[str, Any]) -> str:
-    """The settings of an evaluation, such as "k = 20, kNN"."""
+def settings_words(result: Mapping[str, Any]) -> str:
+    """The settings of an evaluation, such as "k = 20, votes exp(cosine / 0.07)"."""
     if "epochs" in result:
         return f"{result['epochs']} epochs of AdamW at {result['learning_rate']}, {result['views']}"
     if "neighbours" in result:
@@ -27,64 +39,83 @@ def settings_words(result: dict[str, Any]) -> str:
     return f"{draws}{result['classifier']}"
 
 
-def percent_text(result: dict[str, Any]) -> str:
-    """An accuracy in percent, with its spread over draws if there are several."""
+def quantity(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 seed" or "3 seeds"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] with one decimal place, such as "75.0 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def round_percent(share: float) -> str:
+    """A share in [0, 1] with at most three digits, such as "75 %"."""
+    return f"{100 * share:.3g} %"
+
+
+def accuracy_words(result: Mapping[str, Any]) -> str:
+    """The accuracy of one run in percent, with its standard deviation over draws if there are several."""
     spread = f" ± {100 * result['std']:.1f}" if result.get("draws", 1) > 1 else ""
     return f"{100 * result['accuracy']:.1f}{spread}"
 
 
-GIGA = 10**9
-TRAFFIC, RULE, EXECUTED, MEMORY = COSTS
-# Units by the largest value they are for, from the paper's: operations in 10⁹, traffic in 1000 MiB.
-UNITS: dict[str, list[tuple[float, float, str]]] = {
-    TRAFFIC: [(MIB, 1024, "KiB"), (1000 * MIB, MIB, "MiB"), (float("inf"), 1000 * MIB, "1000 MiB")],
-    MEMORY: [(MIB, 1024, "KiB"), (1024 * MIB, MIB, "MiB"), (float("inf"), 1024 * MIB, "GiB")],
-    RULE: [(1e8, 1e6, "M"), (1e13, GIGA, "G"), (float("inf"), 1e12, "T")],
-}
-UNITS[EXECUTED] = UNITS[RULE]
-TITLES = {TRAFFIC: "traffic", RULE: "FLOPs, paper's rule", EXECUTED: "FLOPs executed", MEMORY: "peak memory"}
-UNKNOWN = "-"
+def mean_words(mean_std_count: Sequence[float], seeds: float = 0) -> str:
+    """A mean accuracy over seeds in percent, with its standard deviation if there are several.
 
-
-def unit(cost: str, largest: float) -> tuple[float, str]:
-    """What to divide a cost by to show it, and that unit's name."""
-    return next((scale, name) for upto, scale, name in UNITS[cost] if not largest >= upto)
-
-
-def accuracy_words(over_seeds: Sequence[float], of: float = 0) -> str:
-    """Mean, std and count in %: with the spread where there are several seeds, and their number where not ``of``."""
-    mean, std, count = over_seeds
-    if not count:
+    Args:
+      mean_std_count: of the accuracies, the first two in [0, 1].
+      seeds: the number that is shown elsewhere; another count is added as "(n = 2)". 0: no count is added.
+    """
+    mean, std, known = mean_std_count
+    if not known:
         return UNKNOWN
-    spread = f" ± {100 * std:.1f}" if count > 1 else ""
-    return f"{100 * mean:.1f}{spread}" + (f" (n = {count:.0f})" if of and count != of else "")
+    spread = f" ± {100 * std:.1f}" if known > 1 else ""
+    return f"{100 * mean:.1f}{spread}" + (f" (n = {known:.0f})" if seeds and known != seeds else "")
 
 
-def cost_words(value: float, against: float, scale: float) -> str:
-    """``1.66 (0.20x)``: a cost, and its ratio to end_to_end's; either may be NaN."""
+def cost_unit(cost: str, largest: float) -> tuple[float, str]:
+    """The divisor and the name of the unit in which to show a cost (of ``COSTS``) of at most ``largest``."""
+    return next((divisor, name) for limit, divisor, name in UNITS[cost] if not largest >= limit)  # NaN: the first
+
+
+def cost_words(value: float, ratio: float, divisor: float) -> str:
+    """A cost in a unit and its ratio to that of end_to_end, such as "1.66 (0.20x)"; both may be NaN."""
     if math.isnan(value):
         return UNKNOWN
-    return f"{value / scale:.2f}" + ("" if math.isnan(against) else f" ({against:.2f}x)")
+    return f"{value / divisor:.2f}" + ("" if math.isnan(ratio) else f" ({ratio:.2f}x)")
 
 
-def time_text(seconds: float) -> str:
-    """Seconds in the largest unit of which there are at least two."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+def number_or_unknown(value: float, form: str) -> str:
+    """A number in a format of Python's, or "-" for NaN."""
+    return UNKNOWN if math.isnan(value) else format(value, form)
+
+
+def byte_unit(size: float) -> tuple[float, str]:
+    """The divisor and the name of the decimal unit in which a number of bytes reads best."""
+    return (1e9, "GB") if size >= 5e8 else (1e6, "MB")
+
+
+def bytes_words(size: float) -> str:
+    """A number of bytes in a decimal unit, such as "1.7 GB"."""
+    divisor, name = byte_unit(size)
+    return f"{short_number(size / divisor)} {name}"
+
+
+def time_words(seconds: float) -> str:
+    """Seconds in the largest unit of which there are at least two, such as "36 h"."""
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
-            return f"{short_number(seconds / size)} {unit}"
+            return f"{short_number(seconds / size)} {name}"
     return f"{short_number(seconds)} s"
 
 
-def short_number(x: float) -> str:
-    """Two digits, or all before the point."""
-    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+def clock(seconds: float) -> str:
+    """``minutes:seconds``, or ``hours:minutes:seconds`` from one hour on."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}" if hours else f"{minutes}:{int(seconds) % 60:02d}"
 
 
-def unit_text(nbytes: float) -> tuple[float, str]:
-    """The unit, in bytes and by name, in which a number of bytes reads best."""
-    return (1e9, "GB") if nbytes >= 5e8 else (1e6, "MB")
-
-
-def percent_range(share: float) -> str:
-    """A share in percent."""
-    return f"{100 * share:.3g} %"
+def short_number(number: float) -> str:
+    """A number of at least 10 without decimals, a smaller one with two digits."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

@@ -1,6 +1,7 @@
 """What an experiment is, and every check that a config alone allows."""
 
 from lwfedssl_jax.config.files import CONFIG_DIR, REPLACED, SWEEPS, available, load, run_file
+from lwfedssl_jax.config.flat import flat, join_lists
 from lwfedssl_jax.config.resolve import choose, device_classes, digest, divisors, override, resolve
 from lwfedssl_jax.config.sections import (
     MODELS,
@@ -47,6 +48,8 @@ __all__ = [
     "device_classes",
     "digest",
     "divisors",
+    "flat",
+    "join_lists",
     "load",
     "override",
     "resolve",

@@ -1,1 +1,1 @@
-"""How good an encoder is, and the encoder as files."""
+"""Evaluation of an encoder, and its export as files."""

@@ -1,6 +1,7 @@
 """The trained encoder as files that timm (ViT) and torchvision (ResNet-18) read, and back.
 
-``encoder.safetensors`` holds their names and layouts, ``encoder.json`` what is needed to rebuild the model.
+``encoder.safetensors`` has the weights under their names and in their layouts, ``encoder.json`` what is needed to
+rebuild the model.
 """
 
 import hashlib
@@ -22,11 +23,11 @@ from lwfedssl_jax.method.task import Task, make_encoder
 from lwfedssl_jax.tree import Tree
 
 WEIGHTS, ABOUT = "encoder.safetensors", "encoder.json"
-METADATA = "lwfedssl_jax"  # key of what ABOUT says, too, in the metadata of WEIGHTS
+METADATA = "lwfedssl_jax"  # key in the metadata of WEIGHTS under which the content of ABOUT is repeated
 FORMAT_VERSION = 1
 TORCHVISION_WIDTH, TORCHVISION_DEPTH = 64, 4  # of its ResNet-18
 
-# Our names to theirs, one after the other; * is the number of a stacked block.
+# Patterns that turn our names into theirs, applied in order; * is the number of a stacked block.
 NAMES = (
     (r"^embedding\.position$", "pos_embed"),
     (r"^embedding\.patch", "patch_embed.proj"),
@@ -46,12 +47,12 @@ NAMES = (
 
 
 def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
-    """``{file name: content}`` of the encoder in ``params``, all layers of it, without heads.
+    """Make ``{file name: content}`` of the encoder in ``params`` with all its layers, without heads.
 
     Args:
-      config: resolved; the run's.
+      config: of the run, resolved.
       task: of the same run.
-      params: what has been trained; heads may be among it.
+      params: trained parameters, with or without heads.
     """
     *size, channels = task.image_shape
     about = {
@@ -79,15 +80,15 @@ def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
 
 
 def rebuilt_in_torch(model: ModelConfig, size: list[int], channels: int) -> dict[str, Any]:
-    """``{"timm": arguments of timm.create_model}``, or what to change in torchvision's ResNet-18.
+    """Return ``{"timm": arguments of timm.create_model}`` or ``{"torchvision": what to change in its ResNet-18}``.
 
-    The latter is None where it has no such size: other widths than 64.
+    The latter is None for widths other than 64, which torchvision does not have.
     """
     if isinstance(MODELS[model.name], VitSize):
         sizes = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
         images = {"img_size": size, "patch_size": model.patch_size, "in_chans": channels}
         form = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
-        # Any of timm's names: all that tells them apart follows.
+        # Any name in timm would do: all that distinguishes them follows.
         return {"timm": {"model_name": "vit_tiny_patch16_224", **images, **sizes, **form}}
     if model.width != TORCHVISION_WIDTH:
         return {"torchvision": None}
@@ -99,7 +100,7 @@ def rebuilt_in_torch(model: ModelConfig, size: list[int], channels: int) -> dict
 
 
 def state_dict(model: ModelConfig, task: Task, params: Tree) -> dict[str, np.ndarray]:
-    """The encoder's weights and running averages by their names in timm or torchvision, in the layouts there."""
+    """The encoder's weights and running averages under their names and in their layouts in timm or torchvision."""
     layers = task.encoder.layers(params)
     params = jax.device_get({kind: params[kind] for kind in layers})
     tensors = {}
@@ -117,10 +118,10 @@ def state_dict(model: ModelConfig, task: Task, params: Tree) -> dict[str, np.nda
 
 
 def from_state_dict(shapes: Tree, layers: Tree, tensors: dict[str, np.ndarray]) -> Tree:
-    """Parameters of the given shapes from ``state_dict``'s tensors; temporary layers become None.
+    """Make parameters of the given shapes from the tensors of ``state_dict``; temporary layers become None.
 
     Raises:
-      KeyError, ValueError: a tensor is missing, or has another size.
+      KeyError, ValueError: a tensor is missing or has another size.
     """
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct, number: np.ndarray) -> jax.Array | None:
@@ -136,7 +137,7 @@ def from_state_dict(shapes: Tree, layers: Tree, tensors: dict[str, np.ndarray]) 
 
 
 def torch_name(path: Any) -> str:
-    """The name in timm or torchvision of a leaf of ``{"encoder": ..., "statistics": ...}``."""
+    """The name in timm or torchvision of the leaf at a path of ``{"encoder": ..., "statistics": ...}``."""
     name = ".".join(str(key.key) for key in path[1:])
     for ours, theirs in NAMES:
         name = re.sub(ours, theirs, name)
@@ -148,7 +149,7 @@ class TrainedEncoder:
 
     Attributes:
       config: the content of ``encoder.json``.
-      num_features: D.
+      num_features: number D of features.
       params: ``{"encoder": weights, "statistics": running averages}``.
     """
 
@@ -168,10 +169,10 @@ class TrainedEncoder:
         self.params = from_state_dict(shapes, self._encoder.layers(shapes), tensors)
 
     def __call__(self, images_NxHxWxC: np.ndarray | jax.Array) -> np.ndarray:
-        """``features_NxD``, float32, of uint8 images or floats in [0, 1], a batch after the other.
+        """Compute ``features_NxD``, float32, of images given as uint8 or as floats in [0, 1], batch by batch.
 
         Raises:
-          ValueError: they are of another shape or type, or out of range.
+          ValueError: the images have another shape or type, or are out of range.
         """
         images = np.asarray(images_NxHxWxC)
         real = jnp.issubdtype(images.dtype, jnp.floating)
@@ -185,19 +186,19 @@ class TrainedEncoder:
             )
         if not len(images):
             return np.zeros((0, self.num_features), np.float32)
-        # Few images in a batch of a power of two, that few programs serve all numbers.
+        # Few images form a batch of a power of two, so that few programs serve all numbers of images.
         return self._encode(self.params, images, self._depth, min(BATCH, 1 << (len(images) - 1).bit_length()))
 
     def apply(self, params: Tree, images_BxHxWxC: jax.Array) -> jax.Array:
-        """The same as a pure function of parameters and images, unchecked: for jit, grad and vmap."""
+        """Compute the same as a pure function of parameters and images, without checks: for jit, grad and vmap."""
         return apply(self._encoder, self._recipe, self._dtype, params, images_BxHxWxC, self._depth)
 
 
 def load_encoder(directory: str | Path) -> TrainedEncoder:
-    """The encoder that a finished run has left in its work directory.
+    """Load the encoder that a finished run has written to its work directory.
 
     Raises:
-      ConfigError: its files are missing, damaged, not of one run, or of another format.
+      ConfigError: its files are missing, damaged, of different runs, or of another format.
     """
     weights, about = Path(directory) / WEIGHTS, Path(directory) / ABOUT
     try:
@@ -208,26 +209,32 @@ def load_encoder(directory: str | Path) -> TrainedEncoder:
             f"{error.filename}: cannot be read ({error.strerror}); accepted: the work directory of a finished run"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{about}: describes no encoder; accepted: the file that a finished run wrote") from error
+        raise ConfigError(
+            f"{about}: does not describe an encoder; accepted: the file that a finished run wrote"
+        ) from error
     if version != FORMAT_VERSION:
         raise ConfigError(f"{about}: format_version {version!r} is unknown; accepted: {FORMAT_VERSION}")
     if hashlib.sha256(content).hexdigest() != config.get("sha256"):
         raise ConfigError(
-            f"{weights}: damaged, or of another run than {ABOUT} (its SHA-256 is not the one there); "
+            f"{weights}: damaged, or of another run than {ABOUT} (its SHA-256 differs from the one there); "
             "accepted: both files as the run wrote them"
         )
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         stated = json.loads(header["__metadata__"][METADATA])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{weights}: holds no encoder; accepted: the file that a finished run wrote") from error
+        raise ConfigError(
+            f"{weights}: does not contain an encoder; accepted: the file that a finished run wrote"
+        ) from error
     if stated != {k: v for k, v in config.items() if k != "sha256"}:
-        raise ConfigError(f"{about}: not what {WEIGHTS} says of itself; accepted: both files as the run wrote them")
+        raise ConfigError(
+            f"{about}: differs from the metadata of {WEIGHTS}; accepted: both files as the run wrote them"
+        )
     try:
         return TrainedEncoder(config, safetensors.numpy.load(content))
-    except Exception as error:  # whatever its sizes, names and bytes make fail
+    except Exception as error:  # of any kind: sizes, names or bytes may be wrong
         what = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ConfigError(
             f"{about}: cannot be rebuilt by lwfedssl_jax {lwfedssl_jax.__version__} ({what}); "
-            f"accepted: encoders of this version, found one of {config.get('lwfedssl_jax')}"
+            f"accepted: encoders of this version, found one of version {config.get('lwfedssl_jax')}"
         ) from error

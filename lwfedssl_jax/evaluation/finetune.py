@@ -1,4 +1,4 @@
-"""How good an encoder is as a start: encoder and linear head trained with labels (arXiv 2401.11647's fine-tuning)."""
+"""Evaluation of an encoder by fine-tuning: encoder and linear head are trained with labels (arXiv 2401.11647)."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ HEAD_STD = 0.01  # of the head's first weights
 
 
 class FineTuneSetup(NamedTuple):
-    """What is fixed when a step is compiled, hashable: equal ones share a program."""
+    """Everything that is fixed when a step is compiled. It is hashable, and equal setups share a program."""
 
     encoder: Encoder
     recipe: Recipe
@@ -35,7 +35,7 @@ class FineTuneSetup(NamedTuple):
 
 
 class FineTuneState(NamedTuple):
-    """What a step changes: ``weights`` are those of the encoder and of the head."""
+    """Everything that a step changes; ``weights`` has those of the encoder and of the head."""
 
     weights: Tree
     statistics: Tree
@@ -52,17 +52,20 @@ def fine_tune(
     seed: int,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """``{**scores, settings}`` on the test images, of layers L1..L_depth and a linear head trained on all labels.
+    """Train layers L1..L_depth and a linear head on all labelled images, and evaluate them on the test images.
 
     Args:
       task: static.
-      encode: of ``evaluate.make_encode``, for the test images.
+      encode: from ``frozen.make_encode``, for the test images.
       config: epochs, learning rate and the like.
       dataset: to train and to test on.
-      params: where the encoder starts.
-      depth: layers that exist.
+      params: from which the encoder starts.
+      depth: number of layers that exist.
       seed: of the head, the batches and the views.
-      notify: hears of each epoch.
+      notify: called with a line about each epoch.
+
+    Returns:
+      ``{**scores, settings}``.
 
     Raises:
       FloatingPointError: the loss is not finite.
@@ -91,7 +94,7 @@ def train(
     seed: int,
     notify: Callable[[str], None],
 ) -> FineTuneState:
-    """The state after all epochs, each with one RandAugment view of every image; see ``fine_tune``."""
+    """Compute the state after all epochs, each with one RandAugment view of every image; see ``fine_tune``."""
     labelled = dataset.labelled
     n = len(labelled)
     batch_size = min(config.fine_tune_batch_size, n)
@@ -99,7 +102,7 @@ def train(
     key = jax.random.fold_in(jax.random.key(seed), FINE_TUNE_STREAM)
     start = _existing(task.encoder, params, depth)
     image, mask_1 = jnp.zeros((1, *task.image_shape), task.dtype), jnp.ones(1, bool)
-    # Not always the whole encoder's width, where there are fewer layers.
+    # With fewer layers, the features need not have the width of the whole encoder's.
     width = jax.eval_shape(lambda p: task.encoder.trainable_forward(p, image, mask_1, depth, None)[0], start).shape[-1]
     state = _start(fixed, start, key, (width, dataset.classes))
     for epoch in range(config.fine_tune_epochs):
@@ -109,7 +112,7 @@ def train(
         for step, first in enumerate(range(0, n, batch_size)):
             batch = order[first : first + batch_size]
             mask_B = np.arange(batch_size) < len(batch)
-            batch = labelled[np.resize(batch, batch_size)]  # the last one is filled up with repetitions
+            batch = labelled[np.resize(batch, batch_size)]  # the last one is filled with repetitions
             images_BxHxWxC, labels_B = dataset.train_images[batch], dataset.train_labels[batch]
             at = np.array([epoch + 1, step, depth], np.int32)  # from 1: 0 is the head's
             state, loss = _step(fixed, state, images_BxHxWxC, labels_B, mask_B, key, at)
@@ -123,7 +126,7 @@ def train(
 
 
 def schedule(config: EvaluationConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate of each step (from 0): up from 0 in a line, then down as a cosine to 0 after the last."""
+    """Learning rate of each step: it rises linearly from 0, then falls as a cosine to 0 after the last step."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.fine_tune_learning_rate,
@@ -137,12 +140,15 @@ def _optimizer(fixed: FineTuneSetup) -> optax.GradientTransformation:
 
 
 def _existing(encoder: Encoder, params: Tree, depth: int) -> Tree:
-    """Parameters of layers L1..L_depth; of stacked leaves all rows, of which the others are not run."""
+    """Parameters of layers L1..L_depth. Stacked leaves keep all rows, since those of later layers are not run."""
     layers = encoder.layers(params)
     _, trainable = stages.freeze(layers, 0, depth)
-    # As in ``evaluate.make_encode``, what exists in one stage only is left out.
-    leaf = lambda mask, n, x: x if np.any(mask & (n >= 0)) else None  # noqa: E731
-    return jax.tree.map(leaf, trainable, layers, {name: params[name] for name in layers})
+
+    def keep(mask: np.ndarray, n: np.ndarray, x: jax.Array) -> jax.Array | None:
+        # As in ``frozen.split``, layers that exist in one stage only (n < 0) are dropped.
+        return x if np.any(mask & (n >= 0)) else None
+
+    return jax.tree.map(keep, trainable, layers, {name: params[name] for name in layers})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -165,7 +171,7 @@ def _step(
     key: jax.Array,
     at: jax.Array,
 ) -> tuple[FineTuneState, jax.Array]:
-    """One optimizer step; ``at``: the epoch, the step in it, and how many layers exist."""
+    """Take one optimizer step; ``at`` has the epoch, the step in it, and the number of layers that exist."""
     epoch, step, depth = at
     key = jax.random.fold_in(jax.random.fold_in(key, epoch), step)
     views = rand_augment(key, images_BxHxWxC, fixed.recipe, fixed.dtype)

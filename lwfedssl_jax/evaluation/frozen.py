@@ -1,4 +1,4 @@
-"""How good an encoder is: linear probe and kNN on frozen features, without heads."""
+"""Evaluation of an encoder by a linear probe and kNN on its frozen features, without heads."""
 
 import functools
 from typing import Any, Protocol
@@ -27,17 +27,17 @@ Result = dict[str, Any]
 
 
 class Encode(Protocol):
-    """``(params, images_NxHxWxC, depth) -> features_NxD`` of layers L1..L_depth and the final norm."""
+    """``(params, images_NxHxWxC, depth) -> features_NxD``, computed by layers L1..L_depth and the final norm."""
 
     def __call__(self, params: Tree, images_NxHxWxC: np.ndarray, depth: int, batch: int = BATCH) -> np.ndarray: ...
 
 
 def check(config: EvaluationConfig, dataset: Dataset) -> None:
-    """Refuse protocols the data set cannot serve.
+    """Check that the data set allows the protocols; without labels, linear probe and kNN are left out.
 
     Raises:
-      ConfigError: fine-tuning without labels, where other protocols are left out; one class only; a class with test
-        images only; more labels a class, or neighbours, than there are training images with labels.
+      ConfigError: fine-tuning without labels; training images of only one class; a class that only test images have;
+        more labels per class, or more neighbours, than there are labelled training images.
     """
     labels_N = dataset.train_labels[dataset.labelled]
     if not len(labels_N):
@@ -49,10 +49,10 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
         return
     classes, sizes = np.unique(labels_N, return_counts=True)
     if len(classes) < 2:
-        raise ConfigError("data: the training images are all of one class; accepted: at least two classes")
+        raise ConfigError("data: all training images are of one class; accepted: at least two classes")
     if len(unknown := np.setdiff1d(dataset.test_labels, classes)):
         raise ConfigError(
-            f"data.name: class {unknown[0]} has test images and no training images; accepted: the same classes in both"
+            f"data.name: class {unknown[0]} has test images but no training images; accepted: the same classes in both"
         )
     fewest = int(sizes.min())
     for labels in config.labels_per_class:
@@ -62,13 +62,19 @@ def check(config: EvaluationConfig, dataset: Dataset) -> None:
             )
     if config.neighbours > len(labels_N):
         raise ConfigError(
-            f"evaluation.neighbours: {config.neighbours} is more than the training images; "
+            f"evaluation.neighbours: {config.neighbours} is more than the number of training images; "
             f"accepted: 0 to {len(labels_N)}"
         )
 
 
 def make_encode(encoder: Encoder, recipe: Recipe, dtype: DTypeLike) -> Encode:
-    """Features of uint8 images, or of floats in [0, 1], ``batch`` images at once; ``dtype`` is that of images."""
+    """Make the function that computes features of images, ``batch`` of them at once.
+
+    Args:
+      encoder: whose features.
+      recipe: how images are standardised.
+      dtype: of the images that enter the encoder. They are given as uint8, or as floats in [0, 1].
+    """
     forward_batch = jax.jit(functools.partial(forward, encoder, recipe, dtype))
 
     def encode(params: Tree, images_NxHxWxC: np.ndarray, depth: int, batch: int = BATCH) -> np.ndarray:
@@ -85,12 +91,15 @@ def make_encode(encoder: Encoder, recipe: Recipe, dtype: DTypeLike) -> Encode:
 def apply(
     encoder: Encoder, recipe: Recipe, dtype: DTypeLike, params: Tree, images_BxHxWxC: jax.Array, depth: int
 ) -> jax.Array:
-    """What ``make_encode`` makes of one batch, for callers that trace it."""
+    """Compute ``features_BxD`` of one batch as ``make_encode`` does, for callers that trace it."""
     return forward(encoder, recipe, dtype, *split(encoder, params, depth), images_BxHxWxC, depth)
 
 
 def split(encoder: Encoder, params: Tree, depth: int) -> tuple[Tree, Tree]:
-    """Layers L1..L_depth, frozen as in the stage after, and what every stage has; no layers of one stage only."""
+    """Split an encoder's parameters into layers L1..L_depth, frozen as in the next stage, and those of every stage.
+
+    Layers that exist in one stage only are dropped.
+    """
     layers = encoder.layers(params)
     params = {name: params[name] for name in layers}
     frozen = jax.tree.map(lambda n, x: x if np.any((n > 0) & (n <= depth)) else None, layers, params)
@@ -106,7 +115,7 @@ def forward(
     images_BxHxWxC: jax.Array,
     depth: Depth,
 ) -> jax.Array:
-    """``features_BxD`` of the parts that ``split`` gives."""
+    """Compute ``features_BxD`` from the two parts that ``split`` returns."""
     images = standardise(images_BxHxWxC, recipe).astype(dtype)
     x = encoder.frozen_forward(frozen, images, depth, None)
     return encoder.trainable_forward(rest, x, jnp.ones(len(images), bool), 0, None)[0]
@@ -115,10 +124,12 @@ def forward(
 def evaluate(
     config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray
 ) -> dict[str, Result]:
-    """``{protocol: {**scores, settings}}`` of frozen features.
+    """Evaluate frozen features by the protocols of the config.
 
-    Protocols: ``linear_probe_K`` (K labelled images a class, mean and standard deviation over
-    draws that are the same for every run), ``linear_probe_all``, ``knn``. Training images without a label are left out.
+    Returns:
+      ``{protocol: {**scores, settings}}``. The protocols are ``linear_probe_K`` (K labelled images per class; mean and
+      standard deviation over draws that are the same for every run), ``linear_probe_all`` and ``knn``. Training images
+      without a label are left out.
     """
     train_NxD = train_NxD[dataset.labelled]
     dataset = dataset._replace(train_labels=dataset.train_labels[dataset.labelled])
@@ -131,9 +142,9 @@ def evaluate(
 
 
 def scores(true_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
-    """Accuracy, and means over classes of accuracy, precision, recall and F1, all in [0, 1].
+    """Compute accuracy, and means over classes of accuracy, precision, recall and F1, all in [0, 1].
 
-    As usual, the latter three count a class that is only ever predicted, the mean accuracy does not.
+    As usual, the latter three include a class that is only predicted; the mean accuracy does not.
     """
     shared = {"average": "macro", "zero_division": 0}
     precision, recall, f1, _ = precision_recall_fscore_support(true_N, predicted_N, **shared)
@@ -149,7 +160,7 @@ def scores(true_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
 def linear_probe(
     dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, labels_per_class: int, draws: int
 ) -> Result:
-    """Multinomial logistic regression (L2, C = 1) on standardised features; 0 labels a class means all."""
+    """Evaluate standardised features by logistic regression (multinomial, L2, C = 1); 0 labels per class means all."""
     drawn = []
     for draw in range(draws if labels_per_class else 1):
         chosen = _draw(dataset.train_labels, labels_per_class, draw)
@@ -157,8 +168,8 @@ def linear_probe(
         probe.fit(train_NxD[chosen], dataset.train_labels[chosen])
         drawn.append(scores(dataset.test_labels, probe.predict(test_NxD)))
     return {
-        **{name: float(np.mean([of_draw[name] for of_draw in drawn])) for name in drawn[0]},
-        "std": float(np.std([of_draw["accuracy"] for of_draw in drawn])),
+        **{name: float(np.mean([result[name] for result in drawn])) for name in drawn[0]},
+        "std": float(np.std([result["accuracy"] for result in drawn])),
         "labels_per_class": labels_per_class or "all",
         "draws": len(drawn),
         "classifier": "logistic regression (L2, C = 1) on standardised features",
@@ -167,7 +178,7 @@ def linear_probe(
 
 
 def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbours: int) -> Result:
-    """Weighted kNN on cosine similarity s, votes ``exp(s / 0.07)`` (Wu et al., 2018, arXiv 1805.01978)."""
+    """Evaluate features by kNN on cosine similarity s, with votes ``exp(s / 0.07)`` (Wu et al., arXiv 1805.01978)."""
     classifier = KNeighborsClassifier(
         neighbours, metric="cosine", weights=lambda distance: np.exp(-distance / KNN_TEMPERATURE)
     )
@@ -180,6 +191,7 @@ def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbour
 
 
 def _draw(labels_N: np.ndarray, per_class: int, draw: int) -> np.ndarray:
+    """Indices of a random draw of ``per_class`` images of each class; of all images for 0."""
     if not per_class:
         return np.arange(len(labels_N))
     rng = np.random.default_rng(draw)

@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from lwfedssl_jax.analysis.wording import clock, percent
 from lwfedssl_jax.simulation.events import (
     Compiling,
     Evaluated,
@@ -23,12 +24,6 @@ from lwfedssl_jax.simulation.events import (
 
 SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
 SECONDS_BETWEEN_UPDATES = 0.3  # in a notebook
-
-
-def clock(seconds: float) -> str:
-    """``minutes:seconds``, with hours where there are some."""
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}" if hours else f"{minutes}:{int(seconds) % 60:02d}"
 
 
 class ConsoleProgress:
@@ -112,7 +107,7 @@ class ConsoleProgress:
     def _evaluation(self, line: dict[str, Any]) -> None:
         start = "from scratch" if "baseline" in line else "untrained"
         where = f"round {line['round']}, {line['depth']} layers" if line["round"] else start
-        self.say(f"  {where}: {line['protocol']} {100 * line['accuracy']:.1f} %")
+        self.say(f"  {where}: {line['protocol']} {percent(line['accuracy'])}")
 
     def _finished(self, summary: dict[str, Any]) -> None:
         """A terminal's summary is the command's to print."""

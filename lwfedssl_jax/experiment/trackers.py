@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lwfedssl_jax.analysis.style import traffic_by_round
-from lwfedssl_jax.config import Config, ConfigError, choose, to_dict
+from lwfedssl_jax.config import Config, ConfigError, choose, flat, join_lists, to_dict
 from lwfedssl_jax.simulation.events import Evaluated, Event, Finished, Hear, Note, RoundDone, Started
 from lwfedssl_jax.workdir import WorkDir
 
@@ -63,7 +63,7 @@ def tensorboard(config: Config, directory: Path) -> Tracker:
             if values:
                 values = {f"summary/{name}": value for name, value in values.items()}
                 log(last, values)
-                write(last, *summary.hparams(_flat(config), values))
+                write(last, *summary.hparams(join_lists(flat(to_dict(config))), values))
         finally:
             writer.close()
 
@@ -129,15 +129,6 @@ def check(config: Config) -> None:
                     f'runtime.trackers: {name} is not installed; accepted: pip install "lwfedssl_jax[{name}]", or '
                     f"{', '.join(t for t in TRACKERS if t not in EXTRAS)}"
                 ) from None
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """``{"section.field": value}``, lists as text."""
-    return {
-        f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
-        for section, fields in to_dict(config).items()
-        for name, value in fields.items()
-    }
 
 
 class Tracking:

@@ -1,4 +1,4 @@
-"""A plan: every option's costs against a fleet's devices."""
+"""A plan: what every option costs, and which devices of a fleet can afford it."""
 
 from typing import NamedTuple
 
@@ -14,17 +14,17 @@ from lwfedssl_jax.plan.recommend import recommend
 
 
 class Plan(NamedTuple):
-    """What ``plan`` prints.
+    """What the command ``plan`` shows.
 
     Attributes:
       config: resolved, with the fleet.
-      devices: its classes.
-      examples: of a client.
+      devices: the fleet's classes.
+      examples: number of images that a client trains on.
       options: all that can run.
-      refused: of those that cannot run with the rest of the config, why.
-      recommended: the choice of ``recommend``; None where no class can take part throughout in any.
-      reason: why, in sentences.
-      results: that were asked for.
+      refused: by name why the others cannot run with the rest of the config.
+      recommended: the option chosen by ``recommend``, or None if no class can take part throughout in any.
+      reason: for it, in sentences.
+      results: measured accuracies.
     """
 
     config: Config
@@ -38,13 +38,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: Config, examples: float, results: Results = NO_RESULTS, notify: Notify = lambda _: None) -> Plan:
-    """Price every option and see what each class of the fleet can do of it; compiles a step of each.
+    """Compute every option's costs and what each class of the fleet can do of it; compiles a step of each.
 
     Args:
-      config: resolved; its strategy and ``runtime.remat`` are varied.
-      examples: that a client trains on.
-      results: accuracies (``measured_accuracies``).
-      notify: told what is being compiled.
+      config: resolved; its strategy, layers per stage and ``runtime.remat`` are varied.
+      examples: number of images that a client trains on.
+      results: measured accuracies (``measured_accuracies``).
+      notify: called with the name of what is being compiled.
 
     Raises:
       ConfigError: no option can run.

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lwfedssl_jax.analysis.settings import protocols
-from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, to_dict
 from lwfedssl_jax.method.stages import STRATEGIES, Stages, stages_of
 
-IN_RESULTS = ("strategy", "runtime", "evaluation", "fleet")  # sections in which runs that are compared may differ
+FREE_SECTIONS = ("strategy", "runtime", "evaluation", "fleet")  # in which runs may differ from the config
+
+Row = Mapping[str, Any]  # of ``analysis.results.load_results``
 
 
 class Measured(NamedTuple):
-    """Accuracies in [0, 1] of an option by seed, and their mean and sample standard deviation (NaN for one)."""
+    """Accuracies in [0, 1] of an option by seed, their mean, and their sample standard deviation (NaN for one seed)."""
 
     by_seed: Mapping[int, float]
 
@@ -30,9 +32,9 @@ class Results(NamedTuple):
     """What runs have reached.
 
     Attributes:
-      protocol: by which their accuracy is told; empty where there are none.
-      on_fleet: whether their clients were on the fleet that is asked about; else all took part in everything.
-      found: by an option's stages and ``runtime.remat``.
+      protocol: the evaluation protocol of the accuracies, or an empty string without any.
+      on_fleet: whether the runs trained on the plan's fleet; otherwise all their clients took part in all stages.
+      found: accuracies by an option's stages and ``runtime.remat``.
     """
 
     protocol: str = ""
@@ -43,59 +45,67 @@ class Results(NamedTuple):
 NO_RESULTS = Results()
 
 
-def measured_accuracies(config: Config, rows: Sequence[Mapping[str, Any]], protocol: str | None) -> Results:
-    """Accuracy of each option that results have, by seed: the mean of its runs that have one.
-
-    Finished runs count that differ from the config in strategy, runtime and evaluation alone. Their fleet is the
-    config's, with its deadline, and then ``runtime.remat`` decides who took part; or, where none has that, they have
-    none.
+def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | None) -> Results:
+    """Collect the accuracies of each option by seed, each the mean over the runs with that seed.
 
     Args:
       config: resolved.
-      rows: of ``results.load_results``.
-      protocol: such as ``knn``; None for the one that a report leads with (``comparison.protocols``).
+      rows: of ``analysis.results.load_results``.
+      protocol: such as ``knn``; None for the one that a report begins with (``analysis.settings.protocols``).
 
     Raises:
-      ConfigError: no run is like the config, or none has the protocol.
+      ConfigError: no run is like the config (``runs_like``), or the protocol has evaluated none of them.
+    """
+    import pandas as pd
+
+    runs, on_fleet = runs_like(config, rows)
+    known = protocols(pd.DataFrame(runs))
+    if not known or (protocol and protocol not in known):
+        accepted = ", ".join(known) or "none"
+        raise ConfigError(f"--protocol: {protocol or 'nothing'} has evaluated none of the runs; accepted: {accepted}")
+    chosen = protocol or known[0]
+    values: dict[tuple[Stages, bool], dict[int, list[float]]] = {}
+    for run in runs:
+        accuracy, strategy = run.get(f"accuracy.{chosen}"), run["strategy.name"]
+        if not isinstance(accuracy, float) or not math.isfinite(accuracy) or strategy not in STRATEGIES:
+            continue
+        stages = stages_of(config, strategy, int(run["strategy.layers_per_stage"]))
+        # On a fleet, runtime.remat decides who takes part; elsewhere it changes no accuracy.
+        for remat in (bool(run["runtime.remat"]),) if on_fleet else (False, True):
+            values.setdefault((stages, remat), {}).setdefault(run["runtime.seed"], []).append(accuracy)
+    found = {
+        option: Measured({seed: statistics.fmean(accuracies) for seed, accuracies in by_seed.items()})
+        for option, by_seed in values.items()
+    }
+    return Results(chosen, on_fleet, found)
+
+
+def runs_like(config: Config, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+    """The finished runs that differ from the config only in strategy, runtime and evaluation.
+
+    Returns:
+      Those on the config's fleet, with its deadline, and True; or, if there are none, those without a fleet and False.
+
+    Raises:
+      ConfigError: there are neither.
     """
     import pandas as pd
 
     finished = [row for row in rows if row["finished"]]
-    plain = {
-        f"{section}.{name}": " ".join(map(str, value)) if isinstance(value, list) else value
-        for section, values in to_dict(config).items()
-        for name, value in values.items()
-    }
-    same = [name for name in plain if name.split(".")[0] not in IN_RESULTS]
-    others = [[name for name in same if row.get(name) != plain[name]] for row in finished]
-    alike = [row for row, differing in zip(finished, others, strict=True) if not differing]
-    on_fleet = [name for name in plain if name.startswith("fleet.")] if plain["fleet.devices"] else []
-    mine = [row for row in alike if on_fleet and all(row.get(name) == plain[name] for name in on_fleet)]
-    runs = mine or [row for row in alike if pd.isna(row.get("fleet.devices")) or row["fleet.devices"] == ""]
-    if not runs:
-        found = f"{len(finished)} finished runs, none like this config"
-        if finished and not alike:
-            row, differing = min(zip(finished, others, strict=True), key=lambda pair: len(pair[1]))
-            found += f": {differing[0]} is {row.get(differing[0])!r} there, {plain[differing[0]]!r} here"
-        raise ConfigError(
-            f"--results: {found}; accepted: runs that differ from it in {', '.join(IN_RESULTS[:-1])} alone"
-        )
-    judged = protocols(pd.DataFrame(runs))
-    if not judged or (protocol and protocol not in judged):
-        raise ConfigError(
-            f"--protocol: {protocol or 'nothing'} has judged none of the runs; accepted: {', '.join(judged) or 'none'}"
-        )
-    chosen = protocol or judged[0]
-    values: dict[tuple[Stages, bool], dict[int, list[float]]] = {}
-    for row in runs:
-        value = row.get(f"accuracy.{chosen}")
-        if _is_number(value) and row["strategy.name"] in STRATEGIES:
-            stages = stages_of(config, row["strategy.name"], int(row["strategy.layers_per_stage"]))
-            for remat in (bool(row["runtime.remat"]),) if mine else (False, True):
-                values.setdefault((stages, remat), {}).setdefault(row["runtime.seed"], []).append(float(value))  # type: ignore[arg-type]
-    by_seed = {key: {seed: statistics.fmean(v) for seed, v in of.items()} for key, of in values.items()}
-    return Results(chosen, bool(mine), {key: Measured(of) for key, of in by_seed.items()})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
+    wanted = join_lists(flat(to_dict(config)))
+    compared = [name for name in wanted if name.split(".")[0] not in FREE_SECTIONS]
+    differing = [[name for name in compared if row.get(name) != wanted[name]] for row in finished]
+    similar = [row for row, names in zip(finished, differing, strict=True) if not names]
+    fleet = [name for name in wanted if name.startswith("fleet.")]
+    on_fleet = [row for row in similar if all(row.get(name) == wanted[name] for name in fleet)]
+    if wanted["fleet.devices"] and on_fleet:
+        return on_fleet, True
+    without_fleet = [row for row in similar if pd.isna(row.get("fleet.devices")) or row["fleet.devices"] == ""]
+    if without_fleet:
+        return without_fleet, False
+    found = f"{len(finished)} finished runs, none like this config"
+    if finished and not similar:
+        row, (name, *_) = min(zip(finished, differing, strict=True), key=lambda pair: len(pair[1]))
+        found += f": {name} is {row.get(name)!r} there, {wanted[name]!r} here"
+    free = ", ".join(FREE_SECTIONS[:-1])
+    raise ConfigError(f"--results: {found}; accepted: runs that differ from it only in {free}")

@@ -1,8 +1,10 @@
-"""Which strategy and how many layers a stage a fleet can afford."""
+"""The options of a plan: strategy, layers per stage and ``runtime.remat``."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lwfedssl_jax.analysis.wording import quantity
 from lwfedssl_jax.config import Config, ConfigError, divisors, override
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs.fleet import Participation
@@ -13,14 +15,14 @@ from lwfedssl_jax.plan.measured import Measured
 
 
 class Option(NamedTuple):
-    """A way to train, and what each class can do of it.
+    """A way to train, and what each device class can do of it.
 
     Attributes:
-      strategy, layers_per_stage, remat: of the config.
+      strategy, layers_per_stage, remat: as in the config.
       ledger: with peak memory.
-      parts: of each class.
-      shares: of the devices that can take part in each stage, and last in every one.
-      measured: None where no results have it.
+      parts: what each class does.
+      shares: shares of the devices that can take part in each stage, followed by that for all stages.
+      measured: its accuracies, or None if the results have none.
     """
 
     strategy: str
@@ -33,10 +35,10 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For a sentence."""
-        layers = f", {self.layers_per_stage} layer{'s' * (self.layers_per_stage > 1)} a stage"
-        remat = ", with runtime.remat" if self.remat else ""
-        return f"{self.strategy}{layers if len(self.ledger['per_stage']) > 1 else ''}{remat}"
+        """Its name in a sentence, such as "progressive, 2 layers per stage, with runtime.remat"."""
+        stages = len(self.ledger["per_stage"])
+        name = name_option(self.strategy, self.layers_per_stage) if stages > 1 else self.strategy
+        return f"{name}, with runtime.remat" if self.remat else name
 
     @property
     def everywhere(self) -> float:
@@ -45,59 +47,65 @@ class Option(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of the whole run on the slowest class whose speed is known, of those that take part throughout."""
-        all_ = len(self.ledger["per_stage"])
-        return max((p.seconds for p in self.parts if p.seconds is not None and len(p.stages) == all_), default=0.0)
+        """Seconds of the whole run on the slowest class of those that take part throughout; 0 if no speed is known."""
+        stages = len(self.ledger["per_stage"])
+        return max((p.seconds for p in self.parts if p.seconds is not None and len(p.stages) == stages), default=0.0)
+
+
+def name_option(strategy: str, layers_per_stage: int) -> str:
+    """The strategy with its layers per stage, for a sentence."""
+    return f"{strategy}, {quantity(layers_per_stage, 'layer')} per stage"
 
 
 def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], dict[str, str]]:
-    """Each strategy with the numbers of layers a stage that divide the depth, and the config's own, and remat or not.
+    """Make a config for each strategy, with each number of layers per stage, with and without ``runtime.remat``.
+
+    The numbers of layers are those that divide the depth, and the config's own. Of options with the same stages there
+    is only one.
 
     Returns:
-      The config by strategy, layers a stage and ``runtime.remat``, one for all that have the same stages; and why
-      strategies are refused.
+      The configs by strategy, layers per stage and ``runtime.remat``; and by name why others cannot run.
 
     Raises:
-      ConfigError: all are.
+      ConfigError: none can run.
     """
     depth = config.model.depth
     numbers = sorted({*divisors(depth)[:-1], config.strategy.layers_per_stage})
-    found: dict[tuple[str, int, bool], Config] = {}
+    configs: dict[tuple[str, int, bool], Config] = {}
     refused: dict[str, str] = {}
-    for strategy in STRATEGIES:
-        for remat in (False, True):
-            seen = {stages_of(config, s, k) for s, k, _ in found if s != strategy}
-            for number in numbers:
-                stages = stages_of(config, strategy, number)
-                if stages in seen:
-                    continue
-                seen.add(stages)
-                layers = depth if len(stages) == 1 else number
-                changes = {"strategy.layers_per_stage": layers, "runtime.remat": remat}
-                of_strategy, why = each_strategy(override(config, changes))
-                if strategy in of_strategy:
-                    found[strategy, layers, remat] = of_strategy[strategy]
-                else:
-                    refused[f"{strategy}, {layers} layer{'s' * (layers > 1)} a stage"] = why[strategy]
-    if not found:
+    for strategy, remat in itertools.product(STRATEGIES, (False, True)):
+        seen = {stages_of(config, s, k) for s, k, _ in configs if s != strategy}
+        for number in numbers:
+            stages = stages_of(config, strategy, number)
+            if stages in seen:
+                continue
+            seen.add(stages)
+            layers = depth if len(stages) == 1 else number
+            changes = {"strategy.layers_per_stage": layers, "runtime.remat": remat}
+            by_strategy, why = each_strategy(override(config, changes))
+            if strategy in by_strategy:
+                configs[strategy, layers, remat] = by_strategy[strategy]
+            else:
+                refused[name_option(strategy, layers)] = why[strategy]
+    if not configs:
         raise ConfigError(next(iter(refused.values())))
-    return found, refused
+    return configs, refused
 
 
 def shares_by_stage(devices: Sequence[DeviceClass], parts: Sequence[Participation], stages: int) -> list[float]:
-    """Share of the devices that can take part in each stage, and at the end in all of them."""
+    """The shares of the devices that can take part in each stage, followed by that for all stages."""
     total = sum(device.count for device in devices)
     pairs = list(zip(devices, parts, strict=True))
-    of_stage = [sum(d.count for d, p in pairs if s in p.stages) / total for s in range(1, stages + 1)]
-    return [*of_stage, sum(d.count for d, p in pairs if len(p.stages) == stages) / total]
+    shares = [sum(d.count for d, p in pairs if s in p.stages) / total for s in range(1, stages + 1)]
+    return [*shares, sum(d.count for d, p in pairs if len(p.stages) == stages) / total]
 
 
 def examples_of_a_client(config: Config, given: int | None) -> float:
-    """How many images a client trains on; the mean where they are unequal, and the median of shared ones.
+    """The number of images a client trains on: the mean if clients differ, the median for partition.kind shared.
 
     Args:
       config: resolved.
-      given: by the user; None to take them from a data set whose size is known without reading one from disk.
+      given: by the user; None to derive it from a data set whose size is known without reading it from disk.
 
     Raises:
       ConfigError: it is not known.
@@ -111,8 +119,8 @@ def examples_of_a_client(config: Config, given: int | None) -> float:
         return config.partition.examples_per_client
     if config.data.name not in ("digits", "synthetic"):
         raise ConfigError(
-            f"--examples: nothing, and how many images a client of data.name {config.data.name} has is not known "
-            "without reading it; accepted: their number"
+            f"--examples: nothing, and the number of images per client of data.name {config.data.name} is not known "
+            "without reading it; accepted: that number"
         )
     synthetic = config.data.name == "synthetic"
     total = config.data.synthetic_examples if synthetic else len(source.load(config.data).train_images)

@@ -1,72 +1,94 @@
 """The figure of a plan."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lwfedssl_jax.analysis.style import STYLES, panels, save
-from lwfedssl_jax.analysis.wording import protocol_words
+from lwfedssl_jax.analysis import style
+from lwfedssl_jax.analysis.style import STYLES, panels, use_whole_numbers
+from lwfedssl_jax.analysis.wording import byte_unit, protocol_words
 from lwfedssl_jax.config.device_classes import DeviceClass
+from lwfedssl_jax.plan.options import Option
+
+Styles = Mapping[str, dict[str, Any]]  # by strategy
+HOLLOW = {"markerfacecolor": "none"}  # options with remat
 
 
-def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Any], protocol: str, path: Path) -> None:
-    """What options ask of a fleet: memory and the share that can take part, stage by stage; what they reached.
+def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str, path: Path) -> None:
+    """Draw what options require of a fleet: memory and the share that can take part by stage; and their accuracies.
 
     Args:
       devices: the fleet's classes.
-      options: of ``plan.Plan``; of each strategy the one with fewest layers a stage is drawn over the stages.
-      protocol: by which accuracies were measured; empty where none is known.
+      options: of a plan; by stage, only that with the fewest layers per stage of each strategy is drawn.
+      protocol: of the measured accuracies; empty if there are none.
       path: of the picture.
     """
-    size, unit = (1e9, "GB") if max(option.ledger["total_bytes"] for option in options) >= 5e8 else (1e6, "MB")
     figure, axes = panels(2 if protocol else 1, 2, size=(9, 8 if protocol else 4.4))
-    memory, share, *reached = axes.flat
+    memory, share, *rest = axes.flat
     styles = dict(zip(dict.fromkeys(option.strategy for option in options), itertools.cycle(STYLES), strict=False))
-    drawn = {(option.strategy, option.remat): option for option in reversed(options)}
-    for number, ((strategy, remat), option) in enumerate(reversed(drawn.items())):
-        rows = option.ledger["per_stage"]
-        depth = [0, *(row["depth"] for row in rows)]
-        style = styles[strategy] | ({"linestyle": "--", "markerfacecolor": "none"} if remat else {})
-        for panel, values in (
-            (memory, [row["peak_memory_bytes"] / 1e9 for row in rows]),
-            (share, [100 * x for x in option.shares[:-1]]),
-        ):
-            label = f"{strategy}{', remat' if remat else ''}"
-            x, y = np.repeat(depth, 2)[1:-1], np.repeat(values, 2)
-            panel.plot(x, y, **style, label=label, markevery=(number % max(1, len(x) // 2), max(1, len(x) // 4)))
+    by_strategy = {(option.strategy, option.remat): option for option in reversed(options)}
+    shown = list(reversed(by_strategy.values()))
+    plot_memory(memory, devices, shown, styles)
+    plot_shares(share, shown, styles)
+    if protocol:
+        divisor, unit = byte_unit(max(option.ledger["total_bytes"] for option in options))
+        by_share, by_traffic = rest
+        plot_accuracy(by_share, options, [100 * o.everywhere for o in options], styles)
+        by_share.set(xlabel="devices that can take part throughout (%)")
+        plot_accuracy(by_traffic, options, [o.ledger["total_bytes"] / divisor for o in options], styles)
+        by_traffic.set(xlabel=f"traffic per device ({unit})")
+        for panel in rest:
+            panel.set(ylabel=f"accuracy by {protocol_words(protocol)} (%)")
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+    title = "numbers: layers per stage" if protocol else None
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, title=title)
+    style.save(figure, path)
+
+
+def plot_memory(axes: Any, devices: Sequence[DeviceClass], options: Sequence[Option], styles: Styles) -> None:
+    """Draw the peak memory of options by stage, and the memory of each device class as a dotted line."""
+    peaks = [[row["peak_memory_bytes"] / 1e9 for row in option.ledger["per_stage"]] for option in options]
+    plot_by_stage(axes, options, peaks, styles)
     for device in devices:
-        memory.axhline(device.memory_gb, color="0.3", linewidth=1, linestyle=":")
-        memory.annotate(
+        axes.axhline(device.memory_gb, color="0.3", linewidth=1, linestyle=":")
+        axes.annotate(
             f"{device.name} {device.memory_gb:g} GB",
             (1, device.memory_gb), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", fontsize=8, bbox={"facecolor": "white", "alpha": 0.7, "pad": 0.5, "linewidth": 0},
         )  # fmt: skip
-    memory.set(yscale="log", ylabel="peak memory of a step (GB)")
-    share.set(ylabel="devices that can take part (%)", ylim=(-4, 104))
-    for panel in (memory, share):
-        panel.set(xlabel="layers of the encoder so far, by stage")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    for panel, label, of in zip(
-        reached,
-        ("devices that can take part throughout (%)", f"traffic of a device ({unit})"),
-        (lambda o: 100 * o.everywhere, lambda o: o.ledger["total_bytes"] / size),
-        strict=False,
-    ):
-        for option in options:
-            if option.measured:
-                style = styles[option.strategy] | {"linestyle": "none"}
-                style |= {"markerfacecolor": "none"} if option.remat else {}
-                point = of(option), 100 * option.measured.accuracy
-                std = None if np.isnan(option.measured.std) else 100 * option.measured.std
-                panel.errorbar(*point, std, capsize=3, **style)
-                panel.annotate(str(option.layers_per_stage), point, (5, 3), textcoords="offset points", fontsize=8)
-        panel.set(xlabel=label, ylabel=f"accuracy by {protocol_words(protocol)} (%)")
-        panel.set_xlim(0, 1.08 * panel.dataLim.x1 or 1)
-    for panel in (memory, share, *reached):
-        panel.grid(alpha=0.3)
-    title = "numbers: layers a stage" if protocol else None
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, title=title)
-    save(figure, path)
+    axes.set(yscale="log", ylabel="peak memory of a step (GB)")
+
+
+def plot_shares(axes: Any, options: Sequence[Option], styles: Styles) -> None:
+    """Draw the share of the devices that can take part in each stage of options."""
+    plot_by_stage(axes, options, [[100 * share for share in option.shares[:-1]] for option in options], styles)
+    axes.set(ylabel="devices that can take part (%)", ylim=(-4, 104))
+
+
+def plot_by_stage(axes: Any, options: Sequence[Option], values: Sequence[Sequence[float]], styles: Styles) -> None:
+    """Draw a value per stage of each option as steps over the layers of the encoder."""
+    for number, (option, stage_values) in enumerate(zip(options, values, strict=True)):
+        depth = [0, *(row["depth"] for row in option.ledger["per_stage"])]
+        look = styles[option.strategy] | ({"linestyle": "--", **HOLLOW} if option.remat else {})
+        label = f"{option.strategy}{', remat' if option.remat else ''}"
+        x, y = np.repeat(depth, 2)[1:-1], np.repeat(stage_values, 2)
+        markers = (number % max(1, len(x) // 2), max(1, len(x) // 4))  # lines may coincide: their markers take turns
+        axes.plot(x, y, **look, label=label, markevery=markers)
+    axes.set(xlabel="layers of the encoder so far, by stage")
+    use_whole_numbers(axes.xaxis)
+
+
+def plot_accuracy(axes: Any, options: Sequence[Option], x: Sequence[float], styles: Styles) -> None:
+    """Draw the accuracy of measured options at their ``x``, each with its layers per stage as a number."""
+    for option, at in zip(options, x, strict=True):
+        if option.measured:
+            look = styles[option.strategy] | {"linestyle": "none"} | (HOLLOW if option.remat else {})
+            point = at, 100 * option.measured.accuracy
+            std = None if np.isnan(option.measured.std) else 100 * option.measured.std
+            axes.errorbar(*point, std, capsize=3, **look)
+            axes.annotate(str(option.layers_per_stage), point, (5, 3), textcoords="offset points", fontsize=8)
+    axes.set_xlim(0, 1.08 * axes.dataLim.x1 or 1)

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from lwfedssl_jax.experiment.progress import clock
+from lwfedssl_jax.analysis.wording import clock
 from lwfedssl_jax.sweep.estimate import Estimate
 from lwfedssl_jax.sweep.grid import SweepRun
 
