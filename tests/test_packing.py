@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lwfedssl_jax.simulation.packing import Schedule, batches, pack_round, queues
+from lwfedssl_jax.simulation.packing import CohortData, Layout, Schedule, batches, pack_round, queues
 
 
 def disjoint(sizes: list[int]) -> list[np.ndarray]:
@@ -15,7 +15,7 @@ def whole(
 ) -> Schedule:
     """A round's plan in one piece, from calls of ``c`` steps."""
     sizes = [len(examples[i]) for i in clients]
-    work = pack_round(clients, examples, sizes, lanes, batch, epochs, c, seed=(seed,))
+    work = pack_round(CohortData(clients, examples, sizes), Layout(lanes, batch, epochs, c), (seed,))
     parts = list(work.calls)
     assert {p.examples.shape for p, _ in parts} == {(c, lanes, batch)}
     assert sum(steps for _, steps in parts) == work.length
@@ -85,7 +85,7 @@ def test_a_client_is_looked_up_when_its_turn_comes() -> None:
             seen.append(i)
             return np.arange(4)
 
-    work = pack_round(list(range(100)), Examples(), [4] * 100, 2, 2, 1, 4, seed=(0,))
+    work = pack_round(CohortData(range(100), Examples(), [4] * 100), Layout(2, 2, 1, 4), (0,))
     assert (work.length, work.steps) == (100, 200)
     next(work.calls)
     assert len(seen) <= 8

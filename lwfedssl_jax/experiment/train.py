@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,7 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
                     run.listeners.append(trackers.enter_context(Tracking(run.config, run.workdir, run.hear)))
             interrupts.check()
             for group in load_groups(runs, cache, interrupts):
-                while group:
-                    del group[: train_stacked(group, cache, interrupts)]
+                train_group(group, cache, interrupts)
     finally:
         for run in runs:
             if run.workdir:
@@ -98,6 +97,12 @@ def load_groups(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts)
                 run.load(cache, interrupts)
                 groups.setdefault(run.done, []).append(run)
     return list(groups.values())
+
+
+def train_group(group: list[ActiveRun], cache: Cache, interrupts: Interrupts) -> None:
+    """Train runs that are equally far: stacked, as many at a time as fit the memory."""
+    while group:
+        del group[: train_stacked(group, cache, interrupts)]
 
 
 def train_stacked(group: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> int:
@@ -117,18 +122,21 @@ def train_stacked(group: Sequence[ActiveRun], cache: Cache, interrupts: Interrup
             runs = runs[: len(runs) // 2]
     try:
         interrupts.check()
-        for number, run in enumerate(runs):
-            with run.catching():
-                start(run, simulator.stack.select(number, position.params), cache)
+        each_active(runs, lambda i: start(runs[i], simulator.stack.select(i, position.params), cache))
         run_rounds(simulator, runs, interrupts, position)
-        for number, run in enumerate(runs):
-            with run.catching():
-                if run.is_active:
-                    finish(run, simulator.stack.select(number, position.params), interrupts, cache)
+        each_active(runs, lambda i: finish(runs[i], simulator.stack.select(i, position.params), interrupts, cache))
         interrupts.check()
     except Exception as error:  # of all of them, such as of the device
         fail(runs, error)
     return len(runs)
+
+
+def each_active(runs: Sequence[ActiveRun], do: Callable[[int], None]) -> None:
+    """Do something for every active run, by its number; an error ends that run and no other."""
+    for number, run in enumerate(runs):
+        if run.is_active:
+            with run.catching():
+                do(number)
 
 
 def fail(runs: Sequence[ActiveRun], error: Exception) -> None:
@@ -206,13 +214,12 @@ def run_rounds(simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Inte
     """
     try:
         with interrupts.held_back():
-            for stage in simulator.run.stages:
-                if position.done < stage.last_round:
-                    run_stage(simulator, runs, interrupts, position, stage)
+            left = [stage for stage in simulator.run.stages if position.done < stage.last_round]
+            for stage in left:
+                run_stage(simulator, runs, interrupts, position, stage)
     except KeyboardInterrupt:
-        for number, run in enumerate(runs):
-            if run.is_active:
-                position.save(simulator, runs, number)
+        for number in [i for i, run in enumerate(runs) if run.is_active]:
+            position.save(simulator, runs, number)
         raise
 
 
@@ -225,28 +232,36 @@ def run_stage(
     if position.done == stage.first_round:
         position.state = None
     while position.done < stage.last_round and any(run.is_active for run in runs):
-        result = simulator.run_rounds(stage, position.params, position.state, position.done + 1)
-        for number, run in enumerate(runs):
-            if run.is_active:
-                with run.catching():
-                    record(run, stage, result.outcomes[number], simulator.stack.select(number, result.params))
-                if isinstance(run.error, FloatingPointError):
-                    with run.catching():
-                        position.save(simulator, runs, number)  # of the round before
-        position.done, position.params, position.state = position.done + 1, result.params, result.state
+        run_round(simulator, runs, position, stage)
         save_if_due(simulator, runs, position, stage)
         interrupts.check()
+
+
+def run_round(simulator: Simulator, runs: Sequence[ActiveRun], position: Position, stage: Stage) -> None:
+    """Run the next round; a run whose round is not finite ends with a checkpoint of the round before."""
+    result = simulator.run_rounds(stage, position.params, position.state, position.done + 1)
+
+    def record_round(number: int) -> None:
+        try:
+            record(runs[number], stage, result.outcomes[number], simulator.stack.select(number, result.params))
+        except FloatingPointError:
+            position.save(simulator, runs, number)
+            raise
+
+    each_active(runs, record_round)
+    position.done, position.params, position.state = position.done + 1, result.params, result.state
 
 
 def save_if_due(simulator: Simulator, runs: Sequence[ActiveRun], position: Position, stage: Stage) -> None:
     """Write checkpoints at a stage's end, and else if the last ones are older than a minute."""
     if position.done < stage.last_round and time.monotonic() - position.saved <= SECONDS_BETWEEN_CHECKPOINTS:
         return
-    for number, run in enumerate(runs):
-        with run.catching():
-            if run.is_active:
-                position.save(simulator, runs, number)
-                position.saved = time.monotonic()
+
+    def save(number: int) -> None:
+        position.save(simulator, runs, number)
+        position.saved = time.monotonic()
+
+    each_active(runs, save)
 
 
 def record(run: ActiveRun, stage: Stage, outcome: Outcome, params: Tree) -> None:

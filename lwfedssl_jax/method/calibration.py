@@ -4,8 +4,11 @@ arXiv 2401.11647 v3. Layers that were trained one by one learn to work together;
 move, clients fetch all of them in every round (traffic.py).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError
@@ -41,42 +44,49 @@ def all_trainable(stage: Stage, layers: Tree) -> Stage:
     return stage._replace(frozen_depth=0, trained_before=0, trainable=trainable, frozen=frozen, rows=rows)
 
 
-def calibrate(
-    task: Task,
-    batch_size: int,
-    steps: int,
-    hyper: Hyper,
-    params: Tree,
-    rows: Tree,
-    depth: jax.Array,
-    images: jax.Array,
-    key: jax.Array,
-) -> tuple[Tree, jax.Array]:
+class ServerWork(NamedTuple):
+    """What the server trains on.
+
+    Attributes:
+      hyper: in place of the task's.
+      params: of all layers.
+      rows: where those to be trained are (``all_trainable``).
+      depth: how many layers exist.
+      images_NxHxWxC: uint8.
+      key: of this training.
+    """
+
+    hyper: Hyper
+    params: Tree
+    rows: Tree
+    depth: ArrayLike
+    images_NxHxWxC: ArrayLike
+    key: jax.Array
+
+
+def calibrate(task: Task, batch_size: int, steps: int, work: ServerWork) -> tuple[Tree, jax.Array]:
     """``steps`` local steps of the objective, without additions, from a fresh optimizer and target branch.
 
     Args:
       task: static.
       batch_size, steps: static; a batch is drawn from all images without repeats, and of no more than there are.
-      hyper: in place of the task's.
-      params: of all layers.
-      rows: where those to be trained are (``whole``).
-      depth: how many layers exist.
-      images: NxHxWxC uint8, the server's.
-      key: of the round.
+      work: model and images.
 
     Returns:
       The parameters and the mean loss.
     """
-    task = task._replace(terms=(), drops_layers=False, hyper=hyper._replace(weights=()))
+    params, rows, images = work.params, work.rows, jnp.asarray(work.images_NxHxWxC)
+    task = task._replace(terms=(), drops_layers=False, hyper=work.hyper._replace(weights=()))
     none = jnp.int32(0)
     nothing = jax.tree.map(lambda _: None, params)
-    sent = Broadcast(tree.take(params, rows), tree.present(params, rows), nothing, depth, none, none)
+    broadcast = Broadcast(tree.take(params, rows), tree.present(params, rows), nothing, work.depth, none, none)
     batch = min(batch_size, len(images))
 
     def step(state: ClientState, i: jax.Array) -> tuple[ClientState, jax.Array]:
-        step_key = jax.random.fold_in(key, i)
+        step_key = jax.random.fold_in(work.key, i)
         drawn = jax.random.choice(jax.random.fold_in(step_key, 1), len(images), (batch,), replace=False)
-        return client_step(task, state, sent, images[drawn], jnp.ones(batch, bool), jax.random.fold_in(step_key, 2))
+        every, views_key = jnp.ones(batch, bool), jax.random.fold_in(step_key, 2)
+        return client_step(task, state, broadcast, images[drawn], every, views_key)
 
-    state, loss = jax.lax.scan(step, client_init(task, sent.trainable), jnp.arange(steps))
+    state, loss = jax.lax.scan(step, client_init(task, broadcast.trainable), jnp.arange(steps))
     return tree.put(params, rows, state.trainable), loss.mean()

@@ -68,7 +68,7 @@ def client_step(
     x = jax.lax.stop_gradient(x)
     weights = weights_of(state.trainable)
     gradient = jax.value_and_grad(_loss, argnums=1, has_aux=True)
-    (loss, statistics), grads = gradient(task, weights, state, broadcast, x, mask_B, route, key)
+    (loss, statistics), grads = gradient(task, weights, state, broadcast, Step(x, mask_B, route, key))
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, weights)
     updates, opt_state = task.optimizer(task.hyper).update(grads, state.opt_state, weights)
     updates = jax.tree.map(_keep_present, weights_of(broadcast.present), updates)
@@ -82,16 +82,24 @@ def _keep_present(present: jax.Array, update: jax.Array) -> jax.Array:
     return jnp.where(present.reshape(-1, *[1] * (update.ndim - 1)) if present.ndim else present, update, 0)
 
 
-def _loss(
-    task: Task,
-    weights: Tree,
-    state: ClientState,
-    broadcast: Broadcast,
-    x: jax.Array,
-    mask_B: jax.Array,
-    route: Route,
-    key: jax.Array,
-) -> tuple[jax.Array, Tree]:
+class Step(NamedTuple):
+    """What the loss of a step is taken on.
+
+    Attributes:
+      x: what the frozen layers make of both views, one after the other in its first axis.
+      mask_B: True for real samples.
+      route: which trainable layers run.
+      key: of the step.
+    """
+
+    x: jax.Array
+    mask_B: jax.Array
+    route: Route
+    key: jax.Array
+
+
+def _loss(task: Task, weights: Tree, state: ClientState, broadcast: Broadcast, step: Step) -> tuple[jax.Array, Tree]:
+    x, mask_B, route, key = step
     statistics = {"statistics": state.trainable["statistics"]}
     outputs, new_statistics = embed(task, weights | statistics, x, mask_B, route, list(task.heads))
     projection, online = outputs[0], outputs[-1]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lwfedssl_jax.simulation.packing import PackedRound, pack_round
+from lwfedssl_jax.simulation.packing import CohortData, Layout, PackedRound, pack_round
 from lwfedssl_jax.simulation.setup import Prepared
 from lwfedssl_jax.system.seeds import BATCHES_STREAM, SAMPLING_STREAM
 
@@ -40,14 +40,7 @@ def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound |
     """The work of these clients in a round, in the run's lanes; None without any client."""
     if not clients:
         return None
-    return pack_round(
-        clients,
-        run.clients,
-        run.clients.sizes[clients].tolist(),
-        run.lanes,
-        run.config.optimizer.batch_size,
-        run.config.federation.local_epochs,
-        CALL_STEPS,
-        seed=(run.config.runtime.seed, BATCHES_STREAM, number),
-        one_a_call=run.keeps_clients,
-    )
+    optimizer, federation = run.config.optimizer, run.config.federation
+    layout = Layout(run.lanes, optimizer.batch_size, federation.local_epochs, CALL_STEPS, run.keeps_clients)
+    data = CohortData(clients, run.clients, run.clients.sizes[clients].tolist())
+    return pack_round(data, layout, (run.config.runtime.seed, BATCHES_STREAM, number))

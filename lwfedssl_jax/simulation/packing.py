@@ -6,6 +6,7 @@ client's batches are drawn when its turn comes, so memory grows with the lanes a
 with the cohort.
 """
 
+import functools
 import heapq
 import itertools
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,7 @@ class PackedRound(NamedTuple):
     Attributes:
       length: steps of the longest lane.
       steps: steps of all clients.
-      calls: the plan in pieces of one shape, each with the number of its steps that count;
+      calls: the schedule in pieces of one shape, each with the number of its steps that count;
         made one by one, and only once.
     """
 
@@ -77,69 +78,105 @@ class PackedRound(NamedTuple):
     calls: Iterator[tuple[Schedule, int]]
 
 
-def pack_round(
-    clients: Sequence[int],
-    examples: Sequence[np.ndarray],
-    sizes_K: Sequence[int],
-    lanes: int,
-    batch_size: int,
-    epochs: int,
-    call_steps: int,
-    seed: tuple[int, ...],
-    one_a_call: bool = False,
-) -> PackedRound:
-    """Lay a cohort out in lanes.
+class CohortData(NamedTuple):
+    """What is to be packed: the data of the K clients that report, each with at least one example.
 
-    Args:
-      clients: numbers of the K clients that report, each with at least one example.
+    Attributes:
+      clients: their numbers.
       examples: client i's example indices are ``examples[i]``.
-      sizes_K: how many each of ``clients`` has.
+      sizes_K: the number of examples that each of ``clients`` has.
+    """
+
+    clients: Sequence[int]
+    examples: Sequence[np.ndarray]
+    sizes_K: Sequence[int]
+
+
+class Layout(NamedTuple):
+    """How clients are packed.
+
+    Attributes:
       lanes: W.
       batch_size: B.
       epochs: E.
-      call_steps: C, steps of a call.
-      seed: of the round; a client's batches depend on it and on the client alone.
-      one_a_call: a lane begins a client only at a call's first step, so that a call's state before
-        and after is that of one client a lane; lanes then wait for each other.
+      call_steps: C, steps per call.
+      one_per_call: a lane begins a client only at a call's first step, so that a call's state before
+        and after is that of one client per lane; lanes then wait for each other.
     """
-    steps_K = [epochs * -(-n // batch_size) for n in sizes_K]
-    lanes_of = queues(steps_K, lanes)
-    if one_a_call:
-        pieces = [
-            [min(call_steps, steps_K[i] - c) for i in lane for c in range(0, steps_K[i], call_steps)]
-            for lane in lanes_of
-        ]
-        lengths = [max(of_lanes) for of_lanes in itertools.zip_longest(*pieces, fillvalue=0)]
-    else:
-        longest = max(sum(steps_K[i] for i in lane) for lane in lanes_of)
-        lengths = [min(call_steps, longest - start) for start in range(0, longest, call_steps)]
 
-    def client_steps(i: int) -> Schedule:
-        """A client's T steps, without a lane axis."""
-        rng = np.random.default_rng([*seed, clients[i]])
-        rows, real = batches(examples[clients[i]], batch_size, epochs, rng)
-        weight = np.zeros(len(real), np.float32)
-        weight[-1] = sizes_K[i]
-        ones = np.ones(len(real), np.int32)
-        return Schedule(rows, real, clients[i] * ones, np.arange(len(real)), weight, ones > 0)
+    lanes: int
+    batch_size: int
+    epochs: int
+    call_steps: int
+    one_per_call: bool = False
 
-    def calls() -> Iterator[tuple[Schedule, int]]:
-        waiting = [iter(lane) for lane in lanes_of]
-        current: list[Schedule | None] = [next((client_steps(i) for i in lane), None) for lane in waiting]
-        for length in lengths:
-            plan = idle_schedule(call_steps, lanes, batch_size)
-            for w, lane in enumerate(waiting):
-                c = 0
-                while (client := current[w]) is not None and c < (1 if one_a_call else call_steps):
-                    count = min(call_steps - c, len(client.busy))
-                    for array, values in zip(plan, client, strict=True):
-                        array[c : c + count, w] = values[:count]
-                    c += count
-                    rest = Schedule(*(values[count:] for values in client))
-                    current[w] = rest if len(rest.busy) else next((client_steps(i) for i in lane), None)
-            yield plan, length
 
-    return PackedRound(sum(lengths), sum(steps_K), calls())
+def pack_round(cohort: CohortData, layout: Layout, seed: tuple[int, ...]) -> PackedRound:
+    """Pack a cohort into lanes.
+
+    Args:
+      cohort: the clients that report.
+      layout: how they are packed.
+      seed: of the round; a client's batches depend on it and on the client alone.
+    """
+    steps_K = [layout.epochs * -(-n // layout.batch_size) for n in cohort.sizes_K]
+    lanes = queues(steps_K, layout.lanes)
+    lengths = call_lengths(steps_K, lanes, layout)
+    clients = [map(functools.partial(client_schedule, cohort, layout, seed), lane) for lane in lanes]
+    return PackedRound(sum(lengths), sum(steps_K), pack_calls(clients, lengths, layout))
+
+
+def call_lengths(steps_K: Sequence[int], lanes: Sequence[Sequence[int]], layout: Layout) -> list[int]:
+    """How many steps of each call count."""
+    size = layout.call_steps
+    if layout.one_per_call:
+        pieces = [[min(size, steps_K[i] - c) for i in lane for c in range(0, steps_K[i], size)] for lane in lanes]
+        return [max(together) for together in itertools.zip_longest(*pieces, fillvalue=0)]
+    longest = max(sum(steps_K[i] for i in lane) for lane in lanes)
+    return [min(size, longest - start) for start in range(0, longest, size)]
+
+
+def client_schedule(cohort: CohortData, layout: Layout, seed: tuple[int, ...], i: int) -> Schedule:
+    """The T steps of the cohort's i-th client, without a lane axis."""
+    client = cohort.clients[i]
+    rng = np.random.default_rng([*seed, client])
+    rows, real = batches(cohort.examples[client], layout.batch_size, layout.epochs, rng)
+    weight = np.zeros(len(real), np.float32)
+    weight[-1] = cohort.sizes_K[i]
+    ones = np.ones(len(real), np.int32)
+    return Schedule(rows, real, client * ones, np.arange(len(real)), weight, ones > 0)
+
+
+def pack_calls(
+    clients: Sequence[Iterator[Schedule]], lengths: Sequence[int], layout: Layout
+) -> Iterator[tuple[Schedule, int]]:
+    """The calls of a round, each with the number of its steps that count.
+
+    Args:
+      clients: of each lane, one after the other; made when their turn comes.
+      lengths: of the calls.
+      layout: how clients are packed.
+    """
+    current = [next(lane, None) for lane in clients]
+    for length in lengths:
+        schedule = idle_schedule(layout.call_steps, layout.lanes, layout.batch_size)
+        for w, lane in enumerate(clients):
+            current[w] = fill_lane(schedule, w, current[w], lane, layout)
+        yield schedule, length
+
+
+def fill_lane(
+    schedule: Schedule, w: int, client: Schedule | None, waiting: Iterator[Schedule], layout: Layout
+) -> Schedule | None:
+    """Write a lane's part of a call; returns what is left of the client that the lane is at, or the next client."""
+    c = 0
+    while client is not None and c < (1 if layout.one_per_call else layout.call_steps):
+        count = min(layout.call_steps - c, len(client.busy))
+        for array, values in zip(schedule, client, strict=True):
+            array[c : c + count, w] = values[:count]
+        c += count
+        client = Schedule(*(values[count:] for values in client)) if count < len(client.busy) else next(waiting, None)
+    return client
 
 
 def side_by_side(rounds: Sequence[Iterator[tuple[Schedule, int]]], idle: Schedule) -> Iterator[tuple[Schedule, int]]:

@@ -46,12 +46,20 @@ class Program(NamedTuple):
     Attributes:
       start: ``(params, rows, depths, extras) -> (broadcast, empty carry)``.
       steps: ``(carry, broadcast, memory, work, context) -> carry``; a context's key is key data.
-      finish: ``(params, rows, state, broadcast, carry, context) -> After``.
+      finish: ``(before, broadcast, carry, context) -> After``.
     """
 
     start: jax.stages.Compiled
     steps: jax.stages.Compiled
     finish: jax.stages.Compiled
+
+
+class Before(NamedTuple):
+    """The global parameters before a round, where the stage's trainable ones are, and the aggregator's state."""
+
+    params: Tree
+    rows: Tree
+    state: Tree
 
 
 class After(NamedTuple):
@@ -98,11 +106,11 @@ def make_broadcast(stage: Stage, params: Tree, rows: Tree, depths: Sequence[Arra
 
 
 def start_stage(
-    method: Method, stage: Stage, lanes: int, params: Tree, rows: Tree, depths: tuple[jax.Array, ...], extras: Tree
+    run: Prepared, stage: Stage, params: Tree, rows: Tree, depths: tuple[jax.Array, ...], extras: Tree
 ) -> tuple[Broadcast, Carry]:
     """A round's broadcast, and the empty round."""
     broadcast = make_broadcast(stage, params, rows, depths)._replace(extras=extras)
-    return broadcast, start_round(method, broadcast, lanes)
+    return broadcast, start_round(run.method, broadcast, run.lanes)
 
 
 def train_stage(
@@ -112,13 +120,11 @@ def train_stage(
     return run_steps(method, carry, broadcast, memory, work, _with_key(context))
 
 
-def finish_stage(
-    method: Method, params: Tree, rows: Tree, state: Tree, broadcast: Broadcast, carry: Carry, context: RoundContext
-) -> After:
+def finish_stage(method: Method, before: Before, broadcast: Broadcast, carry: Carry, context: RoundContext) -> After:
     """The round's average put into the parameters, if any client's update counts."""
-    end = finish_round(method, _with_key(context), state, broadcast, carry)
-    new = tree.put(params, rows, end.trainable), end.state, end.exchange
-    old = params, state, {name: broadcast.extras[name] for name in end.exchange}
+    end = finish_round(method, _with_key(context), before.state, broadcast, carry)
+    new = tree.put(before.params, before.rows, end.trainable), end.state, end.exchange
+    old = before.params, before.state, {name: broadcast.extras[name] for name in end.exchange}
     params, state, exchange = tree.where(carry.total.examples.sum() > 0, new, old)
     return After(params, state, exchange, end.measured)
 
@@ -146,11 +152,10 @@ def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> Prog
     method, (images, schedule, _) = run.method, next(feed.serve(calls))
     own_images = None if feed.is_resident else 0
     work_by_run = Work(own_images, 0, None, None)  # type: ignore[arg-type]
-    start = stack.vmap(
-        functools.partial(start_stage, method, stage, run.lanes), (0, None, None, 0), (BROADCAST_BY_RUN, 0)
-    )
+    start = stack.vmap(functools.partial(start_stage, run, stage), (0, None, None, 0), (BROADCAST_BY_RUN, 0))
     steps = stack.vmap(functools.partial(train_stage, method), (0, BROADCAST_BY_RUN, 0, work_by_run, CONTEXT_BY_RUN))
-    finish = stack.vmap(functools.partial(finish_stage, method), (0, None, 0, BROADCAST_BY_RUN, 0, CONTEXT_BY_RUN))
+    before_by_run = Before(0, None, 0)
+    finish = stack.vmap(functools.partial(finish_stage, method), (before_by_run, BROADCAST_BY_RUN, 0, CONTEXT_BY_RUN))
     init = stack.vmap(method.aggregator.init, (BROADCAST_BY_RUN,))
 
     one = jax.eval_shape(lambda: initial_params(run))
@@ -173,6 +178,6 @@ def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> Prog
         start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths, extras).compile(),
         steps=jax.jit(steps, donate_argnums=0).lower(carry, broadcast, memory, work, context).compile(),
         finish=jax.jit(finish, out_shardings=everywhere)
-        .lower(params, rows, state, broadcast, carry, context)
+        .lower(Before(params, rows, state), broadcast, carry, context)
         .compile(),
     )

@@ -70,7 +70,7 @@ class ServerTraining:
 
         shapes = str(jax.tree.map(np.shape, stage.rows))
         calibrate = self._cache.get(("calibration", program_config(run.config), steps, shapes), compiled)
-        params, loss = calibrate(
-            run.hyper, jax.device_get(params), stage.rows, np.int32(stage.depth), run.server_images, key
-        )
+        host, depth = jax.device_get(params), np.int32(stage.depth)
+        work = calibration.ServerWork(run.hyper, host, stage.rows, depth, run.server_images, key)
+        params, loss = calibrate(work)
         return jax.device_get(params), float(loss)

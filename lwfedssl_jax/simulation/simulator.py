@@ -13,14 +13,13 @@ from lwfedssl_jax.method.aggregation import RoundContext
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
-from lwfedssl_jax.simulation.cohort import Cohort
 from lwfedssl_jax.simulation.events import Hear, StepsDone, ignore
 from lwfedssl_jax.simulation.feed import Feed, resident, streamed
 from lwfedssl_jax.simulation.lanes import placer
 from lwfedssl_jax.simulation.lines import empty_line, trained_fields
 from lwfedssl_jax.simulation.memories import Memories, recall, remember
 from lwfedssl_jax.simulation.packing import PackedRound, Schedule, side_by_side
-from lwfedssl_jax.simulation.program import BROADCAST_BY_RUN, Program, Programs, idle_call
+from lwfedssl_jax.simulation.program import BROADCAST_BY_RUN, Before, Program, Programs, idle_call
 from lwfedssl_jax.simulation.rounds import ALL, BY_LANE, SCHEDULE_BY_LANE, Carry, Work
 from lwfedssl_jax.simulation.server import ServerTraining
 from lwfedssl_jax.simulation.setup import (
@@ -163,14 +162,22 @@ class Simulator:
         extras = self._extras  # before the clock starts: the base model's training is no round's
         began, program = time.monotonic(), self.program(stage)
         drawn = [cohort.draw_cohort(run, number) for run in self.runs]
-        broadcast, carry, state = self._begin(program, stage, params, state, drawn, extras)
+        pairs = zip(self.runs, drawn, strict=True)
+        extras = extras | self.stack.gather([run.exchange.for_cohort(clients.drawn) for run, clients in pairs])
+        broadcast, carry, state = self._begin(program, stage, params, state, extras)
         per_run = list(zip(self.runs, self._traffic, drawn, strict=True))
         lines = [empty_line(run, stage, number, traffic, clients) for run, traffic, clients in per_run]
         works = [cohort.pack_cohort(run, clients.reporting, number) for run, _, clients in per_run]
         if any(works):
-            carry = self._train(program, broadcast, carry, state.clients, works, number)
-            rows = self.stack.place(stage.rows)
-            after = program.finish(params, rows, state.server, broadcast, carry, self._context(number))
+            context = self._context(number)
+
+            def steps(carry: Carry, memory: Tree, work: Work) -> Carry:
+                after: Carry = program.steps(carry, broadcast, memory, work, context)
+                return after
+
+            carry = self._train(steps, carry, state.clients, works, number)
+            before = Before(params, self.stack.place(stage.rows), state.server)
+            after = program.finish(before, broadcast, carry, context)
             params, state = after.params, state._replace(server=after.state, exchange=after.exchange)
             for i, work in enumerate(works):
                 if work:
@@ -189,15 +196,12 @@ class Simulator:
         stage: Stage,
         params: Tree,
         state: RoundState | None,
-        drawn: Sequence[Cohort],
         extras: Tree,
     ) -> tuple[Broadcast, Carry, RoundState]:
         """The round's broadcast, the empty round, and the state, of which this round may change ``clients``."""
         exchange = state.exchange if state else self.stack.gather([run.exchange.start() for run in self.runs])
-        pairs = zip(self.runs, drawn, strict=True)
-        of_cohort = self.stack.gather([run.exchange.for_cohort(clients.drawn) for run, clients in pairs])
         rows, depths = self.stack.place(stage.rows), self.stack.place(stage.depths)
-        broadcast, carry = program.start(params, rows, depths, extras | exchange | of_cohort)
+        broadcast, carry = program.start(params, rows, depths, extras | exchange)
         if state:
             return broadcast, carry, state._replace(clients=dict(state.clients))
         server = self.stack.vmap(self.run.aggregator.init, (BROADCAST_BY_RUN,))(broadcast)
@@ -209,8 +213,7 @@ class Simulator:
 
     def _train(
         self,
-        program: Program,
-        broadcast: Broadcast,
+        run_steps: Callable[[Carry, Tree, Work], Carry],
         carry: Carry,
         clients: Memories,
         works: Sequence[PackedRound | None],
@@ -218,7 +221,7 @@ class Simulator:
     ) -> Carry:
         """The round's local training, call by call; ``clients`` get what they keep of it."""
         put_schedule = placer(self.run.mesh, self.stack.spec(SCHEDULE_BY_LANE))
-        context, total, done = self._context(number), max(work.length for work in works if work), 0
+        total, done = max(work.length for work in works if work), 0
         calls = self._feed.serve(self._calls(works))
         call = next(calls, None)
         while call is not None:
@@ -232,7 +235,7 @@ class Simulator:
                 count = min(self._pace, steps - first)
                 asked = time.monotonic()
                 work = Work(images, schedule, *self.stack.place((np.int32(first), np.int32(count))))
-                carry = program.steps(carry, broadcast, memory, work, context)
+                carry = run_steps(carry, memory, work)
                 if first + count == steps:
                     call = next(calls, None)  # made while the device works
                 jax.block_until_ready(carry)
