@@ -79,7 +79,8 @@ def calibrate(task: Task, batch_size: int, steps: int, work: ServerWork) -> tupl
     task = task._replace(terms=(), drops_layers=False, hyper=work.hyper._replace(weights=()))
     none = jnp.int32(0)
     nothing = jax.tree.map(lambda _: None, params)
-    broadcast = Broadcast(tree.take(params, rows), tree.present(params, rows), nothing, work.depth, none, none)
+    depth = jnp.asarray(work.depth)
+    broadcast = Broadcast(tree.take(params, rows), tree.present(params, rows), nothing, depth, none, none)
     batch = min(batch_size, len(images))
 
     def step(state: ClientState, i: jax.Array) -> tuple[ClientState, jax.Array]:
