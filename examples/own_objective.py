@@ -8,12 +8,12 @@ Barlow Twins; the two newest layers train; the server goes half the way; weights
 
 import jax
 import jax.numpy as jnp
-from lwfedssl_jax.additions import TERMS
-from lwfedssl_jax.aggregation import AGGREGATORS, WEIGHTED_MEAN
-from lwfedssl_jax.objectives import OBJECTIVES, Objective
-from lwfedssl_jax.stages import STRATEGIES
 
 from lwfedssl_jax.config import load, override
+from lwfedssl_jax.method.aggregation import AGGREGATORS, WEIGHTED_MEAN
+from lwfedssl_jax.method.objectives import OBJECTIVES, Objective
+from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.method.terms import TERMS
 
 
 def barlow_twins(online_2xBxD, target_2xBxD, mask_B, temperature):
@@ -33,9 +33,9 @@ OBJECTIVES["barlow_twins"] = Objective(barlow_twins, has_target=False, has_predi
 STRATEGIES["newest_two"] = lambda layers, k: [(max(d - k, 0), min(d + k, layers)) for d in range(0, layers, k)]
 
 
-def half_way(state, sent, mean, summed):
-    """After a round: from the weighted mean of the clients to the new global parameters."""
-    return state, jax.tree.map(lambda old, new: (old + new) / 2, sent.trainable, mean)
+def half_way(context, state, broadcast, mean, summed):
+    """After a round: from the weighted mean of the clients to the new global parameters, and what was measured."""
+    return state, jax.tree.map(lambda old, new: (old + new) / 2, broadcast.trainable, mean), {}
 
 
 AGGREGATORS["half_way"] = lambda config: WEIGHTED_MEAN._replace(finish=half_way)

@@ -312,7 +312,7 @@ def test_the_readmes_line_in_jax(config: Config, params: Tree, written: Path) ->
 
 
 def test_timm_finds_the_features_of_a_trained_encoder(tmp_path: Path) -> None:
-    """By the README's lines."""
+    """By the lines of docs/encoder.md."""
     import_or_skip("timm")
     config = small_config(model__depth=2, objective__name="simclr", federation__rounds=2, federation__local_epochs=1)
     run = setup.prepare(config)
@@ -341,7 +341,7 @@ def check_timm(config: Config, params: Tree, path: Path) -> None:
     write(config, params, path)
     images = some_images(config, 20, make_task(config).image_shape[-1])
     expected = encode_as_the_run(config, params, images, len(images))
-    found = run_snippet(ROOT / "README.md", "import timm", path, images)
+    found = run_snippet(ROOT / "docs" / "encoder.md", "import timm", path, images)
     print("largest difference", np.abs(found - expected).max(), "of", np.abs(expected).max())
     np.testing.assert_allclose(found, expected, **TORCH_TOLERANCE)
 
