@@ -15,7 +15,7 @@ from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.partition import PARTITIONS, partition, server_examples
 from lwfedssl_jax.data.views import RECIPES, standardise, two_views
-from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.task import make_task
 
 LABELS = np.arange(1000) % 10
@@ -28,7 +28,7 @@ def digits(size: int = 16) -> sources.Dataset:
 @pytest.mark.parametrize("name", ["tfds:x", "npz:/x", "folder:/x", "fashion_mnist:/x"])
 def test_what_must_be_known_is_known_before_the_data_is_read(name: str) -> None:
     config = small_config(data__name=name)
-    check(config)
+    check_method(config)
     assert make_task(config).image_shape == (8, 8, 1 if name.startswith("fashion") else 3)
 
 
@@ -235,7 +235,7 @@ def test_more_clients_or_shards_than_there_are(config: PartitionConfig, message:
 )
 def test_skews_that_no_float_can_hold(field: str, value: float, accepted: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check(small_config(**{f"partition__{field}": value}))
+        check_method(small_config(**{f"partition__{field}": value}))
     assert str(error.value) == f"partition.{field}: {value} is out of range; accepted: {accepted}"
 
 

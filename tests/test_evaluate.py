@@ -84,9 +84,9 @@ def test_training_images_without_a_label_change_nothing() -> None:
     more = DATA._replace(train_labels=labels, train_images=np.zeros((202, 4, 4, 1), np.uint8))
     config = EvaluationConfig(labels_per_class=(5, 0), neighbours=10)
     assert frozen.evaluate(config, more, np.concatenate([x[:2] + 9, x[:200]]), x[200:]) == evaluate(x)
-    frozen.check(EvaluationConfig(labels_per_class=(66,), neighbours=200), more)
+    frozen.check_protocols(EvaluationConfig(labels_per_class=(66,), neighbours=200), more)
     with pytest.raises(ConfigError, match=r"evaluation\.neighbours: 201 .*accepted: 0 to 200"):
-        frozen.check(EvaluationConfig(neighbours=201), more)
+        frozen.check_protocols(EvaluationConfig(neighbours=201), more)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_training_images_without_a_label_change_nothing() -> None:
 )
 def test_classes_the_data_lacks(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        frozen.check(EvaluationConfig(), DATA._replace(**changes))
+        frozen.check_protocols(EvaluationConfig(), DATA._replace(**changes))
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_classes_the_data_lacks(changes: dict, message: str) -> None:
 )
 def test_protocols_the_data_cannot_serve(config: EvaluationConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        frozen.check(config, DATA)
+        frozen.check_protocols(config, DATA)

@@ -16,7 +16,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
 from lwfedssl_jax.data.views import standardise, two_views
 from lwfedssl_jax.method import fedca, terms
-from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import client_init, client_step, embed
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.simulation import cohort, setup
@@ -254,7 +254,7 @@ def test_what_cannot_be_had_is_refused(changes: dict[str, Any], message: str) ->
     assert "\n" not in str(error.value)
     assert "accepted: " in str(error.value)
     with pytest.raises(ConfigError):
-        check(config)  # what the `resources` command asks first
+        check_method(config)  # what the `resources` command asks first
 
 
 def test_processes_that_hold_no_checkpoint_take_up_trees_of_the_same_form() -> None:

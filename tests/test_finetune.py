@@ -35,13 +35,16 @@ def run() -> setup.Prepared:
 
 def train(run: setup.Prepared, params: Any, depth: int = 3, seed: int = 0) -> list[np.ndarray]:
     config = dataclasses.replace(CONFIG.evaluation, fine_tune_epochs=3)
-    state = finetune.train(run.task, config, run.dataset, params, depth, seed, lambda _: None)
+    state = finetune.train_state(
+        finetune.FineTuneJob(run.task, config, run.dataset, params, depth, seed), lambda _: None
+    )
     return [np.asarray(x) for x in jax.tree.leaves((state.weights["head"], state.weights["encoder"]["norm"]))]
 
 
 def test_it_learns_from_scratch_and_compiles_once(run: setup.Prepared, compiled: list[str]) -> None:
     params, heard = setup.initial_params(run), []
-    result = finetune.fine_tune(run.task, encoding(run), CONFIG.evaluation, run.dataset, params, 3, 0, heard.append)
+    job = finetune.FineTuneJob(run.task, CONFIG.evaluation, run.dataset, params, 3, 0)
+    result = finetune.fine_tune(job, encoding(run), heard.append)
     assert result["accuracy"] > 0.8
     assert (heard[2], len(heard)) == ("fine-tuning, epoch 3 of 20", 20)
     assert {k: result[k] for k in ("epochs", "warmup_epochs", "learning_rate", "batch_size", "views")} == {

@@ -24,7 +24,7 @@ from lwfedssl_jax.costs.operations import (
     stage_parts,
 )
 from lwfedssl_jax.method import fedca
-from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import STRATEGIES, make_stages
 from lwfedssl_jax.method.stateful_clients import make_client_start
@@ -74,7 +74,7 @@ def each_strategy(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
         if len(STRATEGIES[name](config.model.depth, config.strategy.layers_per_stage)) == 1:
             of_strategy = override(of_strategy, {"additions.depth_dropout": 0.0})  # nothing to skip: the plain rival
         try:
-            check(of_strategy)
+            check_method(of_strategy)
             configs[name] = of_strategy
         except ConfigError as error:
             refused[name] = str(error)

@@ -42,26 +42,32 @@ class FineTuneState(NamedTuple):
     opt_state: optax.OptState
 
 
-def fine_tune(
-    task: Task,
-    encode: Encode,
-    config: EvaluationConfig,
-    dataset: Dataset,
-    params: Tree,
-    depth: int,
-    seed: int,
-    notify: Callable[[str], None] = lambda _: None,
-) -> Result:
-    """Train layers L1..L_depth and a linear head on all labelled images, and evaluate them on the test images.
+class FineTuneJob(NamedTuple):
+    """What is fine-tuned, and how.
 
-    Args:
+    Attributes:
       task: static.
-      encode: from ``frozen.make_encode``, for the test images.
       config: epochs, learning rate and the like.
       dataset: to train and to test on.
       params: from which the encoder starts.
       depth: number of layers that exist.
       seed: of the head, the batches and the views.
+    """
+
+    task: Task
+    config: EvaluationConfig
+    dataset: Dataset
+    params: Tree
+    depth: int
+    seed: int
+
+
+def fine_tune(job: FineTuneJob, encode: Encode, notify: Callable[[str], None] = lambda _: None) -> Result:
+    """Train layers L1..L_depth and a linear head on all labelled images, and evaluate them on the test images.
+
+    Args:
+      job: what is fine-tuned.
+      encode: from ``frozen.make_encode``, for the test images.
       notify: called with a line about each epoch.
 
     Returns:
@@ -70,10 +76,11 @@ def fine_tune(
     Raises:
       FloatingPointError: the loss is not finite.
     """
-    state = train(task, config, dataset, params, depth, seed, notify)
+    config, dataset = job.config, job.dataset
+    state = train_state(job, notify)
     head = jax.device_get(state.weights["head"])
     trained = {"encoder": state.weights["encoder"], "statistics": state.statistics}
-    logits_NxC = encode(trained, dataset.test_images, depth) @ head["kernel"] + head["bias"]
+    logits_NxC = encode(trained, dataset.test_images, job.depth) @ head["kernel"] + head["bias"]
     return {
         **scores(dataset.test_labels, logits_NxC.argmax(-1)),
         "epochs": config.fine_tune_epochs,
@@ -85,16 +92,9 @@ def fine_tune(
     }
 
 
-def train(
-    task: Task,
-    config: EvaluationConfig,
-    dataset: Dataset,
-    params: Tree,
-    depth: int,
-    seed: int,
-    notify: Callable[[str], None],
-) -> FineTuneState:
+def train_state(job: FineTuneJob, notify: Callable[[str], None]) -> FineTuneState:
     """Compute the state after all epochs, each with one RandAugment view of every image; see ``fine_tune``."""
+    task, config, dataset, params, depth, seed = job
     labelled = dataset.labelled
     n = len(labelled)
     batch_size = min(config.fine_tune_batch_size, n)

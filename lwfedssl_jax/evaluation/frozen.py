@@ -33,7 +33,7 @@ class Encode(Protocol):
     def __call__(self, params: Tree, images_NxHxWxC: np.ndarray, depth: int, batch: int = BATCH) -> np.ndarray: ...
 
 
-def check(config: EvaluationConfig, dataset: Dataset) -> None:
+def check_protocols(config: EvaluationConfig, dataset: Dataset) -> None:
     """Check that the data set allows the protocols; without labels, linear probe and kNN are left out.
 
     Raises:

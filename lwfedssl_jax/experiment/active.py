@@ -76,7 +76,7 @@ class ActiveRun:
             self.workdir.take()
         check(self.config)
         run = prepare(self.config, hear=self.hear, cache=cache)
-        frozen.check(self.config.evaluation, run.dataset)
+        frozen.check_protocols(self.config.evaluation, run.dataset)
         interrupts.check()
         if self.config.fleet.devices:
             run = self._on_fleet(run, cache)

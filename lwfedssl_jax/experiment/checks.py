@@ -2,7 +2,7 @@
 
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.experiment import trackers
-from lwfedssl_jax.method import checks
+from lwfedssl_jax.method.checks import check_method
 
 
 def check(config: Config) -> None:
@@ -14,5 +14,5 @@ def check(config: Config) -> None:
     Raises:
       ConfigError: naming the field, the value and what is accepted.
     """
-    checks.check(config)
-    trackers.check(config)
+    check_method(config)
+    trackers.check_trackers(config)

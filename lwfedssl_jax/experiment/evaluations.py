@@ -52,18 +52,12 @@ def _fine_tune(run: ActiveRun, interrupts: Interrupts, params: Tree, prefix: str
         interrupts.check()
         run.hear(FineTuning(prefix + what))
 
-    depth = run.config.model.depth
-    result = finetune.fine_tune(
-        run.prepared.task,
-        run.encode,
-        run.config.evaluation,
-        run.prepared.dataset,
-        jax.device_get(params),  # on the mesh, every device would repeat the work
-        depth,
-        run.config.runtime.seed,
-        notify,
+    host = jax.device_get(params)  # on the mesh, every device would repeat the work
+    config, depth = run.config, run.config.model.depth
+    job = finetune.FineTuneJob(
+        run.prepared.task, config.evaluation, run.prepared.dataset, host, depth, config.runtime.seed
     )
-    return {"depth": depth, "protocol": FINE_TUNE, **result}
+    return {"depth": depth, "protocol": FINE_TUNE, **finetune.fine_tune(job, run.encode, notify)}
 
 
 def _lines(run: ActiveRun) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
         run_plots.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     summary = make_summary(run, lines, strategies)
     workdir.write_json("summary.json", summary)
-    report(workdir, run)
+    write_run_report(workdir, run)
     run.hear(Finished(summary))
     run.summary = summary
 
@@ -85,7 +85,7 @@ def evaluations_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int | str, 
     return results
 
 
-def report(workdir: WorkDir, run: ActiveRun) -> None:
+def write_run_report(workdir: WorkDir, run: ActiveRun) -> None:
     """Write ``report.html``; if that fails, a note says so, since the run is complete without it."""
     try:
         write_report([workdir.path], workdir.path)

@@ -113,7 +113,7 @@ TRACKERS: dict[str, Callable[[Config, Path], Tracker]] = {"tensorboard": tensorb
 EXTRAS = {"wandb"}  # packages, of the same name, that an extra of the same name installs
 
 
-def check(config: Config) -> None:
+def check_trackers(config: Config) -> None:
     """Refuse trackers that do not exist or are not installed.
 
     Raises:

@@ -18,7 +18,7 @@ from lwfedssl_jax.method.task import Broadcast, ClientState, Hyper, Task
 from lwfedssl_jax.tree import Tree
 
 
-def check(config: Config) -> None:
+def check_calibration(config: Config) -> None:
     """Refuse calibration without images to calibrate on.
 
     Raises:

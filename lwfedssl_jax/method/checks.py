@@ -8,7 +8,7 @@ from lwfedssl_jax.method.stages import stage_depths
 from lwfedssl_jax.method.task import make_task
 
 
-def check(config: Config) -> None:
+def check_method(config: Config) -> None:
     """Refuse names that do not exist and parts of a (resolved) config that do not go together.
 
     Raises:
@@ -18,9 +18,9 @@ def check(config: Config) -> None:
     stages = len(stage_depths(config))
     choose("partition.kind", config.partition.kind, PARTITIONS)
     make_aggregator(config)
-    stateful_clients.check(config, task)
-    calibration.check(config)
-    fedca.check(config)
+    stateful_clients.check_client_start(config, task)
+    calibration.check_calibration(config)
+    fedca.check_fedca(config)
     rate = config.additions.depth_dropout
     if rate and stages == 1:
         raise ConfigError(

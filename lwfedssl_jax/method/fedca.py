@@ -28,7 +28,7 @@ from lwfedssl_jax.tree import Tree
 NOBODY = 2**31 - 1  # fills a cohort up; larger than any client's number
 
 
-def check(config: Config) -> None:
+def check_fedca(config: Config) -> None:
     """Refuse what cannot be had, or would do nothing.
 
     Raises:

@@ -83,7 +83,7 @@ def fedema(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tre
 STARTS: dict[str, Rule | None] = {"global": None, "fedu": fedu, "fedema": fedema}
 
 
-def check(config: Config, task: Task) -> None:
+def check_client_start(config: Config, task: Task) -> None:
     """Refuse a start that cannot be had.
 
     Raises:

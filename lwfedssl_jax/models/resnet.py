@@ -111,7 +111,7 @@ class Stem(nn.Module):
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.kind == "imagenet" else x
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Basic block: two 3x3 convolutions beside the identity, or beside a 1x1 one where the shape changes."""
 
     features: int
@@ -141,7 +141,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, mask_Bx1x1x1: jax.Array | None) -> jax.Array:
-        block = nn.remat(Block) if self.remat else Block
+        block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         x = x_BxHxWxC
         for i, stride in enumerate((self.stride, 1), 1):
             x = block(self.features, stride, self.dtype, self.param_dtype, name=f"block{i}")(x, mask_Bx1x1x1)

@@ -17,14 +17,14 @@ def recommend(
     config: Config, devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str
 ) -> tuple[Option | None, str]:
     """The option to take (see ``choose``), and the reason in sentences."""
-    best = choose(options)
+    best = choose_option(options)
     if best is None:
         lacking = (missing_for(config, device, number, options) for number, device in enumerate(devices))
         return None, " ".join(["No class can take part in every stage of any option.", *lacking])
     return best, " ".join(reasons(best, config, devices, options, protocol))
 
 
-def choose(options: Sequence[Option]) -> Option | None:
+def choose_option(options: Sequence[Option]) -> Option | None:
     """The best of the options in which the largest share of the devices can take part in every stage.
 
     It is the one with the highest measured accuracy, if any of them is measured; otherwise the first by the published
@@ -68,7 +68,7 @@ def reasons(
         yield f"It is not shown to be better than {'; '.join(map(_rival_words, rivals[:MAX_RIVALS]))}{more}."
     without_remat = [option for option in options if not option.remat]
     if best.remat and without_remat:
-        other = choose(without_remat)
+        other = choose_option(without_remat)
         found = f"{other.name}, {round_percent(other.everywhere)} of the devices" if other else "nothing fits"
         yield f"Without runtime.remat: {found}."
     for number, part in enumerate(best.parts):

@@ -14,7 +14,7 @@ from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.method.aggregation import Aggregator, make_aggregator
-from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import ClientStart
 from lwfedssl_jax.method.exchange import Exchange
 from lwfedssl_jax.method.fedca import make_exchange
@@ -108,7 +108,7 @@ def prepare(
       ConfigError: the data set is not installed or does not serve the partition, or parts of the config do not go
         together; the server's images do not fit a device.
     """
-    check(config)
+    check_method(config)
     task, cache = make_task(config), cache or Cache()
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
