@@ -35,7 +35,8 @@ def run() -> setup.Prepared:
 
 def train(run: setup.Prepared, params: Any, depth: int = 3, seed: int = 0) -> list[np.ndarray]:
     config = dataclasses.replace(CONFIG.evaluation, fine_tune_epochs=3)
-    state = finetune.train_state(
+    job = finetune.FineTuneJob(run.task, config, run.dataset, params, depth, seed)
+    state = finetune.train_state(job, lambda _: None)
         finetune.FineTuneJob(run.task, config, run.dataset, params, depth, seed), lambda _: None
     )
     return [np.asarray(x) for x in jax.tree.leaves((state.weights["head"], state.weights["encoder"]["norm"]))]
