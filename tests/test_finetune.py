@@ -37,8 +37,6 @@ def train(run: setup.Prepared, params: Any, depth: int = 3, seed: int = 0) -> li
     config = dataclasses.replace(CONFIG.evaluation, fine_tune_epochs=3)
     job = finetune.FineTuneJob(run.task, config, run.dataset, params, depth, seed)
     state = finetune.train_state(job, lambda _: None)
-        finetune.FineTuneJob(run.task, config, run.dataset, params, depth, seed), lambda _: None
-    )
     return [np.asarray(x) for x in jax.tree.leaves((state.weights["head"], state.weights["encoder"]["norm"]))]
 
 
