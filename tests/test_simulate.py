@@ -327,7 +327,8 @@ def test_a_flat_folder_is_trained_on_and_not_judged(tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match=r"partition\.kind: dirichlet needs labels, .*; accepted here: iid, "):
         setup.prepare(small_config(**fields))
     with pytest.raises(ConfigError, match=r"evaluation\.fine_tune_epochs: 11 needs labels, .*; accepted: 0"):
-        setup.prepare(small_config(**fields, partition__kind="iid", evaluation__fine_tune_epochs=11))
+        train(small_config(**fields, partition__kind="iid", evaluation__fine_tune_epochs=11), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
     for _ in range(2):  # the second time from the cache
         run = setup.prepare(small_config(**fields, partition__kind="iid"))
         assert (len(run.dataset.train_images), len(run.dataset.test_images), run.dataset.classes) == (24, 0, 0)

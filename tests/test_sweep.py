@@ -237,9 +237,10 @@ def test_progress_tells_what_is_left() -> None:
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=30)
         progress = SweepProgress(console, runs, costs, {runs[0].directory})
         progress.hear(runs[1], {"event": "started"})
-        progress.hear(runs[1], {"event": "round", "round": 2, "stage": 1})
+        progress.hear(runs[1], {"event": "RoundDone", "line": {"round": 2, "stage": 1}})
         assert progress._left[runs[1].directory] == 2.0
-        progress.hear(runs[2], {"event": "evaluation", "round": 3, "protocol": "knn", "accuracy": 0.5})
+        evaluated = {"event": "Evaluated", "line": {"round": 3, "protocol": "knn", "accuracy": 0.5}}
+        progress.hear(runs[2], evaluated)
         progress.hear(runs[2], {"event": "finished"})
         progress.hear(runs[3], {"event": "failed", "why": "no [disk]"})
         console.print(progress._table())
@@ -251,7 +252,7 @@ def test_progress_tells_what_is_left() -> None:
 SWEEP = """
 import os, sys
 from lwfedssl_jax.config import Config, override
-from lwfedssl_jax.objectives import OBJECTIVES
+from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.sweep import Sweep
 
 def crash(online, target, mask, temperature):
