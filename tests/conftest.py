@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # The tests' processes share the cores; NumPy's threads, which are made when it is imported, would wait for each other.
@@ -9,14 +10,18 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+import reference
 
 from lwfedssl_jax.config import Config, override, resolve
 from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment import finish
-from lwfedssl_jax.method import programs
+from lwfedssl_jax.method import client, fedca, programs
 from lwfedssl_jax.method.stages import STRATEGIES, Stage
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.simulation.simulator import Simulator
@@ -33,7 +38,7 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"  # one for all workers
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +140,38 @@ def run_round(
     if outcome.error:
         raise outcome.error
     return result.params, result.state, outcome.line
+
+
+def noisy_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: Any = jnp.float32) -> jax.Array:
+    """Like ``two_views``, with noise in place of augmentations, which are dear to compile: ``view_2xBxHxWxC``."""
+    wide = np.promote_types(dtype, np.float32)
+    plain = (images_BxHxWxC.astype(wide) / 255 - recipe.mean) / recipe.std
+
+    def sample(i: jax.Array, image: jax.Array) -> jax.Array:
+        return image[None] + jax.random.normal(jax.random.fold_in(key, i), (2, *image.shape), wide) / 2
+
+    return jax.vmap(sample, out_axes=1)(jnp.arange(len(plain)), plain).astype(dtype)
+
+
+@pytest.fixture
+def cheap_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds, here and in the reference, with ``noisy_views``: the real ones are tested by themselves, and in runs."""
+    for module in (client, fedca, reference):
+        monkeypatch.setattr(module, "two_views", noisy_views)
+
+
+EXHAUSTIVE = Path(__file__).parent / "exhaustive.txt"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that ``exhaustive.txt`` names; a line that names none of a collected file is an error."""
+    names = [line for line in EXHAUSTIVE.read_text().splitlines() if line and not line.startswith("#")]
+    for name in names:
+        file, _, beginning = name.partition("::")
+        of_file = [item for item in items if item.path.name == file]
+        chosen = [item for item in of_file if item.name.startswith(beginning)]
+        for item in chosen:
+            item.add_marker("exhaustive")
+        whole_file = len({item.name.partition("[")[0] for item in of_file}) > 1
+        if whole_file and not chosen:
+            raise pytest.UsageError(f"{EXHAUSTIVE.name}: no test is called {name}")

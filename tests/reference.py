@@ -24,7 +24,6 @@ from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm
 from lwfedssl_jax.simulation.packing import batches
 
 Params = dict[str, Any]
-VIEWS = jax.jit(two_views, static_argnums=(2, 3))
 
 
 def encode(config: Config, params: Params, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
@@ -46,8 +45,12 @@ def unit(z_BxO: jax.Array) -> jax.Array:
     return z_BxO / jnp.sqrt(jnp.maximum((z_BxO**2).sum(axis=1), 1e-12))[:, None]
 
 
-def contrast(anchor: jax.Array, others: jax.Array, positive: int, temperature: float) -> jax.Array:
-    return -nn.log_softmax(others @ anchor / temperature)[positive]
+def contrast(anchors: jax.Array, others: jax.Array, positives: jax.Array, temperature: float) -> jax.Array:
+    """Mean cross-entropy of each anchor's positive among the others, of which an anchor itself is none."""
+    logits = anchors @ others.T / temperature
+    if anchors is others:
+        logits = jnp.where(jnp.eye(len(anchors), dtype=bool), -jnp.inf, logits)
+    return -nn.log_softmax(logits)[jnp.arange(len(anchors)), positives].mean()
 
 
 def loss_of(
@@ -59,13 +62,13 @@ def loss_of(
             apart = jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), online, start)
             loss += float(weight) / 2 * sum(jax.tree.leaves(apart))
         if name == "alignment":
-            n = views.shape[1]
+            same = jnp.arange(views.shape[1])
             for view in views:
                 z, goal = (
                     unit(head(config, model["projection"], 3, encode(config, model["encoder"], view, layers)))
                     for model in (online, jax.lax.stop_gradient(start))
                 )
-                loss += float(weight) / 2 * sum(contrast(z[i], goal, i, 0.5) for i in range(n)) / n
+                loss += float(weight) / 2 * contrast(z, goal, same, 0.5)
     return loss
 
 
@@ -74,17 +77,13 @@ def ssl_loss(config: Config, layers: tuple[int, ...], online: Params, target: Pa
     z = [head(config, online["projection"], 3, encode(config, online["encoder"], v, layers)) for v in views]
     if name == "simclr":
         every = unit(jnp.concatenate(z))
-        terms = []
-        for i in range(2 * n):
-            partner = (i + n) % (2 * n)
-            others = jnp.delete(every, i, axis=0)
-            terms.append(contrast(every[i], others, partner - (partner > i), t))
-        return sum(terms) / (2 * n)
+        partners = (jnp.arange(2 * n) + n) % (2 * n)
+        return contrast(every, every, partners, t)
     q = [unit(head(config, online["prediction"], 2, one)) for one in z]
     k = [unit(head(config, target["projection"], 3, encode(config, target["encoder"], v, layers))) for v in views]
     if name == "byol":
-        return sum(2 - 2 * q[a][i] @ k[1 - a][i] for a in (0, 1) for i in range(n)) / n
-    return sum(contrast(q[a][i], k[1 - a], i, t) for a in (0, 1) for i in range(n)) / n
+        return sum((2 - 2 * (q[a] * k[1 - a]).sum(axis=1)).mean() for a in (0, 1))
+    return sum(contrast(q[a], k[1 - a], jnp.arange(n), t) for a in (0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -128,7 +127,7 @@ def train_client(
     for step, (row, count) in enumerate(zip(rows, counts, strict=True)):
         batch = jnp.asarray(images[row[:count]])
         step_key = jax.random.fold_in(key, step)
-        views = VIEWS(step_key, batch, task.recipe, task.dtype)
+        views = two_views(step_key, batch, task.recipe, task.dtype)
         u = jax.random.uniform(jax.random.fold_in(step_key, 2**32 - 1), (config.model.depth,), jnp.float32)
         skipped = [layer for layer in range(droppable) if u[layer] < config.additions.depth_dropout]
         layers = tuple(layer for layer in range(depth) if layer not in skipped)
