@@ -211,7 +211,7 @@ def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, 
     axes[0, 0].set_title("By round", loc="left", fontweight="bold")
     axes[1, 0].set_title("In total, by local epochs", loc="left", fontweight="bold")
     figure.align_ylabels()
-    last = axes[1, -1]  # whose lines the legend explains
+    last = axes[1, -1]  # its lines are those of the legend
     last.plot([], [], color="0.3", linestyle="--", label="by the paper's rule")
     last.plot([], [], color="0.3", linestyle=":", label=f"E = {local_epochs} of this config")
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(resources) - 1)

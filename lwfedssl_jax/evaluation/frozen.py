@@ -72,7 +72,7 @@ def make_encode(encoder: Encoder, recipe: Recipe, dtype: DTypeLike) -> Encode:
     """Make the function that computes features of images, ``batch`` of them at once.
 
     Args:
-      encoder: whose features.
+      encoder: to compute features with.
       recipe: how images are standardised.
       dtype: of the images that enter the encoder. They are given as uint8, or as floats in [0, 1].
     """

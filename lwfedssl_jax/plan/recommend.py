@@ -60,8 +60,8 @@ def reasons(
     if len(fitting) > 1:
         least = "time" if best.seconds else "traffic"
         yield (
-            f"Of the {len(fitting)} options of which that is true, {_advantage(best, protocol)}; among equals it takes "
-            f"the least {least}."
+            f"Of the {len(fitting)} options with this share, {_advantage(best, protocol)}; among equals it takes the "
+            f"least {least}."
         )
     if rivals := unresolved_rivals(best, fitting, protocol):
         more = f", and {len(rivals) - MAX_RIVALS} more" if len(rivals) > MAX_RIVALS else ""

@@ -53,9 +53,9 @@ def table(plan: Plan, width: int) -> Group:
 def _notes(plan: Plan, *, spread: bool) -> list[str]:
     """What the table's columns mean, and which options are missing."""
     columns = (
-        "k: layers per stage. memory: of a step in the first stage → the most of any stage, by the compiler for "
-        f"{jax.devices()[0].device_kind}. fleet: devices that can take part in the first stage → in every stage. "
-        "out ≥s: cannot take part from stage s on."
+        "k: layers per stage. remat: with runtime.remat. memory: peak of a training step in the first stage → in the "
+        f"stage that needs most, by the compiler for {jax.devices()[0].device_kind}. fleet: devices that can take part "
+        "in the first stage → in every stage. out ≥s: cannot take part from stage s on."
     )
     if any(device.has_speed for device in plan.devices):
         columns += " Times: of a device that takes part in every round."
