@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.config import ConfigError, flat, from_dict, to_dict
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
 
@@ -138,8 +138,9 @@ def read_run(path: Path) -> RunRecord | None:
     entries, summary = _json(path / "config.json"), _json(path / "summary.json")
     config = entries.pop("config", None)
     try:
-        fields = {f"{section}.{k}": _plain(v) for section, values in config.items() for k, v in values.items()}
-    except AttributeError:
+        known = flat(to_dict(from_dict(config)))  # with today's fields, also where the run is older than they are
+        fields = {name: _plain(value) for name, value in (known | flat(config)).items()}
+    except (AttributeError, TypeError):
         if not (path / METRICS).is_file():
             return None  # another program's config.json
         return RunRecord(path, {}, {}, [], {}, "config.json is damaged", "")
