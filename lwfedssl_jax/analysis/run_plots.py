@@ -152,7 +152,7 @@ def accuracy_against_traffic(runs: Mapping[str, Sequence[list[dict[str, Any]]]],
     return figure
 
 
-def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, path: Path) -> None:
+def plot_resources(strategies: Mapping[str, Mapping[str, Any]], local_epochs: int, path: Path) -> None:
     """What a client spends by strategy: over the rounds, and in all for other numbers of local epochs.
 
     Args:
@@ -206,7 +206,7 @@ def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, 
     save(figure, path)
 
 
-def _cumulative(ledger: dict[str, Any], key: str) -> np.ndarray:
+def _cumulative(ledger: Mapping[str, Any], key: str) -> np.ndarray:
     """What has been spent after each round, beginning with 0: a stage's rounds cost the same."""
     a_round = [np.full(stage["rounds"], stage[key] / stage["rounds"]) for stage in ledger["per_stage"]]
     return np.cumsum(np.concatenate([[0.0], *a_round]))
