@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.config import Config, to_dict
+from lwfedssl_jax.config import MODELS, Config, to_dict
 from lwfedssl_jax.data.partition import PARTITIONS
 from lwfedssl_jax.data.sources import SOURCES
+from lwfedssl_jax.data.views import RECIPES
 from lwfedssl_jax.method.aggregation import AGGREGATORS
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import STRATEGIES
@@ -38,7 +39,21 @@ class Bad(NamedTuple):
 
 HINTS = {s.name: typing.get_type_hints(s.default_factory, include_extras=True) for s in dataclasses.fields(Config)}
 FIELDS = {f"{section}.{name}": hint for section, hints in HINTS.items() for name, hint in hints.items()}
-NAMES = {*SOURCES, *PARTITIONS, *OBJECTIVES, *STRATEGIES, *AGGREGATORS, *STARTS, "True", "False", "-h", "--help"}
+NAMES = {
+    *MODELS,
+    *SOURCES,
+    *RECIPES,
+    *PARTITIONS,
+    *OBJECTIVES,
+    *STRATEGIES,
+    *AGGREGATORS,
+    *STARTS,
+    "auto",
+    "True",
+    "False",
+    "-h",
+    "--help",
+}
 NAMES |= {name for hint in FIELDS.values() if get_origin(hint) is Literal for name in get_args(hint)}
 
 COMMANDS = st.sampled_from(["train", "resources"])

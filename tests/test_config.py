@@ -3,16 +3,22 @@
 import ast
 import dataclasses
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from lwfedssl_jax import cli
 from lwfedssl_jax.config import (
     CONFIG_DIR,
+    MODELS,
     SWEEPS,
     Config,
     ConfigError,
+    ResNetSize,
     available,
     load,
     override,
@@ -20,7 +26,12 @@ from lwfedssl_jax.config import (
     sections,
     to_dict,
 )
+from lwfedssl_jax.costs.ledger import all_strategies
+from lwfedssl_jax.data.views import RECIPES
+from lwfedssl_jax.method.checks import check
 from lwfedssl_jax.method.stages import stage_depths
+from lwfedssl_jax.method.task import make_task
+from lwfedssl_jax.models import ARCHITECTURES
 from lwfedssl_jax.simulation.setup import prepare
 
 NAMES = [name for name, _ in available() if not name.startswith(SWEEPS)]
@@ -122,6 +133,93 @@ def test_bad_value(changes: dict[str, Any], message: str) -> None:
         prepare(resolve(override(Config(), changes)))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+OWN = """
+from lwfedssl_jax.config import MODELS, Config, ResNetSize, VitSize, override
+from lwfedssl_jax.data.views import RECIPES
+from lwfedssl_jax.models import ARCHITECTURES
+from lwfedssl_jax.models.vit import vit
+
+class WideSize(VitSize):
+    architecture = "wide"
+    equal_layers = False
+    cpu_lanes = 3
+
+MODELS["vit_mine"] = VitSize(width=8, depth=2, heads=2)
+MODELS["resnet_mine"] = ResNetSize(width=4, depth=2, stem="small")
+MODELS["wide_mine"] = WideSize(width=16, depth=2, heads=4)
+ARCHITECTURES["wide"] = lambda *arguments, **options: vit(*arguments, **options)._replace(feature_dim=16)
+RECIPES["mirrored"] = RECIPES["digits"]._replace(flip=0.5)
+config = override(Config(), {"model.name": NAME, "data.views": VIEWS, "optimizer.batch_size": 8})
+"""
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Entries that a test adds are gone after it."""
+    with mock.patch.dict(MODELS), mock.patch.dict(RECIPES), mock.patch.dict(ARCHITECTURES):
+        yield
+
+
+def own_config(folder: Path, model: str, views: str = "mirrored") -> Config:
+    file = folder / "mine.py"
+    file.write_text(OWN.replace("NAME", repr(model)).replace("VIEWS", repr(views)))
+    return load(str(file))
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize(
+    ("model", "sizes", "lanes"),
+    [
+        ("vit_mine", {"width": 8, "depth": 2, "heads": 2, "patch_size": 4}, 1),
+        ("resnet_mine", {"width": 4, "depth": 2, "stem": "small"}, 4),
+        ("wide_mine", {"width": 16, "depth": 2, "heads": 4, "patch_size": 4}, 3),
+    ],
+)
+def test_a_config_file_may_add_a_model_and_a_recipe(
+    model: str, sizes: dict[str, Any], lanes: int, tmp_path: Path
+) -> None:
+    config = resolve(own_config(tmp_path, model))
+    assert {name: getattr(config.model, name) for name in sizes} == sizes
+    assert config.cpu_lanes == lanes
+    task = make_task(config)
+    assert task.recipe.flip == 0.5
+    assert task.encoder.feature_dim == 2 * sizes["width"] if model == "resnet_mine" else sizes["width"]
+    strategies = all_strategies(config, memory=False)
+    assert [len(ledger["per_stage"]) for ledger in strategies.values()] == [1, 2, 2]
+    assert strategies["layerwise"]["total_bytes"] < strategies["end_to_end"]["total_bytes"]
+    dropped = override(config, {"additions.depth_dropout": 0.5})
+    if model == "vit_mine":
+        check(dropped)
+    else:
+        with pytest.raises(ConfigError, match=rf"^additions.depth_dropout: 0.5 needs .* which {model} does not have; "):
+            check(dropped)
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize(
+    ("model", "views", "message"),
+    [
+        (
+            "vit_mien",
+            "auto",
+            r"model.name: unknown 'vit_mien'; accepted: vit_micro, .*, vit_mine, resnet_mine, wide_mine, lost",
+        ),
+        ("vit_mine", "mirorred", r"data.views: unknown 'mirorred'; accepted: auto, natural, digits, .*, mirrored"),
+        ("lost", "auto", r"MODELS\['lost'\].architecture: unknown 'lost'; accepted: vit, resnet, wide"),
+    ],
+)
+def test_names_that_a_config_file_does_not_add_are_refused(
+    model: str, views: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled: list[str]
+) -> None:
+    own_config(tmp_path, model, views)
+    MODELS["lost"] = type("LostSize", (ResNetSize,), {"architecture": "lost"})(width=4, depth=2)
+    for command in ("train", "resources", "plan"):
+        words = ["--memory-gb", "1"] if command == "plan" else []
+        assert cli.main([command, str(tmp_path / "mine.py"), *words]) == 2
+        assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+    assert compiled == []
 
 
 def test_bad_section() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lwfedssl_jax.analysis.wording import COSTS
-from lwfedssl_jax.config import ConfigError, flat, join_lists
+from lwfedssl_jax.config import ConfigError, flat, from_dict, join_lists, to_dict
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
 
@@ -142,8 +142,9 @@ def read_run(path: Path) -> RunRecord | None:
     entries, summary = _read_json(path / "config.json"), _read_json(path / "summary.json")
     config = entries.pop("config", None)
     try:
-        fields = {name: _plain(value) for name, value in flat(config).items()}
-    except AttributeError:
+        known = flat(to_dict(from_dict(config)))  # with today's fields, also where the run is older than they are
+        fields = {name: _plain(value) for name, value in (known | flat(config)).items()}
+    except (AttributeError, TypeError):
         if not (path / METRICS).is_file():
             return None  # another program's config.json
         return RunRecord(path, {}, {}, [], {}, "config.json is damaged", "")

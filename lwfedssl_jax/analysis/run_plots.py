@@ -183,7 +183,7 @@ class Spending(NamedTuple):
     form: Mapping[str, Any] = {}
 
 
-def plot_resources(strategies: Mapping[str, dict[str, Any]], local_epochs: int, path: Path) -> None:
+def plot_resources(strategies: Mapping[str, Mapping[str, Any]], local_epochs: int, path: Path) -> None:
     """Draw what a client spends by strategy: over the rounds, and in total for other numbers of local epochs.
 
     Args:

@@ -7,7 +7,7 @@ from rich.console import Console
 from lwfedssl_jax.analysis import run_plots, terminal
 from lwfedssl_jax.cli.options import ResourcesOptions, check_plot
 from lwfedssl_jax.config import resolve, to_dict
-from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.costs import ledger, traffic
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.system import devices
 
@@ -29,7 +29,7 @@ def run(options: ResourcesOptions) -> None:
     if options.json:
         plain = {
             "config": to_dict(config),
-            "bytes_per_parameter": ledger.BYTES_PER_PARAMETER,
+            "bytes_per_parameter": traffic.BYTES_PER_PARAMETER,
             "strategies": strategies,
             "refused": refused,
         }

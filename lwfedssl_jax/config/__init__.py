@@ -2,9 +2,11 @@
 
 from lwfedssl_jax.config.files import CONFIG_DIR, REPLACED, SWEEPS, available, load, run_file
 from lwfedssl_jax.config.flat import flat, join_lists
-from lwfedssl_jax.config.resolve import choose, device_classes, digest, divisors, override, resolve
+from lwfedssl_jax.config.model_sizes import MODELS, ModelSize, ResNetSize, VitSize
+from lwfedssl_jax.config.plain import INERT_FIELDS, digest, from_dict, to_dict
+from lwfedssl_jax.config.resolve import choose, device_classes, override, resolve
+from lwfedssl_jax.config.rules import divisors
 from lwfedssl_jax.config.sections import (
-    MODELS,
     AdditionsConfig,
     Config,
     DataConfig,
@@ -15,16 +17,14 @@ from lwfedssl_jax.config.sections import (
     ObjectiveConfig,
     OptimizerConfig,
     PartitionConfig,
-    ResNetSize,
     RuntimeConfig,
     StrategyConfig,
-    VitSize,
-    to_dict,
 )
 from lwfedssl_jax.system.errors import ConfigError
 
 __all__ = [
     "CONFIG_DIR",
+    "INERT_FIELDS",
     "MODELS",
     "REPLACED",
     "SWEEPS",
@@ -36,6 +36,7 @@ __all__ = [
     "FederationConfig",
     "FleetConfig",
     "ModelConfig",
+    "ModelSize",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PartitionConfig",
@@ -49,6 +50,7 @@ __all__ = [
     "digest",
     "divisors",
     "flat",
+    "from_dict",
     "join_lists",
     "load",
     "override",

@@ -1,11 +1,10 @@
 """The sections of a config as frozen dataclasses; a field's docstring is its help text on the command line."""
 
 import dataclasses
-import json
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from lwfedssl_jax.config.fields import (
     LARGEST,
@@ -20,32 +19,8 @@ from lwfedssl_jax.config.fields import (
     SizeOr0,
     check_value,
 )
+from lwfedssl_jax.config.model_sizes import MODELS
 from lwfedssl_jax.system.errors import ConfigError
-
-
-class VitSize(NamedTuple):
-    """Sizes of a named vision transformer."""
-
-    width: int
-    depth: int
-    heads: int
-    patch_size: int = 4
-
-
-class ResNetSize(NamedTuple):
-    """Sizes of a named residual network; ``width`` is that of its first stage, ``depth`` its stages."""
-
-    width: int
-    depth: int
-    stem: str = "imagenet"
-
-
-MODELS: dict[str, VitSize | ResNetSize] = {
-    "vit_micro": VitSize(64, 6, 4),
-    "vit_tiny": VitSize(192, 12, 3),
-    "vit_small": VitSize(384, 12, 6),
-    "resnet18": ResNetSize(64, 4),
-}
 
 
 @dataclass(frozen=True)
@@ -60,8 +35,8 @@ class DataConfig:
     client_column: str = ""
     """tfds and folder only: feature, or column of clients.csv, that says whose an image is; by default client,
     client_id or user_id, if there is one."""
-    views: Literal["auto", "digits", "natural", "fashion"] = "auto"
-    """Augmentation recipe; auto takes the data set's own."""
+    views: str = "auto"
+    """Augmentation recipe: digits, natural or fashion; auto takes the data set's own."""
     synthetic_examples: AtLeast1 = 2000
     """synthetic only: training images generated (a quarter as many for testing)."""
     synthetic_classes: Annotated[int, Range(2, LARGEST)] = 10
@@ -98,7 +73,7 @@ class PartitionConfig:
 class ModelConfig:
     """The encoder. Sizes of 0 stand for the named model's own."""
 
-    name: Literal["vit_micro", "vit_tiny", "vit_small", "resnet18"] = "vit_tiny"
+    name: str = "vit_tiny"
     """Named size: vit_micro 64 wide, 6 deep; vit_tiny 192, 12; vit_small 384, 12; resnet18 64, 4 stages."""
     patch_size: SizeOr0 = 0
     """vit only: patch height and width in pixels (4)."""
@@ -267,11 +242,8 @@ class Config:
 
     @property
     def cpu_lanes(self) -> int:
-        """Lanes of one CPU core. Products with weights of their own for each client pay there for ResNets only.
-
-        See ``benchmarks/lanes.py`` and ``benchmarks/resnet.py``.
-        """
-        return 4 if isinstance(MODELS[self.model.name], ResNetSize) else 1
+        """Clients that each CPU core trains side by side."""
+        return MODELS[self.model.name].cpu_lanes
 
     @property
     def cohort_size(self) -> int:
@@ -282,12 +254,6 @@ class Config:
     def learning_rate(self) -> float:
         """Learning rate the optimizer runs at: base * batch_size / 256."""
         return self.optimizer.learning_rate * self.optimizer.batch_size / 256
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain data, equal to what JSON gives back."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
 
 
 def check_fields(config: Config) -> None:

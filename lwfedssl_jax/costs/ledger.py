@@ -1,12 +1,10 @@
 """The ledger: what a strategy costs one client in traffic, operations and memory.
 
-Everything is derived from the stages' masks and from the programs themselves; there is no
-second list of layer sizes.
+Everything is derived from the stages' masks and from the programs themselves; there is no second list of layer sizes.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -15,166 +13,204 @@ from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.costs.memory import Notify, lower_step, peak_memory
 from lwfedssl_jax.costs.operations import (
     Known,
+    StagePart,
     executed_operations,
-    operations_of_a_sample,
+    operations_per_sample,
     paper_operations,
     param_shapes,
     server_operations,
-    server_steps,
     stage_parts,
 )
-from lwfedssl_jax.method import fedca
+from lwfedssl_jax.costs.traffic import stage_bytes
 from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import STRATEGIES, make_stages
 from lwfedssl_jax.method.stateful_clients import make_client_start
 from lwfedssl_jax.method.task import make_task
 
-BYTES_PER_PARAMETER = 4
 
-Ledger = dict[str, Any]
+class StageCost(TypedDict):
+    """What one client spends in a stage, in all its rounds together; one entry of ``Ledger.per_stage``.
+
+    ``peak_memory_bytes`` is of one training step. Operations are multiply-adds per training sample, times local epochs
+    and rounds:
+
+    * ``flops_paper_rule``: one forward pass (matrix products, and layer norms at 5 per element); frozen layers once,
+      trainable ones three times; two views for simclr, one for the others; no target branch (arXiv 2401.11647).
+    * ``flops_executed``: all matrix products of the training step as traced: both views, the target branch, the
+      loss's logits, the backward pass with its recomputation. It is a sample's share of a full batch, without the
+      padding of short batches.
+    * ``flops_recomputed``: the part of ``flops_executed`` that the backward pass recomputes (``runtime.remat``).
+    * ``server_flops_executed``: the server's calibration and base model, in multiply-adds of its whole batches.
+    """
+
+    stage: int
+    rounds: int
+    depth: int
+    trainable_parameters: int
+    download_bytes: int
+    upload_bytes: int
+    flops_paper_rule: int
+    flops_executed: int
+    flops_recomputed: int
+    server_flops_executed: int
+    peak_memory_bytes: Any  # int, or None unless it was asked for
+
+
+class Ledger(TypedDict):
+    """What one client that takes part in every round spends under a strategy; `resources --json` prints it.
+
+    Sums over the stages, except for ``peak_memory_bytes``, the largest of them. ``worst_case_total_bytes`` counts the
+    frozen layers in every round's download; ``client_state_bytes`` is what a client keeps between rounds (FedU,
+    FedEMA).
+    """
+
+    download_bytes: int
+    upload_bytes: int
+    total_bytes: int
+    worst_case_total_bytes: int
+    flops_paper_rule: int
+    flops_executed: int
+    flops_recomputed: int
+    server_flops_executed: int
+    client_state_bytes: int
+    peak_memory_bytes: Any  # int, or None unless it was asked for
+    per_stage: list[StageCost]
+
+
+Summed = Literal[
+    "download_bytes", "upload_bytes", "flops_paper_rule", "flops_executed", "flops_recomputed", "server_flops_executed"
+]
+SUMMED: tuple[Summed, ...] = get_args(Summed)
 
 Key = TypeVar("Key")
 
 
-def all_strategies(config: Config, *, memory: bool, notify: Notify = lambda _: None) -> dict[str, Ledger]:
-    """The ledger of each strategy that can run with the rest of this (resolved) config; see ``each_strategy``.
+def all_strategies(
+    config: Config, *, memory: bool, notify: Notify = lambda _: None, known: Known | None = None
+) -> dict[str, Ledger]:
+    """The ledger of each strategy that can run with the rest of a config (``each_strategy``).
 
     Args:
       config: resolved.
-      memory: also compile one client's step of every stage and read its peak memory
-        (``peak_memory_bytes`` is None otherwise).
-      notify: told what is being compiled.
+      memory: whether to compile one client's step of every stage for its peak memory.
+      notify: hears what is being compiled.
+      known: as for ``make_ledger``.
     """
     configs, _ = each_strategy(config)
-    return ledgers_of(configs, memory=memory, notify=notify)
+    return ledgers_of(configs, memory=memory, notify=notify, known=known)
 
 
-def ledgers_of(configs: Mapping[Key, Config], *, memory: bool, notify: Notify = lambda _: None) -> dict[Key, Ledger]:
-    """The ledger of each config; a step that stages of several have in common is traced and compiled once."""
-    known: Known = {}
-    ledgers = {name: make_ledger(c, known) for name, c in configs.items()}
+def ledgers_of(
+    configs: Mapping[Key, Config], *, memory: bool, notify: Notify = lambda _: None, known: Known | None = None
+) -> dict[Key, Ledger]:
+    """The ledger of each config; steps that they have in common are traced and compiled once.
+
+    Args:
+      configs: resolved.
+      memory, notify, known: as for ``all_strategies``.
+    """
+    known = {} if known is None else known
+    ledgers = {name: make_ledger(config, known) for name, config in configs.items()}
     if memory:
-        # As `program_config` has it, for runs that differ in numbers alone to find one compiled program in the cache.
-        alike = {name: program_config(c) for name, c in configs.items()}
-        programs = {name: [lower_step(c, part, known) for part in stage_parts(c)] for name, c in alike.items()}
-        peaks = peak_memory([p for of_config in programs.values() for p, _ in of_config], notify)
-        for name, result in ledgers.items():
-            for row, (program, unseen) in zip(result["per_stage"], programs[name], strict=True):
-                row["peak_memory_bytes"] = peaks[program.as_text()] + unseen
-            result["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in result["per_stage"])
+        add_peak_memory(ledgers, configs, notify, known)
     return ledgers
 
 
+def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config], notify: Notify, known: Known) -> None:
+    """Set ``peak_memory_bytes`` in ledgers and their stages; compiles one client's step of each stage."""
+    # Configs that differ in numbers alone become the same, so that they find one compiled program in the cache.
+    plain = {name: program_config(config) for name, config in configs.items()}
+    steps = {name: [lower_step(c, part, known) for part in stage_parts(c)] for name, c in plain.items()}
+    peaks = peak_memory([program for lowered in steps.values() for program, _ in lowered], notify)
+    for name, ledger in ledgers.items():
+        stage_peaks = [peaks[program.as_text()] + further_rows for program, further_rows in steps[name]]
+        for cost, peak in zip(ledger["per_stage"], stage_peaks, strict=True):
+            cost["peak_memory_bytes"] = peak
+        ledger["peak_memory_bytes"] = max(stage_peaks)
+
+
 def each_strategy(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
-    """The config by strategy, and, of those that cannot run with the rest of it, why (``checks.check``)."""
+    """The config by strategy, and why the other strategies cannot run with the rest of it (``checks.check``)."""
     configs, refused = {}, {}
     for name in STRATEGIES:
-        of_strategy = override(config, {"strategy.name": name})
+        strategy_config = override(config, {"strategy.name": name})
         if len(STRATEGIES[name](config.model.depth, config.strategy.layers_per_stage)) == 1:
-            of_strategy = override(of_strategy, {"additions.depth_dropout": 0.0})  # nothing to skip: the plain rival
+            # It has nothing to skip: compare with the plain strategy.
+            strategy_config = override(strategy_config, {"additions.depth_dropout": 0.0})
         try:
-            check_method(of_strategy)
-            configs[name] = of_strategy
+            check_method(strategy_config)
+            configs[name] = strategy_config
         except ConfigError as error:
             refused[name] = str(error)
     return configs, refused
 
 
 def make_ledger(config: Config, known: Known | None = None) -> Ledger:
-    """Traffic and operations of one client that takes part in every round of a (resolved) config.
+    """The ledger of a (resolved) config without peak memory, which needs compilations (``ledgers_of``).
 
     Args:
       config: resolved.
-      known: ledgers that are given the same dict trace what they have in common once.
-
-    Returns:
-      What `resources --json` prints of one strategy, without peak memory, which needs compilations
-      (``all_strategies``). Bytes and operations of ``per_stage`` are totals of that stage.
-      Operations are multiply-adds for one training sample, times local epochs and rounds:
-
-      * ``flops_paper_rule``: one forward pass (matrix products, layer norms at 5 an element);
-        frozen layers once, trainable ones three times; two views for simclr, one for the
-        others; no target branch (arXiv 2401.11647).
-      * ``flops_executed``: all matrix products of the training step as traced: both views,
-        the target branch, the loss's logits, the backward pass with its recomputation. A
-        sample's share of a full batch: what padding of short batches adds is not in it.
-      * ``client_state_bytes``: what a client keeps between rounds (FedU, FedEMA).
-      * ``server_flops_executed``: of the server's calibration and base model in all, its whole batches counted.
-      * ``flops_recomputed``: what of ``flops_executed`` the backward pass recomputes (``runtime.remat``).
+      known: results of tracing that ledgers share when they are given the same dict.
     """
-    task, known = make_task(config), {} if known is None else known
-    keeping = override(config, {"runtime.remat": False})
-    per_stage: list[dict[str, Any]] = []
-    worst_case = 0
-    for part in stage_parts(config):
-        stage, trainable = part.stage, part.trainable
-        exchanged = BYTES_PER_PARAMETER * tree.size(trainable) * stage.rounds
-        everything = BYTES_PER_PARAMETER * tree.size((trainable, part.frozen)) * stage.rounds
-        by_rule = operations_of_a_sample(config, part, functools.partial(paper_operations, task), known)
-        executed, kept = (
-            operations_of_a_sample(c, part, functools.partial(executed_operations, c), known) for c in (config, keeping)
-        )
-        from_dictionary, to_dictionary = (stage.rounds * n for n in fedca.dictionary_bytes(config))
-        base = BYTES_PER_PARAMETER * tree.size(trainable) * fedca.has_base(config)  # a single stage: fetched once
-        worst_case += everything + exchanged + from_dictionary + to_dictionary + base
-        calibrated = config.additions.calibration_steps
-        samples = config.federation.local_epochs * stage.rounds
-        per_stage.append(
-            {
-                "stage": stage.number,
-                "rounds": stage.rounds,
-                "depth": stage.depth,
-                "trainable_parameters": tree.size(trainable),
-                "download_bytes": (everything if calibrated else exchanged) + from_dictionary + base,
-                "upload_bytes": exchanged + to_dictionary,
-                "flops_paper_rule": round(samples * by_rule),
-                "flops_executed": round(samples * executed),
-                "flops_recomputed": round(samples * (executed - kept)),
-                "server_flops_executed": server_steps(config, stage) * server_operations(config, part),
-                "peak_memory_bytes": None,
-            }
-        )
-    totals = {
-        key: sum(row[key] for row in per_stage)
-        for key in (
-            "download_bytes",
-            "upload_bytes",
-            "flops_paper_rule",
-            "flops_executed",
-            "flops_recomputed",
-            "server_flops_executed",
-        )
-    }
-    return {
-        "download_bytes": totals["download_bytes"],
-        "upload_bytes": totals["upload_bytes"],
+    known, parts = {} if known is None else known, stage_parts(config)
+    per_stage = [stage_cost(config, part, known) for part in parts]
+    totals: dict[str, int] = {key: sum(cost[key] for cost in per_stage) for key in SUMMED}
+    ledger: dict[str, Any] = {
+        **totals,
         "total_bytes": totals["download_bytes"] + totals["upload_bytes"],
-        "worst_case_total_bytes": worst_case,
-        "flops_paper_rule": totals["flops_paper_rule"],
-        "flops_executed": totals["flops_executed"],
-        "flops_recomputed": totals["flops_recomputed"],
-        "server_flops_executed": totals["server_flops_executed"],
-        "client_state_bytes": client_state(config),
+        "worst_case_total_bytes": sum(stage_bytes(config, part).worst_case for part in parts),
+        "client_state_bytes": client_state_bytes(config),
         "peak_memory_bytes": None,
         "per_stage": per_stage,
     }
+    return cast(Ledger, ledger)
 
 
-def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]]) -> int:
-    """``flops_executed`` with the layers that depth dropout really skipped (``layers_skipped`` of metrics.jsonl)."""
+def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
+    """What one client spends in a stage, without peak memory."""
+    stage, traffic = part.stage, stage_bytes(config, part)
+    samples = config.federation.local_epochs * stage.rounds
+    plain = override(config, {"runtime.remat": False})
+    by_rule = operations_per_sample(config, part, paper_operations, known)
+    executed = operations_per_sample(config, part, executed_operations, known)
+    not_recomputed = operations_per_sample(plain, part, executed_operations, known)
+    return {
+        "stage": stage.number,
+        "rounds": stage.rounds,
+        "depth": stage.depth,
+        "trainable_parameters": tree.size(part.trainable),
+        "download_bytes": traffic.download,
+        "upload_bytes": traffic.upload,
+        "flops_paper_rule": round(samples * by_rule),
+        "flops_executed": round(samples * executed),
+        "flops_recomputed": round(samples * (executed - not_recomputed)),
+        "server_flops_executed": server_operations(config, part),
+        "peak_memory_bytes": None,
+    }
+
+
+def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], known: Known | None = None) -> int:
+    """``flops_executed`` of a run, with the layers that depth dropout really skipped.
+
+    Args:
+      config: resolved.
+      rounds: lines of ``metrics.jsonl``, with ``layers_skipped``.
+      known: as for ``make_ledger``.
+    """
+    known = {} if known is None else known
     never, always = (
-        make_ledger(override(config, {"additions.depth_dropout": rate}))["per_stage"] for rate in (0.0, 1.0)
+        make_ledger(override(config, {"additions.depth_dropout": rate}), known)["per_stage"] for rate in (0.0, 1.0)
     )
     total = 0.0
-    for all_, none in zip(never, always, strict=True):
-        of_stage = [line for line in rounds if line["stage"] == all_["stage"]]
-        skipped = np.mean([line["layers_skipped"] for line in of_stage if "layers_skipped" in line] or [0.0])
-        total += all_["flops_executed"] + skipped * (none["flops_executed"] - all_["flops_executed"])
+    for all_layers, fewest in zip(never, always, strict=True):
+        lines = [line for line in rounds if line["stage"] == all_layers["stage"]]
+        skipped = np.mean([line["layers_skipped"] for line in lines if "layers_skipped" in line] or [0.0])
+        total += all_layers["flops_executed"] + skipped * (fewest["flops_executed"] - all_layers["flops_executed"])
     return round(total)
 
 
-def client_state(config: Config) -> int:
+def client_state_bytes(config: Config) -> int:
     """Bytes that a client keeps between rounds."""
     _, layers = param_shapes(config)
     return tree.nbytes(make_client_start(config, make_task(config), make_stages(config, layers)[0]).empty_memory)

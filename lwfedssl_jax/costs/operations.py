@@ -1,4 +1,4 @@
-"""Multiply-adds of a sample, by the paper's rule and as executed, counted from shapes."""
+"""Multiply-adds of one training sample, by the paper's rule and as executed, counted from shapes."""
 
 import functools
 import math
@@ -15,21 +15,21 @@ from lwfedssl_jax.method.calibration import all_trainable
 from lwfedssl_jax.method.client import client_init, client_step, embed
 from lwfedssl_jax.method.fedca import make_exchange
 from lwfedssl_jax.method.stages import Stage, make_stages
-from lwfedssl_jax.method.task import Broadcast, ClientState, Task, init_params, make_task, param_layers
+from lwfedssl_jax.method.task import Broadcast, ClientState, init_params, make_task, param_layers
 from lwfedssl_jax.tree import Tree
 
-LAYER_NORM_OPERATIONS = 5  # an element, fvcore's convention
+LAYER_NORM_OPERATIONS = 5  # per element, as in fvcore
 
-Known = dict[Any, Any]  # what has been traced, by all that it depends on
+Known = dict[Any, Any]  # results of tracing, by everything that they depend on
 
 
 class StagePart(NamedTuple):
-    """Shapes of what a client has in a stage.
+    """Shapes of the parameters that a client has in a stage.
 
     Attributes:
       stage: the stage.
-      trainable: its trainable parameters.
-      frozen: what it has frozen.
+      trainable: the trainable parameters.
+      frozen: the frozen parameters.
     """
 
     stage: Stage
@@ -37,16 +37,13 @@ class StagePart(NamedTuple):
     frozen: Tree
 
 
+Rule = Callable[[Config, StagePart], float]  # multiply-adds per sample
+
+
 def stage_parts(config: Config) -> list[StagePart]:
-    """What a client has in each stage of a (resolved) config."""
+    """The parameters of a client in each stage of a (resolved) config."""
     params, layers = param_shapes(config)
-    return [_part(params, stage) for stage in make_stages(config, layers)]
-
-
-def server_part(config: Config, stage: Stage) -> StagePart:
-    """What the server has in a stage: everything that exists, trainable."""
-    params, layers = param_shapes(config)
-    return _part(params, all_trainable(stage, layers))
+    return [split_params(params, stage) for stage in make_stages(config, layers)]
 
 
 def param_shapes(config: Config) -> tuple[Tree, Tree]:
@@ -56,82 +53,96 @@ def param_shapes(config: Config) -> tuple[Tree, Tree]:
     return params, param_layers(task, params)
 
 
-def _part(params: Tree, stage: Stage) -> StagePart:
-    take = lambda mask: jax.eval_shape(lambda p: tree.take(p, tree.rows(mask)), params)  # noqa: E731
+def split_params(params: Tree, stage: Stage) -> StagePart:
+    """The trainable and the frozen parameters of a stage, as shapes."""
+
+    def take(mask: Tree) -> Tree:
+        return jax.eval_shape(lambda p: tree.take(p, tree.rows(mask)), params)
+
     return StagePart(stage, take(stage.trainable), take(stage.frozen))
 
 
-def expected(config: Config, part: StagePart, operations: Callable[[StagePart], float]) -> float:
-    """``operations`` under depth dropout: layers are skipped one by one, so its mean lies between all and none."""
-    before, rate = part.stage.trained_before, config.additions.depth_dropout
-    if not rate or not before:
-        return operations(part)
-    in_frozen = min(before, part.stage.frozen_depth)
-    stage = part.stage._replace(
-        depth=part.stage.depth - before, frozen_depth=part.stage.frozen_depth - in_frozen, trained_before=0
-    )
-    return (1 - rate) * operations(part) + rate * operations(part._replace(stage=stage))
-
-
-def operations_of_a_sample(config: Config, part: StagePart, rule: functools.partial[Any], known: Known) -> float:
-    """``expected`` by a rule, once for all stages of the same depths."""
+def operations_per_sample(config: Config, part: StagePart, rule: Rule, known: Known) -> float:
+    """``expected_operations``, counted once for all stages of the same depths."""
     stage = part.stage
     before = stage.trained_before if config.additions.depth_dropout else 0
-    key = rule.func, step_operations(config), stage.depth, stage.frozen_depth, before
+    key = rule, step_config(config), stage.depth, stage.frozen_depth, before
     if key not in known:
-        known[key] = expected(config, part, rule)
+        known[key] = expected_operations(config, part, rule)
     return float(known[key])
 
 
-def paper_operations(task: Task, part: StagePart) -> int:
-    """Multiply-adds of one training sample by the paper's rule (see ``ledger``)."""
+def expected_operations(config: Config, part: StagePart, rule: Rule) -> float:
+    """The mean of ``rule`` under depth dropout.
+
+    Layers are skipped one by one, so it lies between that of all layers and that of none that can be skipped.
+    """
+    before, rate = part.stage.trained_before, config.additions.depth_dropout
+    if not rate or not before:
+        return rule(config, part)
+    frozen_before = min(before, part.stage.frozen_depth)
+    shortest = part.stage._replace(
+        depth=part.stage.depth - before, frozen_depth=part.stage.frozen_depth - frozen_before, trained_before=0
+    )
+    return (1 - rate) * rule(config, part) + rate * rule(config, part._replace(stage=shortest))
+
+
+def paper_operations(config: Config, part: StagePart) -> float:
+    """Multiply-adds of one training sample by the paper's rule (see ``make_ledger``)."""
+    task = make_task(config)
     image = jax.ShapeDtypeStruct((1, *task.image_shape), task.dtype)
     frozen_depth, depth = part.stage.frozen_depth, part.stage.trainable_depth
-    frozen_forward = lambda frozen, image: task.encoder.frozen_forward(frozen, image, frozen_depth, None)  # noqa: E731
-    x = jax.eval_shape(frozen_forward, part.frozen, image)
+
+    def frozen_forward(frozen: Tree, image: jax.Array) -> jax.Array:
+        return task.encoder.frozen_forward(frozen, image, frozen_depth, None)
 
     def online(trainable: Tree, x: jax.Array) -> jax.Array:
         return embed(task, trainable, x, jnp.ones(1, bool), (depth, None), list(task.heads))[0][-1]
 
+    x = jax.eval_shape(frozen_forward, part.frozen, image)
     frozen_once = count(jax.make_jaxpr(frozen_forward)(part.frozen, image), LAYER_NORM_OPERATIONS)
     trainable_once = count(jax.make_jaxpr(online)(part.trainable, x), LAYER_NORM_OPERATIONS)
     return task.objective.paper_views * (frozen_once + 3 * trainable_once)
 
 
 def executed_operations(config: Config, part: StagePart) -> float:
-    """Multiply-adds of the traced training step per sample of a full batch (see ``ledger``)."""
-    # Depth dropout's loops have no known length; `expected` counts them.
+    """Multiply-adds of the traced training step per sample of a full batch (see ``make_ledger``)."""
+    # Loops of depth dropout have no known length; `expected_operations` accounts for them.
     plain = override(config, {"additions.depth_dropout": 0.0})
-    step, (state, sent, *data) = lowered_step(plain, part.trainable, part.frozen)
+    step, (state, broadcast, *data) = traceable_step(plain, part.trainable, part.frozen)
     depth, frozen_depth = part.stage.trainable_depth, part.stage.frozen_depth
 
-    def with_loops_of_known_length(state: ClientState, sent: Broadcast, *data: jax.Array) -> Any:
-        return step(state, sent._replace(depth=depth, frozen_depth=frozen_depth), *data)
+    def with_loops_of_known_length(state: ClientState, broadcast: Broadcast, *data: jax.Array) -> Any:
+        return step(state, broadcast._replace(depth=depth, frozen_depth=frozen_depth), *data)
 
-    return count(jax.make_jaxpr(with_loops_of_known_length)(state, sent, *data)) / config.optimizer.batch_size
-
-
-def server_steps(config: Config, stage: Stage) -> int:
-    """How many steps the server trains in a stage."""
-    return config.additions.calibration_steps * stage.rounds + config.additions.base_steps
+    return count(jax.make_jaxpr(with_loops_of_known_length)(state, broadcast, *data)) / config.optimizer.batch_size
 
 
 def server_operations(config: Config, part: StagePart) -> int:
-    """Multiply-adds of one step of the server's training, of a batch as large as a client's."""
-    if not server_steps(config, part.stage):
+    """Multiply-adds of the server's training in a stage, whose batches are as large as a client's.
+
+    These are its calibration after each round and the training of FedCA's base model.
+    """
+    steps = config.additions.calibration_steps * part.stage.rounds + config.additions.base_steps
+    if not steps:
         return 0
+    params, layers = param_shapes(config)
     off = {"additions.terms": (), "additions.depth_dropout": 0.0, "additions.dictionary": 0, "additions.base_steps": 0}
-    plain = override(config, off)
-    return round(executed_operations(plain, server_part(config, part.stage)) * config.optimizer.batch_size)
+    everything = split_params(params, all_trainable(part.stage, layers))
+    return steps * round(executed_operations(override(config, off), everything) * config.optimizer.batch_size)
 
 
 def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:
-    """Multiply-adds of a traced program: its matrix products, convolutions, and so many an element of a layer norm.
+    """Multiply-adds of a traced program: its matrix products and convolutions, and those of layer norms.
 
-    Loops count as often as they run; of a ``cond``'s branches the dearest counts.
+    A loop counts as often as it runs, and a ``cond`` as its most expensive branch.
+
+    Args:
+      jaxpr: the program.
+      layer_norm_operations: per element of a layer norm.
 
     Raises:
-      ValueError: a matrix product inside a loop whose trip count is not in the program.
+      ValueError: a matrix product is in a loop whose number of iterations is not in the program.
     """
 
     def visit(jaxpr: Jaxpr) -> int:
@@ -142,7 +153,7 @@ def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:
         if name == "conv_general_dilated":
             numbers, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
             taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-            # Of a dilated input most elements are zeros.
+            # Most elements of a dilated input are zeros.
             return tree.size(eqn.outvars[0].aval) * taps // math.prod(eqn.params["lhs_dilation"])
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -169,26 +180,27 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
-def step_operations(config: Config) -> Config:
-    """A config without what no single step depends on: how stages follow each other."""
+def step_config(config: Config) -> Config:
+    """A config without the fields that no single step depends on: how stages follow each other."""
     return override(config, {"strategy.name": "", "strategy.layers_per_stage": 1})
 
 
-def lowered_step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def traceable_step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A client's training step, and the shapes of its arguments."""
     task, b = make_task(config), config.optimizer.batch_size
     number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    return lambda *arguments: client_step(task, *arguments), (
+    broadcast = Broadcast(
+        trainable,
+        present=jax.tree.map(lambda _: jax.ShapeDtypeStruct((), bool), trainable),
+        frozen=frozen,
+        depth=number,
+        frozen_depth=number,
+        droppable=number,
+        extras=make_exchange(config, task).shapes(trainable, b),  # a client needs no more public images at once
+    )
+    return functools.partial(client_step, task), (
         jax.eval_shape(lambda t: client_init(task, t), trainable),
-        Broadcast(
-            trainable,
-            jax.tree.map(lambda _: jax.ShapeDtypeStruct((), bool), trainable),
-            frozen,
-            number,
-            number,
-            number,
-            make_exchange(config, task).shapes(trainable, b),  # a client needs no more public images at once
-        ),
+        broadcast,
         jax.ShapeDtypeStruct((b, *task.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((b,), bool),
         jax.eval_shape(lambda: jax.random.key(0)),

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 import lwfedssl_jax
-from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig, VitSize
+from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation.frozen import BATCH, apply, make_encode
 from lwfedssl_jax.method.task import Task, make_encoder
@@ -82,15 +82,16 @@ def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
 def rebuilt_in_torch(model: ModelConfig, size: list[int], channels: int) -> dict[str, Any]:
     """Return ``{"timm": arguments of timm.create_model}`` or ``{"torchvision": what to change in its ResNet-18}``.
 
-    The latter is None for widths other than 64, which torchvision does not have.
+    The latter is None for widths other than 64 and for other architectures.
     """
-    if isinstance(MODELS[model.name], VitSize):
+    architecture = MODELS[model.name].architecture
+    if architecture == "vit":
         sizes = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
         images = {"img_size": size, "patch_size": model.patch_size, "in_chans": channels}
         form = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
         # Any name in timm would do: all that distinguishes them follows.
         return {"timm": {"model_name": "vit_tiny_patch16_224", **images, **sizes, **form}}
-    if model.width != TORCHVISION_WIDTH:
+    if architecture != "resnet" or model.width != TORCHVISION_WIDTH:
         return {"torchvision": None}
     small = model.stem == "small"
     kernel = {"kernel_size": 3, "stride": 1, "padding": 1} if small else {"kernel_size": 7, "stride": 2, "padding": 3}
@@ -111,7 +112,7 @@ def state_dict(model: ModelConfig, task: Task, params: Tree) -> dict[str, np.nda
         for i, one in enumerate(x) if "*" in name else [(0, x)]:
             if name == "patch_embed.proj.weight":
                 one = one.reshape(model.patch_size, model.patch_size, -1, model.width)
-            axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[one.ndim]
+            axes = {1: (0,), 2: (1, 0), 3: (0, 1, 2), 4: (3, 2, 0, 1)}[one.ndim]
             one = one[None] if name == "pos_embed" else one.transpose(axes)
             tensors[name.replace("*", str(i))] = np.ascontiguousarray(one)
     return tensors

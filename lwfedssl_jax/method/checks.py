@@ -1,6 +1,6 @@
 """Every check of a config that needs neither data nor a compilation; each part's own check stands with the part."""
 
-from lwfedssl_jax.config import MODELS, Config, ConfigError, VitSize, choose
+from lwfedssl_jax.config import MODELS, Config, ConfigError, choose
 from lwfedssl_jax.data.partition import PARTITIONS
 from lwfedssl_jax.method import calibration, fedca, stateful_clients
 from lwfedssl_jax.method.aggregation import make_aggregator
@@ -28,8 +28,8 @@ def check_method(config: Config) -> None:
             f"{config.strategy.name} with strategy.layers_per_stage {config.strategy.layers_per_stage} has one stage; "
             "accepted: 0.0, or more stages"
         )
-    if rate and not isinstance(MODELS[config.model.name], VitSize):
+    if rate and not MODELS[config.model.name].equal_layers:
         raise ConfigError(
-            f"additions.depth_dropout: {rate} needs layers of equal width, which {config.model.name} has not; "
+            f"additions.depth_dropout: {rate} needs layers of equal width, which {config.model.name} does not have; "
             "accepted: 0.0, or a vit"
         )

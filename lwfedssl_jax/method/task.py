@@ -9,15 +9,14 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from lwfedssl_jax.config import MODELS, Config, ModelConfig, VitSize, choose
+from lwfedssl_jax.config import MODELS, Config, ModelConfig, choose
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.views import RECIPES, Recipe
 from lwfedssl_jax.method.objectives import OBJECTIVES, Objective
 from lwfedssl_jax.method.terms import Term, terms_of
+from lwfedssl_jax.models import ARCHITECTURES
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import Head, mlp_head
-from lwfedssl_jax.models.resnet import resnet
-from lwfedssl_jax.models.vit import vit
 from lwfedssl_jax.tree import Tree
 
 
@@ -103,10 +102,10 @@ def make_task(config: Config) -> Task:
     """The task of a resolved config.
 
     Raises:
-      ConfigError: unknown data set, objective or term of the loss.
+      ConfigError: unknown data set, recipe of views, model, objective or term of the loss.
     """
     source = sources.find(config.data)
-    recipe_name = source.views if config.data.views == "auto" else config.data.views
+    recipe = choose("data.views", config.data.views, {"auto": RECIPES[source.views], **RECIPES})
     dtype = jnp.dtype(config.runtime.precision)
     image_shape = (config.data.image_size, config.data.image_size, source.channels)
     objective = choose("objective.name", config.objective.name, OBJECTIVES)
@@ -121,7 +120,7 @@ def make_task(config: Config) -> Task:
         heads=heads,
         objective=objective,
         optimizer=lambda hyper: optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay),
-        recipe=RECIPES[recipe_name],
+        recipe=recipe,
         dtype=np.promote_types(dtype, jnp.float32),
         image_shape=image_shape,
         layers=config.model.depth,
@@ -142,8 +141,13 @@ def make_task(config: Config) -> Task:
 def make_encoder(
     model: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False
 ) -> Encoder:
-    """The named model, see ``vit`` and ``resnet``."""
-    make = vit if isinstance(MODELS[model.name], VitSize) else resnet
+    """The named model, by the entry of ``ARCHITECTURES`` for it.
+
+    Raises:
+      ConfigError: there is no model of that name, or no such architecture.
+    """
+    size = choose("model.name", model.name, MODELS)
+    make = choose(f"MODELS[{model.name!r}].architecture", size.architecture, ARCHITECTURES)
     return make(model, image_shape, dtype, remat=remat)
 
 

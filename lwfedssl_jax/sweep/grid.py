@@ -12,15 +12,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, Config, ConfigError, digest, load, override, resolve, run_file
+from lwfedssl_jax.config import (
+    CONFIG_DIR,
+    MODELS,
+    SWEEPS,
+    Config,
+    ConfigError,
+    digest,
+    load,
+    override,
+    resolve,
+    run_file,
+)
+from lwfedssl_jax.data.views import RECIPES
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.method.aggregation import AGGREGATORS
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import STRATEGIES
 from lwfedssl_jax.method.terms import TERMS
+from lwfedssl_jax.models import ARCHITECTURES
 
 LONGEST_NAME = 80
-TABLES: tuple[dict[str, Any], ...] = (TERMS, AGGREGATORS, OBJECTIVES, STRATEGIES)
+TABLES: tuple[dict[str, Any], ...] = (TERMS, AGGREGATORS, OBJECTIVES, STRATEGIES, MODELS, ARCHITECTURES, RECIPES)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 import jax
 
-from lwfedssl_jax.config import Config, ConfigError, digest, to_dict
+from lwfedssl_jax.config import INERT_FIELDS, Config, ConfigError, digest, flat, from_dict, to_dict
 from lwfedssl_jax.system.files import PROBE, can_hold
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import checkpoint
@@ -64,7 +64,7 @@ class WorkDir:
                     )
             if self.summary is None and not can_hold(path):
                 raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
             raise ConfigError(
                 f"--workdir: {path} cannot be read ({error}); accepted: a new or empty directory"
             ) from error
@@ -215,15 +215,13 @@ class WorkDir:
                 f"--workdir: {self.path} holds the run of another config file, or of this one before it was changed; "
                 "accepted: the file as it was, or another directory"
             )
-        old, new, usual = content["config"], to_dict(self._config), to_dict(Config())
-        for section in new:
-            for name, value in new[section].items():
-                before = old.get(section, {}).get(name, usual[section][name])  # the run may be older than the field
-                if before != value and f"{section}.{name}" != "runtime.trackers":
-                    raise ConfigError(
-                        f"--workdir: {self.path} holds another config's run: {section}.{name} is {before!r} there, "
-                        f"{value!r} here; accepted: the same config, or another directory"
-                    )
+        old, new = (flat(to_dict(config)) for config in (from_dict(content["config"]), self._config))
+        for name, value in new.items():
+            if old[name] != value and name not in INERT_FIELDS:
+                raise ConfigError(
+                    f"--workdir: {self.path} holds another config's run: {name} is {old[name]!r} there, "
+                    f"{value!r} here; accepted: the same config, or another directory"
+                )
 
 
 def _is_ours(path: Path) -> bool:

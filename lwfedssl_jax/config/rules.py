@@ -1,0 +1,124 @@
+"""Rules between the fields of a config, each with the message for a config that breaks it."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from lwfedssl_jax.config.device_classes import load_classes
+from lwfedssl_jax.config.model_sizes import MODELS
+from lwfedssl_jax.config.sections import Config
+
+
+def sizes_exist(config: Config) -> str | None:
+    """Only sizes that the architecture has can be set."""
+    name, size = config.model.name, MODELS[config.model.name]
+    for field in dataclasses.fields(config.model):
+        value = getattr(config.model, field.name)
+        if field.name != "name" and not hasattr(size, field.name) and value != field.default:
+            return f"model.{field.name}: {name} has none, found {value!r}; accepted: leave it out"
+    return None
+
+
+def depth_exists(config: Config) -> str | None:
+    """An architecture has a largest depth."""
+    name, depth, largest = config.model.name, config.model.depth, MODELS[config.model.name].max_depth
+    return f"model.depth: {depth} is more than {name} has; accepted: 1 to {largest}" if depth > largest else None
+
+
+def patches_fill_image(config: Config) -> str | None:
+    """Patches, where there are any, divide the image."""
+    return _indivisible("model.patch_size", config.model.patch_size, "data.image_size", config.data.image_size)
+
+
+def heads_divide_width(config: Config) -> str | None:
+    """Attention heads, where there are any, divide the width."""
+    return _indivisible("model.heads", config.model.heads, "model.width", config.model.width)
+
+
+def classes_have_examples(config: Config) -> str | None:
+    """Generated data has at least one image per class."""
+    data = config.data
+    if data.name != "synthetic" or data.synthetic_examples >= data.synthetic_classes:
+        return None
+    return (
+        f"data.synthetic_examples: {data.synthetic_examples} cannot show all classes; "
+        f"accepted: at least data.synthetic_classes {data.synthetic_classes}"
+    )
+
+
+def layers_per_stage_exist(config: Config) -> str | None:
+    """A stage adds at most the layers of the encoder."""
+    layers, depth = config.strategy.layers_per_stage, config.model.depth
+    if layers <= depth:
+        return None
+    return f"strategy.layers_per_stage: {layers} is more than the encoder has; accepted: 1 to model.depth {depth}"
+
+
+def cohort_within_population(config: Config) -> str | None:
+    """A round draws at most the whole population."""
+    drawn, clients = config.federation.clients_per_round, config.partition.clients
+    if drawn <= clients:
+        return None
+    return (
+        f"federation.clients_per_round: {drawn} is more than the population; accepted: 0 to partition.clients {clients}"
+    )
+
+
+def deadline_has_speeds(config: Config) -> str | None:
+    """A deadline needs device classes whose speeds are known."""
+    classes = load_classes(config.fleet.devices)
+    slow = [device.name for device in classes if not device.has_speed]
+    if not config.fleet.deadline_seconds or (classes and not slow):
+        return None
+    found = f"{slow[0]!r} does not have all of them" if slow else "there are no classes"
+    return (
+        f"fleet.deadline_seconds: {config.fleet.deadline_seconds} needs classes in fleet.devices with gflops, "
+        f"uplink_mbps and downlink_mbps, and {found}; accepted: 0.0, or classes that have them"
+    )
+
+
+def a_protocol_is_left(config: Config) -> str | None:
+    """At least one protocol evaluates the encoder."""
+    evaluation = config.evaluation
+    if evaluation.labels_per_class or evaluation.neighbours or evaluation.fine_tune_epochs:
+        return None
+    return "evaluation: no protocol is left; accepted: labels_per_class, neighbours or fine_tune_epochs above 0"
+
+
+def warmup_ends(config: Config) -> str | None:
+    """Fine-tuning, if there is any, goes on after its warm-up."""
+    warmup, epochs = config.evaluation.fine_tune_warmup_epochs, config.evaluation.fine_tune_epochs
+    if not 0 < epochs <= warmup:
+        return None
+    return (
+        f"evaluation.fine_tune_warmup_epochs: {warmup} leaves none of evaluation.fine_tune_epochs {epochs}; "
+        f"accepted: 0 to {epochs - 1}"
+    )
+
+
+RULES: tuple[Callable[[Config], str | None], ...] = (
+    sizes_exist,
+    depth_exists,
+    patches_fill_image,
+    heads_divide_width,
+    classes_have_examples,
+    layers_per_stage_exist,
+    cohort_within_population,
+    deadline_has_speeds,
+    a_protocol_is_left,
+    warmup_ends,
+)
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of ``n`` in order, including 1 and ``n``."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def _indivisible(field: str, value: int, whole_field: str, whole: int) -> str | None:
+    """The message if ``value``, unless it is 0, does not divide ``whole``."""
+    if not value or whole % value == 0:
+        return None
+    accepted = ", ".join(map(str, divisors(whole)))
+    return f"{field}: {value} does not divide {whole_field} {whole}; accepted: one of {accepted}"
