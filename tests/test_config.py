@@ -28,7 +28,7 @@ from lwfedssl_jax.config import (
 )
 from lwfedssl_jax.costs.ledger import all_strategies
 from lwfedssl_jax.data.views import RECIPES
-from lwfedssl_jax.method.checks import check
+from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.stages import stage_depths
 from lwfedssl_jax.method.task import make_task
 from lwfedssl_jax.models import ARCHITECTURES
@@ -191,10 +191,10 @@ def test_a_config_file_may_add_a_model_and_a_recipe(
     assert strategies["layerwise"]["total_bytes"] < strategies["end_to_end"]["total_bytes"]
     dropped = override(config, {"additions.depth_dropout": 0.5})
     if model == "vit_mine":
-        check(dropped)
+        check_method(dropped)
     else:
         with pytest.raises(ConfigError, match=rf"^additions.depth_dropout: 0.5 needs .* which {model} does not have; "):
-            check(dropped)
+            check_method(dropped)
 
 
 @pytest.mark.usefixtures("registries")

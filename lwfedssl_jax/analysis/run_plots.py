@@ -237,27 +237,27 @@ def plot_by_epochs(axes: Any, spending: Mapping[str, Sequence[Spending]], local_
     axes.axvline(local_epochs, color="0.3", linestyle=":")
 
 
-def _operations(ledger: dict[str, Any]) -> list[Spending]:
+def _operations(ledger: Mapping[str, Any]) -> list[Spending]:
     """Multiply-adds per sample in 10⁹: as executed, and by the paper's rule."""
     executed, rule = (_cumulative(ledger, key) / 1e9 for key in ("flops_executed", "flops_paper_rule"))
     dashed = {"linestyle": "--", "markerfacecolor": "none"}
     return [Spending(executed, executed[-1], True), Spending(rule, rule[-1], True, form=dashed)]
 
 
-def _traffic(ledger: dict[str, Any]) -> list[Spending]:
+def _traffic(ledger: Mapping[str, Any]) -> list[Spending]:
     """Traffic in MiB, both directions."""
     exchanged = (_cumulative(ledger, "download_bytes") + _cumulative(ledger, "upload_bytes")) / MIB
     return [Spending(exchanged, exchanged[-1], False)]
 
 
-def _peak_memory(ledger: dict[str, Any]) -> list[Spending]:
+def _peak_memory(ledger: Mapping[str, Any]) -> list[Spending]:
     """Peak memory in MiB of a step in each round; the total is the largest."""
     rounds = [stage["rounds"] for stage in ledger["per_stage"]]
     peaks = np.repeat([stage["peak_memory_bytes"] / MIB for stage in ledger["per_stage"]], rounds)
     return [Spending(peaks, max(peaks), False, first_round=1, form={"drawstyle": "steps-mid"})]
 
 
-def _cumulative(ledger: dict[str, Any], key: str) -> np.ndarray:
+def _cumulative(ledger: Mapping[str, Any], key: str) -> np.ndarray:
     """The amount spent up to each round, from 0 on; the rounds of a stage cost the same."""
     stages = [np.full(stage["rounds"], stage[key] / stage["rounds"]) for stage in ledger["per_stage"]]
     return np.cumsum(np.concatenate([[0.0], *stages]))
