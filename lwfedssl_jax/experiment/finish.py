@@ -6,10 +6,11 @@ from typing import Any
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.analysis.report import write_report
 from lwfedssl_jax.costs import fleet, ledger
+from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.evaluations import log_fine_tuning
-from lwfedssl_jax.experiment.ledgers import ledgers_of_run
+from lwfedssl_jax.experiment.ledgers import known_traces, ledgers_of_run
 from lwfedssl_jax.simulation.events import Finished, Note
 from lwfedssl_jax.simulation.setup import Cache
 from lwfedssl_jax.system.interrupts import Interrupts
@@ -35,7 +36,7 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
         run_plots.plot_metrics(lines, workdir.path)
         run_plots.plot_distance(lines, plots / "client_distance.png")
         run_plots.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
-    summary = make_summary(run, lines, strategies)
+    summary = make_summary(run, lines, strategies, known_traces(cache))
     workdir.write_json("summary.json", summary)
     write_run_report(workdir, run)
     run.hear(Finished(summary))
@@ -43,7 +44,7 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
 
 
 def make_summary(
-    run: ActiveRun, lines: Sequence[Mapping[str, Any]], strategies: Mapping[str, ledger.Ledger]
+    run: ActiveRun, lines: Sequence[Mapping[str, Any]], strategies: Mapping[str, ledger.Ledger], known: Known
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
 
@@ -51,6 +52,7 @@ def make_summary(
       run: its rounds are done.
       lines: of ``metrics.jsonl``.
       strategies: the ledger of each.
+      known: what ledgers have traced so far.
     """
     config, rounds = run.config, [line for line in lines if "event" not in line]
     results = evaluations_by_round(lines)
@@ -58,7 +60,7 @@ def make_summary(
         key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")
     }
     if config.additions.depth_dropout:
-        measured["flops_executed"] = ledger.measured_operations(config, rounds)
+        measured["flops_executed"] = ledger.measured_operations(config, rounds, known)
     scope = {"clients": config.partition.clients, "scope": MEASURED}
     summary = {
         "strategy": config.strategy.name,

@@ -1,11 +1,10 @@
 """Ledgers of runs, traced once per process."""
 
-import functools
-
 from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.costs.memory import Notify
+from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.simulation.events import Compiling, Hear
 from lwfedssl_jax.simulation.setup import Cache
@@ -14,7 +13,7 @@ from lwfedssl_jax.simulation.setup import Cache
 def traced_ledger(config: Config, cache: Cache) -> Ledger:
     """A run's own ledger, without peak memory."""
     plain = ledger_config(config)
-    return cache.get(("ledger", plain), functools.partial(ledger.make_ledger, plain))
+    return cache.get(("ledger", plain), lambda: ledger.make_ledger(plain, known_traces(cache)))
 
 
 def round_operations(config: Config, cache: Cache) -> list[float]:
@@ -27,7 +26,7 @@ def compiled_ledger(config: Config, hear: Hear, cache: Cache) -> Ledger:
     """A run's own ledger, with peak memory."""
 
     def compiled() -> Ledger:
-        return ledger.ledgers_of({"": config}, memory=True, notify=_saying(hear))[""]
+        return ledger.ledgers_of({"": config}, memory=True, notify=_saying(hear), known=known_traces(cache))[""]
 
     return cache.get(("compiled ledger", ledger_config(config)), compiled)
 
@@ -36,9 +35,14 @@ def ledgers_of_run(config: Config, hear: Hear, cache: Cache) -> dict[str, Ledger
     """The ledger of every strategy with a run's config, with peak memory."""
 
     def compiled() -> dict[str, Ledger]:
-        return ledger.all_strategies(config, memory=True, notify=_saying(hear))
+        return ledger.all_strategies(config, memory=True, notify=_saying(hear), known=known_traces(cache))
 
     return cache.get(("ledgers", override(ledger_config(config), {"strategy.name": ""})), compiled)
+
+
+def known_traces(cache: Cache) -> Known:
+    """What ledgers of this process have traced so far."""
+    return cache.get("traces", dict)
 
 
 def _saying(hear: Hear) -> Notify:
