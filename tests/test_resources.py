@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax.costs import memory, operations
+from lwfedssl_jax.config import Config
+from lwfedssl_jax.costs import ledger, memory, operations
 from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
+from lwfedssl_jax.costs.operations import executed_operations
+from lwfedssl_jax.system.devices import program_memory
 
 
 @pytest.mark.parametrize("strategy", ["end_to_end", "layerwise"])
@@ -59,6 +62,28 @@ def test_last_stage_of_progressive_costs_what_end_to_end_costs_a_round() -> None
     assert strategies["layerwise"]["peak_memory_bytes"] < whole["peak_memory_bytes"]
     # Of 1 + 2 + 2 programs the first and last of progressive are those of layerwise and end_to_end.
     assert len(seen) == 3
+
+
+def test_peak_memory_is_that_of_the_program_as_it_would_run() -> None:
+    config = small_config()
+    program, _ = memory.lower_step(config, operations.stage_parts(config)[0])
+    (peak,) = memory.peak_memory([program], lambda _: None).values()
+    assert peak == pytest.approx(program_memory(program.compile()), rel=0.005)
+
+
+def test_ledgers_that_share_what_is_known_trace_no_stage_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, known = small_config(), operations.Known()
+    alone = make_ledger(config, known)
+    traced: list[tuple[int, int]] = []
+
+    def executed(config: Config, part: operations.StagePart) -> float:
+        traced.append((part.stage.frozen_depth, part.stage.depth))
+        return executed_operations(config, part)
+
+    known |= {(executed, *key[1:]): value for key, value in known.items() if key[0] is executed_operations}
+    monkeypatch.setattr(ledger, "executed_operations", executed)
+    assert all_strategies(config, memory=False, known=known)["layerwise"] == alone
+    assert traced == [(0, 3), (0, 2)]  # of end_to_end and progressive; the first stage is layerwise's
 
 
 def test_count_of_products_loops_and_branches() -> None:

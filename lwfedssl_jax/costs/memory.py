@@ -25,11 +25,11 @@ from lwfedssl_jax.tree import Tree
 Notify = Callable[[str], None]
 
 # A CPU compiler optimises machine code, which is never run here; the memory is the same. Fusion emitters cost it more
-# than half of its time; without them peaks differ by up to 128 bytes. Programs that run must keep them: results differ.
-CPU_COMPILER_OPTIONS: dict[str, str | bool] = {
-    "xla_backend_optimization_level": "0",
-    "xla_cpu_use_fusion_emitters": False,
-}
+# than half of its time; without them peaks differ by at most some hundred bytes. Programs that run keep them, because
+# results would differ. jax 0.11 no longer has the option.
+CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+if jax.__version_info__ < (0, 11):
+    CPU_COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False
 
 
 def lower_step(config: Config, part: StagePart, known: Known | None = None) -> tuple[jax.stages.Lowered, int]:
