@@ -105,7 +105,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from lwfedssl_jax import checkpoint
+from lwfedssl_jax.workdir import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     checkpoint.save(Path(sys.argv[1]), 9, {"w": np.random.default_rng(0).normal(size=20_000)})

@@ -251,7 +251,7 @@ def test_progress_tells_what_is_left() -> None:
 SWEEP = """
 import os, sys
 from lwfedssl_jax.config import Config, override
-from lwfedssl_jax.objectives import OBJECTIVES
+from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.sweep import Sweep
 
 def crash(online, target, mask, temperature):
