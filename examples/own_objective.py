@@ -8,12 +8,12 @@ Barlow Twins; the two newest layers train; the server goes half the way; weights
 
 import jax
 import jax.numpy as jnp
-
 from lwfedssl_jax.additions import TERMS
 from lwfedssl_jax.aggregation import AGGREGATORS, WEIGHTED_MEAN
-from lwfedssl_jax.config import load, override
 from lwfedssl_jax.objectives import OBJECTIVES, Objective
 from lwfedssl_jax.stages import STRATEGIES
+
+from lwfedssl_jax.config import load, override
 
 
 def barlow_twins(online_2xBxD, target_2xBxD, mask_B, temperature):

@@ -12,6 +12,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.method.client import client_init, client_step
 from lwfedssl_jax.method.stages import Stage, freeze
 from lwfedssl_jax.method.task import Broadcast, ClientState, Hyper, Task
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 
@@ -75,8 +76,10 @@ def calibrate(
 
     def step(state: ClientState, i: jax.Array) -> tuple[ClientState, jax.Array]:
         step_key = jax.random.fold_in(key, i)
-        drawn = jax.random.choice(jax.random.fold_in(step_key, 1), len(images), (batch,), replace=False)
-        return client_step(task, state, sent, images[drawn], jnp.ones(batch, bool), jax.random.fold_in(step_key, 2))
+        images_key = jax.random.fold_in(step_key, seeds.ServerTag.IMAGES)
+        drawn = jax.random.choice(images_key, len(images), (batch,), replace=False)
+        client_key = jax.random.fold_in(step_key, seeds.ServerTag.CLIENT_STEP)
+        return client_step(task, state, sent, images[drawn], jnp.ones(batch, bool), client_key)
 
     state, loss = jax.lax.scan(step, client_init(task, sent.trainable), jnp.arange(steps))
     return tree.put(params, rows, state.trainable), loss.mean()

@@ -6,7 +6,7 @@ import numpy as np
 
 from lwfedssl_jax.simulation.packing import PackedRound, pack_round
 from lwfedssl_jax.simulation.setup import Prepared
-from lwfedssl_jax.system.seeds import BATCHES_STREAM, SAMPLING_STREAM
+from lwfedssl_jax.system import seeds
 
 CALL_STEPS = 32  # steps that are laid out, and at most run, at once
 
@@ -28,7 +28,7 @@ class Cohort(NamedTuple):
 
 def draw_cohort(run: Prepared, number: int) -> Cohort:
     """The clients of a round."""
-    rng = np.random.default_rng([run.config.runtime.seed, SAMPLING_STREAM, number])
+    rng = seeds.rng(run.config.runtime.seed, seeds.RngTag.SAMPLING, number)
     clients = eligible_clients(run, number)
     drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
     stays = rng.random(len(drawn)) >= run.config.federation.dropout
@@ -48,6 +48,6 @@ def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound |
         run.config.optimizer.batch_size,
         run.config.federation.local_epochs,
         CALL_STEPS,
-        seed=(run.config.runtime.seed, BATCHES_STREAM, number),
+        seed=(run.config.runtime.seed, seeds.RngTag.BATCHES, number),
         one_a_call=run.keeps_clients,
     )
