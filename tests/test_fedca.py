@@ -94,7 +94,7 @@ def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
     for slot, c in ((0, 1), (2, 3)):
         rng = np.random.default_rng([config.runtime.seed, 2, 1, c])
         rows, real = batches(run.clients[c], 4, config.federation.local_epochs, rng)
-        client_key = jax.random.fold_in(seeds.round_key(config.runtime.seed, 1), c)
+        client_key = jax.random.fold_in(seeds.key(config.runtime.seed, seeds.KeyTag.ROUND, 1), c)
         local = client_init(run.task, sent.trainable)
         for i, (row, count) in enumerate(zip(rows, real, strict=True)):
             images, key = jnp.asarray(run.dataset.train_images[row[:count]]), jax.random.fold_in(client_key, i)

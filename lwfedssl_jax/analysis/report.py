@@ -18,6 +18,7 @@ from lwfedssl_jax.analysis.style import STYLES, save_with_svg, stage_ends
 from lwfedssl_jax.analysis.tables import Table
 from lwfedssl_jax.analysis.wording import percent, protocol_words
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, flat, join_lists, load, resolve, to_dict
+from lwfedssl_jax.system.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,9 +68,9 @@ def write_report(directories: Sequence[str | Path], out: Path) -> Path:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     out.mkdir(parents=True, exist_ok=True)
-    part = out / ".report.html.new"
-    part.write_text(environment.from_string(TEMPLATE.read_text()).render(content))
-    return part.replace(out / "report.html")
+    page = out / "report.html"
+    write_whole(page, environment.from_string(TEMPLATE.read_text()).render(content).encode())
+    return page
 
 
 def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:

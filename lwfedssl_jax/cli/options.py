@@ -13,7 +13,7 @@ import tyro
 
 from lwfedssl_jax.config import Config, ConfigError, load, override
 from lwfedssl_jax.config.device_classes import LEAST, MOST, QUANTITIES, DeviceClass, describe, read_csv
-from lwfedssl_jax.system.files import can_hold
+from lwfedssl_jax.system.files import can_write
 
 HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
@@ -206,7 +206,7 @@ def can_draw(path: Path) -> bool:
     """Whether a picture can be written there."""
     if path.suffix not in PICTURES or os.path.isdir(path) or not os.path.isdir(path.parent):
         return False
-    return os.access(path, os.W_OK) if os.path.isfile(path) else can_hold(path)
+    return os.access(path, os.W_OK) if os.path.isfile(path) else can_write(path)
 
 
 def parse(options: type[Options], arguments: list[str]) -> Options:

@@ -9,7 +9,7 @@ import numpy as np
 from lwfedssl_jax.config import Config, ConfigError, device_classes
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs.ledger import StageCost
-from lwfedssl_jax.system.seeds import FLEET_STREAM
+from lwfedssl_jax.system import seeds
 
 
 class Participation(NamedTuple):
@@ -118,7 +118,7 @@ def deal(devices: Sequence[DeviceClass], clients: int, seed: int) -> np.ndarray:
     exact = clients * counts / counts.sum()
     whole = np.floor(exact).astype(int)
     whole[np.argsort(whole - exact, kind="stable")[: clients - whole.sum()]] += 1
-    return np.random.default_rng([seed, FLEET_STREAM]).permutation(np.repeat(np.arange(len(devices)), whole))
+    return seeds.rng(seed, seeds.RngTag.FLEET).permutation(np.repeat(np.arange(len(devices)), whole))
 
 
 def make_fleet(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
 from lwfedssl_jax.data.cache import CLASSES, Example, Notify, Split, Undecoded, first_of, refuse, stamp
+from lwfedssl_jax.system import seeds
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -124,7 +125,7 @@ def _split(config: DataConfig, files: list[File]) -> tuple[list[File], list[File
         of_class = list(members)
         if len(of_class) < 2:
             raise refuse(config, f"has one image of class {label}", "two, one of them for testing, or a folder test")
-        order = np.random.default_rng(0).permutation(len(of_class))
+        order = seeds.fixed_rng().permutation(len(of_class))
         held = max(1, round(TEST_SHARE * len(of_class)))
         test += [of_class[i] for i in np.sort(order[:held])]
         train += [of_class[i] for i in np.sort(order[held:])]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lwfedssl_jax.config import ConfigError, PartitionConfig, choose
-from lwfedssl_jax.system.seeds import SERVER_IMAGES_STREAM
+from lwfedssl_jax.system import seeds
 
 
 class Population(Sequence[np.ndarray]):
@@ -124,12 +124,12 @@ def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) ->
             f"partition.server_share: {share} gives the server {held} of {examples} examples; "
             f"accepted: 0, or a share of at least 2 examples that leaves the clients some"
         )
-    return np.sort(np.random.default_rng([seed, SERVER_IMAGES_STREAM]).choice(examples, held, replace=False))
+    return np.sort(seeds.rng(seed, seeds.RngTag.SERVER_IMAGES).choice(examples, held, replace=False))
 
 
 def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     """Shares of a random permutation: equal to within one example, or log-normal with ``size_sigma``."""
-    n, clients, rng = len(labels_N), config.clients, np.random.default_rng([seed, 0])
+    n, clients, rng = len(labels_N), config.clients, seeds.rng(seed, seeds.RngTag.PARTITION)
     order = rng.permutation(n)
     if config.size_sigma:
         return _dealt(config, order, _owners(n, config.size_sigma * rng.standard_normal(clients)))
@@ -145,7 +145,7 @@ def quantity(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popula
 
 def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     """Every class split over the clients in shares drawn from a symmetric Dirichlet(beta)."""
-    rng = np.random.default_rng([seed, 0])
+    rng = seeds.rng(seed, seeds.RngTag.PARTITION)
     orders, owners = [], []
     for label in np.unique(labels_N):
         members = rng.permutation(np.flatnonzero(labels_N == label))
@@ -159,7 +159,7 @@ def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
 
 def shards(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     """``shards_per_client`` equal pieces for each client, at random, of all examples sorted by class."""
-    rng = np.random.default_rng([seed, 0])
+    rng = seeds.rng(seed, seeds.RngTag.PARTITION)
     shuffled = rng.permutation(len(labels_N))
     order = shuffled[np.argsort(labels_N[shuffled], kind="stable")]
     pieces, n = config.clients * config.shards_per_client, len(order)
@@ -172,7 +172,7 @@ def shards(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
 def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Population:
     """The data set's own clients, ``config.clients`` of them at random, in order; the others' examples are not used."""
     present, owner = np.unique(clients_N, return_inverse=True)
-    chosen = np.random.default_rng([seed, 0]).choice(len(present), config.clients, replace=False)
+    chosen = seeds.rng(seed, seeds.RngTag.PARTITION).choice(len(present), config.clients, replace=False)
     sizes, by_client = np.bincount(owner), np.argsort(owner, kind="stable")
     chosen = np.sort(chosen)
     return Population.disjoint(by_client[np.isin(owner[by_client], chosen)], sizes[chosen].astype(np.int32))
@@ -214,11 +214,11 @@ def shared(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
 
     Sizes are log-normal around ``examples_per_client`` (their median) with ``size_sigma``.
     """
-    spread = np.exp(config.size_sigma * np.random.default_rng([seed, 0]).standard_normal(config.clients))
+    spread = np.exp(config.size_sigma * seeds.rng(seed, seeds.RngTag.PARTITION).standard_normal(config.clients))
     sizes = np.clip(np.round(config.examples_per_client * spread), 1, len(labels_N)).astype(np.int32)
 
     def examples(i: int) -> np.ndarray:
-        return np.random.default_rng([seed, 0, i]).choice(len(labels_N), sizes[i], replace=False)
+        return seeds.rng(seed, seeds.RngTag.PARTITION, i).choice(len(labels_N), sizes[i], replace=False)
 
     return Population(sizes, examples)
 

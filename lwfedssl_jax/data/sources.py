@@ -8,6 +8,7 @@ import numpy as np
 from lwfedssl_jax.config import ConfigError, DataConfig
 from lwfedssl_jax.data import cache, files, tfds
 from lwfedssl_jax.data.cache import Notify, Undecoded
+from lwfedssl_jax.system import seeds
 
 
 class Dataset(NamedTuple):
@@ -122,7 +123,7 @@ def load_synthetic(config: DataConfig, notify: Notify = ignore, note: Notify | N
     not in colour or orientation, and keep to the image's middle, so that the ``digits``
     views leave the classes recognisable.
     """
-    rng = np.random.default_rng(0)
+    rng = seeds.fixed_rng()
     n, classes, size = config.synthetic_examples, config.synthetic_classes, config.image_size
     coarse = rng.integers(0, 256, (classes, 5, 5, 1), dtype=np.uint8)
     patterns = resize(coarse, size)[..., 0].astype(np.float32) / 255

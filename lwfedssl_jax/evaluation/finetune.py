@@ -18,7 +18,7 @@ from lwfedssl_jax.evaluation.frozen import Encode, Result, scores
 from lwfedssl_jax.method import stages
 from lwfedssl_jax.method.task import Task
 from lwfedssl_jax.models.encoder import Encoder
-from lwfedssl_jax.system.seeds import FINE_TUNE_STREAM
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 HEAD_STD = 0.01  # of the head's first weights
@@ -99,7 +99,7 @@ def train_state(job: FineTuneJob, notify: Callable[[str], None]) -> FineTuneStat
     n = len(labelled)
     batch_size = min(config.fine_tune_batch_size, n)
     fixed = FineTuneSetup(task.encoder, task.recipe, np.dtype(task.dtype), config, -(-n // batch_size))
-    key = jax.random.fold_in(jax.random.key(seed), FINE_TUNE_STREAM)
+    key = seeds.key(seed, seeds.KeyTag.FINE_TUNE)
     start = _existing(task.encoder, params, depth)
     image, mask_1 = jnp.zeros((1, *task.image_shape), task.dtype), jnp.ones(1, bool)
     # With fewer layers, the features need not have the width of the whole encoder's.
@@ -107,7 +107,7 @@ def train_state(job: FineTuneJob, notify: Callable[[str], None]) -> FineTuneStat
     state = _start(fixed, start, key, (width, dataset.classes))
     for epoch in range(config.fine_tune_epochs):
         notify(f"fine-tuning, epoch {epoch + 1} of {config.fine_tune_epochs}")
-        order = np.random.default_rng([seed, FINE_TUNE_STREAM, epoch]).permutation(n)
+        order = seeds.rng(seed, seeds.RngTag.FINE_TUNE, epoch).permutation(n)
         losses = []
         for step, first in enumerate(range(0, n, batch_size)):
             batch = order[first : first + batch_size]

@@ -18,6 +18,7 @@ from lwfedssl_jax.config import ConfigError, EvaluationConfig
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.data.views import Recipe, standardise
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 BATCH = 256  # images encoded at once
@@ -198,7 +199,7 @@ def _draw(labels_N: np.ndarray, per_class: int, draw: int) -> np.ndarray:
     """Indices of a random draw of ``per_class`` images of each class; of all images for 0."""
     if not per_class:
         return np.arange(len(labels_N))
-    rng = np.random.default_rng(draw)
+    rng = seeds.fixed_rng(draw)
     return np.concatenate(
         [rng.choice(np.flatnonzero(labels_N == c), per_class, replace=False) for c in np.unique(labels_N)]
     )

@@ -15,6 +15,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.method.client import client_init, client_step
 from lwfedssl_jax.method.stages import Stage, freeze
 from lwfedssl_jax.method.task import Broadcast, ClientState, Hyper, Task
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 
@@ -85,9 +86,10 @@ def calibrate(task: Task, batch_size: int, steps: int, work: ServerWork) -> tupl
 
     def step(state: ClientState, i: jax.Array) -> tuple[ClientState, jax.Array]:
         step_key = jax.random.fold_in(work.key, i)
-        drawn = jax.random.choice(jax.random.fold_in(step_key, 1), len(images), (batch,), replace=False)
-        every, views_key = jnp.ones(batch, bool), jax.random.fold_in(step_key, 2)
-        return client_step(task, state, broadcast, images[drawn], every, views_key)
+        images_key = jax.random.fold_in(step_key, seeds.ServerTag.IMAGES)
+        drawn = jax.random.choice(images_key, len(images), (batch,), replace=False)
+        every, client_key = jnp.ones(batch, bool), jax.random.fold_in(step_key, seeds.ServerTag.CLIENT_STEP)
+        return client_step(task, state, broadcast, images[drawn], every, client_key)
 
     state, loss = jax.lax.scan(step, client_init(task, broadcast.trainable), jnp.arange(steps))
     return tree.put(params, rows, state.trainable), loss.mean()

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from lwfedssl_jax.method.task import Broadcast, Route, Task
 from lwfedssl_jax.models.encoder import Depth
-from lwfedssl_jax.system.seeds import DROPOUT_STREAM
+from lwfedssl_jax.system import seeds
 
 
 def kept_layers(
@@ -28,7 +28,7 @@ def kept_layers(
       Numbers of the layers that run, counted from ``first``, in order and before all others; how
       many they are.
     """
-    skipped_L = jax.random.uniform(jax.random.fold_in(key, DROPOUT_STREAM), (layers,), jnp.float32) < rate
+    skipped_L = jax.random.uniform(jax.random.fold_in(key, seeds.StepTag.DEPTH_DROPOUT), (layers,), jnp.float32) < rate
     number_L = jnp.arange(layers) + first
     runs_L = (number_L < first + depth) & ~(jnp.take(skipped_L, number_L, mode="clip") & (number_L < droppable))
     return jnp.argsort(~runs_L, stable=True).astype(jnp.int32), runs_L.sum(dtype=jnp.int32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.method.objectives import nce, unit_norm
-from lwfedssl_jax.system.seeds import PUBLIC_STREAM
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 ALIGNMENT_TEMPERATURE = 0.5  # MOON's
@@ -78,7 +78,9 @@ def base(local: Local) -> jax.Array:
 def public_batch(public_NxHxWxC: jax.Array, size: int, key: jax.Array) -> jax.Array:
     """At most ``size`` of the public images, drawn for a step without repeats: PxHxWxC, uint8."""
     shape = (min(size, len(public_NxHxWxC)),)
-    drawn = jax.random.choice(jax.random.fold_in(key, PUBLIC_STREAM), len(public_NxHxWxC), shape, replace=False)
+    drawn = jax.random.choice(
+        jax.random.fold_in(key, seeds.StepTag.PUBLIC_IMAGES), len(public_NxHxWxC), shape, replace=False
+    )
     return public_NxHxWxC[drawn]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from lwfedssl_jax.simulation.packing import CohortData, Layout, PackedRound, pack_round
 from lwfedssl_jax.simulation.setup import Prepared
-from lwfedssl_jax.system.seeds import BATCHES_STREAM, SAMPLING_STREAM
+from lwfedssl_jax.system import seeds
 
 CALL_STEPS = 32  # steps that are laid out, and at most run, at once
 
@@ -28,7 +28,7 @@ class Cohort(NamedTuple):
 
 def draw_cohort(run: Prepared, number: int) -> Cohort:
     """The clients of a round."""
-    rng = np.random.default_rng([run.config.runtime.seed, SAMPLING_STREAM, number])
+    rng = seeds.rng(run.config.runtime.seed, seeds.RngTag.SAMPLING, number)
     clients = eligible_clients(run, number)
     drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
     stays = rng.random(len(drawn)) >= run.config.federation.dropout
@@ -43,4 +43,4 @@ def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound |
     optimizer, federation = run.config.optimizer, run.config.federation
     layout = Layout(run.lanes, optimizer.batch_size, federation.local_epochs, CALL_STEPS, run.keeps_clients)
     data = CohortData(clients, run.clients, run.clients.sizes[clients].tolist())
-    return pack_round(data, layout, (run.config.runtime.seed, BATCHES_STREAM, number))
+    return pack_round(data, layout, (run.config.runtime.seed, seeds.RngTag.BATCHES, number))

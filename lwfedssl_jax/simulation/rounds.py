@@ -21,7 +21,7 @@ from lwfedssl_jax.method.depth_dropout import routes
 from lwfedssl_jax.method.exchange import Batch, Exchange
 from lwfedssl_jax.method.task import Broadcast, ClientState, Task, weights_of
 from lwfedssl_jax.simulation.packing import Schedule
-from lwfedssl_jax.system.seeds import CONTRIBUTION_STREAM, FINISH_STREAM
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 LANES = "lanes"  # the mesh's only axis
@@ -234,7 +234,7 @@ def lane_step(
     loss = jnp.where(real > 0, loss.astype(jnp.float32) * real.astype(jnp.float32), 0)
     loss = jnp.where(row.step == 0, 0, lane.loss) + loss
     samples = jnp.where(row.step == 0, 0, lane.samples) + real
-    own_context = context._replace(key=jax.random.fold_in(client_key, CONTRIBUTION_STREAM))
+    own_context = context._replace(key=jax.random.fold_in(client_key, seeds.ClientTag.CONTRIBUTION))
     update = Update(state.trainable, weight, loss, samples, uploaded)
     added = contribution(method.aggregator, own_context, broadcast, update)
     # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
@@ -281,7 +281,7 @@ def finish_round(method: Method, context: RoundContext, state: Tree, broadcast: 
     total = jax.tree.map(lambda x: x.sum(0), carry.total)
     examples = jnp.maximum(total.examples, 1)
     mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), total.weighted)
-    context = context._replace(key=jax.random.fold_in(context.key, FINISH_STREAM))
+    context = context._replace(key=jax.random.fold_in(context.key, seeds.RoundTag.FINISH))
     state, trainable, found = method.aggregator.finish(context, state, broadcast, mean, total.summed)
     chex.assert_trees_all_equal_shapes_and_dtypes(trainable, broadcast.trainable)
     # The variance by its two moments, both around what was sent, near which all clients are.

@@ -12,7 +12,7 @@ from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation.events import Compiling, Hear
 from lwfedssl_jax.simulation.setup import Cache, Prepared, check_finite, initial_params
-from lwfedssl_jax.system.seeds import BASE_STREAM, SERVER_STREAM, stream_key
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 
@@ -40,7 +40,7 @@ class ServerTraining:
           FloatingPointError: the loss is not finite.
         """
         config = self._run.config
-        key = jax.random.fold_in(stream_key(config.runtime.seed, SERVER_STREAM), number)
+        key = seeds.key(config.runtime.seed, seeds.KeyTag.SERVER, number)
         params, loss = self._train(stage, params, config.additions.calibration_steps, key)
         check_finite(config, "the calibration's loss is not finite", number, loss)
         return params, loss
@@ -55,7 +55,7 @@ class ServerTraining:
         run = self._run
         if not fedca.has_base(run.config):
             return {}
-        (stage,), key = run.stages, stream_key(run.config.runtime.seed, BASE_STREAM)
+        (stage,), key = run.stages, seeds.key(run.config.runtime.seed, seeds.KeyTag.BASE)
         params, loss = self._train(stage, initial_params(run), run.config.additions.base_steps, key)
         check_finite(run.config, "the base model's loss is not finite", 0, loss)
         return {"base": jax.device_get(tree.take(params, stage.rows)), "public": run.server_images}

@@ -24,8 +24,8 @@ from lwfedssl_jax.method.task import Hyper, Task, init_params, make_task, param_
 from lwfedssl_jax.simulation.events import Hear, Loading, Note, ignore
 from lwfedssl_jax.simulation.lanes import SAMPLES_AT_ONCE, lanes_and_mesh
 from lwfedssl_jax.simulation.rounds import LANES, Method
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.system.devices import memory_limit
-from lwfedssl_jax.system.seeds import INIT_STREAM, stream_key
 from lwfedssl_jax.tree import Tree
 
 GIB = 2**30
@@ -203,5 +203,5 @@ def not_finite(config: Config, what: str, number: int) -> FloatingPointError:
 
 def initial_params(run: Prepared) -> Tree:
     """The seed's fresh parameters of all layers; a layer keeps them until its stage begins."""
-    key = stream_key(run.config.runtime.seed, INIT_STREAM)
+    key = seeds.key(run.config.runtime.seed, seeds.KeyTag.INIT)
     return jax.jit(functools.partial(init_params, run.task))(key)

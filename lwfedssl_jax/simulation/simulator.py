@@ -32,8 +32,8 @@ from lwfedssl_jax.simulation.setup import (
 )
 from lwfedssl_jax.simulation.stack import Stack
 from lwfedssl_jax.simulation.state import RoundState, resume_one
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.system.devices import from_first, memory_limit, program_memory
-from lwfedssl_jax.system.seeds import round_key
 from lwfedssl_jax.tree import Tree
 
 SECONDS_PER_CALL = 5.0  # progress is seen after each call
@@ -208,8 +208,9 @@ class Simulator:
         return broadcast, carry, RoundState(server, {}, exchange)
 
     def _context(self, number: int) -> RoundContext:
-        keys = [np.asarray(jax.random.key_data(round_key(run.config.runtime.seed, number))) for run in self.runs]
-        return RoundContext(self.stack.place(np.int32(number)), self.stack.gather(keys), self._hyper)
+        keys = [seeds.key(run.config.runtime.seed, seeds.KeyTag.ROUND, number) for run in self.runs]
+        key_data = [np.asarray(jax.random.key_data(key)) for key in keys]
+        return RoundContext(self.stack.place(np.int32(number)), self.stack.gather(key_data), self._hyper)
 
     def _train(
         self,

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.sweep.grid import SweepFile, SweepRun
-from lwfedssl_jax.system.files import can_hold
+from lwfedssl_jax.system.files import DirectoryLock, can_write, is_leftover, write_whole
 
 INDEX, SOURCE, LOCK = "sweep.json", "sweep.py", ".sweep.lock"
 
@@ -33,24 +31,19 @@ class SweepDirectory:
             ],
             "failed": {},
         }
-        self._lock = filelock.FileLock(path / LOCK, timeout=0)
-        there = [p for p in path.iterdir() if p.name != LOCK] if path.is_dir() else []
+        self._lock = DirectoryLock(path / LOCK)
+        there = [p for p in path.iterdir() if p.name != LOCK and not is_leftover(p)] if path.is_dir() else []
         if (path.exists() and not path.is_dir()) or (there and not (path / INDEX).is_file()):
             raise ConfigError(f"--workdir: {path} holds no sweep; accepted: a new or empty directory, or a sweep's")
-        if not can_hold(path):
+        if not can_write(path):
             raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
 
     def take(self) -> None:
         """Make the directory this process's and write ``sweep.json``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise ConfigError(
-                f"--workdir: {self.path} is in use by another process; accepted: another directory, or wait"
-            ) from None
+        self._lock.acquire()
         self._write()
-        (self.path / SOURCE).write_text(self._source)
+        write_whole(self.path / SOURCE, self._source.encode())
 
     def close(self) -> None:
         """Let other processes use the directory."""
@@ -66,6 +59,4 @@ class SweepDirectory:
         return (self.path / run.directory / "summary.json").is_file()
 
     def _write(self) -> None:
-        part = self.path / f".{INDEX}.new"
-        part.write_text(json.dumps(self._content, indent=1) + "\n")
-        part.replace(self.path / INDEX)
+        write_whole(self.path / INDEX, f"{json.dumps(self._content, indent=1)}\n".encode())

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lwfedssl_jax.system.errors import ConfigError
-from lwfedssl_jax.system.files import can_hold
+from lwfedssl_jax.system.files import can_write
 from lwfedssl_jax.tree import Tree
 
 MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
@@ -50,7 +50,7 @@ def set_up_cache(folder: str | None) -> None:
         return
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lwfedssl_jax"
     asked = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not can_hold(Path(asked or default)):
+    if not can_write(Path(asked or default)):
         if asked:
             raise ConfigError(f"--compilation-cache: {asked} cannot be written; accepted: a folder, or off")
         return

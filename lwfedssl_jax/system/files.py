@@ -1,13 +1,37 @@
-"""Files and folders that can be written."""
+"""Files written whole, directories locked for one process, and whether a path can be written."""
 
+import os
 import tempfile
 from pathlib import Path
 
-PROBE = ".lwfedssl-"  # a killed process may leave a folder of that name
+import filelock
+
+from lwfedssl_jax.system.errors import ConfigError
+
+PROBE = ".lwfedssl-"  # prefix of the folders that `can_write` makes
 
 
-def can_hold(path: Path) -> bool:
-    """Whether a folder is there, or can be made, and be written to; tried, as permissions alone do not tell."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, even if the process is killed or the machine crashes on the way.
+
+    Raises:
+      OSError: the file cannot be written; what was there before is unchanged.
+    """
+    part = path.with_name(f".{path.name}.new")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether the name is one that a process leaves if it is killed in ``write_whole`` or ``can_write``."""
+    return path.name.startswith(PROBE) or (path.name.startswith(".") and path.name.endswith(".new"))
+
+
+def can_write(path: Path) -> bool:
+    """Whether a folder exists, or can be made, and be written to; by trying it: permissions alone do not tell."""
     path = path.absolute()
     try:
         nearest = next(p for p in [path, *path.parents] if p.exists())
@@ -16,3 +40,40 @@ def can_hold(path: Path) -> bool:
             return True
     except OSError:  # also names that are too long
         return False
+
+
+class DirectoryLock:
+    """A lock on a directory, held by one process at a time and released by the system if that process dies.
+
+    Args:
+      file: the lock file, in the directory, which must exist when the lock is acquired.
+      patience: seconds to wait for the process that holds the lock.
+    """
+
+    def __init__(self, file: Path, patience: float = 0) -> None:
+        self._directory = file.parent
+        self._lock = filelock.FileLock(file, timeout=patience, is_singleton=False)
+
+    def acquire(self) -> None:
+        """Keep the directory for this process until ``release``; does nothing if the file system has no locks.
+
+        Raises:
+          ConfigError: another process holds the lock.
+        """
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise self.in_use() from None
+        except NotImplementedError:
+            pass
+
+    def release(self) -> None:
+        """Let other processes use the directory."""
+        self._lock.release()
+
+    def in_use(self) -> ConfigError:
+        """The error that refuses a directory which another process uses."""
+        return ConfigError(
+            f"--workdir: {self._directory} is in use by another process; accepted: another directory, or wait until "
+            "it ends"
+        )

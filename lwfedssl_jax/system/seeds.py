@@ -1,28 +1,99 @@
-"""Every random stream that comes from a run's seed."""
+"""Every random stream of the package: tables of the tags that tell streams apart, for JAX's keys and for NumPy's.
+
+The streams of a run's seed; what stands behind an arrow is folded into the key, or added to the seed sequence::
+
+    JAX    seed -> KeyTag.INIT
+                -> KeyTag.ROUND -> round -> client -> step -> sample, or a StepTag
+                                                   -> a ClientTag
+                                         -> a RoundTag
+                -> KeyTag.SERVER -> round -> step -> a ServerTag
+                -> KeyTag.BASE -> step -> a ServerTag
+                -> KeyTag.FINE_TUNE -> 0 for the head, or epoch (from 1) -> step -> sample
+    NumPy  seed -> RngTag.PARTITION, also -> client
+                -> RngTag.SAMPLING -> round
+                -> RngTag.BATCHES -> round -> client
+                -> RngTag.SERVER_IMAGES
+                -> RngTag.FLEET
+                -> RngTag.FINE_TUNE -> epoch (from 0)
+"""
+
+import enum
 
 import jax
-
-FLEET_STREAM = 4  # of the seed in NumPy's generators
-
-SERVER_IMAGES_STREAM = 3  # of the seed in NumPy's generators; 0 is the clients'
-
-DROPOUT_STREAM, PUBLIC_STREAM = 2**32 - 1, 2**32 - 2  # of a step's key; its samples take 0 to B - 1
-
-CONTRIBUTION_STREAM = 2**32 - 3  # of a client's key; its steps take the smaller numbers
-FINISH_STREAM = 2**32 - 4  # of a round's key; its clients take the smaller numbers
-
-FINE_TUNE_STREAM = 64  # of the seed, here and in NumPy's generators; the simulation's are smaller
-
-# Streams of the seed; clients add round, client and step to theirs.
-INIT_STREAM, ROUND_STREAM, SERVER_STREAM, BASE_STREAM = 0, 1, 2, 3
-SAMPLING_STREAM, BATCHES_STREAM = 1, 2  # of NumPy's generators; 0 and 3 are the partition's
+import numpy as np
 
 
-def round_key(seed: int, number: int) -> jax.Array:
-    """The key of a round, from which those of its clients and steps come."""
-    return jax.random.fold_in(stream_key(seed, ROUND_STREAM), number)
+@enum.unique
+class KeyTag(enum.IntEnum):
+    """Uses of a run's seed by JAX."""
+
+    INIT = 0
+    ROUND = 1
+    SERVER = 2
+    BASE = 3
+    FINE_TUNE = 64
 
 
-def stream_key(seed: int, stream: int) -> jax.Array:
-    """The key of one use of the seed."""
-    return jax.random.fold_in(jax.random.key(seed), stream)
+@enum.unique
+class RoundTag(enum.IntEnum):
+    """Uses of a round's key, in addition to its clients, which take their numbers."""
+
+    FINISH = 2**32 - 4
+
+
+@enum.unique
+class ClientTag(enum.IntEnum):
+    """Uses of the key of a client in a round, in addition to its steps, which take the numbers from 0."""
+
+    CONTRIBUTION = 2**32 - 3
+
+
+@enum.unique
+class StepTag(enum.IntEnum):
+    """Uses of the key of a client's step, in addition to its samples, which take 0 to B - 1."""
+
+    PUBLIC_IMAGES = 2**32 - 2
+    DEPTH_DROPOUT = 2**32 - 1
+
+
+@enum.unique
+class ServerTag(enum.IntEnum):
+    """Uses of the key of a step that the server trains itself."""
+
+    IMAGES = 1
+    CLIENT_STEP = 2
+
+
+@enum.unique
+class RngTag(enum.IntEnum):
+    """Uses of a run's seed by NumPy.
+
+    A new tag must not be 0: NumPy pads seed sequences with zeros, so that ``[seed]``, ``[seed, 0]`` and
+    ``[seed, 0, 0]`` give the same numbers. PARTITION keeps its 0 although its numbers are therefore those of
+    ``fixed_rng(seed)`` and of its own client 0: another tag would change every run.
+    """
+
+    PARTITION = 0
+    SAMPLING = 1
+    BATCHES = 2
+    SERVER_IMAGES = 3
+    FLEET = 4
+    FINE_TUNE = 64
+
+
+def key(seed: int, tag: KeyTag, *path: int) -> jax.Array:
+    """Return the typed key of one use of the seed, with ``path``, such as a round's number, folded in."""
+    folded = jax.random.key(seed)
+    for number in (tag, *path):
+        folded = jax.random.fold_in(folded, number)
+    return folded
+
+
+def rng(seed: int, tag: RngTag, *path: int) -> np.random.Generator:
+    """Return NumPy's generator for one use of the seed and for ``path``, such as a round's number."""
+    return np.random.default_rng([seed, tag, *path])
+
+
+def fixed_rng(number: int = 0) -> np.random.Generator:
+    """Return a generator that gives the same numbers in every run, whatever its seed."""
+    return np.random.default_rng(number)

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from lwfedssl_jax.tree import Tree
+from lwfedssl_jax.workdir.metrics import METRICS
 
 KEPT = 3  # the last ones, besides those that are always kept
-METRICS, MANIFEST = "metrics.jsonl", "manifest.sha256"  # the latter in the format of sha256sum
+MANIFEST = "manifest.sha256"  # in the format of sha256sum
 
 
 class Checkpoint(NamedTuple):

@@ -3,21 +3,19 @@
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 
 from lwfedssl_jax.config import INERT_FIELDS, Config, ConfigError, digest, flat, from_dict, to_dict
-from lwfedssl_jax.system.files import PROBE, can_hold
+from lwfedssl_jax.system.files import DirectoryLock, can_write, is_leftover, write_whole
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import checkpoint
-from lwfedssl_jax.workdir.checkpoint import METRICS, Checkpoint
-from lwfedssl_jax.workdir.metrics import read_lines, whole_line
+from lwfedssl_jax.workdir.checkpoint import Checkpoint
+from lwfedssl_jax.workdir.metrics import METRICS, read_lines, whole_line
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl_jax")
 LOCK = ".lock"
@@ -46,14 +44,14 @@ class WorkDir:
         self.path = path
         self.summary: dict[str, Any] | None = None
         self._config, self._code, self._command = config, code, list(command)
-        self._lock = filelock.FileLock(path / LOCK, timeout=patience, is_singleton=False)
+        self._lock = DirectoryLock(path / LOCK, patience)
         self._is_new = True
         try:
             if path.exists() and not path.is_dir():
                 raise ConfigError(
                     f"--workdir: {path} is not a directory; accepted: a new or empty directory, or a run's"
                 )
-            if path.is_dir() and any(not _is_ours(p) for p in path.iterdir()):
+            if path.is_dir() and any(p.name != LOCK and not is_leftover(p) for p in path.iterdir()):
                 self._check_same_run()
                 self._is_new = False
                 summary = path / "summary.json"
@@ -62,7 +60,7 @@ class WorkDir:
                     raise ConfigError(
                         f"--workdir: {summary} is no run's summary; accepted: remove it to continue the run"
                     )
-            if self.summary is None and not can_hold(path):
+            if self.summary is None and not can_write(path):
                 raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
             raise ConfigError(
@@ -76,7 +74,7 @@ class WorkDir:
           ConfigError: another process is using it.
         """
         if not self._is_new:
-            self._lock_it()
+            self._lock.acquire()
 
     def restore(self) -> tuple[Checkpoint | None, dict[int, str]]:
         """The last whole checkpoint, and what is wrong with newer ones; ``metrics.jsonl`` is as it was then.
@@ -102,7 +100,7 @@ class WorkDir:
                 if not (content := whole_line(line)) or content["round"] > found.rounds:
                     break
                 kept += line
-        self._replace(METRICS, kept)
+        self._write(METRICS, kept)
         return found, faults
 
     def open(self, lanes: int, devices: int) -> None:
@@ -113,10 +111,10 @@ class WorkDir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_it()
+            self._lock.acquire()
             file = self.path / "config.json"
             if self._is_new and file.exists():
-                raise self._taken()
+                raise self._lock.in_use()
             entries = (
                 json.loads(file.read_text())
                 if file.exists()
@@ -159,24 +157,19 @@ class WorkDir:
     def save_encoder(self, files: dict[str, bytes]) -> None:
         """What ``export.encoder_files`` gives."""
         for name, content in files.items():
-            self._replace(name, content)
+            self._write(name, content)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all."""
-        self._replace(name, json.dumps(content, indent=1) + "\n")
+        self._write(name, f"{json.dumps(content, indent=1)}\n".encode())
 
     @property
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def _replace(self, name: str, content: str | bytes) -> None:
-        temporary = self.path / f".{name}.new"
+    def _write(self, name: str, content: bytes) -> None:
         with self.writing(name):
-            with temporary.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
+            write_whole(self.path / name, content)
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -189,19 +182,6 @@ class WorkDir:
                 f"--workdir: {what} cannot be written in {self.path} ({error.strerror or error}); what was saved "
                 "before is whole, and the same command continues from it",
             ) from error
-
-    def _lock_it(self) -> None:
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise self._taken() from None
-        except NotImplementedError:  # a file system without locks
-            pass
-
-    def _taken(self) -> ConfigError:
-        return ConfigError(
-            f"--workdir: {self.path} is in use by another process; accepted: another directory, or wait until it ends"
-        )
 
     def _check_same_run(self) -> None:
         file = self.path / "config.json"
@@ -222,11 +202,6 @@ class WorkDir:
                     f"--workdir: {self.path} holds another config's run: {name} is {old[name]!r} there, "
                     f"{value!r} here; accepted: the same config, or another directory"
                 )
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file may be left by a process that was killed before it wrote ``config.json``."""
-    return path.name in (LOCK, ".config.json.new") or path.name.startswith(PROBE)
 
 
 def _listed(faults: dict[int, str]) -> str:
