@@ -1,4 +1,4 @@
-"""The library from Python: a script or a notebook builds a config, trains it, and looks at what came out."""
+"""The library from Python, for scripts and notebooks: load a config, train it, look at the results."""
 
 import functools
 import io
@@ -19,6 +19,7 @@ from lwfedssl_jax.experiment.progress import ConsoleProgress, NotebookProgress
 from lwfedssl_jax.system import devices
 from lwfedssl_jax.workdir import WorkDir
 from lwfedssl_jax.workdir.directory import default_workdir
+from lwfedssl_jax.workdir.metrics import read_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run, as ``train`` returns it.
 
     Attributes:
-      directory: its work directory.
-      config: resolved.
-      summary: the content of ``summary.json``.
+      directory: the work directory.
+      config: the config that was run, resolved.
+      summary: the content of ``summary.json`` (``workdir.schema.Summary``).
     """
 
     directory: Path
@@ -44,20 +45,32 @@ class Run:
 
     @property
     def metrics(self) -> "pd.DataFrame":
-        """A row a round, with ``accuracy.PROTOCOL`` where it has been evaluated; round 0 is the untrained encoder."""
+        """What was measured in each round, as a table.
+
+        Returns:
+          One row per round, indexed by ``round``; round 0 is the untrained encoder. The columns are the fields of
+          ``workdir.schema.RoundLine`` (loss, bytes and seconds of the round, ...), and ``accuracy.PROTOCOL``, from 0
+          to 1, which is NaN in rounds after which the encoder was not evaluated.
+        """
         import pandas as pd
 
-        lines = self._lines()
+        lines = read_lines(self.directory)
         rounds = pd.DataFrame([line for line in lines if "event" not in line]).set_index("round")
-        judged = [line for line in lines if "event" in line and "baseline" not in line]
+        evaluations = [line for line in lines if "event" in line and "baseline" not in line]
         accuracies = pd.DataFrame(
-            {"round": line["round"], f"accuracy.{line['protocol']}": line["accuracy"]} for line in judged
+            {"round": line["round"], f"accuracy.{line['protocol']}": line["accuracy"]} for line in evaluations
         )
-        return rounds.join(accuracies.groupby("round").first(), how="outer") if judged else rounds
+        return rounds.join(accuracies.groupby("round").first(), how="outer") if evaluations else rounds
 
     @property
     def resources(self) -> "pd.DataFrame":
-        """What one client spends over the whole run: a row a strategy, in bytes and multiply-adds of a sample."""
+        """What one client spends over the whole run under each strategy, as a table.
+
+        Returns:
+          One row per strategy that can run with the config. The columns are ``total_bytes`` and
+          ``worst_case_total_bytes`` of traffic; ``flops_paper_rule`` and ``flops_executed``, multiply-adds per sample;
+          ``peak_memory_bytes`` of one training step.
+        """
         import pandas as pd
 
         costs = ("total_bytes", "worst_case_total_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
@@ -65,31 +78,33 @@ class Run:
         return pd.DataFrame([[ledger[cost] for cost in costs] for ledger in ledgers.values()], [*ledgers], [*costs])
 
     def plot(self, *others: "Run", protocol: str | None = None) -> "Figure":
-        """Accuracy against traffic, of this run and of others beside it, by their directories' names.
+        """Plot accuracy against traffic, for this run and others, labelled with the names of their directories.
 
         Args:
-          others: runs that the protocol has judged too.
-          protocol: such as ``knn``; by default the first of this run's.
+          others: more runs that were evaluated with the same protocol.
+          protocol: an evaluation protocol, such as ``knn``; by default the first one in this run's summary.
+
+        Returns:
+          A figure, which a notebook shows and ``savefig`` writes.
 
         Raises:
-          ConfigError: the protocol has not judged one of the runs.
+          ConfigError: one of the runs was not evaluated with the protocol.
         """
         runs = {run.directory.name: run for run in (self, *others)}
         if not self.summary["evaluation"]:
-            raise ConfigError(f"protocol: none has judged {self.directory}; accepted: a run whose images have labels")
+            raise ConfigError(f"protocol: {self.directory} was not evaluated; accepted: a run whose images have labels")
         protocol = protocol or next(iter(self.summary["evaluation"]))
         for run in runs.values():
             choose("protocol", protocol, run.summary["evaluation"])
-        figure = run_plots.accuracy_against_traffic({name: [run._lines()] for name, run in runs.items()}, protocol)
+        figure = run_plots.accuracy_against_traffic(
+            {name: [read_lines(run.directory)] for name, run in runs.items()}, protocol
+        )
         figure._repr_png_ = functools.partial(_png, figure)  # for notebooks that have not loaded pyplot
         return figure
 
     def encoder(self) -> export.TrainedEncoder:
-        """``images -> features``; see ``load_encoder``."""
+        """Load the trained encoder, a function from images to features; see ``load_encoder``."""
         return export.load_encoder(self.directory)
-
-    def _lines(self) -> list[dict[str, Any]]:
-        return WorkDir(self.directory, self.config).metrics()
 
 
 def _png(figure: "Figure") -> bytes:
@@ -99,10 +114,18 @@ def _png(figure: "Figure") -> bytes:
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The named config, or that of a Python file, with ``{"section.field": value}`` replaced, checked and complete.
+    """Load a config, replace some of its fields, and check it.
+
+    Args:
+      name: a name that ``python run.py list`` shows, or a path to a Python file that defines ``config``.
+      overrides: new values by field, ``{"section.field": value}``.
+
+    Returns:
+      The config, resolved: fields that the config leaves open are filled in.
 
     Raises:
-      ConfigError: naming the field, the value and what is accepted.
+      ConfigError: the config does not exist or cannot be trained; the message names the field, its value and what is
+        accepted.
     """
     config = resolve(override(load(name), overrides or {}))
     set_up()
@@ -114,12 +137,15 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
     """Train, evaluate and write the work directory; an interrupted run continues, a finished one is only read.
 
     Args:
-      config: as ``load_config`` gives it, or a ``Config`` of your own.
-      directory: where the run lives; by default ``runs/STRATEGY-HASH``, one for each config.
-      progress: show how it goes.
+      config: from ``load_config``, or a ``Config`` of your own.
+      directory: the work directory; by default ``runs/STRATEGY-HASH``, one per config.
+      progress: whether to show progress on standard error, or in the notebook.
 
     Raises:
-      ConfigError: bad input; see ``experiment.train`` for this and all else.
+      ConfigError: the config cannot be trained, or the directory holds another run.
+      FloatingPointError: training diverged.
+      KeyboardInterrupt: on Ctrl-C, after the last finished round has been saved.
+      OSError: something cannot be written; what was saved before is whole.
     """
     config = resolve(config)
     set_up()
@@ -133,7 +159,7 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
 
 
 def set_up() -> None:
-    """A device for each CPU core and a cache of compiled programs, unless JAX has started, or has a cache, already."""
+    """Give JAX one device per CPU core, unless it has started, and a compilation cache, unless it has one."""
     devices.set_up_cpu()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         devices.set_up_cache(None)

@@ -44,7 +44,7 @@ def run_and_print(config: Config, arguments: Sequence[str], path: Path | None) -
     if workdir.summary is not None:
         experiment.train(config, workdir)
         out.print(f"{path} holds this run, finished; this is its summary (--workdir DIR starts another)")
-        out.print(terminal.summary_tables(workdir.summary))
+        out.print(terminal.summary_tables(dict(workdir.summary)))
         return
     began = time.monotonic()
     with ConsoleProgress(Console(stderr=True)) as progress:

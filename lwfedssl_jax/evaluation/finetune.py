@@ -14,7 +14,7 @@ from lwfedssl_jax.config import EvaluationConfig
 from lwfedssl_jax.data.rand_augment import LARGEST_MAGNITUDE, MAGNITUDE, OPERATIONS_DRAWN, rand_augment
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.data.views import Recipe
-from lwfedssl_jax.evaluation.frozen import Encode, Result, scores
+from lwfedssl_jax.evaluation.frozen import Encode, Scores, scores
 from lwfedssl_jax.method import stages
 from lwfedssl_jax.method.task import Task
 from lwfedssl_jax.models.encoder import Encoder
@@ -22,6 +22,17 @@ from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
 HEAD_STD = 0.01  # of the head's first weights
+
+
+class FineTuneResult(Scores):
+    """The scores of fine-tuning and its settings."""
+
+    epochs: int
+    warmup_epochs: int
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    views: str
 
 
 class FineTuneSetup(NamedTuple):
@@ -62,7 +73,7 @@ class FineTuneJob(NamedTuple):
     seed: int
 
 
-def fine_tune(job: FineTuneJob, encode: Encode, notify: Callable[[str], None] = lambda _: None) -> Result:
+def fine_tune(job: FineTuneJob, encode: Encode, notify: Callable[[str], None] = lambda _: None) -> FineTuneResult:
     """Train layers L1..L_depth and a linear head on all labelled images, and evaluate them on the test images.
 
     Args:

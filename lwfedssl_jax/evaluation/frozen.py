@@ -1,7 +1,8 @@
 """Evaluation of an encoder by a linear probe and kNN on its frozen features, without heads."""
 
 import functools
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Literal, NotRequired, Protocol, TypedDict, cast, final
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,50 @@ BATCH = 256  # images encoded at once
 KNN_TEMPERATURE = 0.07  # of Wu et al., 2018 (arXiv 1805.01978)
 PROBE_ITERATIONS = 1000
 
-Result = dict[str, Any]
+
+class Scores(TypedDict):
+    """Accuracy, and means over classes of accuracy, precision, recall and F1, all in [0, 1]."""
+
+    accuracy: float
+    mean_per_class_accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+
+class ProbeResult(Scores):
+    """Means over draws of a linear probe's scores, the standard deviation of its accuracy, and its settings."""
+
+    std: float
+    labels_per_class: int | Literal["all"]
+    draws: int
+    classifier: str
+    max_iterations: int
+
+
+class KnnResult(Scores):
+    """The scores of kNN and its settings."""
+
+    neighbours: int
+    classifier: str
+
+
+@final
+class EvaluationLine(Scores):
+    """An evaluation's line of ``metrics.jsonl``, which also has the other fields of the protocol's result.
+
+    Attributes:
+      round: after which the encoder was evaluated; 0 is the untrained encoder.
+      depth: number of layers, L1..L_depth, whose features were evaluated.
+      protocol: ``linear_probe_K``, ``linear_probe_all``, ``knn`` or ``fine_tune``.
+      baseline: ``scratch`` for fine-tuning of the untrained encoder.
+    """
+
+    event: Literal["evaluation"]
+    round: int
+    depth: int
+    protocol: str
+    baseline: NotRequired[str]
 
 
 class Encode(Protocol):
@@ -125,7 +169,7 @@ def forward(
 
 def evaluate(
     config: EvaluationConfig, dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray
-) -> dict[str, Result]:
+) -> dict[str, ProbeResult | KnnResult]:
     """Evaluate frozen features by the protocols of the config.
 
     Returns:
@@ -135,7 +179,7 @@ def evaluate(
     """
     train_NxD = train_NxD[dataset.labelled]
     dataset = dataset._replace(train_labels=dataset.train_labels[dataset.labelled])
-    results = {}
+    results: dict[str, ProbeResult | KnnResult] = {}
     # With a thread per core, BLAS threads of these small products wait for each other: 5 CPU seconds in place of 0.03.
     with threadpool_limits(1):
         for labels in config.labels_per_class:
@@ -146,8 +190,8 @@ def evaluate(
     return results
 
 
-def scores(true_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
-    """Compute accuracy, and means over classes of accuracy, precision, recall and F1, all in [0, 1].
+def scores(true_N: np.ndarray, predicted_N: np.ndarray) -> Scores:
+    """Return the scores of predicted against true classes.
 
     As usual, the latter three include a class that is only predicted; the mean accuracy does not.
     """
@@ -162,9 +206,15 @@ def scores(true_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
     }
 
 
+def mean_scores(draws: Sequence[Scores]) -> Scores:
+    """Return each score's mean over draws."""
+    values = [cast(dict[str, float], draw) for draw in draws]
+    return cast(Scores, {name: float(np.mean([draw[name] for draw in values])) for name in values[0]})
+
+
 def linear_probe(
     dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, labels_per_class: int, draws: int
-) -> Result:
+) -> ProbeResult:
     """Evaluate standardised features by logistic regression (multinomial, L2, C = 1); 0 labels per class means all."""
     drawn = []
     for draw in range(draws if labels_per_class else 1):
@@ -173,8 +223,8 @@ def linear_probe(
         probe.fit(train_NxD[chosen], dataset.train_labels[chosen])
         drawn.append(scores(dataset.test_labels, probe.predict(test_NxD)))
     return {
-        **{name: float(np.mean([result[name] for result in drawn])) for name in drawn[0]},
-        "std": float(np.std([result["accuracy"] for result in drawn])),
+        **mean_scores(drawn),
+        "std": float(np.std([draw_scores["accuracy"] for draw_scores in drawn])),
         "labels_per_class": labels_per_class or "all",
         "draws": len(drawn),
         "classifier": "logistic regression (L2, C = 1) on standardised features",
@@ -182,7 +232,7 @@ def linear_probe(
     }
 
 
-def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbours: int) -> Result:
+def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbours: int) -> KnnResult:
     """Evaluate features by kNN on cosine similarity s, with votes ``exp(s / 0.07)`` (Wu et al., arXiv 1805.01978)."""
     classifier = KNeighborsClassifier(
         neighbours, metric="cosine", weights=lambda distance: np.exp(-distance / KNN_TEMPERATURE)

@@ -176,7 +176,7 @@ class Tracking:
             except Exception as error:  # of any kind: no run is to end for its trackers
                 self._note_failure(name, error)
         for line in self._workdir.metrics():
-            self._log(line)
+            self._log(dict(line))
 
     def _log(self, line: dict[str, Any]) -> None:
         self._step = max(self._step, line["round"])  # training from scratch, a round 0, is judged last

@@ -73,7 +73,7 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
         check_same_config(run.config)
         finished = run.workdir.summary if run.workdir else None
         if from_first(np.array(finished is not None)):
-            run.summary = finished or {}
+            run.summary = dict(finished or {})
     try:
         with Interrupts(lambda text: runs[0].hear(Note(text))) as interrupts, contextlib.ExitStack() as trackers:
             for run in runs:

@@ -1,6 +1,6 @@
 """A round's line of ``metrics.jsonl``."""
 
-from typing import Any
+from typing import Any, NotRequired, TypedDict, final
 
 from lwfedssl_jax.costs.traffic import Traffic
 from lwfedssl_jax.method.stages import Stage
@@ -9,8 +9,50 @@ from lwfedssl_jax.simulation.packing import PackedRound
 from lwfedssl_jax.simulation.setup import Prepared
 
 
-def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort) -> dict[str, Any]:
-    """A round's line as it is if nobody reports."""
+@final
+class RoundLine(TypedDict):
+    """A round's line of ``metrics.jsonl``.
+
+    Attributes:
+      round: from 1.
+      stage: from 1.
+      loss: mean over the samples that were trained on; None if nobody reported.
+      client_distance: see ``rounds.finish_round``; None if nobody reported.
+      clients: that reported.
+      dropped: clients that were drawn and did not report.
+      left_out: clients whose update was not finite.
+      cannot_afford: clients of the population whose device cannot train the stage.
+      examples: that the reporting clients trained on, counted once per local epoch.
+      steps: optimizer steps of all clients.
+      download_bytes, upload_bytes: of all clients.
+      lane_utilisation: share of the lanes' steps that trained a client, 0 to 1.
+      seconds: that the round took.
+      layers_skipped: with depth dropout, the share of droppable layers that steps skipped.
+      calibration_loss: with calibration, the mean loss of the server's steps.
+
+    A line also has the numbers that the aggregator measured, by the names it gave them.
+    """
+
+    round: int
+    stage: int
+    loss: float | None
+    client_distance: float | None
+    clients: int
+    dropped: int
+    left_out: int
+    cannot_afford: int
+    examples: int
+    steps: int
+    download_bytes: int
+    upload_bytes: int
+    lane_utilisation: float
+    seconds: NotRequired[float]  # of every line that is written
+    layers_skipped: NotRequired[float]
+    calibration_loss: NotRequired[float]
+
+
+def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort) -> RoundLine:
+    """Return a round's line as it is if nobody reports, without its seconds."""
     reporting = len(cohort.reporting)
     return {
         "round": number,

@@ -166,7 +166,7 @@ class Simulator:
         extras = extras | self.stack.gather([run.exchange.for_cohort(clients.drawn) for run, clients in pairs])
         broadcast, carry, state = self._begin(program, stage, params, state, extras)
         per_run = list(zip(self.runs, self._traffic, drawn, strict=True))
-        lines = [empty_line(run, stage, number, traffic, clients) for run, traffic, clients in per_run]
+        lines = [dict[str, Any](empty_line(run, stage, number, traffic, clients)) for run, traffic, clients in per_run]
         works = [cohort.pack_cohort(run, clients.reporting, number) for run, _, clients in per_run]
         if any(works):
             context = self._context(number)

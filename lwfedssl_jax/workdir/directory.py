@@ -4,9 +4,9 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -16,6 +16,9 @@ from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import checkpoint
 from lwfedssl_jax.workdir.checkpoint import Checkpoint
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines, whole_line
+
+if TYPE_CHECKING:
+    from lwfedssl_jax.workdir.schema import Summary
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl_jax")
 LOCK = ".lock"
@@ -42,7 +45,7 @@ class WorkDir:
         self, path: Path, config: Config, code: str = "", patience: float = 0, command: Sequence[str] = ()
     ) -> None:
         self.path = path
-        self.summary: dict[str, Any] | None = None
+        self.summary: Summary | None = None
         self._config, self._code, self._command = config, code, list(command)
         self._lock = DirectoryLock(path / LOCK, patience)
         self._is_new = True
@@ -145,13 +148,13 @@ class WorkDir:
             metrics = b"".join(line for line in lines if (content := whole_line(line)) and content["round"] <= rounds)
             checkpoint.save(self._checkpoints, rounds, state, metrics, always_kept)
 
-    def append(self, line: dict[str, Any]) -> None:
+    def append(self, line: Mapping[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""
         with self.writing(METRICS), (self.path / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of ``metrics.jsonl``, in order."""
+        """All complete lines of ``metrics.jsonl``, in order; ``schema.MetricsLine`` has their fields."""
         return read_lines(self.path)
 
     def save_encoder(self, files: dict[str, bytes]) -> None:

@@ -1,0 +1,59 @@
+"""The JSON files of a work directory as types; each type is defined where it is produced."""
+
+from typing import Any, NotRequired, TypedDict
+
+from lwfedssl_jax.costs.ledger import Ledger
+from lwfedssl_jax.evaluation.finetune import FineTuneResult
+from lwfedssl_jax.evaluation.frozen import EvaluationLine, KnnResult, ProbeResult, Scores
+from lwfedssl_jax.simulation.lines import RoundLine
+
+__all__ = [
+    "EvaluationLine", "FineTuneResult", "KnnResult", "Ledger", "MeasuredCost", "MetricsLine", "ProbeResult",
+    "RoundLine", "Scores", "Summary",
+]  # fmt: skip
+
+MetricsLine = RoundLine | EvaluationLine
+
+
+class MeasuredCost(TypedDict):
+    """What a run has spent.
+
+    Attributes:
+      download_bytes, upload_bytes, seconds: of all clients in all rounds.
+      flops_executed: with depth dropout, multiply-adds per sample, as in the ledger.
+      clients: in the population.
+      scope: the above in words.
+    """
+
+    download_bytes: int
+    upload_bytes: int
+    seconds: float
+    flops_executed: NotRequired[int]
+    clients: int
+    scope: str
+
+
+class Summary(TypedDict):
+    """``summary.json``.
+
+    Attributes:
+      strategy, objective: their names.
+      rounds: that were trained.
+      seconds: that the rounds took.
+      evaluation: the trained encoder's result by protocol, which has the fields of ``ProbeResult``, ``KnnResult`` or
+        ``FineTuneResult``; empty if no image has a label.
+      baselines: results by protocol: ``untrained``, and with fine-tuning ``scratch``.
+      resources: the ledger of the run's strategy, and ``measured``, a ``MeasuredCost``.
+      strategies: the ledger of every strategy that can run with the config, by name.
+      fleet: with ``fleet.devices``, one entry per device class (``costs.fleet.summary``).
+    """
+
+    strategy: str
+    objective: str
+    rounds: int
+    seconds: float
+    evaluation: dict[str, Scores]
+    baselines: dict[str, dict[str, Scores]]
+    resources: dict[str, Any]
+    strategies: dict[str, Ledger]
+    fleet: NotRequired[list[dict[str, Any]]]
