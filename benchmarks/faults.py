@@ -107,7 +107,7 @@ def kill(root: Path, fields: dict[str, str], kills: int, rng: random.Random) -> 
             number = signal.SIGTERM if rng.random() < 0.25 else signal.SIGKILL
             after = rng.uniform(0, seconds) if killed < kills else None
             begun = path.exists()
-            last = (checkpoint.numbers(path / "checkpoints") or [0])[-1]
+            last = (checkpoint.saved_rounds(path / "checkpoints") or [0])[-1]
             code, finished = start(command, path, after, number)
             if code == 0 and finished:
                 break
@@ -180,7 +180,7 @@ def damage(root: Path, fields: dict[str, str], damages: int, rng: random.Random)
     expected = outcome(whole)
     config = resolve(override(load("quickstart"), typed(fields)))
     accepted = resumed = 0
-    numbers = checkpoint.numbers(whole / "checkpoints")
+    numbers = checkpoint.saved_rounds(whole / "checkpoints")
     for i in range(damages):
         path = root / "damaged"
         shutil.copytree(whole, path)

@@ -98,7 +98,7 @@ def test_what_a_killed_process_leaves_is_never_taken(
     assert (found.rounds, faults) == (7, {})
     checkpoint.save(folder, 8, state(8))
     assert [p.name for p in folder.glob(".*")] == []
-    assert checkpoint.numbers(folder) == [6, 7, 8]
+    assert checkpoint.saved_rounds(folder) == [6, 7, 8]
 
 
 FULL = """
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_what_was_saved(saved: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(OSError, match="No space left on device"):
         checkpoint.save(folder, 9, state(9))
-    assert checkpoint.numbers(folder) == [2, 5, 6, 7]
+    assert checkpoint.saved_rounds(folder) == [2, 5, 6, 7]
 
     workdir = WorkDir(tmp_path / "run", small_config())
     workdir.open(1, 1)
@@ -156,7 +156,7 @@ def test_saves_after_damaged_ones_stay(saved: Path, tmp_path: Path) -> None:
     assert found is not None
     assert (found.rounds, list(faults)) == (2, [7, 6, 5])
     checkpoint.save(folder, 4, state(4))
-    assert checkpoint.numbers(folder) == [2, 4]
+    assert checkpoint.saved_rounds(folder) == [2, 4]
     found, faults = checkpoint.load(folder)
     assert found is not None
     assert (found.rounds, faults) == (4, {})

@@ -170,7 +170,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, P
             train(config, tmp_path / "run", listener)
         assert listener.notices == ["stopping after this call; once more stops at once"]
         assert listener.heard_after == 0
-        saved.append(checkpoint.numbers(tmp_path / "run" / "checkpoints")[-1])
+        saved.append(checkpoint.saved_rounds(tmp_path / "run" / "checkpoints")[-1])
     assert saved == [1, 2, 4]
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     newest = tmp_path / "run" / "checkpoints" / "4" / checkpoint.MANIFEST
@@ -368,7 +368,7 @@ def test_runs_together_are_the_same_runs(tmp_path: Path, compiled: list[str]) ->
     with pytest.raises(KeyboardInterrupt):
         experiment.train_together(members)
     assert isinstance(members[1].error, FloatingPointError)
-    assert [checkpoint.numbers(tmp_path / name / "checkpoints")[-1:] for name in "012"] == [[2], [], [2]]
+    assert [checkpoint.saved_rounds(tmp_path / name / "checkpoints")[-1:] for name in "012"] == [[2], [], [2]]
     before = len(compiled)
     members = [ActiveRun(c, WorkDir(tmp_path / str(i), c)) for i, c in enumerate(configs)]
     experiment.train_together(members)

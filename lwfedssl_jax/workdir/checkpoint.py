@@ -1,5 +1,6 @@
-"""Checkpoints: written whole or not at all, and verified against a manifest of hashes before they are used."""
+"""Checkpoints are written whole or not at all, and verified against a manifest of hashes before they are used."""
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -7,7 +8,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,17 @@ import numpy as np
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir.metrics import METRICS
 
-KEPT = 3  # the last ones, besides those that are always kept
+KEPT = 3  # the newest ones, in addition to those that are always kept
 MANIFEST = "manifest.sha256"  # in the format of sha256sum
 
 
 class Checkpoint(NamedTuple):
-    """What ``load`` finds.
+    """A checkpoint that ``load`` has verified.
 
     Attributes:
-      rounds: finished when it was saved.
+      rounds: number of rounds that were finished when it was saved.
       state: dicts and lists of arrays, on the host.
-      metrics: the lines that there were.
+      metrics: the content of ``metrics.jsonl`` at that time.
     """
 
     rounds: int
@@ -36,9 +37,17 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: Path, rounds: int, state: Tree, metrics: bytes = b"", always_kept: Collection[int] = ()) -> None:
-    """Save dicts and lists of arrays, and lines, as ``folder/ROUNDS``.
+    """Save the state after a number of rounds as ``folder/ROUNDS``.
 
-    Checkpoints of later rounds go, having been damaged; of the others, the last ``KEPT`` and ``always_kept`` stay.
+    Checkpoints of later rounds are removed: the run goes on from here because they are damaged. Of the others, the
+    newest ``KEPT`` and those in ``always_kept`` stay.
+
+    Args:
+      folder: made if it does not exist.
+      rounds: number of rounds that are finished.
+      state: dicts and lists of arrays.
+      metrics: the content of ``metrics.jsonl``.
+      always_kept: numbers of rounds.
 
     Raises:
       OSError: the folder cannot be written.
@@ -47,7 +56,7 @@ def save(folder: Path, rounds: int, state: Tree, metrics: bytes = b"", always_ke
     for leftover in folder.glob(".*"):  # of a process that was killed
         shutil.rmtree(leftover)
     target = folder / str(rounds)
-    if target.exists() and fault(target) is None:
+    if target.exists() and find_fault(target) is None:
         return
     new = folder / f".{rounds}.new"
     new.mkdir()
@@ -59,24 +68,27 @@ def save(folder: Path, rounds: int, state: Tree, metrics: bytes = b"", always_ke
     _remove(target)
     new.rename(target)
     _sync(folder)
-    there = numbers(folder)
-    kept = {*[n for n in there if n <= rounds][-KEPT:], *always_kept}
-    for number in there:
+    saved = saved_rounds(folder)
+    kept = {*[number for number in saved if number <= rounds][-KEPT:], *always_kept}
+    for number in saved:
         if number not in kept or number > rounds:
             _remove(folder / str(number))
 
 
 def load(folder: Path) -> tuple[Checkpoint | None, dict[int, str]]:
-    """The last whole checkpoint, if there is one, and what is wrong with each that is newer.
+    """Load the newest whole checkpoint, if there is one.
+
+    Returns:
+      The checkpoint or None, and by number of rounds what is wrong with each that is newer.
 
     Raises:
-      OSError: a whole one cannot be read, such as by another version of orbax.
+      OSError: a whole one cannot be read, for instance because another version of orbax wrote it.
     """
     faults = {}
-    for rounds in reversed(numbers(folder)):
+    for rounds in reversed(saved_rounds(folder)):
         path = folder / str(rounds)
-        if (why := fault(path)) is not None:
-            faults[rounds] = why
+        if (fault := find_fault(path)) is not None:
+            faults[rounds] = fault
             continue
         import orbax.checkpoint as ocp
 
@@ -89,13 +101,13 @@ def load(folder: Path) -> tuple[Checkpoint | None, dict[int, str]]:
     return None, faults
 
 
-def numbers(folder: Path) -> list[int]:
-    """The rounds of which there are checkpoints, whole or not, in order."""
+def saved_rounds(folder: Path) -> list[int]:
+    """Return the numbers of rounds that have a checkpoint, whole or not, in order."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
 
 
 def manifest(path: Path) -> str:
-    """A line ``SHA-256  FILE`` for every file of a checkpoint but the manifest, in order."""
+    """Return a line ``SHA-256  FILE`` for every file of a checkpoint except for the manifest, in order."""
     lines = []
     for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / MANIFEST):
         with file.open("rb") as content:
@@ -104,8 +116,8 @@ def manifest(path: Path) -> str:
     return "".join(lines)
 
 
-def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+def find_fault(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None if it is whole."""
     try:
         expected, found = (path / MANIFEST).read_bytes().decode(errors="replace"), manifest(path)
     except OSError as error:
@@ -119,28 +131,39 @@ def fault(path: Path) -> str | None:
 def _save_state(path: Path, state: Tree) -> None:
     import orbax.checkpoint as ocp
 
-    # Threads of orbax print and log what it raises here too.
     state = jax.device_get(state)
     if shutil.disk_usage(path.parent).free < sum(np.asarray(x).nbytes for x in jax.tree.leaves(state)):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before orbax leaves threads behind that complain
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before threads of orbax that fail outlive the save
+    try:
+        with _quiet_orbax(), _checkpointer() as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.StandardSave(state))
+    except ValueError as error:
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # from tensorstore
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Silence what threads report, and absl logs, in this process.
+
+    Where a save fails, orbax's threads print a traceback each, and its logger repeats them. The same error reaches
+    the caller of ``save``, who reports it in one line, so the others would only hide that line. Both settings belong
+    to the process: orbax has none of its own. A thread of another library that fails during a save is silent, too.
+    """
     hook, threading.excepthook = threading.excepthook, lambda _: None
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(path.absolute(), args=ocp.args.StandardSave(state))
-    except ValueError as error:
-        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of tensorstore
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        raise
+        yield
     finally:
         threading.excepthook = hook
         logger.setLevel(level)
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, outlast a crash of the machine."""
+    """Write a file, or the names in a folder, to disk, so that they outlast a crash of the machine."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -149,7 +172,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint so that a kill on the way leaves no part under its name."""
+    """Remove a checkpoint; a process killed on the way leaves no part of it under its name."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
 
@@ -157,7 +180,7 @@ def _remove(path: Path) -> None:
 def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
 
-    # Of several processes the first saves for all.
+    # If there are several processes, the first one saves for all.
     several = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first")
     options = several if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
