@@ -184,7 +184,7 @@ def test_bad_work_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "other": "holds another config's run: runtime.seed is 5 there, 0 here",
         "broken": "cannot be read",
         "foreign": "holds files but no run",
-        "half": "is no run's summary; accepted: remove it",
+        "half": "is not the summary of a run; accepted: remove it",
     }.items():
         assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / name)]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -74,7 +74,7 @@ def test_two_processes_train_what_one_process_with_two_devices_does(tmp_path: Pa
     [
         (("127.0.0.1:1", None, None), "belong together"),
         ((None, 2, 0), "belong together"),
-        (("nonsense", 2, 0), "--coordinator: 'nonsense' is no address; accepted: HOST:PORT, or auto"),
+        (("nonsense", 2, 0), "--coordinator: 'nonsense' is not an address; accepted: HOST:PORT, or auto"),
         (("127.0.0.1:1", 0, 0), "--processes: 0 is out of range"),
         (("127.0.0.1:1", 2, 2), "--process: 2 of 2 processes; accepted: 0 to 1"),
     ],

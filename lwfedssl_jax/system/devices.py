@@ -1,4 +1,4 @@
-"""The devices of a run: set-up before JAX starts, placing arrays, memory, several processes."""
+"""The devices of a run: set-up before JAX starts, memory, and several processes."""
 
 import contextlib
 import os
@@ -23,14 +23,14 @@ MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
 def set_up_cpu() -> None:
     """Make each CPU core a device of its own, unless ``XLA_FLAGS`` or ``JAX_NUM_CPU_DEVICES`` say otherwise.
 
-    Clients side by side on a core each are faster than the products of one client split over
-    the cores. Changes nothing where JAX has started its backends.
+    Training one client per core is faster than splitting one client's products over the cores. Does nothing if JAX
+    has started its backends.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    now = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
-    if "JAX_NUM_CPU_DEVICES" not in os.environ and now != cores:
+    devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and devices != cores:
         with contextlib.suppress(RuntimeError):  # too late
             jax.config.update("jax_num_cpu_devices", cores)
 
@@ -39,8 +39,8 @@ def set_up_cache(folder: str | None) -> None:
     """Keep compiled programs on disk for the next run.
 
     Args:
-      folder: where; ``off`` for nowhere; None for ``JAX_COMPILATION_CACHE_DIR``, or the
-        user's cache folder if it can be written.
+      folder: a path; ``off`` for no cache; None for ``JAX_COMPILATION_CACHE_DIR``, or else the user's cache folder
+        if it can be written.
 
     Raises:
       ConfigError: the folder cannot be written.
@@ -49,47 +49,48 @@ def set_up_cache(folder: str | None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lwfedssl_jax"
-    asked = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not can_write(Path(asked or default)):
-        if asked:
-            raise ConfigError(f"--compilation-cache: {asked} cannot be written; accepted: a folder, or off")
+    given = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not can_write(Path(given or default)):
+        if given:
+            raise ConfigError(f"--compilation-cache: {given} cannot be written; accepted: a folder, or off")
         return
-    jax.config.update("jax_compilation_cache_dir", asked or str(default))
+    jax.config.update("jax_compilation_cache_dir", given or str(default))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes of a run over several hosts; does nothing if no option is given.
+    """Join the other processes of a run over several hosts; does nothing if no argument is given.
 
     Args:
-      coordinator: HOST:PORT of process 0; ``auto`` where JAX finds out by itself (SLURM, TPU pods).
-      processes, process: how many there are, and which one this is.
+      coordinator: HOST:PORT of process 0; ``auto`` if JAX finds the processes by itself (SLURM, TPU pods).
+      processes: number of processes.
+      process: number of this process, from 0.
 
     Raises:
-      ConfigError: some of the three are missing, or the others cannot be reached.
+      ConfigError: one of the three is missing, or the other processes cannot be reached.
     """
     if coordinator is None and processes is None and process is None:
         return
-    numbers = [processes, process].count(None)
-    if coordinator is None or numbers != (2 if coordinator == "auto" else 0):
+    missing = [processes, process].count(None)
+    if coordinator is None or missing != (2 if coordinator == "auto" else 0):
         raise ConfigError(
             "--coordinator: --coordinator, --processes and --process belong together; "
             "accepted: all three, or --coordinator auto alone"
         )
     host, _, port = coordinator.rpartition(":")
     if coordinator != "auto" and not (host and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16):
-        raise ConfigError(f"--coordinator: {coordinator!r} is no address; accepted: HOST:PORT, or auto")
+        raise ConfigError(f"--coordinator: {coordinator!r} is not an address; accepted: HOST:PORT, or auto")
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes} is out of range; accepted: at least 1")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ConfigError(f"--process: {process} of {processes} processes; accepted: 0 to {processes - 1}")
     address = () if coordinator == "auto" else (coordinator, processes, process)
     try:
-        if coordinator != "auto":  # where there is no such host, or its port is taken, JAX crashes
+        if coordinator != "auto":  # JAX crashes if there is no such host or its port is in use
             socket.getaddrinfo(host.strip("[]"), port)
             if process == 0:
                 socket.create_server(("", int(port))).close()
-        # The first process evaluates and writes when the others are done; they wait for it.
+        # The others wait while the first process evaluates and writes.
         jax.distributed.initialize(*address, shutdown_timeout_seconds=24 * 3600)  # type: ignore[misc]
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -98,12 +99,12 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
 
 
 def is_one_of_several() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process has joined others (``connect``)."""
     return bool(jax.distributed.is_initialized())
 
 
 def leave(code: int) -> None:
-    """End this process at once: the others would wait for it."""
+    """End this process at once with an exit code; a normal end would wait for the other processes."""
     sys.stderr.flush()
     os._exit(code)
 
@@ -114,7 +115,7 @@ def is_first_process() -> bool:
 
 
 def memory_limit(mesh: Mesh) -> int:
-    """Bytes one program may use on each device of the mesh, the least over all hosts.
+    """Return the bytes that one program may use on each device of the mesh, the smallest over all hosts.
 
     CPU devices share the machine's memory.
     """
@@ -125,7 +126,7 @@ def memory_limit(mesh: Mesh) -> int:
 
 
 def from_all(number: int) -> list[int]:
-    """Every process's number, below 2^62."""
+    """Return the numbers, below 2^62, that all processes call this with, in the order of processes."""
     if jax.process_count() == 1:
         return [number]
     halves = multihost_utils.process_allgather(np.array([number >> 31, number & (2**31 - 1)], np.int32))
@@ -133,11 +134,12 @@ def from_all(number: int) -> list[int]:
 
 
 def from_first(x: Tree) -> Tree:
-    """The first process's value in all of them."""
+    """Return the first process's value in all processes."""
     return multihost_utils.broadcast_one_to_all(x) if jax.process_count() > 1 else x
 
 
 def program_memory(program: jax.stages.Compiled) -> int:
-    """Bytes of a program on one device by its compiler: arguments + outputs + temporaries - aliased."""
-    m: Any = program.memory_analysis()
-    return int(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes)
+    """Return the bytes of a program on one device by its compiler: arguments + outputs + temporaries - aliased."""
+    sizes: Any = program.memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return int(total - sizes.alias_size_in_bytes)

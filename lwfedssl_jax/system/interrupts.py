@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: heard at once, or where they do no harm, and never forgotten."""
+"""Ctrl-C and SIGTERM as KeyboardInterrupt, raised at once or where it does no harm, and never lost."""
 
 import contextlib
 import signal
@@ -7,38 +7,41 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM as KeyboardInterrupt: at once, or while ``held_back`` when ``check`` is called.
+    """A context manager that raises KeyboardInterrupt on Ctrl-C and SIGTERM, at once or, while ``held_back``, later.
 
-    What is raised inside a callback of C code, such as JAX's of the garbage collector, is lost there; so ``check``
-    also raises for a signal that has come before. A context manager; outside the main thread, which alone hears
+    An exception raised in a callback from C code, such as JAX's callback of the garbage collector, is lost there.
+    Therefore ``check`` also raises for a signal that came earlier. Outside the main thread, which alone receives
     signals, it does nothing.
+
+    Args:
+      notify: called with a line for the user when a signal comes while signals are held back.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
-        self._say = say
+    def __init__(self, notify: Callable[[str], None] = lambda text: None) -> None:
+        self._notify = notify
         self._held_back = self._asked = False
 
     def __enter__(self) -> "Interrupts":
-        around = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-        self._asked = isinstance(around, Interrupts) and around._asked
+        outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+        self._asked = isinstance(outer, Interrupts) and outer._asked
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self._before = {number: signal.signal(number, self._hear) for number in signals}
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, *_: object) -> None:
+    def _handle(self, *_: object) -> None:
         first, self._asked = not self._asked, True
         if self._held_back and first:
-            self._say("stopping after this call; once more stops at once")
+            self._notify("stopping after this call; once more stops at once")
         else:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
-        """Within, only ``check`` raises, or a second signal."""
+        """Within this context only ``check``, or a second signal, raises."""
         self._held_back = True
         try:
             yield
@@ -47,6 +50,6 @@ class Interrupts:
             self._held_back = False
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal has come."""
+        """Raise KeyboardInterrupt if a signal came."""
         if self._asked:
             raise KeyboardInterrupt

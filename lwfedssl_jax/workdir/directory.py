@@ -1,4 +1,4 @@
-"""The work directory: the config it belongs to, metrics by line, checkpoints, the trained encoder."""
+"""The work directory of a run: its config, metrics, checkpoints and trained encoder."""
 
 import contextlib
 import importlib.metadata
@@ -27,18 +27,22 @@ LOCK = ".lock"
 class WorkDir:
     """A directory that holds one run.
 
-    ``WorkDir(path, config, code)`` only looks; nothing is written before ``open``. ``code`` stands for the text of
-    the user's own config file, if there is one: it may hold more than the config. ``patience``: seconds to wait for
-    another process to let go of the directory. ``command``: the words of the ``train`` command, for the reader of
-    ``config.json``. Where a process is killed,
-    ``metrics.jsonl`` and the plots may be cut, which a run that continues mends; all else is whole or not there.
+    The constructor only reads; nothing is written before ``open``. If a process is killed, ``metrics.jsonl`` and the
+    plots may be cut, which is repaired when the run continues; every other file is whole or missing.
+
+    Args:
+      path: the directory, which need not exist.
+      config: of the run, resolved.
+      code: identifies the text of the user's own config file, which may hold more than the config; empty without one.
+      patience: seconds to wait for another process that uses the directory.
+      command: the words after ``train`` on the command line, for the reader of ``config.json``.
 
     Attributes:
       path: the directory.
-      summary: the finished run's summary, or None.
+      summary: the content of ``summary.json``, or None if the run is not finished.
 
     Raises:
-      ConfigError: the directory holds another config's run or other files, or cannot be read.
+      ConfigError: the directory holds another run or other files, or cannot be read or written.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class WorkDir:
                 self.summary = json.loads(summary.read_text()) if summary.is_file() else None
                 if summary.is_file() and "strategies" not in (self.summary or {}):
                     raise ConfigError(
-                        f"--workdir: {summary} is no run's summary; accepted: remove it to continue the run"
+                        f"--workdir: {summary} is not the summary of a run; accepted: remove it to continue the run"
                     )
             if self.summary is None and not can_write(path):
                 raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
@@ -71,7 +75,7 @@ class WorkDir:
             ) from error
 
     def take(self) -> None:
-        """Make a run's directory this process's until ``close``; that of a new run is from ``open`` on.
+        """Keep an existing run's directory for this process until ``close``; for a new run, ``open`` does so.
 
         Raises:
           ConfigError: another process is using it.
@@ -80,21 +84,25 @@ class WorkDir:
             self._lock.acquire()
 
     def restore(self) -> tuple[Checkpoint | None, dict[int, str]]:
-        """The last whole checkpoint, and what is wrong with newer ones; ``metrics.jsonl`` is as it was then.
+        """Load the newest whole checkpoint and cut ``metrics.jsonl`` back to what it was then.
 
-        Only what has been written since without a further round, of fine-tuning, stays.
+        Lines written since then that belong to no later round, those of fine-tuning, are kept.
+
+        Returns:
+          The checkpoint or None, and by number of rounds what is wrong with each that is newer.
 
         Raises:
-          ConfigError: none of the checkpoints is whole.
+          ConfigError: there are checkpoints, but none of them is whole.
           OSError: see ``checkpoint.load``; the directory cannot be written.
         """
         if self._is_new:
             return None, {}
         found, faults = checkpoint.load(self._checkpoints)
         if faults and not found:
+            reasons = "; ".join(f"{rounds}: {fault}" for rounds, fault in faults.items())
             raise ConfigError(
-                f"--workdir: no checkpoint in {self._checkpoints} is whole ({_listed(faults)}); accepted: one put "
-                "back from a copy, or the folder removed to begin the run again"
+                f"--workdir: no checkpoint in {self._checkpoints} is whole ({reasons}); accepted: one restored "
+                "from a copy, or remove the folder to begin the run again"
             )
         kept, file = found.metrics if found else b"", self.path / METRICS
         written = file.read_bytes() if file.exists() else b""
@@ -107,10 +115,10 @@ class WorkDir:
         return found, faults
 
     def open(self, lanes: int, devices: int) -> None:
-        """Make the directory and write ``config.json``; a run that continues keeps its own, but for what is given.
+        """Make the directory and write ``config.json``; a run that continues only updates ``lanes`` and ``devices``.
 
         Raises:
-          ConfigError: the directory cannot be written, or another process has taken it.
+          ConfigError: the directory cannot be written, or another process uses it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -118,18 +126,7 @@ class WorkDir:
             file = self.path / "config.json"
             if self._is_new and file.exists():
                 raise self._lock.in_use()
-            entries = (
-                json.loads(file.read_text())
-                if file.exists()
-                else {
-                    "config": to_dict(self._config),
-                    "config_file": self._code,
-                    "command": self._command,
-                    "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
-                    "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-                    | {"python": platform.python_version()},
-                }
-            )
+            entries = json.loads(file.read_text()) if file.exists() else self._describe()
             self.write_json("config.json", entries | {"lanes": lanes, "devices": devices})
         except OSError as error:
             raise ConfigError(
@@ -141,7 +138,7 @@ class WorkDir:
         self._lock.release()
 
     def save(self, rounds: int, state: Tree, always_kept: Collection[int]) -> None:
-        """See ``checkpoint.save``; lines of a later round, which was given up, are left out."""
+        """Save a checkpoint (``checkpoint.save``) without the lines of a later round, which was not finished."""
         with self.writing(f"checkpoint {rounds}"):
             file = self.path / METRICS
             lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
@@ -158,7 +155,7 @@ class WorkDir:
         return read_lines(self.path)
 
     def save_encoder(self, files: dict[str, bytes]) -> None:
-        """What ``export.encoder_files`` gives."""
+        """Write the files, by name, that ``export.encoder_files`` returns."""
         for name, content in files.items():
             self._write(name, content)
 
@@ -170,13 +167,24 @@ class WorkDir:
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def _describe(self) -> dict[str, Any]:
+        """The entries of a new run's ``config.json``."""
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        return {
+            "config": to_dict(self._config),
+            "config_file": self._code,
+            "command": self._command,
+            "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+            "versions": versions | {"python": platform.python_version()},
+        }
+
     def _write(self, name: str, content: bytes) -> None:
         with self.writing(name):
             write_whole(self.path / name, content)
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Names what cannot be written, and where, in an OSError raised within."""
+        """Add to an OSError raised within what cannot be written, and where."""
         try:
             yield
         except OSError as error:
@@ -188,9 +196,7 @@ class WorkDir:
 
     def _check_same_run(self) -> None:
         file = self.path / "config.json"
-        if not file.is_file():
-            raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text()) if file.is_file() else None
         if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
             raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
         if content.get("config_file", "") != self._code:
@@ -207,11 +213,7 @@ class WorkDir:
                 )
 
 
-def _listed(faults: dict[int, str]) -> str:
-    return "; ".join(f"{rounds}: {why}" for rounds, why in faults.items())
-
-
 def default_workdir(name: str, config: Config, code: str = "") -> Path:
-    """``runs/CONFIG-HASH``: another seed or override is another directory, the same command the same one."""
+    """Return ``runs/CONFIG-HASH``, one path per config and text of its file (``code``), see ``config.digest``."""
     stem = Path(name).with_suffix("").name if name.endswith(".py") else name
     return Path("runs") / f"{stem}-{digest(config, code)}"
