@@ -270,7 +270,9 @@ def figures() -> None:
     first = [cell for cell in cells(STUDIES["digits"]) if cell.row == "simclr"]
     if first:
         by_strategy = {cell.strategy: cell.metrics for cell in sorted(first, key=lambda cell: cell.strategy)}
-        style.save(run_plots.accuracy_against_traffic(by_strategy, KNN), PICTURES / "accuracy_against_traffic.png")
+        style.save_figure(
+            run_plots.accuracy_against_traffic(by_strategy, KNN), PICTURES / "accuracy_against_traffic.png"
+        )
         summary = first[0].summaries[0]
         run_plots.plot_resources(summary["strategies"], config.federation.local_epochs, PICTURES / "resources.png")
         run_plots.plot_distance(first[0].metrics[0], PICTURES / "client_distance.png")

@@ -24,14 +24,14 @@ def test_images_without_a_label_are_of_no_class() -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, last first."""
     saved: list[Any] = []
-    save = style.save
+    save = style.save_figure
 
     def keep(figure: Any, path: Path) -> None:
         saved.insert(0, figure)
         save(figure, path)
         assert path.stat().st_size > 5000
 
-    monkeypatch.setattr(style, "save", keep)
+    monkeypatch.setattr(style, "save_figure", keep)
     return saved
 
 

@@ -66,7 +66,7 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
             "partition.beta is on two axes",
         ),
         (Sweep(BASE, seeds=()), "seeds: it is empty"),
-        (Sweep(BASE, seeds=(1, 1)), "seeds: 1 stands there twice; accepted: each value once"),
+        (Sweep(BASE, seeds=(1, 1)), "seeds: 1 appears twice; accepted: each value once"),
         (Sweep(BASE, runs=[{}, {}]), "are the same; accepted: each run once"),
         (
             Sweep(BASE, product={"objective.name": ("simclr", "dino")}),

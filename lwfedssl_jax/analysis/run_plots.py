@@ -38,7 +38,7 @@ def plot_clients(labels_N: np.ndarray, clients: Sequence[np.ndarray], workdir: P
     figure.colorbar(image, label="examples")
     axes.set(xlabel="client", ylabel="class")
     use_whole_numbers(axes.xaxis, axes.yaxis)
-    style.save(figure, workdir / "plots" / "clients.png")
+    style.save_figure(figure, workdir / "plots" / "clients.png")
 
 
 def plot_partitions(labels_N: np.ndarray, populations: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
@@ -67,7 +67,7 @@ def plot_partitions(labels_N: np.ndarray, populations: Mapping[str, Sequence[np.
     axes[1, 0].set(ylabel="class")
     figure.align_ylabels(axes[:, 0])
     figure.colorbar(image, ax=axes, label="share of the client's examples (%)")
-    style.save(figure, path)
+    style.save_figure(figure, path)
 
 
 def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
@@ -83,14 +83,14 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     axes.plot([line["round"] for line in trained], [line["loss"] for line in trained], color="tab:blue")
     mark_stages(axes, rounds)
     axes.set(ylabel="mean loss per sample")
-    style.save(figure, workdir / "plots" / "loss.png")
+    style.save_figure(figure, workdir / "plots" / "loss.png")
 
     evaluations = [line for line in lines if line.get("event") == "evaluation"]
     if evaluations:
         figure, axes = new_figure("Accuracy against traffic")
         plot_evaluations(axes, evaluations, traffic_by_round(lines))
         figure.legend(loc="outside lower center", ncols=2)
-        style.save(figure, workdir / "plots" / "accuracy.png")
+        style.save_figure(figure, workdir / "plots" / "accuracy.png")
 
 
 def plot_evaluations(axes: Any, evaluations: Sequence[dict[str, Any]], traffic: Mapping[int, float]) -> None:
@@ -125,7 +125,7 @@ def plot_distance(lines: list[dict[str, Any]], path: Path) -> None:
     mark_stages(axes, rounds)
     axes.set(ylabel="distance from their mean\n(L2 norm of trained parameters,\nweighted RMS over clients)")
     axes.set_ylim(bottom=0)
-    style.save(figure, path)
+    style.save_figure(figure, path)
 
 
 def accuracy_against_traffic(runs: Mapping[str, Sequence[list[dict[str, Any]]]], protocol: str) -> Any:
@@ -215,7 +215,7 @@ def plot_resources(strategies: Mapping[str, Mapping[str, Any]], local_epochs: in
     last.plot([], [], color="0.3", linestyle="--", label="by the paper's rule")
     last.plot([], [], color="0.3", linestyle=":", label=f"E = {local_epochs} of this config")
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(resources) - 1)
-    style.save(figure, path)
+    style.save_figure(figure, path)
 
 
 def plot_by_round(axes: Any, spending: Mapping[str, Sequence[Spending]]) -> None:

@@ -66,7 +66,7 @@ def use_whole_numbers(*axes: Any) -> None:
         axis.get_major_locator().set_params(integer=True)
 
 
-def save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write the figure as a PNG, and create its folder if needed."""
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -39,7 +39,7 @@ def settings_words(result: Mapping[str, Any]) -> str:
     return f"{draws}{result['classifier']}"
 
 
-def quantity(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
     """A number and its noun, such as "1 seed" or "3 seeds"."""
     return f"{number} {noun}{'s' * (number != 1)}"
 

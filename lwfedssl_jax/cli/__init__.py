@@ -57,55 +57,55 @@ def list_configs(arguments: list[str]) -> None:
         print(f"{name:<{width}}  {line}")
 
 
-def train(arguments: list[str]) -> None:
+def train_command(arguments: list[str]) -> None:
     """The ``train`` command."""
     with Interrupts() as interrupts:  # experiment.train has its own
         options = parse(TrainOptions, arguments)
-        from lwfedssl_jax.cli.train import run
+        from lwfedssl_jax.cli.train import run_train
 
         interrupts.check()
-        run(options, arguments)
+        run_train(options, arguments)
 
 
-def resources(arguments: list[str]) -> None:
+def resources_command(arguments: list[str]) -> None:
     """The ``resources`` command."""
     options = parse(ResourcesOptions, arguments)
-    from lwfedssl_jax.cli.resources import run
+    from lwfedssl_jax.cli.resources import run_resources
 
-    run(options)
+    run_resources(options)
 
 
-def plan(arguments: list[str]) -> None:
+def plan_command(arguments: list[str]) -> None:
     """The ``plan`` command."""
     options = parse(PlanOptions, arguments)
-    from lwfedssl_jax.cli.plan import run
+    from lwfedssl_jax.cli.plan import run_plan
 
-    run(options)
+    run_plan(options)
 
 
-def sweep(arguments: list[str]) -> None:
+def sweep_command(arguments: list[str]) -> None:
     """The ``sweep`` command."""
     with Interrupts():
         options = parse_sweep(arguments)
-        from lwfedssl_jax.cli.sweep import run
+        from lwfedssl_jax.cli.sweep import run_sweep
 
-        run(options)
+        run_sweep(options)
 
 
-def report(arguments: list[str]) -> None:
+def report_command(arguments: list[str]) -> None:
     """The ``report`` command."""
     options = parse_report(arguments)
-    from lwfedssl_jax.cli.report import run
+    from lwfedssl_jax.cli.report import run_report
 
-    run(options)
+    run_report(options)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train,
-    "resources": resources,
-    "plan": plan,
-    "sweep": sweep,
-    "report": report,
+    "train": train_command,
+    "resources": resources_command,
+    "plan": plan_command,
+    "sweep": sweep_command,
+    "report": report_command,
     "list": list_configs,
 }
 
@@ -120,7 +120,7 @@ def print_help() -> None:
     print("      what one client spends under each strategy; trains nothing")
     print("  plan CONFIG [--section.field VALUE ...] --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X")
     print("       [--watts X] | --devices FLEET.csv [--results DIR] [--json] [--plot FILE.png]")
-    print("      which strategy and how many layers a stage a fleet can afford; trains nothing")
+    print("      which strategy and how many layers per stage a fleet can afford; trains nothing")
     print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N] [--together N]")
     print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
     print("  report DIR [DIR ...] [--out OUT]")

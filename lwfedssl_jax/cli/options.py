@@ -58,7 +58,7 @@ class ResourcesOptions:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Which strategy and how many layers a stage a fleet of devices can afford; trains nothing."""
+    """Which strategy and how many layers per stage a fleet of devices can afford; trains nothing."""
 
     config_name: tyro.conf.Positional[str]
     """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""

@@ -15,7 +15,7 @@ from lwfedssl_jax.plan.show import table, to_plain
 from lwfedssl_jax.system import devices
 
 
-def run(options: PlanOptions) -> None:
+def run_plan(options: PlanOptions) -> None:
     """What the options ask for, on standard output."""
     config = resolve(with_fleet(options))
     check_plot(options.plot)

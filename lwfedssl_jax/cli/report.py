@@ -14,7 +14,7 @@ from lwfedssl_jax.cli.options import ReportOptions
 from lwfedssl_jax.config import ConfigError
 
 
-def run(options: ReportOptions) -> None:
+def run_report(options: ReportOptions) -> None:
     """What the options ask for."""
     out = options.out or (options.directories[0] if len(options.directories) == 1 else Path("report"))
     try:

@@ -12,7 +12,7 @@ from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.system import devices
 
 
-def run(options: ResourcesOptions) -> None:
+def run_resources(options: ResourcesOptions) -> None:
     """What the options ask for, on standard output."""
     config = resolve(options.config)
     check_plot(options.plot)

@@ -19,7 +19,7 @@ from lwfedssl_jax.system import devices
 from lwfedssl_jax.system.errors import FailedRunsError
 
 
-def run(options: SweepOptions) -> None:
+def run_sweep(options: SweepOptions) -> None:
     """Have a sweep's runs done by workers, with progress on standard error, and report them."""
     devices.set_up_cpu()
     if not options.dry_run:

@@ -17,7 +17,7 @@ from lwfedssl_jax.system.errors import report_error
 from lwfedssl_jax.workdir.directory import WorkDir, default_workdir
 
 
-def run(options: TrainOptions, arguments: list[str]) -> None:
+def run_train(options: TrainOptions, arguments: list[str]) -> None:
     """``train`` in this process, which may be one of several."""
     config = resolve(options.config)
     devices.set_up_cpu()

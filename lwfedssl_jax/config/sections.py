@@ -53,7 +53,7 @@ class PartitionConfig:
     set's own clients; shared: every client draws its own examples from all, so that any number of clients can be
     had."""
     clients: AtLeast1 = 10
-    """Clients in the population; natural: so many of the data set's, drawn where there are more."""
+    """Clients in the population; natural: this number of the data set's clients, drawn if there are more."""
     beta: Annotated[float, Range(1e-6)] = 0.5
     """dirichlet and quantity only: concentration; smaller is more skewed."""
     shards_per_client: AtLeast1 = 2
@@ -179,7 +179,7 @@ class EvaluationConfig:
     neighbours: AtLeast0 = 20
     """kNN: neighbours that vote; 0 leaves kNN out."""
     every: AtLeast0 = 0
-    """Evaluate every so many rounds as well as at each stage's end; 0: only there."""
+    """Rounds between evaluations, in addition to those at each stage's end; 0: only there."""
     fine_tune_epochs: AtLeast0 = 0
     """Fine-tuning after the last round, all of the encoder with all labels: epochs (the paper: 40); 0 leaves it out."""
     fine_tune_warmup_epochs: AtLeast0 = 10

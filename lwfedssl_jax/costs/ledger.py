@@ -10,7 +10,7 @@ import numpy as np
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError, override
-from lwfedssl_jax.costs.memory import Notify, lower_step, peak_memory
+from lwfedssl_jax.costs.memory import Notice, lower_step, peak_memory
 from lwfedssl_jax.costs.operations import (
     Known,
     StagePart,
@@ -87,7 +87,7 @@ Key = TypeVar("Key")
 
 
 def all_strategies(
-    config: Config, *, memory: bool, notify: Notify = lambda _: None, known: Known | None = None
+    config: Config, *, memory: bool, notify: Notice = lambda _: None, known: Known | None = None
 ) -> dict[str, Ledger]:
     """The ledger of each strategy that can run with the rest of a config (``each_strategy``).
 
@@ -102,7 +102,7 @@ def all_strategies(
 
 
 def ledgers_of(
-    configs: Mapping[Key, Config], *, memory: bool, notify: Notify = lambda _: None, known: Known | None = None
+    configs: Mapping[Key, Config], *, memory: bool, notify: Notice = lambda _: None, known: Known | None = None
 ) -> dict[Key, Ledger]:
     """The ledger of each config; steps that they have in common are traced and compiled once.
 
@@ -117,7 +117,7 @@ def ledgers_of(
     return ledgers
 
 
-def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config], notify: Notify, known: Known) -> None:
+def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config], notify: Notice, known: Known) -> None:
     """Set ``peak_memory_bytes`` in ledgers and their stages; compiles one client's step of each stage."""
     # Configs that differ in numbers alone become the same, so that they find one compiled program in the cache.
     plain = {name: program_config(config) for name, config in configs.items()}

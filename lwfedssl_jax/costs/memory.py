@@ -22,7 +22,7 @@ from lwfedssl_jax.costs.operations import (
 from lwfedssl_jax.system.devices import program_memory
 from lwfedssl_jax.tree import Tree
 
-Notify = Callable[[str], None]
+Notice = Callable[[str], None]
 
 # A CPU compiler optimises machine code, which is never run here; the memory is the same. Fusion emitters cost it more
 # than half of its time; without them peaks differ by at most some hundred bytes. Programs that run keep them, because
@@ -48,7 +48,7 @@ def lower_step(config: Config, part: StagePart, known: Known | None = None) -> t
     return known[key], tree.nbytes(part.frozen) - tree.nbytes(one_row)
 
 
-def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notify) -> dict[str, int]:
+def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notice) -> dict[str, int]:
     """Compile programs for this device and find the peak bytes of each, by its text.
 
     The peak is what the compiler reports: arguments + outputs + temporaries - aliased.

@@ -23,7 +23,7 @@ HASHES = "sha256.json"  # of an entry's arrays
 FORMAT = 1  # of an entry; another number leaves all entries there are unused
 AT_ONCE, OF_A_THREAD = 1024, 32  # images that are on their way together, and those that a thread takes
 CLASSES = 2**20  # at most; more would make heads of gigabytes
-NAMED = 3  # of things that are wrong, so many are named and the rest counted
+NAMED = 3  # of things that are wrong, the first ones are named and the rest counted
 SECONDS_TO_ABANDON = 24 * 3600.0  # a temporary folder that nobody has touched for so long has lost its process
 
 Notify = Callable[[str], None]
@@ -85,7 +85,9 @@ def stamp(path: Path) -> tuple[str, int, int]:
     return str(path), found.st_size, found.st_mtime_ns
 
 
-def load(config: DataConfig, found: Undecoded, channels: int, notify: Notify, note: Notify) -> dict[str, np.ndarray]:
+def load_cached(
+    config: DataConfig, found: Undecoded, channels: int, notify: Notify, note: Notify
+) -> dict[str, np.ndarray]:
     """``train_images, train_labels, test_images, test_labels``, and ``train_clients`` if examples say whose they are.
 
     Images are uint8 NxHxWxC, mapped from the cache; where that cannot be written, they are in memory.
@@ -93,7 +95,7 @@ def load(config: DataConfig, found: Undecoded, channels: int, notify: Notify, no
 
     Args:
       config: of the data set.
-      found: what it is decoded from, where the cache has not got it.
+      found: what it is decoded from, if it is not in the cache.
       channels: 1 or 3; images become gray or RGB.
       notify: hears of progress.
       note: hears what the user should know.
@@ -168,7 +170,10 @@ def _decode(
 ) -> dict[str, np.ndarray]:
     """All arrays, of which ``images`` is filled."""
     total = train.size + test.size
-    progress = lambda done: notify(f"decoding {done:,} of {total:,} images")  # noqa: E731
+
+    def progress(done: int) -> None:
+        notify(f"decoding {done:,} of {total:,} images")
+
     train_labels, whose, failed = _decode_split(train, images["train_images"], progress)
     test_labels, _, failed_too = _decode_split(test, images["test_images"], lambda done: progress(train.size + done))
     if failed := failed + failed_too:

@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -89,8 +89,10 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
             return Example(image, number[file.label] if file.label else -1, file.client)
 
     def splits() -> tuple[Split, Split]:
-        name = lambda files: lambda i: str(files[i].path)  # noqa: E731
-        return Split(len(train), train, read, name(train)), Split(len(test), test, read, name(test))
+        def split(files: Sequence[File]) -> Split:
+            return Split(len(files), files, read, lambda i: str(files[i].path))
+
+        return split(train), split(test)
 
     version = [[(*stamp(file.path), file.label, file.client) for file in files] for files in (train, test)]
     return Undecoded(version, splits)
@@ -232,7 +234,9 @@ def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: s
         except Exception as error:  # as above
             raise _unreadable(config, error) from error
 
-    read = lambda i, image: Example(image, int(labels[i]))  # noqa: E731
+    def read(i: int, image: np.ndarray) -> Example:
+        return Example(image, int(labels[i]))
+
     return Split(shape[0], items(), read, lambda i: f"{name}_images[{i}]")
 
 
@@ -268,7 +272,10 @@ def open_fashion_mnist(config: DataConfig) -> Undecoded:
             raise _damaged(config, images_file, f"shape {images.shape} where there are {len(labels)} labels of 28x28")
         if labels.max() > 9:
             raise _damaged(config, labels_file, f"it has a label {labels.max()}")
-        read = lambda i, image: Example(image[..., None], int(labels[i]))  # noqa: E731
+
+        def read(i: int, image: np.ndarray) -> Example:
+            return Example(image[..., None], int(labels[i]))
+
         return Split(len(labels), images, read, lambda i: f"{images_file}[{i}]")
 
     return Undecoded([stamp(path) for pair in files for path in pair], lambda: (split(*files[0]), split(*files[1])))

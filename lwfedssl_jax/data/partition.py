@@ -179,7 +179,7 @@ def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Popula
 
 
 def _owners(examples: int, log_weights: np.ndarray) -> np.ndarray:
-    """The client of each of so many examples in a row, in shares like the clients' weights, given as logarithms."""
+    """The client of each example, in a row, in shares like the clients' weights, given as logarithms."""
     weights = np.exp(log_weights - log_weights.max())
     cuts = np.round(np.cumsum(weights / weights.sum())[:-1] * examples).astype(int)
     return np.searchsorted(cuts, np.arange(examples), side="right")

@@ -37,14 +37,14 @@ class Dataset(NamedTuple):
         return np.flatnonzero(self.train_labels >= 0)
 
 
-def ignore(_: str) -> None:
+def ignore_text(_: str) -> None:
     """Hears and does nothing."""
 
 
 class Load(Protocol):
     """Reads a data set."""
 
-    def __call__(self, config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
+    def __call__(self, config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
         """The data set.
 
         Args:
@@ -90,9 +90,9 @@ def find(config: DataConfig) -> Source:
 def decoded(channels: int, find: Callable[[DataConfig, Notify], Undecoded]) -> Load:
     """Reads what ``find(config, note)`` finds through the cache."""
 
-    def load(config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
+    def load(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
         note = note or notify
-        return Dataset(**cache.load(config, find(config, note), channels, notify, note))
+        return Dataset(**cache.load_cached(config, find(config, note), channels, notify, note))
 
     return load
 
@@ -104,7 +104,7 @@ def find_fashion_mnist(config: DataConfig, note: Notify) -> Undecoded:
     return files.open_fashion_mnist(config)
 
 
-def load_digits(config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
+def load_digits(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
     """scikit-learn's 1,797 handwritten digits (8x8, one channel), resized; 360 of them, stratified, for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -116,7 +116,7 @@ def load_digits(config: DataConfig, notify: Notify = ignore, note: Notify | None
     return Dataset(images[train], labels[train], images[test], labels[test])
 
 
-def load_synthetic(config: DataConfig, notify: Notify = ignore, note: Notify | None = None) -> Dataset:
+def load_synthetic(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
     """Generated RGB images: a smooth pattern for each class under a random shift, contrast and noise.
 
     The same config gives the same images, whatever the run's seed. Patterns differ in shape,

@@ -75,7 +75,10 @@ def two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: 
     def sample(i: jax.Array, image: jax.Array) -> jax.Array:
         # All numbers of a sample in one draw: every draw is a long program to compile.
         draws_2xU = jax.random.uniform(jax.random.fold_in(key, i), (2, len(Draws._fields)), wide)
-        view = lambda u_U, blur, solarize: _augment(image, recipe, Draws(*u_U), blur, solarize)  # noqa: E731
+
+        def view(u_U: jax.Array, blur: jax.Array, solarize: jax.Array) -> jax.Array:
+            return _augment(image, recipe, Draws(*u_U), blur, solarize)
+
         return jax.vmap(view)(draws_2xU, blur_2, solarize_2)
 
     view_Bx2xHxWxC = jax.vmap(sample)(jnp.arange(len(images)), images)
@@ -204,7 +207,10 @@ def _bilinear(image: jax.Array, y_HxW: jax.Array, x_HxW: jax.Array) -> jax.Array
     corner = (top * w + left).astype(jnp.int32)
     right, down = (left < w - 1).astype(jnp.int32), (top < h - 1).astype(jnp.int32) * w
     pixels = image.reshape(h * w, c)
-    take = lambda at: pixels.at[at].get(mode="promise_in_bounds")  # noqa: E731
+
+    def take(at: jax.Array) -> jax.Array:
+        return pixels.at[at].get(mode="promise_in_bounds")
+
     part_y, part_x = (y - top)[..., None], (x - left)[..., None]
     upper = take(corner) * (1 - part_x) + take(corner + right) * part_x
     lower = take(corner + down) * (1 - part_x) + take(corner + down + right) * part_x

@@ -3,7 +3,7 @@
 from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.costs.ledger import Ledger
-from lwfedssl_jax.costs.memory import Notify
+from lwfedssl_jax.costs.memory import Notice
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.simulation.events import Compiling, Hear
@@ -45,5 +45,5 @@ def known_traces(cache: Cache) -> Known:
     return cache.get("traces", dict)
 
 
-def _saying(hear: Hear) -> Notify:
+def _saying(hear: Hear) -> Notice:
     return lambda what: hear(Compiling(what))

@@ -26,7 +26,7 @@ class ClientStart(NamedTuple):
 
     Attributes:
       begin: ``(task, broadcast, memory) -> state``; ``memory`` is None where only the state's shapes matter.
-      empty_memory: what a client that has not taken part yet keeps between rounds, zeros on the host; None where
+      empty_memory: what a client keeps between rounds before it first takes part, zeros on the host; None where
         clients keep nothing.
     """
 

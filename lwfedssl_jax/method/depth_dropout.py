@@ -19,7 +19,7 @@ def kept_layers(
     Args:
       key: of the step.
       rate: probability that a layer is skipped.
-      droppable: the first so many layers of the encoder can be.
+      droppable: how many of the encoder's layers, the first ones, can be.
       first: layers of the encoder before these.
       depth: how many there are of these.
       layers: L.

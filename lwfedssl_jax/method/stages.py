@@ -141,5 +141,5 @@ Stages = tuple[tuple[int, int], ...]  # (frozen_depth, depth) of each
 
 
 def stages_of(config: Config, strategy: str, layers_per_stage: int) -> Stages:
-    """What makes two options the same, but for ``runtime.remat``."""
+    """What makes two options the same, except for ``runtime.remat``."""
     return tuple(STRATEGIES[strategy](config.model.depth, layers_per_stage))

@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
 
 # ``(broadcast, memory, divergence) -> (trainable, scale)`` of a client that has a memory.
-Rule = Callable[[Broadcast, Memory, float], tuple[Tree, jax.Array]]
+StartRule = Callable[[Broadcast, Memory, float], tuple[Tree, jax.Array]]
 
 FEDU_DIVERGENCE, FEDEMA_DIVERGENCE = 0.4, 0.7  # the papers'
 
@@ -80,7 +80,7 @@ def fedema(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tre
     return tree.ema(memory.trainable, broadcast.trainable, mu), scale
 
 
-STARTS: dict[str, Rule | None] = {"global": None, "fedu": fedu, "fedema": fedema}
+STARTS: dict[str, StartRule | None] = {"global": None, "fedu": fedu, "fedema": fedema}
 
 
 def check_client_start(config: Config, task: Task) -> None:

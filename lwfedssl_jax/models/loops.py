@@ -14,9 +14,9 @@ CPU_CHUNK = 2**17  # elements of a block's widest activation that stay in a core
 
 
 def chunk_samples(elements: int) -> int | None:
-    """Samples that go through a block at once, if one sample's widest activation has so many elements.
+    """Samples that go through a block at once, from the number of elements of one sample's widest activation.
 
-    On a CPU so many that they stay in a core's cache; elsewhere all of them (None).
+    On a CPU as many as stay in a core's cache; elsewhere all of them (None).
     """
     return max(1, CPU_CHUNK // elements) if jax.default_backend() == "cpu" else None
 

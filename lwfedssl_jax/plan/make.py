@@ -6,7 +6,7 @@ from lwfedssl_jax.config import Config, device_classes
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.costs.ledger import ledgers_of
-from lwfedssl_jax.costs.memory import Notify
+from lwfedssl_jax.costs.memory import Notice
 from lwfedssl_jax.method.stages import stages_of
 from lwfedssl_jax.plan.measured import NO_RESULTS, Results
 from lwfedssl_jax.plan.options import Option, each_option, shares_by_stage
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     results: Results
 
 
-def make_plan(config: Config, examples: float, results: Results = NO_RESULTS, notify: Notify = lambda _: None) -> Plan:
+def make_plan(config: Config, examples: float, results: Results = NO_RESULTS, notify: Notice = lambda _: None) -> Plan:
     """Compute every option's costs and what each class of the fleet can do of it; compiles a step of each.
 
     Args:

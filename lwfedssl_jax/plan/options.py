@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lwfedssl_jax.analysis.wording import quantity
+from lwfedssl_jax.analysis.wording import count_of
 from lwfedssl_jax.config import Config, ConfigError, divisors, override
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs.fleet import Participation
@@ -54,7 +54,7 @@ class Option(NamedTuple):
 
 def name_option(strategy: str, layers_per_stage: int) -> str:
     """The strategy with its layers per stage, for a sentence."""
-    return f"{strategy}, {quantity(layers_per_stage, 'layer')} per stage"
+    return f"{strategy}, {count_of(layers_per_stage, 'layer')} per stage"
 
 
 def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], dict[str, str]]:

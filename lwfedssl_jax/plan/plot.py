@@ -46,7 +46,7 @@ def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Option], protoco
         panel.grid(alpha=0.3)
     title = "numbers: layers per stage" if protocol else None
     figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, title=title)
-    style.save(figure, path)
+    style.save_figure(figure, path)
 
 
 def plot_memory(axes: Any, devices: Sequence[DeviceClass], options: Sequence[Option], styles: Styles) -> None:

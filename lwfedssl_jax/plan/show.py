@@ -14,7 +14,6 @@ from lwfedssl_jax.analysis.wording import (
     byte_unit,
     bytes_words,
     protocol_words,
-    quantity,
     short_number,
     time_words,
 )
@@ -39,8 +38,8 @@ def table(plan: Plan, width: int) -> Group:
             break
     config = plan.config
     options.title = (
-        f"{config.model.name}, {config.objective.name}: {quantity(config.federation.rounds, 'round')}, "
-        f"{quantity(config.federation.local_epochs, 'local epoch')} of {plan.examples:,.0f} images per client, "
+        f"{config.model.name}, {config.objective.name}: {count_of(config.federation.rounds, 'round')}, "
+        f"{count_of(config.federation.local_epochs, 'local epoch')} of {plan.examples:,.0f} images per client, "
         f"batch {config.optimizer.batch_size}"
     )
     conclusions = [plan.reason]

@@ -14,7 +14,7 @@ def search_path() -> str:
 
 
 def core_slots(jobs: int) -> list[tuple[list[int], dict[str, str]]]:
-    """The cores and environment of each of so many workers: all of the machine for one, else a share of it."""
+    """The cores and environment of each worker: all of the machine for one, else a share of it."""
     if jobs == 1:
         return [([], {})]
     gpus = visible_gpus()

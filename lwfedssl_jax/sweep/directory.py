@@ -8,7 +8,7 @@ from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.sweep.grid import SweepFile, SweepRun
 from lwfedssl_jax.system.files import DirectoryLock, can_write, is_leftover, write_whole
 
-INDEX, SOURCE, LOCK = "sweep.json", "sweep.py", ".sweep.lock"
+INDEX, SOURCE, SWEEP_LOCK = "sweep.json", "sweep.py", ".sweep.lock"
 
 
 class SweepDirectory:
@@ -31,8 +31,8 @@ class SweepDirectory:
             ],
             "failed": {},
         }
-        self._lock = DirectoryLock(path / LOCK)
-        there = [p for p in path.iterdir() if p.name != LOCK and not is_leftover(p)] if path.is_dir() else []
+        self._lock = DirectoryLock(path / SWEEP_LOCK)
+        there = [p for p in path.iterdir() if p.name != SWEEP_LOCK and not is_leftover(p)] if path.is_dir() else []
         if (path.exists() and not path.is_dir()) or (there and not (path / INDEX).is_file()):
             raise ConfigError(f"--workdir: {path} holds no sweep; accepted: a new or empty directory, or a sweep's")
         if not can_write(path):

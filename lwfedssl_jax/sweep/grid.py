@@ -181,7 +181,7 @@ def settings_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
     for name, values in {**sweep.product, "seeds": sweep.seeds}.items():
         (value, count), *_ = collections.Counter(map(repr, values)).most_common(1)
         if count > 1:
-            raise ConfigError(f"SWEEP: {name}: {value} stands there twice; accepted: each value once")
+            raise ConfigError(f"SWEEP: {name}: {value} appears twice; accepted: each value once")
     for name in [*axes, *itertools.chain(*sweep.runs)]:
         if name == "runtime.seed":
             raise ConfigError("SWEEP: runtime.seed is an axis of its own; accepted: Sweep(seeds=(0, 1, 2))")

@@ -17,20 +17,22 @@ from lwfedssl_jax.sweep.grid import SweepRun
 
 LOGS = "logs"
 
-Event = dict[str, Any]
-Hear = Callable[[SweepRun, Event], None]
+Message = dict[str, Any]
+HearRun = Callable[[SweepRun, Message], None]
 
 
 class Worker:
     """A worker as the sweep's process sees it.
 
     Attributes:
-      at_work: the runs it has been given and has not ended.
+      at_work: the runs that it was given and that are not over.
       begun: those of them that it has begun.
       group: what runs of the last unit had in common (``Pool``).
     """
 
-    def __init__(self, number: int, request: Event, environment: Mapping[str, str], events: "queue.Queue[Any]") -> None:
+    def __init__(
+        self, number: int, request: Message, environment: Mapping[str, str], events: "queue.Queue[Any]"
+    ) -> None:
         self.at_work: list[SweepRun] = []
         self.begun: list[SweepRun] = []
         self.group: Any = None
@@ -87,7 +89,7 @@ class Pool:
       hear: told what happens to each run (``event``: started, compiling, round, evaluation, finished or failed).
     """
 
-    def __init__(self, request: Event, groups: Mapping[str, Any], jobs: int, hear: Hear) -> None:
+    def __init__(self, request: Message, groups: Mapping[str, Any], jobs: int, hear: HearRun) -> None:
         self._request, self._groups, self._hear = request, groups, hear
         self._events: queue.Queue[Any] = queue.Queue()
         self._jobs = jobs
@@ -122,7 +124,7 @@ class Pool:
         cores, environment = self._places[number]
         self._workers[number] = Worker(number, {**self._request, "cores": cores}, environment, self._events)
 
-    def _handle(self, worker: Worker, event: Event, waiting: list[SweepRun]) -> None:
+    def _handle(self, worker: Worker, event: Message, waiting: list[SweepRun]) -> None:
         number = next(n for n, w in self._workers.items() if w is worker)
         if event["event"] == "exit":
             del self._workers[number]
@@ -156,19 +158,22 @@ class Pool:
             self._hear(run, event)
 
     def _next_unit(self, worker: Worker, waiting: list[SweepRun], at_once: bool) -> list[SweepRun]:
-        """Runs for a worker, taken from those that wait: of its group, else of the first one."""
-        of_group = lambda group: [run for run in waiting if self._groups[run.directory] == group]  # noqa: E731
+        """Take runs for a worker from those that wait: of its group, or else of the first one."""
+
+        def members(group: Any) -> list[SweepRun]:
+            return [run for run in waiting if self._groups[run.directory] == group]
+
         others = [other.group for other in self._workers.values() if other is not worker]
-        if waiting and not of_group(worker.group):
+        if waiting and not members(worker.group):
             free = [run for run in waiting if self._groups[run.directory] not in others] or waiting
             worker.group = self._groups[free[0].directory]
-        mine = of_group(worker.group)
-        if alone := [run for run in mine if run.directory in self._suspects]:
+        candidates = members(worker.group)
+        if alone := [run for run in candidates if run.directory in self._suspects]:
             unit = alone[:1]
         else:
             groups = ({self._groups[run.directory] for run in waiting} | {*others}) - {None}
             sharers = max(1, len(self._places) // max(1, len(groups)))
-            unit = mine[: math.ceil(len(mine) / sharers)] if at_once else mine[:1]
+            unit = candidates[: math.ceil(len(candidates) / sharers)] if at_once else candidates[:1]
         for run in unit:
             waiting.remove(run)
         return unit

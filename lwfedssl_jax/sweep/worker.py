@@ -15,18 +15,18 @@ from typing import Any
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.simulation.events import Hear
 from lwfedssl_jax.sweep.grid import SweepRun
-from lwfedssl_jax.sweep.pool import Event
+from lwfedssl_jax.sweep.pool import Message
 from lwfedssl_jax.system.errors import user_message
 
 SHUTDOWN_SECONDS = 120.0  # seconds for a worker of a sweep that was killed to save and end
 
 
-def main() -> None:
+def serve() -> None:
     """A worker: the first line of its input is the request, each further one a list of directories."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever prints goes to the log
 
-    def say(event: Event) -> None:
+    def say(event: Message) -> None:
         try:
             out.write(json.dumps(event) + "\n")
         except BrokenPipeError:  # the sweep is gone: save and end
@@ -76,7 +76,7 @@ def read_units(units: "queue.Queue[list[str] | None]", idle: threading.Event) ->
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, say: Callable[[Event], None]) -> None:
+def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, say: Callable[[Message], None]) -> None:
     """Runs of one group, as many side by side as asked for, or as pay off (0)."""
     from lwfedssl_jax.experiment.active import ActiveRun
     from lwfedssl_jax.experiment.train import train_together
@@ -111,7 +111,7 @@ def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, s
                 say({"event": "finished", "run": run.directory})
 
 
-def listener(run: SweepRun, say: Callable[[Event], None]) -> Hear:
+def listener(run: SweepRun, say: Callable[[Message], None]) -> Hear:
     """Passes on what a sweep shows of a run's events; notes go to the log."""
     from lwfedssl_jax.simulation import events
 
@@ -125,4 +125,4 @@ def listener(run: SweepRun, say: Callable[[Event], None]) -> Hear:
 
 
 if __name__ == "__main__":
-    main()
+    serve()
