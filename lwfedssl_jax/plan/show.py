@@ -13,6 +13,7 @@ from rich.table import Table
 from lwfedssl_jax.analysis.wording import (
     byte_unit,
     bytes_words,
+    count_of,
     protocol_words,
     short_number,
     time_words,
