@@ -26,7 +26,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lwfedssl_jax" / "data"
 
 
-def load(name: str, size: int = 4, notify: Callable[[str], None] = sources.ignore, **fields: Any) -> sources.Dataset:
+def load(name: str, size: int = 4, notify: Callable[[str], None] = sources.ignore_text, **fields: Any) -> sources.Dataset:
     config = DataConfig(name=name, image_size=size, **fields)
     return sources.find(config).load(config, notify)
 
@@ -218,7 +218,7 @@ def test_any_byte_of_an_npz_may_be_wrong(tmp_path: Path) -> None:
     for at in rng.choice([i for end in ends for i in range(end, min(end + 180, len(whole)))], 250):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ int(rng.integers(1, 256))]) + whole[at + 1 :])
         try:
-            for split in files.open_npz(config, sources.ignore).splits():
+            for split in files.open_npz(config, sources.ignore_text).splits():
                 assert len(list(split.items)) == split.size
         except ConfigError as error:
             seen.add((type(error.__cause__), "\n" in str(error)))
