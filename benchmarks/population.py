@@ -57,7 +57,8 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
     import numpy as np
 
     from lwfedssl_jax.config import Config, override, resolve
-    from lwfedssl_jax.simulation import cohort, setup
+    from lwfedssl_jax.simulation import setup
+    from lwfedssl_jax.simulation.cohort import draw_cohort, pack_cohort
     from lwfedssl_jax.simulation.simulator import Simulator
     from lwfedssl_jax.system import devices
 
@@ -80,8 +81,8 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
     run = setup.prepare(config)
     result = {"set-up": time.perf_counter() - began, "memory after set-up": peak()}
     began = time.perf_counter()
-    _, reporting = cohort.draw_cohort(run, 1)
-    next(cohort.pack_cohort(run, reporting, 1).calls)
+    _, reporting = draw_cohort(run, 1)
+    next(pack_cohort(run, reporting, 1).calls)
     result["draw"] = time.perf_counter() - began
     if rounds:
         simulator = Simulator([run])

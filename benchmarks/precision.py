@@ -24,7 +24,7 @@ def main() -> None:
     from lwfedssl_jax.costs.operations import executed_operations, stage_parts
     from lwfedssl_jax.method.client import client_init, client_step
     from lwfedssl_jax.simulation import setup
-    from lwfedssl_jax.simulation.program import broadcast
+    from lwfedssl_jax.simulation.program import make_broadcast
 
     def side(strategy: str, precision: str) -> tuple[Any, Any, float]:
         config = resolve(
@@ -40,7 +40,7 @@ def main() -> None:
         run = setup.prepare(config, jax.devices()[:1])
         stage = run.stages[len(run.stages) // 2]
         params = setup.initial_params(run)
-        sent = broadcast(stage, params, stage.rows, stage.depths)
+        sent = make_broadcast(stage, params, stage.rows, stage.depths)
         rng = np.random.default_rng(0)
         images = jnp.asarray(rng.integers(0, 255, (options.lanes, options.batch, 32, 32, 3), dtype=np.uint8))
         mask, keys = jnp.ones(options.batch, bool), jax.random.split(jax.random.key(0), options.lanes)

@@ -26,7 +26,9 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lwfedssl_jax" / "data"
 
 
-def load(name: str, size: int = 4, notify: Callable[[str], None] = sources.ignore_text, **fields: Any) -> sources.Dataset:
+def load(
+    name: str, size: int = 4, notify: Callable[[str], None] = sources.ignore_text, **fields: Any
+) -> sources.Dataset:
     config = DataConfig(name=name, image_size=size, **fields)
     return sources.find(config).load(config, notify)
 
