@@ -14,6 +14,7 @@ from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.method.calibration import all_trainable
 from lwfedssl_jax.method.client import client_init, client_step, embed
 from lwfedssl_jax.method.fedca import make_exchange
+from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.method.stages import Stage, make_stages
 from lwfedssl_jax.method.task import Broadcast, ClientState, init_params, make_task, param_layers
 from lwfedssl_jax.tree import Tree
@@ -181,8 +182,8 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 
 
 def step_config(config: Config) -> Config:
-    """A config without the fields that no single step depends on: how stages follow each other."""
-    return override(config, {"strategy.name": "", "strategy.layers_per_stage": 1})
+    """A stand-in for all configs with the same steps: how stages follow each other does not change a single step."""
+    return override(ledger_config(config), {"strategy.name": "", "strategy.layers_per_stage": 1})
 
 
 def traceable_step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:

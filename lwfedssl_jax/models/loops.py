@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,18 @@ CPU_CHUNK = 2**17  # elements of a block's widest activation that stay in a core
 
 
 def chunk_samples(elements: int) -> int | None:
-    """Samples that go through a block at once, from the number of elements of one sample's widest activation.
+    """How many samples go through a block at once; None for all of them.
 
-    On a CPU as many as stay in a core's cache; elsewhere all of them (None).
+    On a CPU their activations are to stay in a core's cache.
+
+    Args:
+      elements: of one sample's widest activation.
     """
     return max(1, CPU_CHUNK // elements) if jax.default_backend() == "cpu" else None
 
 
 def in_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array, chunk: int | None) -> jax.Array:
-    """``f(x)`` for an ``f`` that treats samples (the first axis) one by one, about ``chunk`` at a time."""
+    """``f(x)``, about ``chunk`` samples (rows of ``x``) at a time; ``f`` must treat samples independently."""
     n = len(x)
     if chunk is None or chunk >= n:
         return f(x)
@@ -36,81 +39,58 @@ def row(params_L: Tree, i: Depth, order: jax.Array | None = None) -> Tree:
     return jax.tree.map(lambda p: p[at], params_L)
 
 
-def dynamic_scan(
-    f: Callable[[Tree, jax.Array], jax.Array],
-) -> Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]:
-    """``(params_L, x, depth, order) -> f(params[depth - 1], ... f(params[0], x))``, differentiable.
+Step = Callable[[Tree, jax.Array], jax.Array]  # ``(params, x) -> x`` of the same shape
 
-    JAX cannot reverse a loop of traced length. Here what each step's pullback has saved goes
-    into a buffer of L rows, and the backward pass loops over them. Rows that are not run get
-    zero gradients. ``x`` must keep its shape.
 
-    A pullback (what ``jax.vjp`` returns) is a pytree: its leaves are the arrays it has saved, its
-    structure is the same for every step. Leaves that are parameters are not saved again, but
-    taken from ``params_L`` when the pullback is put together for the backward pass.
+class PullbackForm(NamedTuple):
+    """What is static in the pullback of a step: the same for every row.
+
+    Attributes:
+      structure: of the pullback as a pytree.
+      sources: for each of its leaves, the number of the parameter that it is, or None if it is saved.
     """
 
-    def forward(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None = None) -> tuple[jax.Array, Tree]:
-        form: list[tuple[Any, list[int | None]]] = []  # of the pullback: structure, which parameter a leaf is
+    structure: Any
+    sources: tuple[int | None, ...]
 
-        def with_saved(params: Tree, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-            x, pullback = jax.vjp(f, params, x)
-            leaves, structure = jax.tree.flatten(pullback)
-            known = jax.tree.leaves(params)
-            source = [next((j for j, p in enumerate(known) if p is leaf), None) for leaf in leaves]
-            form.append((structure, source))
-            return x, [leaf for leaf, j in zip(leaves, source, strict=True) if j is None]
 
-        def step(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-            x, saved_L = carry
-            x, saved = with_saved(row(params_L, i, order), x)
-            return x, [all_.at[i].set(one) for all_, one in zip(saved_L, saved, strict=True)]
+class SavedSteps(NamedTuple):
+    """What the backward pass needs of the steps that have run.
 
-        length = len(jax.tree.leaves(params_L)[0])
-        shapes = jax.eval_shape(lambda p, x: with_saved(row(p, 0), x)[1], params_L, x)
-        buffers = [jnp.zeros((length, *s.shape), s.dtype) for s in shapes]
-        x, saved_L = jax.lax.fori_loop(0, depth, step, (x, buffers))
-        return x, jax.tree_util.Partial(functools.partial(pull, *form[0]), params_L, saved_L, order)
+    Attributes:
+      params_L: all parameters.
+      saved_L: what each step's pullback has saved in addition to them, in the order of the steps.
+      order: see ``row``.
+    """
 
-    def pull(
-        structure: Any,
-        source: list[int | None],
-        params_L: Tree,
-        saved_L: list[jax.Array],
-        order: jax.Array | None,
-        i: Depth,
-        g: jax.Array,
-    ) -> tuple[Tree, jax.Array]:
-        known, saved = jax.tree.leaves(row(params_L, i, order)), iter(row(saved_L, i))
-        pullback = jax.tree.unflatten(structure, [next(saved) if j is None else known[j] for j in source])
-        return cast(tuple[Tree, jax.Array], pullback(g))
+    params_L: Tree
+    saved_L: list[jax.Array]
+    order: jax.Array | None
 
-    def backward(depth: Depth, pull_row: Any, g: jax.Array) -> tuple[Tree, jax.Array]:
-        params_L, _, order = pull_row.args
 
-        def step(i: Depth, carry: tuple[Tree, jax.Array]) -> tuple[Tree, jax.Array]:
-            grads_L, g = carry
-            grads, g = pull_row(depth - 1 - i, g)
-            at = depth - 1 - i if order is None else order[depth - 1 - i]
-            return jax.tree.map(lambda all_, one: all_.at[at].set(one), grads_L, grads), g
+def dynamic_scan(f: Step) -> Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]:
+    """``(params_L, x, depth, order) -> f(params[depth - 1], ... f(params[0], x))``, differentiable.
 
-        return jax.lax.fori_loop(0, depth, step, (jax.tree.map(jnp.zeros_like, params_L), g))
+    JAX cannot reverse a loop whose length is traced. Here each step's pullback is saved in buffers of L rows, and the
+    backward pass loops over them. Rows that are not run get zero gradients. ``x`` must keep its shape.
+    """
 
-    def run(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
-        return forward(params_L, x, depth, order)[0]
+    def run(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None) -> jax.Array:
+        return run_forward(f, params_L, x, depth, order)[0]
 
-    def traced_forward(
-        params_L: Tree, x: jax.Array, depth: jax.Array, order: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
-        x, saved = forward(params_L, x, depth, order)
-        return x, (depth, saved)
+    def known_forward(params_L: Tree, x: jax.Array, depth: int) -> tuple[jax.Array, Tree]:
+        return run_forward(f, params_L, x, depth, None)
 
-    def traced_backward(saved: tuple[jax.Array, Tree], g: jax.Array) -> tuple[Tree, jax.Array, None, None]:
-        return *backward(*saved, g), None, None
+    def traced_forward(params_L: Tree, x: jax.Array, depth: jax.Array, order: jax.Array | None) -> tuple[Any, Any]:
+        x, pull_step = run_forward(f, params_L, x, depth, order)
+        return x, (depth, pull_step)
 
-    # A depth known when traced stays known, for the loops' lengths to be counted (resources.py).
-    known = jax.custom_vjp(lambda params_L, x, depth: run(params_L, x, depth), nondiff_argnums=(2,))
-    known.defvjp(forward, backward)
+    def traced_backward(saved: tuple[jax.Array, Any], g: jax.Array) -> tuple[Tree, jax.Array, None, None]:
+        return *run_backward(*saved, g), None, None
+
+    # A depth that is known when traced stays known, so that the loops' lengths can be counted (costs/operations.py).
+    known = jax.custom_vjp(lambda params_L, x, depth: run(params_L, x, depth, None), nondiff_argnums=(2,))
+    known.defvjp(known_forward, run_backward)
     traced = jax.custom_vjp(run)
     traced.defvjp(traced_forward, traced_backward)
 
@@ -120,3 +100,71 @@ def dynamic_scan(
         return traced(params_L, x, jnp.asarray(depth), order)
 
     return scan
+
+
+def run_forward(
+    f: Step, params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None
+) -> tuple[jax.Array, jax.tree_util.Partial]:
+    """Run the first ``depth`` rows of ``order``.
+
+    Returns:
+      The result, and ``(i, g) -> (gradients of the row's parameters, g)``, the pullback of step i.
+    """
+    forms: list[PullbackForm] = []
+
+    def save(params: Tree, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        x, saved, form = save_pullback(f, params, x)
+        forms.append(form)
+        return x, saved
+
+    def step(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+        x, saved_L = carry
+        x, saved = save(row(params_L, i, order), x)
+        return x, [all_.at[i].set(one) for all_, one in zip(saved_L, saved, strict=True)]
+
+    length = len(jax.tree.leaves(params_L)[0])
+    shapes = jax.eval_shape(lambda p, x: save(row(p, 0), x)[1], params_L, x)
+    buffers = [jnp.zeros((length, *s.shape), s.dtype) for s in shapes]
+    x, saved_L = jax.lax.fori_loop(0, depth, step, (x, buffers))
+    saved_steps = SavedSteps(params_L, saved_L, order)
+    return x, jax.tree_util.Partial(functools.partial(pull_step, forms[0]), saved_steps)
+
+
+def run_backward(depth: Depth, pull: jax.tree_util.Partial, g: jax.Array) -> tuple[Tree, jax.Array]:
+    """Gradients of all rows of the parameters, zero where a row has not run, and of ``x``.
+
+    Args:
+      depth: how many steps have run.
+      pull: from ``run_forward``.
+      g: gradient of its result.
+    """
+    (saved,) = pull.args
+
+    def step(i: Depth, carry: tuple[Tree, jax.Array]) -> tuple[Tree, jax.Array]:
+        grads_L, g = carry
+        grads, g = pull(depth - 1 - i, g)
+        at = depth - 1 - i if saved.order is None else saved.order[depth - 1 - i]
+        return jax.tree.map(lambda all_, one: all_.at[at].set(one), grads_L, grads), g
+
+    return jax.lax.fori_loop(0, depth, step, (jax.tree.map(jnp.zeros_like, saved.params_L), g))
+
+
+def save_pullback(f: Step, params: Tree, x: jax.Array) -> tuple[jax.Array, list[jax.Array], PullbackForm]:
+    """``f(params, x)``, and its pullback as arrays to save and a static form.
+
+    A pullback (what ``jax.vjp`` returns) is a pytree: its leaves are the arrays it has saved. Leaves that are
+    parameters are not saved again.
+    """
+    x, pullback = jax.vjp(f, params, x)
+    leaves, structure = jax.tree.flatten(pullback)
+    known = jax.tree.leaves(params)
+    sources = tuple(next((j for j, p in enumerate(known) if p is leaf), None) for leaf in leaves)
+    saved = [leaf for leaf, j in zip(leaves, sources, strict=True) if j is None]
+    return x, saved, PullbackForm(structure, sources)
+
+
+def pull_step(form: PullbackForm, steps: SavedSteps, i: Depth, g: jax.Array) -> tuple[Tree, jax.Array]:
+    """Apply the pullback of step i, from what ``save_pullback`` gave for it."""
+    known, saved = jax.tree.leaves(row(steps.params_L, i, steps.order)), iter(row(steps.saved_L, i))
+    pullback = jax.tree.unflatten(form.structure, [next(saved) if j is None else known[j] for j in form.sources])
+    return cast(tuple[Tree, jax.Array], pullback(g))

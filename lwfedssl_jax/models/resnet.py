@@ -1,13 +1,12 @@
 """Residual networks of basic blocks (He et al., 2016, arXiv 1512.03385), split into a frozen and a trainable part.
 
-ResNet-18 as torchvision has it, channels last: a stem and up to four stages of two blocks.
-Stages are the layers; the stem belongs to layer 1. As widths differ, what a stage adds to
-differs in shape, so each training stage has a program of its own, and which layers run is decided by
-which have parameters, not by a depth.
+ResNet-18 as in torchvision, channels last: a stem and up to four layers of two blocks each. The stem belongs to
+layer 1. Layers differ in width, so each training stage has a program of its own, and the layers that run are those that
+have parameters, whatever the depth.
 """
 
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -45,7 +44,7 @@ def convolve(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeL
 # Otherwise the backward pass would keep the input once for each of the kernel's pixels.
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
 def convolve_as_product(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeLike) -> jax.Array:
-    """``convolve`` as one matrix product, of what the kernel sees from each place and the kernel."""
+    """``convolve`` as one matrix product of the image patches and the kernel."""
     _, h, w, _ = x_BxHxWxC.shape
     k, pad = len(kernel), len(kernel) // 2
     x = jnp.pad(x_BxHxWxC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -71,7 +70,7 @@ class Conv(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, then batch normalisation: on running averages, or on those of the samples a mask names."""
+    """Convolution, then batch normalisation: by running averages, or by those of the samples that a mask selects."""
 
     features: int
     size: int
@@ -88,7 +87,7 @@ class ConvNorm(nn.Module):
             momentum=0.9,
             epsilon=1e-5,
             use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
-            force_float32_reductions=False,  # all is float32 or wider as it is
+            force_float32_reductions=False,  # everything is float32 or wider already
             name="norm",
             **wide,
         )
@@ -96,7 +95,7 @@ class ConvNorm(nn.Module):
 
 
 class Stem(nn.Module):
-    """Images to the first feature map: ``imagenet`` at a quarter of their size, ``small`` at all of it."""
+    """Images to the first feature map: at a quarter of their size (``imagenet``) or at full size (``small``)."""
 
     kind: str
     features: int
@@ -148,12 +147,27 @@ class Layer(nn.Module):
         return x
 
 
+class ResNet(NamedTuple):
+    """The parts of a residual network by name.
+
+    Attributes:
+      modules: stem and layers, in the order in which they run.
+      reshape: a linear layer to the whole encoder's width, which each layer but the last has of its own.
+      widths: channels of each layer.
+      numbers: layer number of each part (see ``Encoder.layers``).
+    """
+
+    modules: dict[str, nn.Module]
+    reshape: Dense
+    widths: list[int]
+    numbers: dict[str, int]
+
+
 def resnet(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False) -> Encoder:
     """A residual network of the config's size for images of shape (H, W, C).
 
-    Features are the last layer's, averaged over the image. Where a layer before the last ends
-    the encoder while it is trained, a linear layer of that stage alone brings them to the
-    whole encoder's width D.
+    Features are the last layer's, averaged over the image. While a layer before the last ends the encoder and is
+    trained, a linear layer that exists in that stage alone brings them to the whole encoder's width D.
 
     Args:
       config: resolved sizes (no zeros, no auto).
@@ -166,62 +180,80 @@ def resnet(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeL
     modules: dict[str, nn.Module] = {"stem": Stem(config.stem, config.width, dtype, wide)}
     for s, width in enumerate(widths, 1):
         modules[f"layer{s}"] = Layer(width, 1 if s == 1 else 2, dtype, wide, remat)
-    reshape = Dense(widths[-1], dtype, wide)
     numbers = {"stem": 1} | {f"layer{s}": s for s in range(1, config.depth + 1)}
     numbers |= {f"reshape{s}": -s for s in range(1, config.depth)}
+    net = ResNet(modules, Dense(widths[-1], dtype, wide), widths, numbers)
+    return Encoder(
+        functools.partial(init_resnet, net, image_shape),
+        functools.partial(resnet_layers, net),
+        functools.partial(run_frozen, net),
+        functools.partial(run_trainable, net),
+        widths[-1],
+    )
 
-    def init(key: jax.Array) -> Tree:
-        keys = dict(zip(numbers, jax.random.split(key, len(numbers)), strict=True))
-        encoder, statistics = {}, {}
-        x = jnp.zeros((1, *image_shape), wide)
-        for name, module in modules.items():
-            x, variables = module.init_with_output(keys[name], x, None)
-            encoder[name], statistics[name] = variables["params"], variables["batch_stats"]
-        for s, width in enumerate(widths[:-1], 1):
-            encoder[f"reshape{s}"] = reshape.init(keys[f"reshape{s}"], jnp.zeros((1, width), wide))["params"]
-        return {"encoder": encoder, "statistics": statistics}
 
-    def layers(params: Tree) -> Tree:
-        return {
-            kind: {name: jax.tree.map(lambda _, n=numbers[name]: np.array(n), part) for name, part in parts.items()}
-            for kind, parts in params.items()
-            if kind in ("encoder", "statistics")
-        }
+def init_resnet(net: ResNet, image_shape: tuple[int, int, int], key: jax.Array) -> Tree:
+    """Fresh parameters."""
+    keys = dict(zip(net.numbers, jax.random.split(key, len(net.numbers)), strict=True))
+    encoder, statistics = {}, {}
+    x = jnp.zeros((1, *image_shape), net.reshape.param_dtype)
+    for name, module in net.modules.items():
+        x, variables = module.init_with_output(keys[name], x, None)
+        encoder[name], statistics[name] = variables["params"], variables["batch_stats"]
+    for s, width in enumerate(net.widths[:-1], 1):
+        features = jnp.zeros((1, width), x.dtype)
+        encoder[f"reshape{s}"] = net.reshape.init(keys[f"reshape{s}"], features)["params"]
+    return {"encoder": encoder, "statistics": statistics}
 
-    def present(part: Tree) -> dict[str, nn.Module]:
-        return {name: module for name, module in modules.items() if jax.tree.leaves(part["encoder"][name])}
 
-    def variables(part: Tree, name: str) -> Tree:
-        return {"params": part["encoder"][name], "batch_stats": part["statistics"][name]}
+def resnet_layers(net: ResNet, params: Tree) -> Tree:
+    """The layer number of each parameter and statistic."""
+    return {
+        kind: {name: jax.tree.map(lambda _, n=net.numbers[name]: np.array(n), part) for name, part in parts.items()}
+        for kind, parts in params.items()
+        if kind in ("encoder", "statistics")
+    }
 
-    def frozen_forward(frozen: Tree, images: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
-        del depth, order  # what is there runs
-        x = images
-        for name, module in present(frozen).items():
-            x = cast(jax.Array, module.apply(variables(frozen, name), x, None))
-        return x
 
-    def trainable_forward(
-        trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
-    ) -> tuple[jax.Array, Tree]:
-        del depth, order
+def run_frozen(net: ResNet, frozen: Tree, images: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
+    """``Encoder.frozen_forward``: the parts with parameters run, whatever ``depth`` and ``order`` are."""
+    del depth, order
+    x = images
+    for name in present_modules(net, frozen):
+        x = cast(jax.Array, net.modules[name].apply(variables_of(frozen, name), x, None))
+    return x
 
-        def of_view(x_BxHxWxC: jax.Array) -> tuple[jax.Array, Tree]:
-            mask = mask_B[:, None, None, None]
-            # Padding repeats a real sample: another's distance from the mean would overflow, layer by layer,
-            # where real ones do not vary.
-            x = jnp.where(mask, x_BxHxWxC, jax.lax.dynamic_index_in_dim(x_BxHxWxC, mask_B.argmax()))
-            statistics = {}
-            for name, module in present(trainable).items():
-                x, updated = module.apply(variables(trainable, name), x, mask, mutable=["batch_stats"])
-                statistics[name] = updated["batch_stats"]
-            return x.mean(axis=(1, 2)), statistics
 
-        z_VxBxD, statistics_V = jax.vmap(of_view)(x.reshape(-1, len(mask_B), *x.shape[1:]))
-        z = z_VxBxD.reshape(-1, z_VxBxD.shape[-1])
-        for s in range(1, config.depth):
-            if jax.tree.leaves(trainable["encoder"][f"reshape{s}"]):
-                z = cast(jax.Array, reshape.apply({"params": trainable["encoder"][f"reshape{s}"]}, z))
-        return z, trainable["statistics"] | jax.tree.map(lambda x: x.mean(0), statistics_V)
+def run_trainable(
+    net: ResNet, trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
+) -> tuple[jax.Array, Tree]:
+    """``Encoder.trainable_forward``: the parts with parameters run, whatever ``depth`` and ``order`` are."""
+    del depth, order
 
-    return Encoder(init, layers, frozen_forward, trainable_forward, widths[-1])
+    def run_view(x_BxHxWxC: jax.Array) -> tuple[jax.Array, Tree]:
+        mask = mask_B[:, None, None, None]
+        # Padding repeats a real sample: another's distance from the mean would overflow, layer by layer, where the
+        # real ones do not vary.
+        x = jnp.where(mask, x_BxHxWxC, jax.lax.dynamic_index_in_dim(x_BxHxWxC, mask_B.argmax()))
+        statistics = {}
+        for name in present_modules(net, trainable):
+            x, updated = net.modules[name].apply(variables_of(trainable, name), x, mask, mutable=["batch_stats"])
+            statistics[name] = updated["batch_stats"]
+        return x.mean(axis=(1, 2)), statistics
+
+    z_VxBxD, statistics_V = jax.vmap(run_view)(x.reshape(-1, len(mask_B), *x.shape[1:]))
+    z = z_VxBxD.reshape(-1, z_VxBxD.shape[-1])
+    for s in range(1, len(net.widths)):
+        if jax.tree.leaves(trainable["encoder"][f"reshape{s}"]):
+            z = cast(jax.Array, net.reshape.apply({"params": trainable["encoder"][f"reshape{s}"]}, z))
+    return z, trainable["statistics"] | jax.tree.map(lambda x: x.mean(0), statistics_V)
+
+
+def present_modules(net: ResNet, part: Tree) -> list[str]:
+    """Names of the modules whose parameters ``part`` has, in order."""
+    return [name for name in net.modules if jax.tree.leaves(part["encoder"][name])]
+
+
+def variables_of(part: Tree, name: str) -> Tree:
+    """A module's parameters and statistics as Linen has them."""
+    return {"params": part["encoder"][name], "batch_stats": part["statistics"][name]}

@@ -8,7 +8,7 @@ How many of the stacked blocks run is an argument, so one program serves all sta
 """
 
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ from lwfedssl_jax.models.loops import chunk_samples, dynamic_scan, in_chunks, ro
 from lwfedssl_jax.tree import Tree
 
 
-@jax.jit  # the name marks it for the operation count in resources.py; XLA inlines it
+@jax.jit  # the name marks it for the operation count in costs/operations.py; XLA inlines it
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """``(x - mean) / sqrt(var + 1e-6) * scale + bias`` over the last axis."""
     # The variance in two passes: E[x^2] - E[x]^2 cancels where the mean is large.
@@ -85,7 +85,7 @@ class Block(nn.Module):
         qkv = Dense(3 * d, name="qkv", **types)(norm(name="norm1")(x))
         q, k, v = qkv.reshape(b, p, 3, self.heads, d // self.heads).transpose(2, 0, 3, 1, 4)
         scores = contract("bhqd,bhkd->bhqk", self.dtype, q * (d // self.heads) ** -0.5, k)
-        # Softmax with its division last, where there are fewest numbers to divide.
+        # Softmax that divides last, where there are fewest numbers to divide.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         mixed = contract("bhqk,bhkd->bhqd", self.dtype, weights, v) / weights.sum(-1, keepdims=True)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(b * p, d)
@@ -101,6 +101,14 @@ def gelu(x: jax.Array) -> jax.Array:
     return x * (0.5 + 0.5 * jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
+class Vit(NamedTuple):
+    """The parts of a vision transformer; one block for all layers, whose parameters are stacked."""
+
+    embedding: Embedding
+    block: Block
+    norm: LayerNorm
+
+
 def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False) -> Encoder:
     """A vision transformer of the config's size for images of shape (H, W, C).
 
@@ -114,41 +122,21 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
     wide = np.promote_types(dtype, jnp.float32)
     tokens = image_shape[0] * image_shape[1] // config.patch_size**2
     embedding = Embedding(config.patch_size, config.width, dtype, wide)
-    block = Block(config.heads, dtype, wide)
-    norm = LayerNorm(wide)
-
-    def init(key: jax.Array) -> Tree:
-        image, x = jnp.zeros((1, *image_shape), wide), jnp.zeros((1, tokens, config.width), wide)
-        embedding_key, blocks_key, norm_key = jax.random.split(key, 3)
-        weights = {
-            "embedding": embedding.init(embedding_key, image)["params"],
-            "blocks": jax.vmap(lambda k: block.init(k, x)["params"])(jax.random.split(blocks_key, config.depth)),
-            "norm": norm.init(norm_key, x)["params"],
-        }
-        return {"encoder": weights, "statistics": {}}
-
-    def layers(params: Tree) -> Tree:
-        numbers = {"embedding": np.array(1), "blocks": np.arange(1, config.depth + 1), "norm": np.array(EVERY_STAGE)}
-        weights = {part: jax.tree.map(lambda _, n=n: n, params["encoder"][part]) for part, n in numbers.items()}
-        return {"encoder": weights, "statistics": {}}
-
-    def apply(module: nn.Module, params: Tree, x: jax.Array) -> jax.Array:
-        return cast(jax.Array, module.apply({"params": params}, x))
-
+    block, norm = Block(config.heads, dtype, wide), LayerNorm(wide)
     policy = None if remat else jax.checkpoint_policies.dots_saveable
-    run_block = jax.checkpoint(functools.partial(apply, block), policy=policy)
+    run_block = jax.checkpoint(functools.partial(_apply, block), policy=policy)
     chunk = chunk_samples(tokens * 4 * config.width)
-    run_trainable = dynamic_scan(lambda params, x: in_chunks(functools.partial(run_block, params), x, chunk))
+    run_blocks = dynamic_scan(lambda params, x: in_chunks(functools.partial(run_block, params), x, chunk))
 
     def frozen_forward(frozen: Tree, images: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
         weights = frozen["encoder"]
         if not jax.tree.leaves(weights):
             return images
 
-        def through(x: jax.Array) -> jax.Array:
-            return jax.lax.fori_loop(0, depth, lambda i, x: apply(block, row(weights["blocks"], i, order), x), x)
+        def run_layers(x: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, depth, lambda i, x: _apply(block, row(weights["blocks"], i, order), x), x)
 
-        return in_chunks(through, apply(embedding, weights["embedding"], images), chunk)
+        return in_chunks(run_layers, _apply(embedding, weights["embedding"], images), chunk)
 
     def trainable_forward(
         trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
@@ -156,9 +144,39 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
         del mask_B  # samples do not see each other
         weights = trainable["encoder"]
         if jax.tree.leaves(weights["embedding"]):
-            x = apply(embedding, weights["embedding"], x)
+            x = _apply(embedding, weights["embedding"], x)
         if jax.tree.leaves(weights["blocks"]):
-            x = run_trainable(weights["blocks"], x, depth, order)
-        return apply(norm, weights["norm"], x).mean(axis=1), {}
+            x = run_blocks(weights["blocks"], x, depth, order)
+        return _apply(norm, weights["norm"], x).mean(axis=1), {}
 
-    return Encoder(init, layers, frozen_forward, trainable_forward, config.width)
+    init = functools.partial(init_vit, Vit(embedding, block, norm), config.depth, image_shape)
+    return Encoder(init, functools.partial(vit_layers, config.depth), frozen_forward, trainable_forward, config.width)
+
+
+def init_vit(modules: Vit, depth: int, image_shape: tuple[int, int, int], key: jax.Array) -> Tree:
+    """Fresh parameters of ``depth`` layers."""
+    wide, (height, width, _), patch = modules.norm.param_dtype, image_shape, modules.embedding.patch_size
+    image = jnp.zeros((1, *image_shape), wide)
+    tokens = jnp.zeros((1, height * width // patch**2, modules.embedding.width), wide)
+    embedding_key, blocks_key, norm_key = jax.random.split(key, 3)
+
+    def init_block(key: jax.Array) -> Tree:
+        return modules.block.init(key, tokens)["params"]
+
+    weights = {
+        "embedding": modules.embedding.init(embedding_key, image)["params"],
+        "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, depth)),
+        "norm": modules.norm.init(norm_key, tokens)["params"],
+    }
+    return {"encoder": weights, "statistics": {}}
+
+
+def vit_layers(depth: int, params: Tree) -> Tree:
+    """The layer number of each parameter; those of blocks are stacked."""
+    numbers = {"embedding": np.array(1), "blocks": np.arange(1, depth + 1), "norm": np.array(EVERY_STAGE)}
+    weights = {part: jax.tree.map(lambda _, n=n: n, params["encoder"][part]) for part, n in numbers.items()}
+    return {"encoder": weights, "statistics": {}}
+
+
+def _apply(module: nn.Module, params: Tree, x: jax.Array) -> jax.Array:
+    return cast(jax.Array, module.apply({"params": params}, x))
