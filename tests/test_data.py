@@ -295,11 +295,11 @@ def test_without_a_share_the_server_holds_nothing_and_changes_nothing(config: Pa
         ({"server_share": 1e-9, "kind": "shared"}, "partition.server_share: 1e-09 gives the server 0 of 1000"),
         (
             {"server_share": 0.5, "clients": 501},
-            "partition.clients: 501 clients cannot share 500 examples besides the server's 500; accepted: 1 to 500, or",
+            "partition.clients: 501 clients cannot share 500 examples apart from the server's 500; accepted: 1 to 500,",
         ),
         (
             {"server_share": 0.5, "kind": "shared", "examples_per_client": 501},
-            "partition.examples_per_client: 501 is more than the data set has besides the server's 500; accepted: 1 to",
+            "partition.examples_per_client: 501 is more than the data set has apart from the server's 500; accepted: 1",
         ),
     ],
 )

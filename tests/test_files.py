@@ -104,7 +104,7 @@ def zipped(content: bytes) -> bytes:
         ("images-idx3", zipped(bytes([0, 0, 8, 1, 0, 0, 0, 0]) + bytes(20)), "does not begin like an idx3 file"),
         ("labels-idx1", zipped(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(19)), "19 bytes for the shape (20,)"),
         ("labels-idx1", zipped(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes([10] * 20)), "a label 10"),
-        ("images-idx3", np.zeros((19, 28, 28), np.uint8), "shape (19, 28, 28) where there are 20 labels"),
+        ("images-idx3", np.zeros((19, 28, 28), np.uint8), "shape (19, 28, 28) for 20 labels"),
         ("images-idx3", np.zeros((20, 28, 27), np.uint8), "shape (20, 28, 27)"),
     ],
 )
@@ -287,7 +287,9 @@ def test_files_that_are_no_images_are_named(folder: Path) -> None:
         (folder / "train" / name).write_text("")
     seen: list[str] = []
     assert len(load(f"folder:{folder}", notify=seen.append).train_images) == 6
-    assert seen[0].startswith(f"1 files of {folder} do not end like images and are left out: {folder}/train/cat/boxes")
+    assert seen[0].startswith(
+        f"1 files of {folder} do not have the suffix of an image and are left out: {folder}/train/cat/boxes"
+    )
 
 
 def clients_csv(folder: Path, header: str, *rows: str) -> None:
@@ -395,7 +397,9 @@ def test_images_that_cannot_be_read_are_counted_and_named(folder: Path, cache_ho
         (folder / "test" / "cat" / f"cut{i}.bmp").write_bytes(whole[:-40])
     message = refused(f"folder:{folder}")
     assert f"has 6 of 16 images that cannot be read: {folder}/train/cat/empty.png (cannot identify" in message
-    assert f"{folder}/train/dog/deep.png (its mode I;16 has more than 8 bits a channel), {folder}/test/cat/c" in message
+    assert (
+        f"{folder}/train/dog/deep.png (its mode I;16 has more than 8 bits per channel), {folder}/test/cat/c" in message
+    )
     assert " and 3 more; accepted: images that Pillow reads" in message
     assert not list(cache_home.glob("*"))
 

@@ -317,7 +317,7 @@ def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
     assert heard[:2] == [events.Loading(f"decoding {done} of 48 images") for done in (36, 48)]
 
 
-def test_a_flat_folder_is_trained_on_and_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flat_folder_is_trained_on_and_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir()

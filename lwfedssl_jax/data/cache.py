@@ -1,4 +1,4 @@
-"""Images decoded once, by threads, into the user's cache folder: arrays that are mapped into memory, not read."""
+"""Images that threads decode once into the user's cache folder, as arrays that are mapped into memory."""
 
 import contextlib
 import hashlib
@@ -20,17 +20,17 @@ from PIL import Image
 from lwfedssl_jax.config import ConfigError, DataConfig
 
 HASHES = "sha256.json"  # of an entry's arrays
-FORMAT = 1  # of an entry; another number leaves all entries there are unused
-AT_ONCE, OF_A_THREAD = 1024, 32  # images that are on their way together, and those that a thread takes
+FORMAT = 1  # of an entry; with another number, all existing entries are unused
+GROUP_SIZE, THREAD_BATCH = 1024, 32  # images that are decoded at a time, by all threads and by one
 CLASSES = 2**20  # at most; more would make heads of gigabytes
-NAMED = 3  # of things that are wrong, the first ones are named and the rest counted
-SECONDS_TO_ABANDON = 24 * 3600.0  # a temporary folder that nobody has touched for so long has lost its process
+MAX_NAMED = 3  # things that are wrong, which a message names; it counts the others
+SECONDS_TO_ABANDON = 24 * 3600.0  # after which a temporary folder that has not changed belongs to no process
 
 Notify = Callable[[str], None]
 
 
 class Example(NamedTuple):
-    """An image of any size with its label, -1 for none, and whose it is."""
+    """An image of any size, its label (-1 for none) and its client."""
 
     image: np.ndarray | Image.Image
     label: int
@@ -42,9 +42,9 @@ class Split(NamedTuple):
 
     Attributes:
       size: how many examples.
-      items: one for each, in order; gone through once.
-      read: the example of an item and its number; threads call it, and what it raises makes the item unreadable.
-      name: what messages call an item, by its number.
+      items: one per example, in order; iterated over once.
+      read: ``(number, item) -> Example``; threads call it. If it raises, the item counts as unreadable.
+      name: ``number -> name`` of an item, for messages.
     """
 
     size: int
@@ -58,7 +58,7 @@ class Undecoded(NamedTuple):
 
     Attributes:
       version: plain data that changes when the content does.
-      splits: ``() -> (train, test)``; not called where the cache has them.
+      splits: ``() -> (train, test)``; not called if they are in the cache.
     """
 
     version: Any
@@ -71,16 +71,16 @@ def refuse(config: DataConfig, why: str, accepted: str) -> ConfigError:
 
 
 def first_of(names: list[str]) -> str:
-    """The first few of them, and how many more there are."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
-    """What changes when a file does: its path, size and time of modification, both -1 where there is none."""
+    """What changes when a file does: its path, size and modification time in ns; both are -1 if it cannot be read."""
     try:
         found = path.stat()
-    except OSError:  # whoever reads it says why
+    except OSError:  # reading it reports why
         return str(path), -1, -1
     return str(path), found.st_size, found.st_mtime_ns
 
@@ -88,17 +88,19 @@ def stamp(path: Path) -> tuple[str, int, int]:
 def load_cached(
     config: DataConfig, found: Undecoded, channels: int, notify: Notify, note: Notify
 ) -> dict[str, np.ndarray]:
-    """``train_images, train_labels, test_images, test_labels``, and ``train_clients`` if examples say whose they are.
-
-    Images are uint8 NxHxWxC, mapped from the cache; where that cannot be written, they are in memory.
-    Clients are numbered by the order of their names.
+    """Read a data set from the cache, or decode it into the cache.
 
     Args:
       config: of the data set.
-      found: what it is decoded from, if it is not in the cache.
+      found: what to decode if the cache does not have it.
       channels: 1 or 3; images become gray or RGB.
       notify: hears of progress.
       note: hears what the user should know.
+
+    Returns:
+      ``train_images, train_labels, test_images, test_labels``, and ``train_clients`` if examples have clients, which
+      are numbered in the order of their names. Images are uint8 NxHxWxC, mapped from the cache, or in memory if that
+      cannot be written.
 
     Raises:
       ConfigError: an image cannot be read, a test image has no label, or a label is too large.
@@ -111,28 +113,34 @@ def load_cached(
     if entry.is_dir():
         notify(f"checking {entry}")
         try:
-            return _checked(entry)
+            return _read_entry(entry)
         except (OSError, EOFError, ValueError) as error:
             note(f"{entry} is damaged ({error}): decoding again")
             shutil.rmtree(entry, ignore_errors=True)
-    train, test = found.splits()
+    return _decode_into(entry, config, found.splits(), channels, notify, note)
+
+
+def _decode_into(
+    entry: Path, config: DataConfig, splits: tuple[Split, Split], channels: int, notify: Notify, note: Notify
+) -> dict[str, np.ndarray]:
+    """Decode both splits into a new entry of the cache, or into memory if it cannot be written."""
+    size = config.image_size
     shapes = {
-        f"{name}_images": (split.size, config.image_size, config.image_size, channels)
-        for name, split in (("train", train), ("test", test))
+        f"{name}_images": (split.size, size, size, channels)
+        for name, split in zip(("train", "test"), splits, strict=True)
     }
     try:
-        temporary = _temporary(entry)
+        temporary = _make_temporary(entry)
     except OSError as error:
         note(f"the cache folder {entry.parent} cannot be written ({error}): the images stay in memory")
-        return _decode(config, train, test, {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}, notify)
+        return _decode(config, splits, _in_memory(shapes), notify)
     try:
         try:
             images = {name: _allocate(temporary / f"{name}.npy", shape) for name, shape in shapes.items()}
         except OSError as error:
             note(f"the cache folder {entry.parent} has no room ({error}): the images stay in memory")
-            images = {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
-            return _decode(config, train, test, images, notify)
-        arrays = _decode(config, train, test, images, notify)
+            return _decode(config, splits, _in_memory(shapes), notify)
+        arrays = _decode(config, splits, images, notify)
         _finish(temporary, arrays)
         arrays |= {name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in shapes}
         with contextlib.suppress(OSError):  # another process was faster, with the same content
@@ -143,44 +151,53 @@ def load_cached(
 
 
 def folder() -> Path:
-    """Where decoded data sets are kept; all of it may be deleted at any time."""
+    """The folder of decoded data sets; it may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lwfedssl_jax" / "data"
 
 
 def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray:
-    """A ``size x size x channels`` uint8 image (Pillow, bilinear; the sides' ratio is not kept).
+    """A ``size x size x channels`` uint8 image (Pillow, bilinear; the aspect ratio is not kept).
 
     Raises:
-      ValueError: the image has more than 8 bits a channel.
+      ValueError: the image has more than 8 bits per channel.
     """
     if isinstance(image, np.ndarray):
         if image.shape == (size, size, channels):
             return image
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     if image.mode[0] in "IF":
-        raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
+        raise ValueError(f"its mode {image.mode} has more than 8 bits per channel")
     image = image.convert("RGB" if channels == 3 else "L")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels)
 
 
+def _in_memory(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+
+
 def _decode(
-    config: DataConfig, train: Split, test: Split, images: Mapping[str, np.ndarray], notify: Notify
+    config: DataConfig, splits: tuple[Split, Split], images: Mapping[str, np.ndarray], notify: Notify
 ) -> dict[str, np.ndarray]:
-    """All arrays, of which ``images`` is filled."""
+    """Fill ``images`` and return all arrays.
+
+    Raises:
+      ConfigError: as ``load_cached``.
+    """
+    train, test = splits
     total = train.size + test.size
 
-    def progress(done: int) -> None:
+    def report(done: int) -> None:
         notify(f"decoding {done:,} of {total:,} images")
 
-    train_labels, whose, failed = _decode_split(train, images["train_images"], progress)
-    test_labels, _, failed_too = _decode_split(test, images["test_images"], lambda done: progress(train.size + done))
-    if failed := failed + failed_too:
+    train_labels, clients, unreadable = _decode_split(train, images["train_images"], report)
+    test_labels, _, more = _decode_split(test, images["test_images"], lambda done: report(train.size + done))
+    if unreadable := unreadable + more:
         raise refuse(
             config,
-            f"has {len(failed):,} of {total:,} images that cannot be read: {first_of(failed)}",
-            "images that Pillow reads, 8 bits a channel",
+            f"has {len(unreadable):,} of {total:,} images that cannot be read: {first_of(unreadable)}",
+            "images that Pillow reads, 8 bits per channel",
         )
     if unlabelled := sum(label < 0 for label in test_labels):
         raise refuse(config, f"has {unlabelled:,} test images without a label", "a label for each")
@@ -188,54 +205,58 @@ def _decode(
         raise refuse(config, f"has a label {largest}", f"labels from 0 to {CLASSES - 1}")
     labels = {"train_labels": np.array(train_labels, np.int32), "test_labels": np.array(test_labels, np.int32)}
     arrays = dict(images) | labels
-    if None not in whose:
-        arrays["train_clients"] = np.unique(np.array(whose), return_inverse=True)[1].astype(np.int32)
+    if None not in clients:
+        arrays["train_clients"] = np.unique(np.array(clients), return_inverse=True)[1].astype(np.int32)
     return arrays
 
 
 def _decode_split(
-    split: Split, images: np.ndarray, progress: Callable[[int], None]
+    split: Split, images: np.ndarray, report: Callable[[int], None]
 ) -> tuple[list[int], list[int | str | None], list[str]]:
-    """Fills ``images``; labels, clients, and the names of those that cannot be read, with why."""
+    """Fill ``images``; return labels, clients, and the names of unreadable items, each with the reason."""
     labels = [-1] * split.size
-    whose: list[int | str | None] = [None] * split.size
-    failed: dict[int, str] = {}
+    clients: list[int | str | None] = [None] * split.size
+    reasons: dict[int, str] = {}
 
-    def work(part: list[tuple[int, Any]]) -> None:
-        for i, item in part:
+    def decode(items: list[tuple[int, Any]]) -> None:
+        for i, item in items:
             try:
                 example = split.read(i, item)
                 images[i] = fit(example.image, *images.shape[2:])
-                labels[i], whose[i] = max(example.label, -1), example.client
-            except Exception as error:  # decoders raise many kinds; every one is counted and none passed over
-                failed[i] = f"{split.name(i)} ({' '.join(str(error).split()) or type(error).__name__})"
+                labels[i], clients[i] = max(example.label, -1), example.client
+            except Exception as error:  # decoders raise many kinds; all of them are counted
+                reasons[i] = f"{split.name(i)} ({' '.join(str(error).split()) or type(error).__name__})"
 
     done = 0
     with ThreadPoolExecutor() as pool:
-        for group in _batched(enumerate(split.items), AT_ONCE):
-            list(pool.map(work, _batched(group, OF_A_THREAD)))
+        for group in _batched(enumerate(split.items), GROUP_SIZE):
+            list(pool.map(decode, _batched(group, THREAD_BATCH)))
             done += len(group)
-            progress(done)
-    return labels, whose, [failed[i] for i in sorted(failed)]
+            report(done)
+    return labels, clients, [reasons[i] for i in sorted(reasons)]
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    every = iter(items)
-    return iter(lambda: list(itertools.islice(every, size)), [])
+    iterator = iter(items)
+    return iter(lambda: list(itertools.islice(iterator, size)), [])
 
 
-def _temporary(entry: Path) -> Path:
-    """A folder to make an entry in; those that killed processes have left are removed."""
+def _make_temporary(entry: Path) -> Path:
+    """Make a folder to write an entry in; remove those that killed processes have left."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    for left in entry.parent.glob("*.tmp"):
-        with contextlib.suppress(OSError):  # its process has just finished it
-            if time.time() - max(p.stat().st_mtime for p in [left, *left.iterdir()]) > SECONDS_TO_ABANDON:
-                shutil.rmtree(left, ignore_errors=True)
+    for old in entry.parent.glob("*.tmp"):
+        with contextlib.suppress(OSError):  # its process has just renamed it
+            if time.time() - max(p.stat().st_mtime for p in [old, *old.iterdir()]) > SECONDS_TO_ABANDON:
+                shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A new file's array; OSError now where the disk is full, which would else kill the process when it is written."""
+    """The array of a new file.
+
+    Raises:
+      OSError: the disk is full. Without the check, writing to the array would kill the process.
+    """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
@@ -244,19 +265,23 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _finish(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write what is not in files yet, and the hashes of all."""
+    """Write the arrays that are not in files yet, and the hashes of all."""
     for name, array in arrays.items():
         if isinstance(array, np.memmap):
             array.flush()
         else:
             np.save(path / f"{name}.npy", array)
-    (path / HASHES).write_text(json.dumps(_hashes(path), indent=1))
+    (path / HASHES).write_text(json.dumps(_hash_files(path), indent=1))
 
 
-def _checked(entry: Path) -> dict[str, np.ndarray]:
-    """An entry's arrays; ValueError or OSError where it is damaged."""
-    if json.loads((entry / HASHES).read_text()) != _hashes(entry):
-        raise ValueError("its arrays are not as they were written")
+def _read_entry(entry: Path) -> dict[str, np.ndarray]:
+    """The arrays of an entry.
+
+    Raises:
+      ValueError, OSError: it is damaged.
+    """
+    if json.loads((entry / HASHES).read_text()) != _hash_files(entry):
+        raise ValueError("its arrays have changed since they were written")
     files = {file.stem: file for file in entry.glob("*.npy")}
     if not {"train_images", "train_labels", "test_images", "test_labels"} <= set(files):
         raise ValueError("arrays are missing")
@@ -264,7 +289,7 @@ def _checked(entry: Path) -> dict[str, np.ndarray]:
     return {name: np.load(file) for name, file in files.items() if name not in mapped} | mapped
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def _hash_files(path: Path) -> dict[str, str]:
     hashes = {}
     for array in sorted(path.glob("*.npy")):
         with array.open("rb") as file:

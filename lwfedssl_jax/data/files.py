@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -18,12 +18,12 @@ from lwfedssl_jax.config import ConfigError, DataConfig
 from lwfedssl_jax.data.cache import CLASSES, Example, Notify, Split, Undecoded, first_of, refuse, stamp
 from lwfedssl_jax.system import seeds
 
-# Where Debian's package dataset-fashion-mnist puts its files.
+# The folder of Debian's package dataset-fashion-mnist.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
-TEST_SHARE = 0.2  # of each class, where the folder has no split
+TEST_SHARE = 0.2  # of each class, if the folder has no split
 CLIENT_COLUMNS = ("client", "client_id", "user_id")
 
 FOLDER_FORMS = "PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, or without classes PATH/*"
@@ -31,7 +31,7 @@ NPZ_FORM = "MedMNIST's npz: uint8 train_images and test_images of NxHxW or NxHxW
 
 
 class File(NamedTuple):
-    """An image of a folder: where it is, its class's folder, and whose it is."""
+    """An image of a folder, with the folder of its class and its client; None if it has none."""
 
     path: Path
     label: str | None
@@ -39,20 +39,20 @@ class File(NamedTuple):
 
 
 def path_of(config: DataConfig) -> Path:
-    """The PATH of ``data.name``."""
+    """The PATH in ``data.name``."""
     return Path(os.path.expanduser(config.name.partition(":")[2])).absolute()
 
 
 def open_folder(config: DataConfig, note: Notify) -> Undecoded:
-    """Images by class; those that lie beside the class folders of the training images have no label.
+    """Find the images of a folder by class; training images outside the class folders have no label.
 
     Without ``train/``, a fifth of each class is for testing. A flat folder, without classes, has no test images, and
-    nothing judges the encoder. With a file ``clients.csv`` (columns file, relative to
-    the folder, and client), training images belong to clients.
+    the encoder is not evaluated. With a file ``clients.csv`` (columns ``file``, relative to the folder, and
+    ``client``), training images belong to clients.
 
     Raises:
-      ConfigError: nothing there, a folder that cannot be read or is reached twice, a class with test images only, or
-        one that cannot be split; ``clients.csv`` does not say of every training image whose it is.
+      ConfigError: there are no images, a folder cannot be read or is reached twice, a class has test images only or
+        cannot be split, or ``clients.csv`` does not give the client of every training image.
     """
     root = path_of(config)
     if not os.path.isdir(root):
@@ -60,27 +60,26 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     others: list[str] = []
     if (root / "train").is_dir():
         tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
-        train = _images(config, root / "train", others)
-        test = _images(config, tests[0], others) if tests else []
+        train = _find_images(config, root / "train", others)
+        test = _find_images(config, tests[0], others) if tests else []
         if not tests and any(file.label for file in train):
             raise refuse(config, "has a folder train and none for testing", f"{' or '.join(TEST_FOLDERS)} beside it")
     else:
-        train, test = _images(config, root, others), []
+        train, test = _find_images(config, root, others), []
     if others:
-        note(f"{len(others):,} files of {root} do not end like images and are left out: {first_of(others)}")
+        note(f"{len(others):,} files of {root} do not have the suffix of an image and are left out: {first_of(others)}")
     if not train:
         raise refuse(config, "has no images for training", FOLDER_FORMS)
     classes = sorted({file.label for file in train if file.label})
     if not classes and not test:
-        note(f"{root} has no class folders: the encoder is trained, and not judged")
+        note(f"{root} has no class folders: the encoder is trained, but not evaluated")
     elif not (root / "train").is_dir():
-        train, test = _split(config, train)
+        train, test = _hold_out(config, train)
     if classes and not (test and all(file.label for file in test)):
         raise refuse(config, "has test images without a class, or none", f"a class folder each, of {first_of(classes)}")
     if unknown := sorted({str(file.label) for file in test} - set(classes)):
         raise refuse(config, f"has test images of classes without training images: {first_of(unknown)}", "the same")
-    train = _clients(config, root, train, test)
-
+    train = _assign_clients(config, root, train, test)
     number = {label: i for i, label in enumerate(classes)}
 
     def read(_: int, file: File) -> Example:
@@ -88,18 +87,15 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
             image.load()
             return Example(image, number[file.label] if file.label else -1, file.client)
 
-    def splits() -> tuple[Split, Split]:
-        def split(files: Sequence[File]) -> Split:
-            return Split(len(files), files, read, lambda i: str(files[i].path))
-
-        return split(train), split(test)
+    def make_split(files: list[File]) -> Split:
+        return Split(len(files), files, read, lambda i: str(files[i].path))
 
     version = [[(*stamp(file.path), file.label, file.client) for file in files] for files in (train, test)]
-    return Undecoded(version, splits)
+    return Undecoded(version, lambda: (make_split(train), make_split(test)))
 
 
-def _images(config: DataConfig, root: Path, others: list[str]) -> list[File]:
-    """The images under a folder in order, hidden ones left out; ``others`` get files that do not end like one."""
+def _find_images(config: DataConfig, root: Path, others: list[str]) -> list[File]:
+    """The images under a folder in order, except for hidden ones; other files are added to ``others``."""
     found: list[File] = []
     reached: set[str] = set()
     errors: list[OSError] = []
@@ -115,27 +111,27 @@ def _images(config: DataConfig, root: Path, others: list[str]) -> list[File]:
             elif name != "clients.csv":
                 others.append(str(Path(folder) / name))
     if errors:
-        named = first_of([f"{error.filename} ({error.strerror})" for error in errors])
-        raise refuse(config, f"has {len(errors):,} folders that cannot be read: {named}", "folders that you can read")
+        listed = first_of([f"{error.filename} ({error.strerror})" for error in errors])
+        raise refuse(config, f"has {len(errors):,} folders that cannot be read: {listed}", "folders that you can read")
     return found
 
 
-def _split(config: DataConfig, files: list[File]) -> tuple[list[File], list[File]]:
-    """A fifth of each class, at least one image, for testing: always the same ones."""
+def _hold_out(config: DataConfig, files: list[File]) -> tuple[list[File], list[File]]:
+    """Training and test images: a fifth of each class, but at least one, always the same ones, is for testing."""
     train, test = [file for file in files if not file.label], []
     for label, members in itertools.groupby((file for file in files if file.label), lambda file: file.label):
-        of_class = list(members)
-        if len(of_class) < 2:
+        images = list(members)
+        if len(images) < 2:
             raise refuse(config, f"has one image of class {label}", "two, one of them for testing, or a folder test")
-        order = seeds.fixed_rng().permutation(len(of_class))
-        held = max(1, round(TEST_SHARE * len(of_class)))
-        test += [of_class[i] for i in np.sort(order[:held])]
-        train += [of_class[i] for i in np.sort(order[held:])]
+        order = seeds.fixed_rng().permutation(len(images))
+        held_out = max(1, round(TEST_SHARE * len(images)))
+        test += [images[i] for i in np.sort(order[:held_out])]
+        train += [images[i] for i in np.sort(order[held_out:])]
     return train, test
 
 
-def _clients(config: DataConfig, root: Path, train: list[File], test: list[File]) -> list[File]:
-    """The training images with their clients, where there is a ``clients.csv``."""
+def _assign_clients(config: DataConfig, root: Path, train: list[File], test: list[File]) -> list[File]:
+    """The training images with their clients, if there is a ``clients.csv``."""
     path, asked = root / "clients.csv", config.client_column
     if not os.path.isfile(path):
         if asked:
@@ -168,12 +164,13 @@ def _clients(config: DataConfig, root: Path, train: list[File], test: list[File]
 
 
 def open_npz(config: DataConfig, note: Notify) -> Undecoded:
-    """MedMNIST's format (arXiv 2110.14795), gray or RGB; ``val_*`` is used where there is no ``test_*``, else left out.
+    """Find an npz file of MedMNIST's format (arXiv 2110.14795), gray or RGB.
 
-    Images are read one after the other, so that they may be more than fit the memory.
+    ``val_*`` is for testing if there is no ``test_*``, and otherwise left out. Images are read one by one, so that
+    they may be larger than the memory.
 
     Raises:
-      ConfigError: no such file, or not of this format.
+      ConfigError: there is no such file, or it does not have this format.
     """
     path = path_of(config)
     if not os.path.isfile(path):
@@ -183,11 +180,11 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
-                held = "test" if "test_images" in names else "val"
-                return _npz_split(config, path, archive, "train"), _npz_split(config, path, archive, held)
+                test = "test" if "test_images" in names else "val"
+                return _npz_split(config, path, archive, "train"), _npz_split(config, path, archive, test)
         except ConfigError:
             raise
-        except Exception as error:  # zipfile and NumPy raise many kinds where a byte is wrong
+        except Exception as error:  # zipfile and NumPy raise many kinds if a byte is wrong
             raise _unreadable(config, error) from error
 
     return Undecoded(stamp(path), splits)
@@ -208,54 +205,69 @@ def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: s
         raise refuse(config, f"has {name}_images of shape {shape} and type {dtype}", NPZ_FORM)
     if math.prod(shape) > archive.getinfo(f"{name}_images.npy").file_size:  # before memory is taken for it
         raise EOFError(f"{name}_images ends before its shape {shape} does")
-    with archive.open(f"{name}_labels.npy") as file:
-        shape_of_labels, dtype = _npy_header(file)
-    if not np.issubdtype(dtype, np.integer):
-        raise refuse(config, f"has {name}_labels of type {dtype}", NPZ_FORM)
-    if len(shape_of_labels) == 2 and shape_of_labels[1] > 1:
-        raise refuse(config, f"has {shape_of_labels[1]} labels for each image", "one class for each image")
-    if shape_of_labels not in ((shape[0],), (shape[0], 1)):
-        raise refuse(config, f"has {name}_labels of shape {shape_of_labels} for {shape[0]} images", NPZ_FORM)
-    with archive.open(f"{name}_labels.npy") as file:
-        labels = np.lib.format.read_array(file, allow_pickle=False).reshape(-1)
-    if wrong := [x for x in (int(labels.min()), int(labels.max())) if not 0 <= x < CLASSES]:
-        raise refuse(config, f"has a label {wrong[0]} in {name}_labels", f"labels from 0 to {CLASSES - 1}")
-
-    def items() -> Iterator[np.ndarray]:
-        try:
-            with zipfile.ZipFile(path) as again, again.open(f"{name}_images.npy") as file:
-                _npy_header(file)
-                each = math.prod(shape[1:])
-                for i in range(shape[0]):
-                    content = file.read(each)
-                    if len(content) < each:
-                        raise EOFError(f"{name}_images ends at image {i}")
-                    yield np.frombuffer(content, np.uint8).reshape(*shape[1:3], -1)
-        except Exception as error:  # as above
-            raise _unreadable(config, error) from error
+    labels = _npz_labels(config, archive, f"{name}_labels", shape[0])
 
     def read(i: int, image: np.ndarray) -> Example:
         return Example(image, int(labels[i]))
 
+    def items() -> Iterator[np.ndarray]:
+        try:
+            yield from _npz_images(path, f"{name}_images")
+        except Exception as error:  # as above
+            raise _unreadable(config, error) from error
+
     return Split(shape[0], items(), read, lambda i: f"{name}_images[{i}]")
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array; leaves the file where its values begin, in C order.
+def _npz_labels(config: DataConfig, archive: zipfile.ZipFile, name: str, images: int) -> np.ndarray:
+    """The labels of so many images."""
+    with archive.open(f"{name}.npy") as file:
+        shape, dtype = _npy_header(file)
+    if not np.issubdtype(dtype, np.integer):
+        raise refuse(config, f"has {name} of type {dtype}", NPZ_FORM)
+    if len(shape) == 2 and shape[1] > 1:
+        raise refuse(config, f"has {shape[1]} labels for each image", "one class for each image")
+    if shape not in ((images,), (images, 1)):
+        raise refuse(config, f"has {name} of shape {shape} for {images} images", NPZ_FORM)
+    with archive.open(f"{name}.npy") as file:
+        labels = np.lib.format.read_array(file, allow_pickle=False).reshape(-1)
+    if wrong := [x for x in (int(labels.min()), int(labels.max())) if not 0 <= x < CLASSES]:
+        raise refuse(config, f"has a label {wrong[0]} in {name}", f"labels from 0 to {CLASSES - 1}")
+    return labels
+
+
+def _npz_images(path: Path, name: str) -> Iterator[np.ndarray]:
+    """The images of an array one by one, each HxWxC uint8.
 
     Raises:
-      ValueError: there is none, or it is in Fortran's order.
+      EOFError: the array ends before its shape does.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        shape, _ = _npy_header(file)
+        size = math.prod(shape[1:])
+        for i in range(shape[0]):
+            content = file.read(size)
+            if len(content) < size:
+                raise EOFError(f"{name} ends at image {i}")
+            yield np.frombuffer(content, np.uint8).reshape(*shape[1:3], -1)
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read the shape and type of an array, up to where its values begin, in C order.
+
+    Raises:
+      ValueError: there is no array, or it is in Fortran order.
     """
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if fortran and len(shape) > 2:
-        raise ValueError("an array is in Fortran's order; np.ascontiguousarray before it is saved")
+        raise ValueError("an array is in Fortran order; np.ascontiguousarray before it is saved")
     return shape, dtype
 
 
 def open_fashion_mnist(config: DataConfig) -> Undecoded:
-    """Zalando's 70,000 garments (28x28, one channel; arXiv 1708.07747), 10,000 of them for testing, from idx files.
+    """Find Zalando's 70,000 garments (28x28, one channel; arXiv 1708.07747), 10,000 for testing, as idx files.
 
     Raises:
       ConfigError: a file is missing or damaged.
@@ -269,7 +281,7 @@ def open_fashion_mnist(config: DataConfig) -> Undecoded:
     def split(images_file: Path, labels_file: Path) -> Split:
         images, labels = read_idx(config, images_file, 3), read_idx(config, labels_file, 1)
         if images.shape != (len(labels), 28, 28) or not len(labels):
-            raise _damaged(config, images_file, f"shape {images.shape} where there are {len(labels)} labels of 28x28")
+            raise _damaged(config, images_file, f"shape {images.shape} for {len(labels)} labels of 28x28 images")
         if labels.max() > 9:
             raise _damaged(config, labels_file, f"it has a label {labels.max()}")
 
@@ -294,7 +306,7 @@ def _idx_file(config: DataConfig, folder: Path, name: str) -> Path:
 
 
 def read_idx(config: DataConfig, path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of an idx file: two zeros, type 8, number of dimensions, big-endian sizes, bytes.
+    """Read the uint8 array of an idx file: two zeros, type 8, number of dimensions, big-endian sizes, bytes.
 
     Raises:
       ConfigError: the file is damaged.

@@ -1,7 +1,7 @@
 """Which client owns which training example.
 
-A client costs a few integers: its number of examples, and where they begin in one common
-order, or nothing where they are drawn from its number when they are needed.
+A client takes a few integers: its number of examples, and where they begin in a common order, unless they are drawn
+from the client's number when they are needed.
 """
 
 import heapq
@@ -17,7 +17,7 @@ class Population(Sequence[np.ndarray]):
     """The clients: ``population[i]`` are client i's example indices.
 
     Attributes:
-      sizes: N, number of examples of each client.
+      sizes: N, the number of examples of each client.
     """
 
     def __init__(self, sizes_N: np.ndarray, examples: Callable[[int], np.ndarray]) -> None:
@@ -42,32 +42,32 @@ class Population(Sequence[np.ndarray]):
 def partition(
     config: PartitionConfig, labels_N: np.ndarray, seed: int, clients_N: np.ndarray | None = None
 ) -> Population:
-    """The clients of a config; what the server holds (``server_examples``) is dealt to nobody.
+    """Distribute the examples over clients, except for those that the server holds (``server_examples``).
 
-    ``iid`` deals out a random permutation, ``quantity`` also, in shares drawn from Dirichlet(beta). ``dirichlet``
-    deals each class so (Hsu et al., 2019, arXiv 1909.06335, by class). ``shards`` sorts the examples by class, cuts
-    them into equal pieces and gives each client a few (McMahan et al., 2017, arXiv 1602.05629). Each leaves every
-    example on exactly one client; clients left empty then take one example from the largest client, unless
-    ``allow_empty``. ``natural`` takes the data set's clients, or some of them at random. ``shared`` lets every client
-    draw its own from all examples, so that there may be more clients than examples.
+    ``iid`` deals out a random permutation in equal shares, ``quantity`` in shares drawn from Dirichlet(beta), and
+    ``dirichlet`` does this with each class (Hsu et al., 2019, arXiv 1909.06335, by class). ``shards`` sorts the
+    examples by class, cuts them into equal pieces and gives each client a few (McMahan et al., 2017, arXiv
+    1602.05629). All these give every example to exactly one client; a client left empty then takes one example from
+    the largest client, unless ``allow_empty``. ``natural`` takes the data set's clients, or some of them at random.
+    With ``shared`` every client draws its own from all examples, so that there may be more clients than examples.
 
     Args:
-      config: says which kind.
+      config: names the kind.
       labels_N: of the examples.
       seed: of all that is drawn.
-      clients_N: the data set's own client of each example, if it has them.
+      clients_N: the data set's own client of each example, if it has clients.
 
     Raises:
-      ConfigError: no such kind; more clients, or shards, than examples, unless ``allow_empty`` or ``shared``;
-        ``shared`` clients of more examples than there are; ``natural`` without clients, or with more than there are;
-        see ``server_examples``.
+      ConfigError: there is no such kind; there are more clients, or shards, than examples, unless ``allow_empty`` or
+        ``shared``; ``shared`` clients have more examples than there are; ``natural`` without clients, or with more
+        than there are; see ``server_examples``.
     """
-    kind, held = choose("partition.kind", config.kind, PARTITIONS), server_examples(config, labels_N, seed)
+    distribute, held = choose("partition.kind", config.kind, PARTITIONS), server_examples(config, labels_N, seed)
     if config.kind == "natural" and clients_N is None:
         others = ", ".join(name for name in PARTITIONS if name != "natural")
         raise ConfigError(
-            f"partition.kind: natural needs a data set that says whose each image is (a feature of tfds, clients.csv "
-            f"of a folder; data.client_column names it); accepted here: {others}"
+            f"partition.kind: natural needs a data set that has the client of each image (a feature of tfds, "
+            f"clients.csv of a folder; data.client_column names it); accepted here: {others}"
         )
     if config.kind in ("dirichlet", "shards") and (labels_N < 0).all():
         raise ConfigError(
@@ -78,41 +78,47 @@ def partition(
     rest = np.delete(np.arange(len(labels_N)), held)
     if len(held):
         by_N = by_N[rest]
-    _check(config, by_N, f" besides the server's {len(held)}" if len(held) else "")
-    clients = kind(config, by_N, seed)
+    _check_counts(config, by_N, f" apart from the server's {len(held)}" if len(held) else "")
+    clients = distribute(config, by_N, seed)
     return Population(clients.sizes, lambda i: rest[clients[i]]) if len(held) else clients
 
 
-def _check(config: PartitionConfig, by_N: np.ndarray, besides: str) -> None:
-    """Refuse what the examples cannot be dealt to; ``by_N`` as the kind gets it."""
+def _check_counts(config: PartitionConfig, by_N: np.ndarray, apart: str) -> None:
+    """Refuse more clients, shards or examples per client than there are.
+
+    Args:
+      config: names the kind.
+      by_N: each example's label or client, as the kind gets it.
+      apart: what examples are not counted, for the message.
+    """
     examples, shards = len(by_N), config.clients * config.shards_per_client
     if config.kind == "shared":
         if config.examples_per_client > examples:
             raise ConfigError(
-                f"partition.examples_per_client: {config.examples_per_client} is more than the data set has{besides}; "
+                f"partition.examples_per_client: {config.examples_per_client} is more than the data set has{apart}; "
                 f"accepted: 1 to {examples}"
             )
     elif config.kind == "natural":
         if config.clients > (there := len(np.unique(by_N))):
             raise ConfigError(
                 f"partition.clients: {config.clients} is more than the data set's own {there} clients with "
-                f"images{besides}; accepted: 1 to {there}"
+                f"images{apart}; accepted: 1 to {there}"
             )
     elif config.clients > examples and not config.allow_empty:
         raise ConfigError(
-            f"partition.clients: {config.clients} clients cannot share {examples} examples{besides}; "
+            f"partition.clients: {config.clients} clients cannot share {examples} examples{apart}; "
             f"accepted: 1 to {examples}, or partition.allow_empty, or partition.kind shared"
         )
     elif config.kind == "shards" and shards > examples and not config.allow_empty:
         raise ConfigError(
             f"partition.shards_per_client: {config.shards_per_client} for each of {config.clients} clients makes more "
-            f"shards than {examples} examples{besides}; accepted: 1 to {examples // config.clients}, or "
+            f"shards than {examples} examples{apart}; accepted: 1 to {examples // config.clients}, or "
             f"partition.allow_empty"
         )
 
 
 def server_examples(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> np.ndarray:
-    """The examples that the server holds and no client owns: ``server_share`` of all at random, in order.
+    """The indices of the examples that the server holds: ``server_share`` of all at random, in order.
 
     Raises:
       ConfigError: the share leaves nothing to the clients, or is fewer than two examples but not 0.
@@ -132,14 +138,14 @@ def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     n, clients, rng = len(labels_N), config.clients, seeds.rng(seed, seeds.RngTag.PARTITION)
     order = rng.permutation(n)
     if config.size_sigma:
-        return _dealt(config, order, _owners(n, config.size_sigma * rng.standard_normal(clients)))
+        return _deal_out(config, order, _owners(n, config.size_sigma * rng.standard_normal(clients)))
     sizes = np.full(clients, n // clients, np.int32)
     sizes[: n % clients] += 1
     return Population.disjoint(order, sizes)
 
 
 def quantity(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
-    """A random permutation in shares drawn from a symmetric Dirichlet(beta): unequal sizes, equal kinds of images."""
+    """A random permutation in shares drawn from a symmetric Dirichlet(beta): unequal sizes, but no skew of classes."""
     return dirichlet(config, np.zeros_like(labels_N), seed)
 
 
@@ -154,7 +160,7 @@ def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
         log_gamma += np.log(rng.uniform(size=config.clients)) / config.beta
         orders.append(members)
         owners.append(_owners(len(members), log_gamma))
-    return _dealt(config, np.concatenate(orders), np.concatenate(owners))
+    return _deal_out(config, np.concatenate(orders), np.concatenate(owners))
 
 
 def shards(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
@@ -163,10 +169,10 @@ def shards(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
     shuffled = rng.permutation(len(labels_N))
     order = shuffled[np.argsort(labels_N[shuffled], kind="stable")]
     pieces, n = config.clients * config.shards_per_client, len(order)
-    if pieces > n:  # each example is a piece, and the others, however many, are empty
-        return _dealt(config, order, rng.choice(pieces, n, replace=False) // config.shards_per_client)
+    if pieces > n:  # each example is a piece, and all other pieces are empty
+        return _deal_out(config, order, rng.choice(pieces, n, replace=False) // config.shards_per_client)
     owner_of_piece = rng.permutation(pieces) // config.shards_per_client
-    return _dealt(config, order, owner_of_piece[np.arange(n) * pieces // n])
+    return _deal_out(config, order, owner_of_piece[np.arange(n) * pieces // n])
 
 
 def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Population:
@@ -179,14 +185,14 @@ def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Popula
 
 
 def _owners(examples: int, log_weights: np.ndarray) -> np.ndarray:
-    """The client of each example, in a row, in shares like the clients' weights, given as logarithms."""
+    """The client of each of ``examples`` in a row, in shares in proportion to the clients' weights."""
     weights = np.exp(log_weights - log_weights.max())
     cuts = np.round(np.cumsum(weights / weights.sum())[:-1] * examples).astype(int)
     return np.searchsorted(cuts, np.arange(examples), side="right")
 
 
-def _dealt(config: PartitionConfig, order: np.ndarray, owner: np.ndarray) -> Population:
-    """The population whose client ``owner[i]`` has example ``order[i]``; empty clients get one unless allowed."""
+def _deal_out(config: PartitionConfig, order: np.ndarray, owner: np.ndarray) -> Population:
+    """The population whose client ``owner[i]`` has example ``order[i]``; empty clients get one, unless allowed."""
     by_client = np.argsort(owner, kind="stable")
     order, owner = order[by_client], owner[by_client]
     if not config.allow_empty:
@@ -197,7 +203,7 @@ def _dealt(config: PartitionConfig, order: np.ndarray, owner: np.ndarray) -> Pop
 
 
 def _fill_empty(owner: np.ndarray, clients: int) -> None:
-    """Give each client without examples the last one of the then largest client, in place; ``owner`` is sorted."""
+    """Give each client without examples the last one of the currently largest client; ``owner`` is sorted."""
     sizes = np.bincount(owner, minlength=clients)
     last = np.cumsum(sizes) - 1
     largest = [(-size, client) for client, size in enumerate(sizes.tolist())]
@@ -210,7 +216,7 @@ def _fill_empty(owner: np.ndarray, clients: int) -> None:
 
 
 def shared(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
-    """Client i draws its examples from all, without repeats, by its own number: nothing is stored but sizes.
+    """Client i draws its examples from all, without repeats, by its own number: only sizes are stored.
 
     Sizes are log-normal around ``examples_per_client`` (their median) with ``size_sigma``.
     """

@@ -17,11 +17,11 @@ OPERATIONS = (
     "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
 OPERATIONS_DRAWN = 2  # N
-MAGNITUDE, LARGEST_MAGNITUDE = 9, 30  # M, and of how many bins
+MAGNITUDE, LARGEST_MAGNITUDE = 9, 30  # M, and its largest value
 
 
 def rand_augment(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: DTypeLike) -> jax.Array:
-    """One view of each image after ``OPERATIONS_DRAWN`` random operations: ``view_BxHxWxC``, normalised, in ``dtype``.
+    """Each image after ``OPERATIONS_DRAWN`` random operations, normalised: ``view_BxHxWxC`` in ``dtype``.
 
     Args:
       key: a typed key; sample i uses ``fold_in(key, i)``.
@@ -38,7 +38,7 @@ def rand_augment(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtyp
             operation = (draw[0] * len(OPERATIONS)).astype(jnp.int32)
             return operate(image, operation, jnp.where(draw[1] < 0.5, -1, 1).astype(wide)), None
 
-        # A loop, for XLA to keep each operation's result: unrolled, it computes many pixels again and again.
+        # A loop, so that XLA keeps each operation's result: unrolled, it computes many pixels again and again.
         return jax.lax.scan(step, image, draws)[0]
 
     views = jax.vmap(sample)(jnp.arange(len(images_BxHxWxC)), images_BxHxWxC.astype(wide) / 255)
@@ -48,13 +48,13 @@ def rand_augment(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtyp
 def operate(
     image: jax.Array, operation: jax.Array, sign: jax.Array, magnitude: float = MAGNITUDE / LARGEST_MAGNITUDE
 ) -> jax.Array:
-    """One of ``OPERATIONS`` by its number.
+    """Apply one of ``OPERATIONS``, by its number.
 
     Args:
-      image: in levels of 1 / 255, or between these.
-      operation: number of the operation.
-      sign: -1 or 1, the direction of those that have two.
-      magnitude: share of the largest.
+      image: floats in [0, 1].
+      operation: its index in ``OPERATIONS``.
+      sign: -1 or 1, the direction of operations that have two.
+      magnitude: as a share of the largest.
     """
     h, w = image.shape[:2]
     factor = 1 + 0.9 * magnitude * sign
@@ -79,7 +79,7 @@ def operate(
         autocontrast,
         equalize,
     ]
-    # Batched, every branch runs on every image: all geometric operations, and none, are one of them.
+    # In a batch every branch runs on every image: identity and all geometric operations are one branch.
     first = len(OPERATIONS) - len(branches)
     return cast(jax.Array, jax.lax.switch(jnp.maximum(operation - first, 0), branches, image))
 

@@ -12,12 +12,13 @@ from lwfedssl_jax.system import seeds
 
 
 class Dataset(NamedTuple):
-    """Images NxHxWxC uint8 and labels N int32 for training (labels only judge; -1: none) and testing.
+    """Images for training and testing, NxHxWxC uint8, and their labels, N int32, -1 for none.
 
-    Images may be mapped from a file that is larger than the memory: take them by batches.
+    Labels are for evaluation alone. Images may be mapped from a file that is larger than the memory: read them in
+    batches.
 
     Attributes:
-      train_clients: N int32, whose each training image is by nature, from 0; None where that is not known.
+      train_clients: N int32, the data set's own client of each training image, from 0; None if it has no clients.
     """
 
     train_images: np.ndarray
@@ -38,22 +39,22 @@ class Dataset(NamedTuple):
 
 
 def ignore_text(_: str) -> None:
-    """Hears and does nothing."""
+    """Does nothing with what it hears."""
 
 
 class Load(Protocol):
-    """Reads a data set."""
+    """Function that reads a data set."""
 
     def __call__(self, config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
-        """The data set.
+        """Read the data set.
 
         Args:
-          config: that names it.
+          config: names it.
           notify: hears of progress.
           note: hears what the user should know; by default ``notify`` does.
 
         Raises:
-          ConfigError: it is not there, or not as it should be.
+          ConfigError: it cannot be found or used.
         """
 
 
@@ -61,10 +62,10 @@ class Source(NamedTuple):
     """A kind of data set: what is known before it is read, and how to read it.
 
     Attributes:
-      channels: image channels.
+      channels: of an image.
       views: name of the augmentation recipe that suits it.
       load: reads it.
-      forms: what ``data.name`` may look like.
+      forms: of ``data.name`` that name it.
     """
 
     channels: int
@@ -88,7 +89,7 @@ def find(config: DataConfig) -> Source:
 
 
 def decoded(channels: int, find: Callable[[DataConfig, Notify], Undecoded]) -> Load:
-    """Reads what ``find(config, note)`` finds through the cache."""
+    """A function that reads what ``find(config, note)`` finds, through the cache."""
 
     def load(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
         note = note or notify
@@ -98,14 +99,14 @@ def decoded(channels: int, find: Callable[[DataConfig, Notify], Undecoded]) -> L
 
 
 def find_fashion_mnist(config: DataConfig, note: Notify) -> Undecoded:
-    """Fashion-MNIST of tensorflow-datasets where it is prepared, else, or where a folder is named, the idx files."""
+    """Find Fashion-MNIST: in tensorflow-datasets if prepared there and no folder is named, otherwise the idx files."""
     if ":" not in config.name and tfds.is_prepared("fashion_mnist", note):
         return tfds.open_tfds(config, "fashion_mnist", note)
     return files.open_fashion_mnist(config)
 
 
 def load_digits(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits (8x8, one channel), resized; 360 of them, stratified, for testing."""
+    """scikit-learn's 1,797 handwritten digits (8x8, one channel), resized; 360 of them, stratified, are for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -117,11 +118,10 @@ def load_digits(config: DataConfig, notify: Notify = ignore_text, note: Notify |
 
 
 def load_synthetic(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
-    """Generated RGB images: a smooth pattern for each class under a random shift, contrast and noise.
+    """Generate RGB images: a smooth pattern per class under a random shift, contrast and noise.
 
-    The same config gives the same images, whatever the run's seed. Patterns differ in shape,
-    not in colour or orientation, and keep to the image's middle, so that the ``digits``
-    views leave the classes recognisable.
+    The same config gives the same images, whatever the run's seed. Patterns differ in shape, not in colour or
+    orientation, and stay in the middle of the image, so that the ``digits`` views leave the classes recognisable.
     """
     rng = seeds.fixed_rng()
     n, classes, size = config.synthetic_examples, config.synthetic_classes, config.image_size

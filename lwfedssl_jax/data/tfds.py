@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets: those that are prepared on this machine, and those that can be."""
+"""Data sets of tensorflow-datasets that are prepared on this machine or can be."""
 
 import io
 import os
@@ -22,12 +22,12 @@ WITH_TENSORFLOW = 'pip install -e ".[tensorflow]"'
 
 
 def folder() -> str:
-    """Where tensorflow-datasets keeps what it has prepared; may be an address."""
+    """The folder, or the address, of the data sets that tensorflow-datasets has prepared."""
     return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
 
 
 def is_prepared(name: str, note: Notify) -> bool:
-    """Whether a data set lies there in the version that would be taken, in a form that needs no TensorFlow."""
+    """Whether ``folder()`` has a data set in the version that would be used, in a format that needs no TensorFlow."""
     if not (Path(folder()) / name).is_dir():
         return False
     import tensorflow_datasets as tfds
@@ -41,16 +41,16 @@ def is_prepared(name: str, note: Notify) -> bool:
 
 
 def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
-    """The data set ``name``, which is downloaded and prepared as array_record where it is not on this machine.
+    """Find the data set ``name``; if it is not on this machine, download it and prepare it as array_record.
 
-    The image is the data set's own input (``supervised_keys``), or its one ``Image`` or uint8 ``Tensor`` of rank 3;
-    the label its own target, or its one ``ClassLabel``, or else its one scalar integer whose name does not end in
-    ``id``. Training images with a negative label have none. Split ``test``, or else ``validation``, is for testing,
-    the first that has labels.
+    The image is the data set's own input (``supervised_keys``), or its only ``Image`` or uint8 ``Tensor`` of rank 3;
+    the label is its own target, or its only ``ClassLabel``, or else its only scalar integer whose name does not end in
+    ``id``. Training images with a negative label have no label. The first split of ``test`` and ``validation`` that
+    has labels is for testing.
 
     Raises:
-      ConfigError: it is not there and cannot be prepared; it has no image, label, client or test split that can be
-        told from its features; it is in a format that needs TensorFlow, which is not installed.
+      ConfigError: the data set is not installed and cannot be prepared; its features or splits do not show which is
+        the image, the label, the client or the test split; its format needs TensorFlow, which is not installed.
     """
     import tensorflow_datasets as tfds
 
@@ -70,9 +70,9 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
 
     def splits() -> tuple[Split, Split]:
         try:
-            of_test = [_split(builder, name, chosen) for name in TEST_SPLITS if name in info.splits]
-            labelled = (s for s in of_test if len(of_test) == 1 or s.read(0, next(iter(s.items))).label >= 0)
-            return _split(builder, "train", chosen), next(labelled, of_test[0])
+            tests = [_split(builder, name, chosen) for name in TEST_SPLITS if name in info.splits]
+            labelled = (s for s in tests if len(tests) == 1 or s.read(0, next(iter(s.items))).label >= 0)
+            return _split(builder, "train", chosen), next(labelled, tests[0])
         except Exception as error:  # as above
             raise _explain(config, "cannot be read", error) from error
 
@@ -83,15 +83,15 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
 def choose_features(
     config: DataConfig, features: "Mapping[str, tfds.features.FeatureConnector]", own: Any
 ) -> tuple[str, str, str | None]:
-    """The names of the image, the label and the client's id, which may be None.
+    """The names of the features that are the image, the label and the client's id, which may be None.
 
     Args:
-      config: may name the client's.
+      config: may name the last of them.
       features: of the data set, by name.
       own: names of its input and its target, or None.
 
     Raises:
-      ConfigError: none, or more than one, could be meant.
+      ConfigError: no feature, or more than one, could be meant.
     """
     import tensorflow_datasets as tfds
 
@@ -111,7 +111,7 @@ def choose_features(
     found = []
     for place, what, candidates in (
         (0, "an image (Image, or uint8 Tensor of rank 3)", images),
-        (1, "a label (ClassLabel, or scalar integer that is no id)", labels),
+        (1, "a label (ClassLabel, or scalar integer that is not an id)", labels),
     ):
         if own and own[place] in candidates:
             candidates = [own[place]]
@@ -153,8 +153,8 @@ def _split(builder: "tfds.core.DatasetBuilder", name: str, chosen: tuple[str, st
     def read(i: int, row: Any) -> Example:
         row = get(row)
         pixels = Image.open(io.BytesIO(row[image])) if encoded else row[image]
-        whose = None if client is None else row[client]
-        return Example(pixels, int(row[label]), whose.decode() if isinstance(whose, bytes) else whose)
+        owner = None if client is None else row[client]
+        return Example(pixels, int(row[label]), owner.decode() if isinstance(owner, bytes) else owner)
 
     return Split(count, rows, read, lambda i: f"{name}[{i}]")
 

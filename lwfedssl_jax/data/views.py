@@ -1,8 +1,7 @@
 """Two random views of each image, or one by RandAugment: pure functions under ``jit``.
 
-Operations take one image (HxWxC floats in [0, 1]) and explicit parameters; ``two_views`` and
-``rand_augment`` draw the parameters. Sample i of a batch depends on the key and on i alone, so a padded
-batch gives the views of the unpadded one.
+Operations take one image (HxWxC floats in [0, 1]) and explicit parameters, which ``two_views`` and ``rand_augment``
+draw. Sample i of a batch depends on the key and on i alone, so a padded batch gives the views of the unpadded one.
 """
 
 from typing import NamedTuple
@@ -16,7 +15,7 @@ GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow's "L"
 
 
 class Recipe(NamedTuple):
-    """What ``two_views`` does to an image, in this order; a zero leaves an operation out.
+    """The operations of ``two_views``, in their order; 0 leaves an operation out.
 
     Pairs named ``*_by_view`` hold a value for the first and one for the second view.
     """
@@ -34,7 +33,7 @@ class Recipe(NamedTuple):
     blur_by_view: tuple[float, float] = (0.0, 0.0)  # probability
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_by_view: tuple[float, float] = (0.0, 0.0)  # probability
-    mean: float = 0.5  # normalisation, after all else
+    mean: float = 0.5  # normalisation, after everything else
     std: float = 0.25
 
 
@@ -52,9 +51,9 @@ RECIPES = {
         blur_by_view=(1.0, 0.1),
         solarize_by_view=(0.0, 0.2),
     ),
-    # Glyphs: nothing that turns one into another (flips) or removes strokes (solarisation).
+    # Digits: no operation that turns one into another (flips) or removes strokes (solarisation).
     "digits": Recipe(rotation=8.0, crop_area=(0.5, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, mean=0.3, std=0.35),
-    # Garments on black: what MoCo-v3's leaves of a gray image, without what removes texture (blur, solarisation).
+    # Garments on black: MoCo-v3's for gray images, without operations that remove texture (blur, solarisation).
     "fashion": Recipe(crop_area=(0.3, 1.0), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, mean=0.286, std=0.353),
 }
 
@@ -76,8 +75,8 @@ def two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: 
         # All numbers of a sample in one draw: every draw is a long program to compile.
         draws_2xU = jax.random.uniform(jax.random.fold_in(key, i), (2, len(Draws._fields)), wide)
 
-        def view(u_U: jax.Array, blur: jax.Array, solarize: jax.Array) -> jax.Array:
-            return _augment(image, recipe, Draws(*u_U), blur, solarize)
+        def view(draws_U: jax.Array, blur: jax.Array, solarize: jax.Array) -> jax.Array:
+            return _augment(image, recipe, Draws(*draws_U), blur, solarize)
 
         return jax.vmap(view)(draws_2xU, blur_2, solarize_2)
 
@@ -86,7 +85,7 @@ def two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype: 
 
 
 def standardise(images_BxHxWxC: jax.Array, recipe: Recipe) -> jax.Array:
-    """uint8 images, or floats in [0, 1], as ``two_views`` would give them without any augmentation, float32."""
+    """uint8 images, or floats in [0, 1], as ``two_views`` would return them without any augmentation, float32."""
     white = 1 if jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating) else 255
     return (images_BxHxWxC.astype(jnp.float32) / white - recipe.mean) / recipe.std
 
@@ -121,7 +120,7 @@ def _augment(
     """One random view of one image."""
 
     def around(centre: float, reach: float, u: jax.Array) -> jax.Array:
-        return centre - reach + 2 * reach * u
+        return centre - reach + 2 * reach * u  # within ``reach`` of ``centre``
 
     if r.rotation:
         image = rotate(image, jnp.deg2rad(around(0, r.rotation, u.angle)))
@@ -151,8 +150,7 @@ def random_box(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Top, left, height and width of a random crop, in pixels (not rounded).
 
-    Area is uniform, the ratio width / height log-uniform; sides longer than the image are
-    cut to it, the place is uniform.
+    Area and position are uniform, the ratio width / height is log-uniform; sides longer than the image are cut to it.
     """
     h, w = size
     pixels = h * w * (area[0] + u.area * (area[1] - area[0]))
@@ -180,15 +178,15 @@ def rotate(image: jax.Array, radians: jax.Array) -> jax.Array:
 def warp(
     image: jax.Array, radians: jax.Array, shear: tuple[jax.Array, jax.Array], shift: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
-    """Rotation about the centre, shear about the top left corner and shift, bilinear, black from outside.
+    """Rotation about the centre, shear about the top left corner and shift; bilinear, with black from outside.
 
-    Meant for one of them at a time; with none of them the image stays as it is, bit for bit.
+    Meant for one of the three at a time. Without any of them the image stays the same, bit for bit.
 
     Args:
       image: HxWxC.
       radians: counterclockwise.
       shear: rows per column, columns per row.
-      shift: in pixels, vertical and horizontal, of where a pixel is taken from.
+      shift: of the place that a pixel is taken from, in pixels, vertical and horizontal.
     """
     h, w = image.shape[:2]
     y, x = jnp.indices((h, w)).astype(image.dtype) + 0.5
@@ -200,7 +198,7 @@ def warp(
 
 
 def _bilinear(image: jax.Array, y_HxW: jax.Array, x_HxW: jax.Array) -> jax.Array:
-    """The image between its pixels, edges repeated."""
+    """The image interpolated at fractional positions, edges repeated."""
     h, w, c = image.shape
     y, x = jnp.clip(y_HxW, 0, h - 1), jnp.clip(x_HxW, 0, w - 1)
     top, left = jnp.floor(y), jnp.floor(x)
@@ -241,7 +239,7 @@ def adjust_hue(image: jax.Array, turns: jax.Array) -> jax.Array:
     sextant = jnp.where(value == r, (g - b) / safe, jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = sextant / 6 + turns
 
-    # Back again: each channel is `value - chroma * clip(min(k, 4 - k), 0, 1)`, k its distance on the wheel in sextants.
+    # To RGB: each channel is `value - chroma * clip(min(k, 4 - k), 0, 1)`, k its distance on the wheel in sextants.
     offset = jnp.array([5, 3, 1], image.dtype) / 6
     turn = hue[..., None] + offset[None, None]
     k = 6 * (turn - jnp.floor(turn))  # floor: `%` is many times slower on a CPU
