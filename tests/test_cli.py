@@ -123,7 +123,7 @@ BAD = [
     (["resources", "quickstart", "--plot", "no/costs.png"], "--plot: no/costs.png cannot be drawn; accepted: a file"),
     (["resources", "quickstart", "--data.name", "imagenet"], "data.name: unknown 'imagenet'; accepted: digits"),
     (["train", "quickstart", "--fleet.devices", "x.csv"], "fleet.devices: x.csv cannot be read (No such file or dir"),
-    (["train", "quickstart", "--fleet.devices", "phone"], "fleet.devices: 'phone' does not say count; accepted: NAM"),
+    (["train", "quickstart", "--fleet.devices", "phone"], "fleet.devices: 'phone' does not have count; accepted: NAM"),
     (["train", "quickstart", "--fleet.deadline-seconds", "5"], "fleet.deadline_seconds: 5.0 needs classes in fleet"),
     (["plan", "quickstart"], "--memory-gb: nothing; accepted: --memory-gb X --gflops X --uplink-mbps X --downlink-m"),
     (["plan", "quickstart", "--gflops", "5"], "--memory-gb: nothing besides --gflops; accepted: GB"),

@@ -40,15 +40,15 @@ def test_resolving_puts_the_classes_in_the_place_of_the_file(tmp_path: Path) -> 
 
 
 BAD_FILES = {
-    "": "holds no device class; accepted: a line of name, count",
-    "name,count,memory_gb\n": "holds no device class",
+    "": "has no device class; accepted: a line of name, count",
+    "name,count,memory_gb\n": "has no device class",
     "name,count\na,1\n": "lacks the column memory_gb; accepted: ",
     "name,count,memory_gb,ram\na,1,2,3\n": "unknown or repeated column 'ram'; accepted: name, count",
     "name,count,count,memory_gb\na,1,1,2\n": "unknown or repeated column 'count'",
     "name,count,memory_gb\na,1\n": "line 2 has 2 cells; accepted: 3",
     "name,count,memory_gb\na,0,2\n": "count '0' of ",
     "name,count,memory_gb\na,1.5,2\n": "count '1.5' of ",
-    "name,count,memory_gb\na,,2\n": "line 2 does not say count",
+    "name,count,memory_gb\na,,2\n": "line 2 does not have count",
     "name,count,memory_gb\na,1,x\n": "memory_gb 'x' of ",
     "name,count,memory_gb\na,1,nan\n": "memory_gb 'nan' of ",
     "name,count,memory_gb,gflops\na,1,2,-5\n": "line 2 is out of range; accepted: a number from 1e-06 to 1e+12",
@@ -81,15 +81,15 @@ def test_unreadable_files(content: bytes | str | None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("phone", "'phone' does not say count"),
-        ("phone count=1", "does not say memory_gb"),
+        ("phone", "'phone' does not have count"),
+        ("phone count=1", "does not have memory_gb"),
         ("count=1 memory_gb=2", "name '' of "),
         ("phone count=1 memory_gb=2 ram=3", "'ram' of .* is unknown"),
         ("phone count=1 memory_gb=2 memory_gb=3", "'memory_gb' of .* is unknown, repeated"),
         ("phone count=1 memory_gb=", "'memory_gb' of .* without a value"),
         ("phone count=1 memory_gb=2 x", "'x' of "),
         ("phone count=1 memory_gb=1e999", "memory_gb '1e999' of .* is out of range"),
-        ("phone count=9999999999 memory_gb=1", "count '9999999999' of .* is none"),
+        ("phone count=9999999999 memory_gb=1", "count '9999999999' of .* is not valid"),
     ],
 )
 def test_bad_descriptions(text: str, message: str) -> None:

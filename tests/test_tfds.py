@@ -54,7 +54,7 @@ def builder(
 
 
 def prepare(*args: Any, **kwargs: Any) -> None:
-    builder(*args, **kwargs)(file_format="array_record", data_dir=tfds.folder()).download_and_prepare()
+    builder(*args, **kwargs)(file_format="array_record", data_dir=tfds.tfds_folder()).download_and_prepare()
 
 
 def png(value: int, size: tuple[int, int] = (6, 5), mode: str = "RGB") -> bytes:
@@ -138,13 +138,13 @@ def test_features_that_could_be_several_things() -> None:
         (
             "TwoLabels",
             "acd",
-            "has 2 features that could be a label (ClassLabel, or scalar integer that is no id): a Tensor(shape=",
+            "has 2 features that could be a label (ClassLabel, or scalar integer that is not an id): a Tensor(shape=",
         ),
         ("NoImage", "ce", "has no feature that is an image (Image, or uint8 Tensor of rank 3): c ClassLabel(shape=()"),
         (
             "NoLabel",
             "a",
-            "has no feature that is a label (ClassLabel, or scalar integer that is no id): a Tensor(shape=(4, 4, 1),",
+            "has no feature that is a label (ClassLabel, or scalar integer that is not an id): a Tensor(shape=(4, 4,",
         ),
     ):
         prepared(name, features)

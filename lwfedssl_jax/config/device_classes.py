@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LARGEST_COUNT = 2**31 - 1
-LEAST, MOST = 1e-6, 1e12  # of any quantity of a device
+LEAST, MOST = 1e-6, 1e12  # of every quantity of a device
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class DeviceClass:
 
     Attributes:
       name: of the class.
-      count: how many there are.
+      count: number of devices.
       memory_gb: memory that a training step may take, in GB of 1e9 bytes.
-      gflops: 1e9 floating-point operations a second, sustained; a multiply-add is two.
+      gflops: 1e9 floating-point operations per second, sustained; a multiply-add is two.
       uplink_mbps, downlink_mbps: from and to the device, in 1e6 bit/s.
-      watts: drawn while it trains and exchanges.
+      watts: power while it trains and transfers.
     """
 
     name: str
@@ -34,7 +34,7 @@ class DeviceClass:
 
     @property
     def has_speed(self) -> bool:
-        """Whether seconds can be told."""
+        """Whether the time of a round can be computed."""
         return None not in (self.gflops, self.uplink_mbps, self.downlink_mbps)
 
 
@@ -47,10 +47,10 @@ FORM = (
 
 
 def load_classes(devices: Sequence[str]) -> list[DeviceClass]:
-    """The classes of ``fleet.devices``: a description each, or a single path ending in .csv.
+    """Read the classes of ``fleet.devices``: a description each, or a single path that ends in .csv.
 
     Raises:
-      ValueError: a description or the file does not say what it must, or two classes have the same name.
+      ValueError: a description or the file lacks something or is not valid, or two classes have the same name.
     """
     if len(devices) == 1 and devices[0].lower().endswith(".csv"):
         return read_csv(Path(devices[0]))
@@ -58,10 +58,10 @@ def load_classes(devices: Sequence[str]) -> list[DeviceClass]:
 
 
 def read_csv(path: Path) -> list[DeviceClass]:
-    """The classes of a CSV file with the columns name, count, memory_gb, and of the others those that are known.
+    """Read the classes of a CSV file with the columns name, count and memory_gb, and any of the others.
 
     Raises:
-      ValueError: see ``load``.
+      ValueError: see ``load_classes``.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -72,7 +72,7 @@ def read_csv(path: Path) -> list[DeviceClass]:
     rows = [[cell.strip() for cell in row] for row in rows]
     lines = [(number, row) for number, row in enumerate(rows, 1) if any(row)]
     if len(lines) < 2:
-        raise ValueError(f"{path} holds no device class; accepted: a line of {', '.join(COLUMNS)}, then a line a class")
+        raise ValueError(f"{path} has no device class; accepted: a line of {', '.join(COLUMNS)}, then one per class")
     (_, head), *classes = lines
     if wrong := [name for name in head if name not in COLUMNS] or [name for name in head if head.count(name) > 1]:
         raise ValueError(f"{path} has an unknown or repeated column {wrong[0]!r}; accepted: {', '.join(COLUMNS)}")
@@ -82,31 +82,31 @@ def read_csv(path: Path) -> list[DeviceClass]:
     for number, row in classes:
         where = f"{path} line {number}"
         if len(row) != len(head):
-            raise ValueError(f"{where} has {len(row)} cells; accepted: {len(head)}, one a column")
+            raise ValueError(f"{where} has {len(row)} cells; accepted: {len(head)}, one per column")
         devices.append(device_class(dict(zip(head, row, strict=True)), where))
     return _distinct(devices)
 
 
 def device_class(values: Mapping[str, str], where: str) -> DeviceClass:
-    """The class of such texts, by field; empty ones are not known.
+    """The class from texts by field; an empty text is an unknown quantity.
 
     Raises:
-      ValueError: naming the field, and ``where`` it stands.
+      ValueError: naming the field, and the description or line that ``where`` names.
     """
     given = {field: text for field, text in values.items() if text}
     name = given.pop("name", "")
     if not name or "=" in name or not name.isprintable():
-        raise ValueError(f"name {name!r} of {where} is none; accepted: printable text without '='")
+        raise ValueError(f"name {name!r} of {where} is not valid; accepted: printable text without '='")
     if missing := [field for field in REQUIRED if field not in given]:
-        raise ValueError(f"{where} does not say {missing[0]}; accepted: {FORM}")
+        raise ValueError(f"{where} does not have {missing[0]}; accepted: {FORM}")
     count = given.pop("count")
     if not (count.isascii() and count.isdigit() and len(count) < 11 and 1 <= int(count) <= LARGEST_COUNT):
-        raise ValueError(f"count {count!r} of {where} is none; accepted: a whole number from 1 to {LARGEST_COUNT}")
+        raise ValueError(f"count {count!r} of {where} is not valid; accepted: a whole number from 1 to {LARGEST_COUNT}")
     return DeviceClass(name, int(count), **{field: _quantity(field, text, where) for field, text in given.items()})
 
 
 def describe(device: DeviceClass) -> str:
-    """The text that ``load`` reads as this class."""
+    """The text that ``load_classes`` reads as this class."""
     known = {
         field: value for field, value in dataclasses.asdict(device).items() if field != "name" and value is not None
     }

@@ -16,16 +16,16 @@ CONFIG_DIR = next(
     Path("configs"),
 )
 
-SWEEPS = "sweeps"  # its folder that has sweeps
-REPLACED = "replaced.csv"  # its table of configs that were removed, and what gives the same runs
+SWEEPS = "sweeps"  # its folder of sweeps
+REPLACED = "replaced.csv"  # its table of configs that were removed, and of what gives the same runs
 
 
 def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
-    """The ``config`` object of ``config_dir/NAME.py``, or of the Python file ``name``; not yet resolved.
+    """Load the ``config`` object of ``config_dir/NAME.py``, or of the Python file ``name``; it is not yet resolved.
 
     Raises:
-      ConfigError: no such config, the file does not run, or it defines no ``config``, or one with a value of the
-        wrong type or outside its range or choices.
+      ConfigError: there is no such config, the file does not run or does not define ``config``, or a value has the
+        wrong type, is out of range or not among its choices.
     """
     path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
     known = [n for n, _ in available(config_dir)]
@@ -58,7 +58,7 @@ def check_not_replaced(name: str, config_dir: Path) -> None:
 
 
 def run_file(path: Path, argument: str, what: str) -> types.ModuleType:
-    """A Python file that is to define ``what``, run as a module.
+    """Run a Python file, which is to define ``what``, as a module.
 
     Raises:
       ConfigError: it does not run.
@@ -69,7 +69,7 @@ def run_file(path: Path, argument: str, what: str) -> types.ModuleType:
         exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the user's own file: whatever it raises is bad input
+    except BaseException as error:  # the user's own file: anything that it raises is bad input
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"{argument}: {path} does not run ({why}); accepted: a file that defines `{what}`") from error
     return module

@@ -15,10 +15,10 @@ Entry = TypeVar("Entry")
 
 
 def choose(field: str, name: str, entries: Mapping[str, Entry]) -> Entry:
-    """The entry that a field names.
+    """The entry with the name that a field has.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: there is no entry of that name.
     """
     if name not in entries:
         raise ConfigError(f"{field}: unknown {name!r}; accepted: {', '.join(entries)}")
@@ -43,7 +43,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def resolve(config: Config) -> Config:
-    """Validate ``config``, fill in the named model's sizes, and put a CSV file's device classes in its place.
+    """Validate ``config``, fill in the named model's sizes, and replace a CSV file by its device classes.
 
     Raises:
       ConfigError: a value is of the wrong type, outside its range or choices, or does
@@ -61,10 +61,10 @@ def resolve(config: Config) -> Config:
 
 
 def device_classes(config: Config) -> list[DeviceClass]:
-    """What ``fleet.devices`` describes.
+    """The device classes of ``fleet.devices``.
 
     Raises:
-      ConfigError: it does not, or the CSV file it names does not.
+      ConfigError: a description is not valid, or the CSV file cannot be read or is not valid.
     """
     try:
         return load_classes(config.fleet.devices)

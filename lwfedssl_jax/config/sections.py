@@ -25,78 +25,79 @@ from lwfedssl_jax.system.errors import ConfigError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the clients' images are."""
+    """The images."""
 
     name: str = "digits"
-    """digits (scikit-learn's, embedded), synthetic (generated), fashion_mnist or fashion_mnist:PATH (idx files),
-    tfds:NAME[/CONFIG] (tensorflow-datasets), npz:PATH (MedMNIST's format), or folder:PATH (images by class)."""
+    """Data set: digits (comes with scikit-learn), synthetic (generated), fashion_mnist or fashion_mnist:PATH (idx
+    files), tfds:NAME[/CONFIG] (tensorflow-datasets), npz:PATH (MedMNIST's format) or folder:PATH (images by class)."""
     image_size: Annotated[int, Range(1, 4096)] = 16
-    """Height and width in pixels; images are resized once."""
+    """Height and width of all images in pixels; images of another size are resized once."""
     client_column: str = ""
-    """tfds and folder only: feature, or column of clients.csv, that says whose an image is; by default client,
-    client_id or user_id, if there is one."""
+    """tfds and folder only: the feature, or the column of clients.csv, that has the client of each image; by default
+    client, client_id or user_id, if there is one."""
     views: str = "auto"
-    """Augmentation recipe: digits, natural or fashion; auto takes the data set's own."""
+    """Augmentation recipe for the two views of an image: digits, natural or fashion; auto: the data set's own."""
     synthetic_examples: AtLeast1 = 2000
-    """synthetic only: training images generated (a quarter as many for testing)."""
+    """synthetic only: number of training images; a quarter of that number is generated for testing."""
     synthetic_classes: Annotated[int, Range(2, LARGEST)] = 10
     """synthetic only: number of classes."""
 
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """Which client owns which example."""
+    """How the images are distributed over clients."""
 
     kind: str = "iid"
-    """iid: shares at random; dirichlet: class shares drawn from Dirichlet(beta); shards: a few pieces of the images
-    sorted by class (McMahan et al., 2017); quantity: at random, sizes drawn from Dirichlet(beta); natural: the data
-    set's own clients; shared: every client draws its own examples from all, so that any number of clients can be
-    had."""
+    """iid: shares at random; dirichlet: each class in shares drawn from Dirichlet(beta); shards: a few pieces per
+    client of the images sorted by class (McMahan et al., 2017); quantity: at random, in shares drawn from
+    Dirichlet(beta); natural: the data set's own clients; shared: every client draws its images from all of them, so
+    that there may be any number of clients."""
     clients: AtLeast1 = 10
-    """Clients in the population; natural: this number of the data set's clients, drawn if there are more."""
+    """Number of clients; natural: if the data set has more, this number of them is drawn."""
     beta: Annotated[float, Range(1e-6)] = 0.5
-    """dirichlet and quantity only: concentration; smaller is more skewed."""
+    """dirichlet and quantity only: concentration of the Dirichlet distribution; smaller is more skewed."""
     shards_per_client: AtLeast1 = 2
-    """shards only: pieces of a client, each of one class or two neighbouring ones."""
+    """shards only: pieces per client, each of one class or of two neighbouring ones."""
     allow_empty: bool = False
-    """Let clients end up without data (they then never report)."""
+    """Let clients end up without images; these never report to the server."""
     examples_per_client: AtLeast1 = 100
-    """shared only: examples of a client, the median where sizes differ."""
+    """shared only: images per client; their median if size_sigma is not 0."""
     size_sigma: Annotated[float, Range(0, 10)] = 0.0
-    """shared and iid only: clients' sizes are log-normal with this sigma; 0 makes them equal."""
+    """shared and iid only: sigma of the log-normal distribution of images per client; 0 makes them equal."""
     server_share: Fraction = 0.0
-    """Share of the training images that the server holds, without labels, for calibration or a base model; no client
-    owns them, used or not, so that runs with and without can be compared."""
+    """Share of the training images, from 0 to 1, that the server holds without labels, for calibration or a base model.
+    No client has them, even if the server does not use them, so that runs with and without can be compared."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder. Sizes of 0 stand for the named model's own."""
+    """The encoder; a size of 0 stands for the named model's own."""
 
     name: str = "vit_tiny"
-    """Named size: vit_micro 64 wide, 6 deep; vit_tiny 192, 12; vit_small 384, 12; resnet18 64, 4 stages."""
+    """vit_micro (width 64, depth 6), vit_tiny (192, 12), vit_small (384, 12) or resnet18 (64, 4)."""
     patch_size: SizeOr0 = 0
-    """vit only: patch height and width in pixels (4)."""
+    """vit only: height and width of a patch in pixels; 0: 4."""
     width: SizeOr0 = 0
-    """Embedding width D; resnet: channels of the first stage, doubled by each later one."""
+    """Embedding width; resnet: channels of the first layer, which each later layer doubles."""
     depth: Annotated[int, Range(0, 4096)] = 0
-    """Layers L: transformer blocks; resnet: stages of two residual blocks, at most 4."""
+    """Number of layers: transformer blocks; resnet: pairs of residual blocks, at most 4."""
     heads: SizeOr0 = 0
     """vit only: attention heads."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """resnet only: imagenet (7x7 stride 2, then max pool; auto) or small (3x3)."""
+    """resnet only: first convolution, imagenet (7x7 with stride 2, then max pooling) or small (3x3); auto: imagenet."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The self-supervised objective and its heads."""
+    """The self-supervised objective and its projection and prediction heads."""
 
     name: str = "mocov3"
     """simclr, byol or mocov3."""
     temperature: Positive = 0.05
-    """Softmax temperature of simclr and mocov3; byol has none."""
+    """Softmax temperature of simclr and mocov3; byol does not use it."""
     momentum: Fraction = 0.99
-    """Target branch of byol and mocov3: target <- m * target + (1 - m) * online; simclr has none."""
+    """Momentum m of the target branch of byol and mocov3, target = m * target + (1 - m) * online; simclr does not use
+    it."""
     hidden_dim: Size = 512
     """Hidden width of the heads."""
     output_dim: Size = 256
@@ -110,80 +111,85 @@ class StrategyConfig:
     name: str = "layerwise"
     """layerwise (LW-FedSSL), progressive (Prog-FedSSL) or end_to_end (FedSSL)."""
     layers_per_stage: AtLeast1 = 1
-    """Layers a stage adds; the last stage takes the remainder. end_to_end has one stage of all layers."""
+    """Layers that each stage adds; the last stage adds those that are left. end_to_end has one stage of all layers."""
 
 
 @dataclass(frozen=True)
 class FederationConfig:
-    """Rounds and who takes part in them."""
+    """The rounds, who takes part in them, and what the server does with the clients' models."""
 
     rounds: AtLeast1 = 180
-    """Rounds in all, spread over the stages (earlier stages take what does not divide)."""
+    """Total number of rounds, spread evenly over the stages; the first stages take the remainder."""
     local_epochs: AtLeast1 = 3
-    """Passes over its own data that a client makes in a round."""
+    """Passes of a client over its own images per round."""
     clients_per_round: AtLeast0 = 0
-    """Clients drawn each round; 0 draws all."""
+    """Clients drawn per round; 0: all."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Probability that a drawn client never reports back."""
+    """Probability that a drawn client does not report to the server."""
     aggregator: str = "fedavg"
-    """What the server makes of the clients' models: fedavg, fedavgm, fedadam or ldawa."""
+    """How the server combines the clients' models: fedavg, fedavgm, fedadam or ldawa."""
     server_learning_rate: NonNegative = 0.0
-    """fedavgm, fedadam: step size on the averaged change; 0 takes 1 for fedavgm and 0.01 for fedadam."""
+    """fedavgm and fedadam only: step size on the averaged change; 0: 1 for fedavgm, 0.01 for fedadam."""
     server_momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """fedavgm: momentum; fedadam: decay of the first moment."""
+    """fedavgm only: momentum; fedadam only: decay of the first moment."""
     server_epsilon: Positive = 1e-3
-    """fedadam: added to the root of the second moment."""
+    """fedadam only: added to the square root of the second moment."""
     client_start: str = "global"
-    """How a client takes the global model in: global (as it is), fedu or fedema, which keep a model on each client."""
+    """What a client starts a round from: global (the global model), or a mix of it with a model that the client keeps
+    between rounds, by fedu or fedema."""
     divergence: NonNegative = 0.0
-    """fedu: distance below which a client takes the global predictor; fedema: the autoscaler's tau; 0: 0.4 or 0.7."""
+    """fedu only: distance below which a client takes the global predictor, 0: 0.4; fedema only: the autoscaler's tau,
+    0: 0.7."""
 
 
 @dataclass(frozen=True)
 class AdditionsConfig:
-    """What can be added to each stage; all off by default."""
+    """Additions to the training in each stage; all off by default."""
 
     depth_dropout: Fraction = 0.0
-    """Probability that a step skips a layer that an earlier stage has trained (Guo et al., 2023)."""
+    """Probability that a training step skips a layer that an earlier stage has trained (Guo et al., 2023)."""
     terms: tuple[str, ...] = ()
-    """Terms of the local loss as NAME=WEIGHT: proximal (FedProx), alignment (to the global model's representations),
-    base (FedCA: to those of a base model that the server has trained)."""
+    """Further terms of the local loss, each as NAME=WEIGHT: proximal (FedProx), alignment (to the representations of
+    the global model) or base (FedCA: to those of a base model that the server has trained)."""
     calibration_steps: AtLeast0 = 0
-    """Steps that the server trains L1..Ls end to end after averaging, on its own images (partition.server_share)."""
+    """Steps per round in which the server trains all layers so far, on its own images (partition.server_share), after
+    it has averaged the clients' models."""
     dictionary: AtLeast0 = 0
-    """FedCA: embeddings each client uploads; the next round's clients get all of them as further negatives."""
+    """FedCA: embeddings that each client uploads per round; the next round's clients get all of them as further
+    negatives. 0: none."""
     base_steps: AtLeast0 = 0
-    """FedCA, term base: steps that the server trains the base model on its own images before the first round."""
+    """FedCA: steps in which the server trains the base model of the term base on its own images, before the first
+    round."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The clients' AdamW; its state starts afresh each round."""
+    """The clients' AdamW, whose state starts anew in each round."""
 
     batch_size: Annotated[int, Range(2, LARGEST)] = 512
-    """Local batch size B; a client's last batch of an epoch may be shorter."""
+    """Local batch size; a client's last batch of an epoch may be smaller."""
     learning_rate: Positive = 1.5e-4
-    """Base learning rate, scaled by batch_size / 256."""
+    """Base learning rate; the optimizer uses learning_rate * batch_size / 256."""
     weight_decay: NonNegative = 1e-5
     """Decoupled weight decay."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Which protocols judge the encoder, and when."""
+    """The protocols that evaluate the encoder, and when."""
 
     labels_per_class: tuple[AtLeast0, ...] = (5, 20, 0)
-    """Linear probes: labelled training images per class; 0 takes all of them."""
+    """Linear probes, one for each number: labelled training images per class; 0: all images."""
     draws: AtLeast1 = 5
-    """Random label subsets averaged by each few-label probe."""
+    """Linear probes: random subsets of labelled images over which a probe is averaged."""
     neighbours: AtLeast0 = 20
-    """kNN: neighbours that vote; 0 leaves kNN out."""
+    """kNN: neighbours that vote; 0: no kNN."""
     every: AtLeast0 = 0
-    """Rounds between evaluations, in addition to those at each stage's end; 0: only there."""
+    """Rounds between evaluations, in addition to those at the end of each stage; 0: only these."""
     fine_tune_epochs: AtLeast0 = 0
-    """Fine-tuning after the last round, all of the encoder with all labels: epochs (the paper: 40); 0 leaves it out."""
+    """Fine-tuning of the whole encoder with all labels after the last round: epochs (in the paper 40); 0: none."""
     fine_tune_warmup_epochs: AtLeast0 = 10
-    """Fine-tuning: of these, epochs in which the learning rate rises; then it falls to 0 as a cosine."""
+    """Fine-tuning: epochs, of these, in which the learning rate rises; then it falls to 0 along a cosine."""
     fine_tune_learning_rate: Positive = 1e-3
     """Fine-tuning: AdamW's learning rate after the warm-up."""
     fine_tune_weight_decay: NonNegative = 1e-5
@@ -194,34 +200,35 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the simulation runs; apart from seed and precision, results change by float rounding only."""
+    """How the simulation runs; except for seed and precision, this changes results by float rounding only."""
 
     seed: Seed = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     lanes: AtLeast0 = 0
-    """Clients trained side by side over all devices, rounded up to a multiple of these; 0 chooses by device."""
+    """Clients that are trained side by side on all devices together, rounded up to a multiple of the number of devices;
+    0: chosen by device."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products' factors; their sums, parameters, losses and averages are float32."""
+    """Type of the factors of matrix products; sums, parameters, losses and averages are float32."""
     remat: bool = False
-    """Keep only each trainable block's input and recompute it in the backward pass: less memory, more operations;
-    on a CPU also a little faster."""
+    """Keep only the input of each trainable block and recompute the block in the backward pass: less memory, more
+    operations; a little faster on a CPU."""
     feed: Literal["auto", "resident", "streamed"] = "auto"
-    """resident: all images on the device; streamed: those of the next steps, while these run; auto: resident if they
-    fit."""
+    """resident: all images are on the device; streamed: those of the next steps are sent to it during the current ones;
+    auto: resident if they fit."""
     trackers: tuple[str, ...] = ()
-    """Besides the work directory: tensorboard (event files in DIR/tensorboard), wandb (Weights & Biases)."""
+    """In addition to the work directory: tensorboard (event files in DIR/tensorboard) or wandb (Weights & Biases)."""
 
 
 @dataclass(frozen=True)
 class FleetConfig:
-    """The devices that the clients run on; without any, each client can do everything."""
+    """The devices that the clients run on; without any, every client can take part in every stage."""
 
     devices: tuple[str, ...] = ()
-    """Each class as "NAME count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=50 watts=3", the last four where
-    known; or one path to a CSV file with these columns and name. Clients whose class cannot afford a stage take no
-    part in it."""
+    """Classes of devices, each as "NAME count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=50 watts=3", the
+    last four if known; or the path of a CSV file with a column name and these columns. Clients whose class does not
+    have the memory for a stage take no part in it."""
     deadline_seconds: NonNegative = 0.0
-    """A device that would need longer for a round of a stage takes no part in it either; 0: no deadline."""
+    """Devices that need longer for a round of a stage take no part in it either; 0: no deadline."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +264,7 @@ class Config:
 
 
 def check_fields(config: Config) -> None:
-    """Refuse values that do not have the type, range or choices of their fields.
+    """Refuse values of the wrong type, out of range, or not among the choices of their fields.
 
     Raises:
       ConfigError: naming the field, the value and what is accepted.

@@ -220,7 +220,7 @@ def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: s
 
 
 def _npz_labels(config: DataConfig, archive: zipfile.ZipFile, name: str, images: int) -> np.ndarray:
-    """The labels of so many images."""
+    """The labels of the split, one for each of its ``images``."""
     with archive.open(f"{name}.npy") as file:
         shape, dtype = _npy_header(file)
     if not np.issubdtype(dtype, np.integer):

@@ -138,7 +138,7 @@ def iid(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Population:
     n, clients, rng = len(labels_N), config.clients, seeds.rng(seed, seeds.RngTag.PARTITION)
     order = rng.permutation(n)
     if config.size_sigma:
-        return _deal_out(config, order, _owners(n, config.size_sigma * rng.standard_normal(clients)))
+        return _deal_out(config, order, _assign_owners(n, config.size_sigma * rng.standard_normal(clients)))
     sizes = np.full(clients, n // clients, np.int32)
     sizes[: n % clients] += 1
     return Population.disjoint(order, sizes)
@@ -159,7 +159,7 @@ def dirichlet(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Popul
         log_gamma = np.log(rng.gamma(config.beta + 1, size=config.clients))
         log_gamma += np.log(rng.uniform(size=config.clients)) / config.beta
         orders.append(members)
-        owners.append(_owners(len(members), log_gamma))
+        owners.append(_assign_owners(len(members), log_gamma))
     return _deal_out(config, np.concatenate(orders), np.concatenate(owners))
 
 
@@ -184,7 +184,7 @@ def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Popula
     return Population.disjoint(by_client[np.isin(owner[by_client], chosen)], sizes[chosen].astype(np.int32))
 
 
-def _owners(examples: int, log_weights: np.ndarray) -> np.ndarray:
+def _assign_owners(examples: int, log_weights: np.ndarray) -> np.ndarray:
     """The client of each of ``examples`` in a row, in shares in proportion to the clients' weights."""
     weights = np.exp(log_weights - log_weights.max())
     cuts = np.round(np.cumsum(weights / weights.sum())[:-1] * examples).astype(int)

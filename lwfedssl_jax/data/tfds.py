@@ -21,22 +21,22 @@ CLIENT_FEATURES = ("client", "client_id", "user_id")
 WITH_TENSORFLOW = 'pip install -e ".[tensorflow]"'
 
 
-def folder() -> str:
+def tfds_folder() -> str:
     """The folder, or the address, of the data sets that tensorflow-datasets has prepared."""
     return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
 
 
 def is_prepared(name: str, note: Notify) -> bool:
-    """Whether ``folder()`` has a data set in the version that would be used, in a format that needs no TensorFlow."""
-    if not (Path(folder()) / name).is_dir():
+    """Whether a data set is prepared in the version that would be used and in a format that needs no TensorFlow."""
+    if not (Path(tfds_folder()) / name).is_dir():
         return False
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=folder())
+        builder = tfds.builder(name, data_dir=tfds_folder())
         return builder.is_prepared() and "array_record" in [f.value for f in builder.info.available_file_formats()]
     except Exception as error:  # tfds raises many kinds
-        note(f"{name} in {folder()} cannot be used ({' '.join(str(error).split()) or type(error).__name__})")
+        note(f"{name} in {tfds_folder()} cannot be used ({' '.join(str(error).split()) or type(error).__name__})")
         return False
 
 
@@ -55,10 +55,10 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=folder())
+        builder = tfds.builder(name, data_dir=tfds_folder())
         if not builder.is_prepared():
-            note(f"tensorflow-datasets downloads and prepares {builder.info.full_name} in {folder()}")
-            builder = tfds.builder(name, data_dir=folder(), file_format="array_record")
+            note(f"tensorflow-datasets downloads and prepares {builder.info.full_name} in {tfds_folder()}")
+            builder = tfds.builder(name, data_dir=tfds_folder(), file_format="array_record")
             builder.download_and_prepare()
     except Exception as error:  # tfds raises many kinds; to the user all mean "not readable here"
         raise _explain(config, "is not installed and cannot be prepared", error) from error

@@ -39,7 +39,7 @@ def row(params_L: Tree, i: Depth, order: jax.Array | None = None) -> Tree:
     return jax.tree.map(lambda p: p[at], params_L)
 
 
-Step = Callable[[Tree, jax.Array], jax.Array]  # ``(params, x) -> x`` of the same shape
+LayerFunction = Callable[[Tree, jax.Array], jax.Array]  # ``(params, x) -> x`` of the same shape
 
 
 class PullbackForm(NamedTuple):
@@ -68,7 +68,7 @@ class SavedSteps(NamedTuple):
     order: jax.Array | None
 
 
-def dynamic_scan(f: Step) -> Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]:
+def dynamic_scan(f: LayerFunction) -> Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]:
     """``(params_L, x, depth, order) -> f(params[depth - 1], ... f(params[0], x))``, differentiable.
 
     JAX cannot reverse a loop whose length is traced. Here each step's pullback is saved in buffers of L rows, and the
@@ -103,7 +103,7 @@ def dynamic_scan(f: Step) -> Callable[[Tree, jax.Array, Depth, jax.Array | None]
 
 
 def run_forward(
-    f: Step, params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None
+    f: LayerFunction, params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None
 ) -> tuple[jax.Array, jax.tree_util.Partial]:
     """Run the first ``depth`` rows of ``order``.
 
@@ -149,7 +149,7 @@ def run_backward(depth: Depth, pull: jax.tree_util.Partial, g: jax.Array) -> tup
     return jax.lax.fori_loop(0, depth, step, (jax.tree.map(jnp.zeros_like, saved.params_L), g))
 
 
-def save_pullback(f: Step, params: Tree, x: jax.Array) -> tuple[jax.Array, list[jax.Array], PullbackForm]:
+def save_pullback(f: LayerFunction, params: Tree, x: jax.Array) -> tuple[jax.Array, list[jax.Array], PullbackForm]:
     """``f(params, x)``, and its pullback as arrays to save and a static form.
 
     A pullback (what ``jax.vjp`` returns) is a pytree: its leaves are the arrays it has saved. Leaves that are
