@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import pandas as pd
 from rich.console import Console
 
 from lwfedssl_jax.analysis import run_plots
@@ -22,7 +23,6 @@ from lwfedssl_jax.workdir.directory import default_workdir
 from lwfedssl_jax.workdir.metrics import read_lines
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -44,7 +44,7 @@ class Run:
         return f"Run({self.summary['strategy']}, {self.summary['rounds']} rounds, {str(self.directory)!r})"
 
     @property
-    def metrics(self) -> "pd.DataFrame":
+    def metrics(self) -> pd.DataFrame:
         """What was measured in each round, as a table.
 
         Returns:
@@ -52,8 +52,6 @@ class Run:
           ``workdir.schema.RoundLine`` (loss, bytes and seconds of the round, ...), and ``accuracy.PROTOCOL``, from 0
           to 1, which is NaN in rounds after which the encoder was not evaluated.
         """
-        import pandas as pd
-
         lines = read_lines(self.directory)
         rounds = pd.DataFrame([line for line in lines if "event" not in line]).set_index("round")
         evaluations = [line for line in lines if "event" in line and "baseline" not in line]
@@ -63,7 +61,7 @@ class Run:
         return rounds.join(accuracies.groupby("round").first(), how="outer") if evaluations else rounds
 
     @property
-    def resources(self) -> "pd.DataFrame":
+    def resources(self) -> pd.DataFrame:
         """What one client spends over the whole run under each strategy, as a table.
 
         Returns:
@@ -71,8 +69,6 @@ class Run:
           ``worst_case_total_bytes`` of traffic; ``flops_paper_rule`` and ``flops_executed``, multiply-adds per sample;
           ``peak_memory_bytes`` of one training step.
         """
-        import pandas as pd
-
         costs = ("total_bytes", "worst_case_total_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
         ledgers = self.summary["strategies"]
         return pd.DataFrame([[ledger[cost] for cost in costs] for ledger in ledgers.values()], [*ledgers], [*costs])

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from lwfedssl_jax.analysis import tables, wording
 from lwfedssl_jax.analysis.results import END_TO_END
@@ -10,14 +12,11 @@ from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.statistics import CHANCE, Difference, baseline_of, over_seeds, paired
 from lwfedssl_jax.analysis.wording import percent, protocol_words
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 COST_WORDS = {wording.TRAFFIC: "traffic", wording.EXECUTED: "operations", wording.MEMORY: "peak memory"}
 
 
 def headline(
-    runs: "pd.DataFrame",
+    runs: pd.DataFrame,
     settings: Sequence[Setting],
     protocols: Sequence[str],
     compared: Mapping[str, Sequence[Difference]],
@@ -53,7 +52,7 @@ def headline(
             yield f"{difference}{costs and f'; {rival.label} takes {costs}'}.{_doubt(difference)}"
 
 
-def _result(summary: "pd.DataFrame", setting: Setting, protocol: str, *, only: bool) -> str:
+def _result(summary: pd.DataFrame, setting: Setting, protocol: str, *, only: bool) -> str:
     """The accuracy of the best setting, and that of the encoder untrained or trained from scratch."""
     mean_std_count = summary.loc[setting.label, f"accuracy.{protocol}"]
     details = [protocol_words(protocol)]
@@ -68,7 +67,7 @@ def _result(summary: "pd.DataFrame", setting: Setting, protocol: str, *, only: b
     return f"{setting.label} {best}reached {wording.mean_words(mean_std_count)} % ({'; '.join(details)})"
 
 
-def _costs(summary: "pd.DataFrame", setting: Setting) -> str:
+def _costs(summary: pd.DataFrame, setting: Setting) -> str:
     """Costs as ratios to those of end_to_end with the same config, or an empty string for end_to_end."""
     if setting.strategy == END_TO_END:
         return ""

@@ -5,7 +5,9 @@ import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import setting_plots, tables
@@ -19,10 +21,6 @@ from lwfedssl_jax.analysis.tables import Table
 from lwfedssl_jax.analysis.wording import percent, protocol_words
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, flat, join_lists, load, resolve, to_dict
 from lwfedssl_jax.system.files import write_whole
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
@@ -115,7 +113,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
 
 
 def _tables(
-    runs: "pd.DataFrame", settings: Sequence[Setting], members: Members, compared: Sequence[Difference]
+    runs: pd.DataFrame, settings: Sequence[Setting], members: Members, compared: Sequence[Difference]
 ) -> dict[str, Table | None]:
     """The tables of the page by name; None if there is nothing to show in it."""
     first_summaries = {label: runs[0].summary for label, runs in members.items()}
@@ -148,7 +146,7 @@ def _has_effect(field: str, config: Mapping[str, Any]) -> bool:
     return field != "federation.clients_per_round" or config[field] != "0"
 
 
-def _costs_figure(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str, out: Path) -> Figure:
+def _costs_figure(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str, out: Path) -> Figure:
     figure = setting_plots.plot_costs(runs, settings, protocol, tables.baselines(runs, settings))
     svg = save_with_svg(figure, out / "plots", f"accuracy_against_costs_{protocol}")
     mean = over_seeds(runs)[(f"accuracy.{protocol}", "mean")]

@@ -4,16 +4,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from lwfedssl_jax.analysis.wording import COSTS
 from lwfedssl_jax.config import ConfigError, flat, from_dict, join_lists, to_dict
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
 
@@ -40,7 +38,7 @@ class RunRecord(NamedTuple):
     label: str
 
 
-def load_results(*directories: str | Path) -> "pd.DataFrame":
+def load_results(*directories: str | Path) -> pd.DataFrame:
     """Read every run under the directories, at any depth, finished or not.
 
     Returns:
@@ -59,14 +57,12 @@ def load_results(*directories: str | Path) -> "pd.DataFrame":
     return frame(find_runs(directories))
 
 
-def load_metrics(*directories: str | Path) -> "pd.DataFrame":
+def load_metrics(*directories: str | Path) -> pd.DataFrame:
     """Read ``metrics.jsonl`` of the runs under the directories: one row per line, with the run's ``path``.
 
     Raises:
       ConfigError: as ``load_results``.
     """
-    import pandas as pd
-
     return pd.DataFrame([{"path": str(run.path)} | line for run in find_runs(directories) for line in run.lines])
 
 
@@ -190,10 +186,8 @@ def _count_rounds(run: RunRecord) -> int:
     return sum("event" not in line for line in run.lines)
 
 
-def frame(runs: Sequence[RunRecord]) -> "pd.DataFrame":
+def frame(runs: Sequence[RunRecord]) -> pd.DataFrame:
     """A frame with one row per run; its columns are those of ``load_results``."""
-    import pandas as pd
-
     rows = []
     for run in runs:
         seconds = [line["seconds"] for line in run.lines if isinstance(line.get("seconds"), int | float)]

@@ -1,19 +1,16 @@
 """Figures over runs: accuracy against what it costs, and learning curves."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.statistics import over_seeds
 from lwfedssl_jax.analysis.style import STYLES, panels, use_whole_numbers
 from lwfedssl_jax.analysis.tables import Baseline
 from lwfedssl_jax.analysis.wording import EXECUTED, MEMORY, TRAFFIC, cost_unit, protocol_words
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 ACROSS = 4  # most panels side by side
 WIDE_RANGE = 30  # largest cost over the smallest from which its axis is logarithmic
@@ -84,7 +81,7 @@ def _dashes(i: int) -> dict[str, str]:
 
 
 def plot_costs(
-    runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str, baselines: Sequence[Baseline] = ()
+    runs: pd.DataFrame, settings: Sequence[Setting], protocol: str, baselines: Sequence[Baseline] = ()
 ) -> Any:
     """Draw accuracy by one protocol against traffic, operations and peak memory: every run, and means with their std.
 
@@ -117,7 +114,7 @@ def plot_costs(
     return figure
 
 
-def plot_cost(panel: Any, runs: "pd.DataFrame", looks: Mapping[str, Look], protocol: str, cost: str) -> None:
+def plot_cost(panel: Any, runs: pd.DataFrame, looks: Mapping[str, Look], protocol: str, cost: str) -> None:
     """Draw accuracy against one cost: large the mean of each setting with its std, small and to its right every run."""
     summary, largest = over_seeds(runs), runs[cost].max()
     divisor, unit = cost_unit(cost, largest)

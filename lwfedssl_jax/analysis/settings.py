@@ -3,14 +3,12 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from lwfedssl_jax.analysis.results import SEED, STRATEGY
 from lwfedssl_jax.config import Config
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 # Fields that a label names first, and only by their value.
 BY_VALUE = (STRATEGY, "objective.name", "data.name", "model.name", "partition.kind", "federation.aggregator")
@@ -34,7 +32,7 @@ class Setting(NamedTuple):
     values: dict[str, Any]
 
 
-def group_by_setting(results: "pd.DataFrame") -> tuple["pd.DataFrame", list[Setting]]:
+def group_by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[Setting]]:
     """Group the finished runs by all config fields except for ``runtime.seed``.
 
     Labels hold only what differs between settings: the fields, in order, that distinguish further settings, and no
@@ -47,8 +45,6 @@ def group_by_setting(results: "pd.DataFrame") -> tuple["pd.DataFrame", list[Sett
       The finished runs with the label of their setting as ``setting``, only the first of several with one setting and
       seed; and the settings in the order of their first runs.
     """
-    import pandas as pd
-
     finished = results[results["finished"]].reset_index(drop=True)
     fields = [c for c in finished.columns if c.split(".")[0] in SECTIONS and c != SEED] + ["config_file"]
     keys = [tuple(None if pd.isna(v) else v for v in row) for row in finished[fields].itertuples(index=False)]
@@ -106,7 +102,7 @@ def _word(field: str, value: Any) -> str:
     return f"{field.partition('.')[2].replace('_', ' ')} {'unknown' if value is None else shown or 'none'}"
 
 
-def protocols(results: "pd.DataFrame") -> list[str]:
+def protocols(results: pd.DataFrame) -> list[str]:
     """Protocols that evaluated finished runs: by the number of these runs, then in the order of evaluation."""
     finished = results[results["finished"]]
     columns = [c for c in finished.columns if c.startswith("accuracy.") and finished[c].notna().any()]

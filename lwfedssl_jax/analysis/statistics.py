@@ -2,24 +2,21 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from lwfedssl_jax.analysis.results import END_TO_END, SEED
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.wording import COSTS
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 ALL_PAIRS = 4  # settings up to which every pair is compared
 CHANCE = 0.05  # smallest p at which a difference is reported as possibly chance
 SAME = 1e-9  # largest spread of differences between accuracies that is only rounding
 
 
-def over_seeds(runs: "pd.DataFrame") -> "pd.DataFrame":
+def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """Summarise every numeric column of the runs by setting, over seeds.
 
     Args:
@@ -73,7 +70,7 @@ class Difference(NamedTuple):
         return f"{sentence} ({interval}, p = {self.p:.2g}, {adjusted}, {self.seeds} seeds)"
 
 
-def differences(runs: "pd.DataFrame", settings: Sequence[Setting], protocol: str) -> list[Difference]:
+def differences(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str) -> list[Difference]:
     """Compare settings by paired t-tests over their common seeds.
 
     Up to four settings are compared in pairs. Of more, each is compared with the end_to_end setting that differs from
@@ -117,7 +114,7 @@ def baseline_of(setting: Setting, baselines: Sequence[Setting]) -> Setting:
     return min(baselines, key=distance)
 
 
-def paired(runs: "pd.DataFrame", setting: str, against: str, protocol: str) -> Difference:
+def paired(runs: pd.DataFrame, setting: str, against: str, protocol: str) -> Difference:
     """Compare two settings, given by label, over the seeds that they share; p is not adjusted."""
     by_seed = runs.set_index(SEED)
     first, second = (

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from lwfedssl_jax.analysis.results import END_TO_END, SEED, ledger_costs
 from lwfedssl_jax.analysis.settings import Setting, protocols
@@ -23,9 +25,6 @@ from lwfedssl_jax.analysis.wording import (
 )
 from lwfedssl_jax.costs import fleet
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 BASELINES = {"untrained": "untrained", "scratch": "from scratch"}  # by the prefix of their columns
 
 
@@ -33,8 +32,8 @@ class Table(NamedTuple):
     """A table twice: ``words`` as people read it, ``numbers`` in full precision and base units."""
 
     name: str
-    words: "pd.DataFrame"
-    numbers: "pd.DataFrame"
+    words: pd.DataFrame
+    numbers: pd.DataFrame
 
 
 class Baseline(NamedTuple):
@@ -45,7 +44,7 @@ class Baseline(NamedTuple):
     accuracy: dict[str, tuple[float, float, float]]
 
 
-def settings_table(runs: "pd.DataFrame", settings: Sequence[Setting]) -> Table:
+def settings_table(runs: pd.DataFrame, settings: Sequence[Setting]) -> Table:
     """Make the table of every setting's accuracies by each protocol and its costs, with the baselines below.
 
     Args:
@@ -68,21 +67,19 @@ def settings_table(runs: "pd.DataFrame", settings: Sequence[Setting]) -> Table:
     return Table("settings", words, _settings_numbers(rows, protocols(runs)))
 
 
-def _mean_costs(row: "pd.Series", costs: Sequence[str]) -> dict[str, float]:
+def _mean_costs(row: pd.Series, costs: Sequence[str]) -> dict[str, float]:
     """Mean costs of a row of ``over_seeds``, and as ``COST.ratio`` their ratios to those of end_to_end."""
     return {c: float(row[c, "mean"]) for c in costs} | {f"{c}.ratio": ratio(row, c) for c in costs}
 
 
-def ratio(row: "pd.Series", cost: str) -> float:
+def ratio(row: pd.Series, cost: str) -> float:
     """The cost of a setting (its row of ``over_seeds``) divided by that of end_to_end with the same config, or NaN."""
     reference = float(row.get((f"{END_TO_END}.{cost}", "mean"), "nan"))
     return float(row[cost, "mean"]) / reference if reference else nan
 
 
-def _settings_words(rows: list[dict[str, Any]], names: Sequence[str], references: Sequence[str]) -> "pd.DataFrame":
+def _settings_words(rows: list[dict[str, Any]], names: Sequence[str], references: Sequence[str]) -> pd.DataFrame:
     """Rows as text; those of ``references`` without the ratio to themselves."""
-    import pandas as pd
-
     units = {c: cost_unit(c, max((r[c] for r in rows if c in r), default=0)) for c in (TRAFFIC, EXECUTED, MEMORY)}
     shown = []
     for row in rows:
@@ -97,8 +94,7 @@ def _settings_words(rows: list[dict[str, Any]], names: Sequence[str], references
     return pd.DataFrame(shown)
 
 
-def _settings_numbers(rows: list[dict[str, Any]], names: Sequence[str]) -> "pd.DataFrame":
-    import pandas as pd
+def _settings_numbers(rows: list[dict[str, Any]], names: Sequence[str]) -> pd.DataFrame:
 
     shown = []
     for row in rows:
@@ -110,7 +106,7 @@ def _settings_numbers(rows: list[dict[str, Any]], names: Sequence[str]) -> "pd.D
     return pd.DataFrame(shown)
 
 
-def baselines(runs: "pd.DataFrame", settings: Sequence[Setting]) -> list[Baseline]:
+def baselines(runs: pd.DataFrame, settings: Sequence[Setting]) -> list[Baseline]:
     """Find the baselines: the untrained encoder and training from scratch, once for all settings that share them."""
     found = []
     for kind, words in BASELINES.items():
@@ -141,7 +137,7 @@ def _owners(settings: Sequence[Setting]) -> str:
 
 
 def resources_table(
-    runs: "pd.DataFrame", settings: Sequence[Setting], strategies: Mapping[str, dict[str, Any]] | None = None
+    runs: pd.DataFrame, settings: Sequence[Setting], strategies: Mapping[str, dict[str, Any]] | None = None
 ) -> Table:
     """Make the table of memory, FLOPs and communication with ratios to end_to_end, in the paper's form.
 
@@ -149,8 +145,6 @@ def resources_table(
       runs, settings: as ``settings.group_by_setting`` returns them.
       strategies: ledgers to show instead, by strategy, of one config whose strategies were not all run.
     """
-    import pandas as pd
-
     order = (MEMORY, RULE, EXECUTED, TRAFFIC)
     if strategies is None:
         label, references = "setting", [s.label for s in settings if s.strategy == END_TO_END]
@@ -173,8 +167,6 @@ def resources_table(
 
 def differences_table(differences: Sequence[Difference]) -> Table:
     """Make the table of differences between settings."""
-    import pandas as pd
-
     words = []
     for d in differences:
         words.append(
@@ -198,8 +190,6 @@ def fleet_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
     Args:
       summaries: ``summary.json`` of each setting's first run, by label.
     """
-    import pandas as pd
-
     rows = [
         {"setting": label} | row for label, summary in summaries.items() for row in fleet.participation_rows(summary)
     ]
@@ -228,7 +218,7 @@ def write(table: Table, folder: Path) -> None:
     (folder / f"{table.name}.tex").write_text(latex(table.words))
 
 
-def latex(words: "pd.DataFrame") -> str:
+def latex(words: pd.DataFrame) -> str:
     """The table as a tabular with every special character escaped; LaTeX needs only the package booktabs for it."""
     text = words.to_latex(index=False, escape=True, column_format="l" + "r" * (len(words.columns) - 1))
     return str(text).replace("±", r"$\pm$")

@@ -1,7 +1,8 @@
 """Tables on a terminal."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import rich.table
 from rich.console import Group
 from rich.markup import escape
@@ -9,9 +10,6 @@ from rich.table import Table
 
 from lwfedssl_jax.analysis.wording import MIB, accuracy_words, protocol_words, settings_words
 from lwfedssl_jax.costs import fleet
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def summary_tables(summary: dict[str, Any]) -> Group:
@@ -65,7 +63,7 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
     return table
 
 
-def rich_table(words: "pd.DataFrame") -> rich.table.Table:
+def rich_table(words: pd.DataFrame) -> rich.table.Table:
     """Show a settings table on a terminal: only the first protocol, and without seeds and training time."""
     accuracies = [name for name in words.columns if name.endswith("(%)")]
     names = [name for name in words.columns if name not in (*accuracies[1:], "seeds", "training (s)")]

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from lwfedssl_jax.analysis.settings import protocols
 from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, to_dict
 from lwfedssl_jax.method.stages import STRATEGIES, Stages, stages_of
@@ -56,8 +58,6 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
     Raises:
       ConfigError: no run is like the config (``runs_like``), or the protocol has evaluated none of them.
     """
-    import pandas as pd
-
     runs, on_fleet = runs_like(config, rows)
     known = protocols(pd.DataFrame(runs))
     if not known or (protocol and protocol not in known):
@@ -89,8 +89,6 @@ def runs_like(config: Config, rows: Sequence[Row]) -> tuple[list[Row], bool]:
     Raises:
       ConfigError: there are neither.
     """
-    import pandas as pd
-
     finished = [row for row in rows if row["finished"]]
     wanted = join_lists(flat(to_dict(config)))
     compared = [name for name in wanted if name.split(".")[0] not in FREE_SECTIONS]
