@@ -16,7 +16,7 @@ from lwfedssl_jax.config.model_sizes import MODELS, VitSize
 from lwfedssl_jax.experiment.train import train
 from lwfedssl_jax.plan.measured import measured_accuracies
 from lwfedssl_jax.sweep import Sweep
-from lwfedssl_jax.sweep.grid import runs_of
+from lwfedssl_jax.sweep.grid import make_runs
 from lwfedssl_jax.workdir import WorkDir
 from lwfedssl_jax.workdir.directory import default_workdir
 
@@ -45,7 +45,7 @@ def add_field(monkeypatch: pytest.MonkeyPatch, section: str) -> None:
 @pytest.mark.parametrize("section", ["optimizer", "model", "runtime"])
 def test_a_new_field_orphans_no_finished_run(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (planned,) = runs_of(Sweep(base=config()))
+    (planned,) = make_runs(Sweep(base=config()))
     path = default_workdir("mine", config())
     write_run(path, {"knn": 0.75})
     summary = json.loads((path / "summary.json").read_text())
@@ -68,7 +68,7 @@ def test_a_new_field_orphans_no_finished_run(section: str, tmp_path: Path, monke
         found = measured_accuracies(config(), results.to_dict("records"), "knn").found.values()
         assert [measured.by_seed for measured in found] == [{0: 0.75, 1: 0.25}] * 2  # with remat and without
 
-    (again,) = runs_of(Sweep(base=config()))
+    (again,) = make_runs(Sweep(base=config()))
     assert again.directory == planned.directory
 
 

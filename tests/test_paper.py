@@ -12,7 +12,7 @@ from lwfedssl_jax.config import CONFIG_DIR, REPLACED, SWEEPS, Config, ConfigErro
 from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
 from lwfedssl_jax.sweep import Sweep
 from lwfedssl_jax.sweep.directory import SweepDirectory
-from lwfedssl_jax.sweep.grid import load_sweep, runs_of
+from lwfedssl_jax.sweep.grid import load_sweep, make_runs
 
 PAGE = Path(__file__).parent.parent / "docs" / "paper_figures.md"
 REMOVED = list(csv.DictReader((CONFIG_DIR / REPLACED).read_text().splitlines()))
@@ -67,7 +67,7 @@ def test_a_removed_name_is_refused_with_what_replaces_it(
 
 def test_a_sweep_around_a_removed_name_is_refused_likewise() -> None:
     with pytest.raises(ConfigError) as error:
-        runs_of(Sweep(BETA_1))
+        make_runs(Sweep(BETA_1))
     assert str(error.value) == f"SWEEP: base: {BETA_1} was replaced; accepted: {INSTEAD}"
 
 

@@ -13,15 +13,16 @@ import pytest
 from conftest import SMALL, small_config
 from rich.console import Console
 
+import lwfedssl_jax.cli.sweep as sweep_command
 from lwfedssl_jax.cli import main
-from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.config import ConfigError, available
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.sweep import Sweep, cores, pool
 from lwfedssl_jax.sweep.directory import SweepDirectory
 from lwfedssl_jax.sweep.estimate import estimate
-from lwfedssl_jax.sweep.grid import load_sweep, runs_of
+from lwfedssl_jax.sweep.grid import load_sweep, make_runs
 from lwfedssl_jax.sweep.progress import SweepProgress
 from lwfedssl_jax.workdir import WorkDir
 
@@ -37,7 +38,7 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
         runs=[{}, {"additions.terms": ("proximal=0.1",)}],
         seeds=(0, 7),
     )
-    runs = runs_of(sweep)
+    runs = make_runs(sweep)
     assert len(runs) == 2 * 2 * 2 * 2
     assert len({run.directory for run in runs}) == len({run.config for run in runs}) == 16
     assert [run.seed for run in runs[:4]] == [run.config.runtime.seed for run in runs[:4]] == [0, 7, 0, 7]
@@ -46,7 +47,7 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
     assert runs[-1].label == "batch size 16, learning rate 0.05, progressive, terms proximal=0.1"
     assert {(r.config.optimizer.batch_size, r.config.optimizer.learning_rate) for r in runs} == {(8, 0.1), (16, 0.05)}
     assert all(run.config.partition.beta == 0.1 for run in runs)
-    assert [run.label for run in runs_of(Sweep(BASE, seeds=(3,)))] == ["base"]
+    assert [run.label for run in make_runs(Sweep(BASE, seeds=(3,)))] == ["base"]
 
 
 @pytest.mark.parametrize(
@@ -56,11 +57,14 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
         (Sweep(BASE, product={"partition.beta": (0.1, -1.0)}), "run 'beta -1.0', seed 0: partition.beta: -1.0 is out"),
         (
             Sweep(BASE, product={"strategy.name": "layerwise"}),
-            "strategy.name: 'layerwise' is no axis; accepted: a list",
+            "strategy.name: 'layerwise' is not an axis; accepted: a list",
         ),
-        (Sweep(BASE, product={"strategy.name": ()}), "strategy.name: .* is no axis"),
+        (Sweep(BASE, product={"strategy.name": ()}), "strategy.name: .* is not an axis"),
         (Sweep(BASE, product={"runtime.seed": (1, 2)}), r"runtime.seed is an axis of its own; accepted: .*seeds="),
-        (Sweep(BASE, zip={"partition.beta": (1.0, 2.0), "objective.momentum": (0.9,)}), "unlike numbers of values"),
+        (
+            Sweep(BASE, zip={"partition.beta": (1.0, 2.0), "objective.momentum": (0.9,)}),
+            "must all have the same length",
+        ),
         (
             Sweep(BASE, product={"partition.beta": (1.0,)}, zip={"partition.beta": (2.0,)}),
             "partition.beta is on two axes",
@@ -75,14 +79,14 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
         (Sweep(BASE, seeds=3), "seeds: 3 is not valid; accepted: a list of whole numbers"),  # type: ignore[arg-type]
         (Sweep(BASE, runs={"partition.beta": 1.0}), "runs: .* is not valid; accepted: a list"),  # type: ignore[arg-type]
         (Sweep(BASE, product=["partition.beta"]), "product: .* is not valid; accepted: "),  # type: ignore[arg-type]
-        (Sweep(BASE, product={3: (1,)}), "3 is no field; accepted: 'section.field'"),  # type: ignore[dict-item]
+        (Sweep(BASE, product={3: (1,)}), "3 is not a field; accepted: 'section.field'"),  # type: ignore[dict-item]
         (Sweep(7), "base: 7 is not valid; accepted: a config, or its name or file"),  # type: ignore[arg-type]
         (Sweep("quickstrat"), "no config 'quickstrat'; accepted: .*quickstart"),
     ],
 )
 def test_what_is_no_sweep_is_refused(sweep: Sweep, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        runs_of(sweep)
+        make_runs(sweep)
 
 
 def test_names_and_directories_that_hold_no_sweep_are_refused(
@@ -113,6 +117,32 @@ def test_names_and_directories_that_hold_no_sweep_are_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.py", "config.py", "full"]
 
 
+def test_a_sweep_in_a_subfolder_has_the_folder_in_its_name_and_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "configs" / "sweeps" / "paper" / "small.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        '"""One run."""\n'
+        "from lwfedssl_jax.config import Config, override\n"
+        "from lwfedssl_jax.sweep import Sweep\n"
+        f"sweep = Sweep(override(Config(), {SMALL!r}))\n"
+    )
+    for name in ("paper/small", "sweeps/paper/small"):
+        assert load_sweep(name, tmp_path / "configs").name == "paper/small"
+    assert load_sweep(str(file)).name == "small"
+    with pytest.raises(ConfigError, match=r"no sweep 'small'; accepted: a path to a .py file, or one of paper/small"):
+        load_sweep("small", tmp_path / "configs")
+    assert ("sweeps/paper/small", "One run.") in available(tmp_path / "configs")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep_command, "load_sweep", lambda name: load_sweep(name, tmp_path / "configs"))
+    monkeypatch.setattr(sweep_command.Pool, "run", lambda self, runs: None)
+    monkeypatch.setattr(sweep_command, "write_and_print_report", lambda directories, out: None)
+    assert main(["sweep", "paper/small", "--compilation-cache", "off"]) == 0
+    assert (tmp_path / "runs" / "sweeps" / "paper" / "small" / "sweep.json").is_file()
+
+
 def test_the_quickstarts_sweep_has_three_strategies_and_seeds() -> None:
     name, about, _, runs = load_sweep("quickstart_sweep")
     assert (name, len(runs)) == ("quickstart_sweep", 9)
@@ -139,7 +169,7 @@ def test_runs_of_a_file_that_holds_more_than_configs_are_known_by_its_text(tmp_p
 
 def test_an_estimate_counts_the_samples_of_a_run() -> None:
     sweep = Sweep(small_config(federation__clients_per_round=2), product={"federation.dropout": (0.0, 0.5)})
-    whole, half = estimate(runs_of(sweep), setup.Cache())
+    whole, half = estimate(make_runs(sweep), setup.Cache())
     of_sample = ledger.make_ledger(small_config())["flops_executed"]
     assert whole.operations == pytest.approx(of_sample * 60 * 2 / 4)
     assert half.operations == pytest.approx(whole.operations / 2)
@@ -210,7 +240,7 @@ def test_a_run_that_ends_its_process_is_found_and_no_other_is_lost(
     monkeypatch.setattr(pool, "core_slots", lambda jobs: [([], {})] * jobs)
     monkeypatch.setattr(FakeWorker, "crashes", {"learning rate 0.2": when})
     monkeypatch.setattr(FakeWorker, "units", [])
-    runs = runs_of(Sweep(BASE, product={"optimizer.learning_rate": (0.1, 0.2, 0.3, 0.4)}))
+    runs = make_runs(Sweep(BASE, product={"optimizer.learning_rate": (0.1, 0.2, 0.3, 0.4)}))
     ended: dict[str, str] = {}
 
     def hear(run: Any, event: dict[str, Any]) -> None:
@@ -231,7 +261,7 @@ def test_a_run_that_ends_its_process_is_found_and_no_other_is_lost(
 
 
 def test_progress_tells_what_is_left() -> None:
-    runs = runs_of(Sweep(BASE, product={"strategy.name": ("layerwise", "progressive")}, seeds=(0, 1)))
+    runs = make_runs(Sweep(BASE, product={"strategy.name": ("layerwise", "progressive")}, seeds=(0, 1)))
     costs = {run.directory: [1.0, 1.0, 2.0] for run in runs}
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=30)

@@ -1,4 +1,4 @@
-"""Sweeps: a grid of configs and seeds from one file, and the directory that its runs share."""
+"""Sweeps: a grid of configs and seeds from one file."""
 
 import collections
 import dataclasses
@@ -32,7 +32,7 @@ from lwfedssl_jax.method.stages import STRATEGIES
 from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.models import ARCHITECTURES
 
-LONGEST_NAME = 80
+LONGEST_SLUG = 80  # characters of a setting in its directories' names
 TABLES: tuple[dict[str, Any], ...] = (TERMS, AGGREGATORS, OBJECTIVES, STRATEGIES, MODELS, ARCHITECTURES, RECIPES)
 
 
@@ -43,11 +43,11 @@ class Sweep:
     Fields are named as on the command line, ``{"section.field": values}``.
 
     Attributes:
-      base: what all runs have in common: a config, or its name or file.
-      product: each field's values, all combined.
+      base: the config that every run starts from, or its name or file.
+      product: the values of each field, all combined.
       zip: fields that change together: the first values, the second ones, and so on.
       runs: whole settings, one by one.
-      seeds: of each setting; averages and differences are over them.
+      seeds: of each setting; means and differences are taken over them.
     """
 
     base: str | Config = "quickstart"
@@ -61,8 +61,8 @@ class SweepRun(NamedTuple):
     """One run of a sweep.
 
     Attributes:
-      directory: of its work directory, below the sweep's.
-      label: its setting, without the seed.
+      directory: its work directory, relative to the sweep's directory.
+      label: its setting in words, without the seed.
       overrides: of the base config, without the seed.
       seed: ``runtime.seed``.
       config: resolved.
@@ -78,13 +78,14 @@ class SweepRun(NamedTuple):
 
 
 class SweepFile(NamedTuple):
-    """A sweep as its file has it.
+    """A sweep as read from its file.
 
     Attributes:
-      name: as `sweep` takes it; of a user's own file, its name without folder and `.py`.
-      about: the first line of its docstring.
-      source: its text.
-      runs: see ``runs_of``.
+      name: its name below ``configs/sweeps``, such as ``paper/beta``; for a user's own file, the file's name without
+        folder and ``.py``.
+      about: the first line of the file's docstring.
+      source: the file's text.
+      runs: see ``make_runs``.
     """
 
     name: str
@@ -94,19 +95,13 @@ class SweepFile(NamedTuple):
 
 
 def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
-    """The sweep in ``config_dir/sweeps/NAME.py``, or in a Python file.
+    """Load the sweep ``config_dir/sweeps/NAME.py``, or that of a Python file.
 
     Raises:
-      ConfigError: no such sweep, the file does not run, it defines no ``sweep``, or one of its runs is not valid.
+      ConfigError: there is no such sweep, the file does not run or defines no ``sweep``, or a run is not valid.
     """
-    folder, named = config_dir / SWEEPS, name.removeprefix(f"{SWEEPS}/")
-    known = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.py"))]
-    own = name.endswith(".py")
-    path = Path(name) if own else folder / f"{named}.py"
-    if not os.path.isfile(path) or not (own or named in known):
-        names = ", ".join(difflib.get_close_matches(name, known) or known)
-        raise ConfigError(f"SWEEP: no sweep {name!r}; accepted: a path to a .py file, or one of {names}")
-    before = [dict(table) for table in TABLES]
+    path, name = find_sweep(name, config_dir)
+    tables = [dict(table) for table in TABLES]
     form = ", ".join(f"{f.name}=..." for f in dataclasses.fields(Sweep))
     module = run_file(path, "SWEEP", f"sweep = Sweep({form})")
     sweep = getattr(module, "sweep", None)
@@ -115,53 +110,96 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
         raise ConfigError(f"SWEEP: {path} defines no sweep, {found}")
     about = (module.__doc__ or "").strip().split("\n")[0]
     # A file that adds entries to the tables holds more than the configs of its runs.
-    code = path.read_bytes() if before != [dict(table) for table in TABLES] else b""
-    return SweepFile(path.stem if own else named, about, path.read_text(), runs_of(sweep, code))
+    code = path.read_bytes() if tables != [dict(table) for table in TABLES] else b""
+    return SweepFile(name, about, path.read_text(), make_runs(sweep, code))
 
 
-def runs_of(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
-    """All runs, those of a setting together; each has been checked as far as it can be without data.
-
-    Args:
-      sweep: what they are.
-      code: text that they depend on besides their configs (and the base's own file, if it has one).
+def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:
+    """Return the file of a sweep, and its name as in ``SweepFile``.
 
     Raises:
-      ConfigError: an axis that is not as it should be, a run that is not valid, or two that are the same.
+      ConfigError: there is no such file.
     """
-    if not isinstance(sweep.base, str | Config):
-        raise ConfigError(f"SWEEP: base: {sweep.base!r} is not valid; accepted: a config, or its name or file")
-    try:
-        base = load(sweep.base) if isinstance(sweep.base, str) else sweep.base
-    except ConfigError as error:
-        raise ConfigError(f"SWEEP: base: {str(error).removeprefix('CONFIG: ')}") from None
-    own_file = isinstance(sweep.base, str) and sweep.base.endswith(".py")
-    code += Path(str(sweep.base)).read_bytes() if own_file else b""
-    digest_of_code = hashlib.sha256(code).hexdigest() if code else ""
-    settings = list(settings_of(sweep))
-    varied = [f for f in dict.fromkeys(itertools.chain(*settings)) if len({repr(s.get(f)) for s in settings}) > 1]
+    if name.endswith(".py") and os.path.isfile(name):
+        return Path(name), Path(name).stem
+    folder, short = config_dir / SWEEPS, name.removeprefix(f"{SWEEPS}/")
+    sweeps = {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
+    if short not in sweeps:
+        names = ", ".join(difflib.get_close_matches(name, sweeps) or sweeps)
+        raise ConfigError(f"SWEEP: no sweep {name!r}; accepted: a path to a .py file, or one of {names}")
+    return sweeps[short], short
+
+
+def make_runs(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
+    """Expand a sweep into its runs, those of a setting together, each checked as far as it can be without data.
+
+    Args:
+      sweep: the grid.
+      code: text that the runs depend on in addition to their configs and the file of the base.
+
+    Raises:
+      ConfigError: an axis or a run is not valid, or two runs are the same.
+    """
+    base, base_code = load_base(sweep)
+    code_digest = hashlib.sha256(code + base_code).hexdigest() if code + base_code else ""
+    settings = list(make_settings(sweep))
+    fields = dict.fromkeys(itertools.chain(*settings))
+    varied = [name for name in fields if len({repr(setting.get(name)) for setting in settings}) > 1]
     runs: list[SweepRun] = []
     for setting, seed in itertools.product(settings, sweep.seeds):
-        label = ", ".join(words(f, setting[f]) for f in varied if f in setting) or "base"
+        label = ", ".join(field_text(name, setting[name]) for name in varied if name in setting) or "base"
         try:
             config = resolve(override(base, {**setting, "runtime.seed": seed}))
             check(config)
         except ConfigError as error:
             raise ConfigError(f"SWEEP: run {label!r}, seed {seed}: {error}") from error
-        slug = re.sub(r"[^a-zA-Z0-9.=]+", "_", label)[:LONGEST_NAME]
-        place = f"runs/{slug}-seed{seed}-{digest(config, digest_of_code)}"
-        runs.append(SweepRun(place, label, dict(setting), seed, config, digest_of_code))
-    for i, run in enumerate(runs):
-        if same := [other for other in runs[:i] if other.config == run.config]:
+        if same := [run for run in runs if run.config == config]:
             raise ConfigError(
-                f"SWEEP: runs {same[0].label!r} and {run.label!r}, seed {run.seed}, are the same; "
-                "accepted: each run once"
+                f"SWEEP: runs {same[0].label!r} and {label!r}, seed {seed}, are the same; accepted: each run once"
             )
+        slug = re.sub(r"[^a-zA-Z0-9.=]+", "_", label)[:LONGEST_SLUG]
+        directory = f"runs/{slug}-seed{seed}-{digest(config, code_digest)}"
+        runs.append(SweepRun(directory, label, dict(setting), seed, config, code_digest))
     return runs
 
 
-def settings_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """The overrides of each setting, without seeds."""
+def load_base(sweep: Sweep) -> tuple[Config, bytes]:
+    """Return the config that a sweep starts from, and the text of its file if that is the user's own.
+
+    Raises:
+      ConfigError: the base is not a config, or cannot be loaded.
+    """
+    if isinstance(sweep.base, Config):
+        return sweep.base, b""
+    if not isinstance(sweep.base, str):
+        raise ConfigError(f"SWEEP: base: {sweep.base!r} is not valid; accepted: a config, or its name or file")
+    try:
+        config = load(sweep.base)
+    except ConfigError as error:
+        raise ConfigError(f"SWEEP: base: {str(error).removeprefix('CONFIG: ')}") from None
+    return config, Path(sweep.base).read_bytes() if sweep.base.endswith(".py") else b""
+
+
+def make_settings(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield the overrides of each setting, without seeds.
+
+    Raises:
+      ConfigError: an axis is not valid.
+    """
+    check_types(sweep)
+    check_axes(sweep)
+    rows = [dict(zip(sweep.zip, row, strict=True)) for row in zip(*sweep.zip.values(), strict=True)] or [{}]
+    combined = [dict(zip(sweep.product, values, strict=True)) for values in itertools.product(*sweep.product.values())]
+    for own, row, values in itertools.product(sweep.runs, rows, combined):
+        yield {**own, **row, **values}
+
+
+def check_types(sweep: Sweep) -> None:
+    """Refuse fields of a sweep that are of the wrong type or empty.
+
+    Raises:
+      ConfigError: naming the field.
+    """
     for name in ("product", "zip"):
         if not isinstance(value := getattr(sweep, name), Mapping):
             raise ConfigError(f"SWEEP: {name}: {value!r} is not valid; accepted: {{'section.field': [values]}}")
@@ -171,32 +209,37 @@ def settings_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"SWEEP: seeds: {sweep.seeds!r} is not valid; accepted: a list of whole numbers")
     axes = {**sweep.product, **sweep.zip}
     if unnamed := [name for name in itertools.chain(axes, *sweep.runs) if not isinstance(name, str)]:
-        raise ConfigError(f"SWEEP: {unnamed[0]!r} is no field; accepted: 'section.field'")
+        raise ConfigError(f"SWEEP: {unnamed[0]!r} is not a field; accepted: 'section.field'")
     for name, values in axes.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise ConfigError(f"SWEEP: {name}: {values!r} is no axis; accepted: a list of at least one value")
+            raise ConfigError(f"SWEEP: {name}: {values!r} is not an axis; accepted: a list of at least one value")
     for name in ("runs", "seeds"):
         if not getattr(sweep, name):
             raise ConfigError(f"SWEEP: {name}: it is empty; accepted: at least one entry, or leave it out")
+
+
+def check_axes(sweep: Sweep) -> None:
+    """Refuse axes that repeat a value or a field, or that do not fit together.
+
+    Raises:
+      ConfigError: naming the axis.
+    """
     for name, values in {**sweep.product, "seeds": sweep.seeds}.items():
         (value, count), *_ = collections.Counter(map(repr, values)).most_common(1)
         if count > 1:
             raise ConfigError(f"SWEEP: {name}: {value} appears twice; accepted: each value once")
-    for name in [*axes, *itertools.chain(*sweep.runs)]:
+    for name in itertools.chain(sweep.product, sweep.zip, *sweep.runs):
         if name == "runtime.seed":
             raise ConfigError("SWEEP: runtime.seed is an axis of its own; accepted: Sweep(seeds=(0, 1, 2))")
         if name in sweep.product and (name in sweep.zip or any(name in run for run in sweep.runs)):
             raise ConfigError(f"SWEEP: {name} is on two axes; accepted: each field in one of product, zip and runs")
-    if len(lengths := {name: len(values) for name, values in sweep.zip.items()}) and len(set(lengths.values())) > 1:
-        raise ConfigError(f"SWEEP: zip: its fields have unlike numbers of values ({lengths}); accepted: equally many")
-    rows = [dict(zip(sweep.zip, row, strict=True)) for row in zip(*sweep.zip.values(), strict=True)] or [{}]
-    combined = [dict(zip(sweep.product, values, strict=True)) for values in itertools.product(*sweep.product.values())]
-    for own, row, values in itertools.product(sweep.runs, rows, combined):
-        yield {**own, **row, **values}
+    lengths = {name: len(values) for name, values in sweep.zip.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"SWEEP: zip: fields must all have the same length, found {lengths}; accepted: one length")
 
 
-def words(name: str, value: Any) -> str:
-    """A field and its value as a person would say it: names stand for themselves."""
+def field_text(name: str, value: Any) -> str:
+    """Return a field and its value in words: ``batch size 8``; the value alone for a field called ``name``."""
     shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
     plain = name.rpartition(".")[2].replace("_", " ")
     return shown if plain == "name" else f"{plain} {shown or 'none'}"
