@@ -88,13 +88,13 @@ STUDIES = {
     ),
     "participation": Study(
         "Partial participation",
-        "SimCLR on digits: all of 10 clients a round, or 25 drawn of 100.",
+        "SimCLR on digits: all of 10 clients in each round, or 25 drawn from 100.",
         {"10 of 10": {}, "25 of 100": {"partition.clients": 100, "federation.clients_per_round": 25}},
         paper_order={"10 of 10": DEFAULT_ORDER, "25 of 100": PARTIAL_ORDER},
     ),
     "beta": Study(
         "Dirichlet beta",
-        "SimCLR on digits, by how unequal the clients' classes are; small is more.",
+        "SimCLR on digits, by Dirichlet beta; the smaller it is, the more the classes of the clients differ.",
         {"0.1": {"partition.beta": 0.1}, "0.5": {}},
     ),
     "batch_size": Study(
@@ -105,8 +105,8 @@ STUDIES = {
     ),
     "fashion_mnist": Study(
         "Fashion-MNIST",
-        "Its 60,000 images dealt to 20 clients, Dirichlet 0.5, 3 of them drawn a round, 4 rounds of one local epoch "
-        "(at most 12 clients take part), a ViT of width 64 and depth 4, patch 7; by objective.",
+        "Its 60,000 images split over 20 clients, Dirichlet 0.5, 3 of them drawn in each round, 4 rounds of one local "
+        "epoch (at most 12 clients take part), a ViT of width 64 and depth 4, patch 7; by objective.",
         OBJECTIVES,
         base=FASHION,
         paper_order=dict.fromkeys(OBJECTIVES, DEFAULT_ORDER),
@@ -122,13 +122,13 @@ STUDIES = {
 
 
 def runs(study: Study) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """``(row, strategy, seed, overrides)`` of every run of a study."""
+    """Yield ``(row, strategy, seed, overrides)`` of every run of a study."""
     for seed, (row, changes), strategy in itertools.product(SEEDS, study.settings.items(), study.strategies):
         yield row, strategy, seed, study.base | {"strategy.name": strategy, "runtime.seed": seed} | changes
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """The finished runs by their overrides, whichever studies they are part of."""
+    """The finished runs of all studies, by their overrides."""
     lines = RECORDS.read_text().splitlines() if RECORDS.is_file() else []
     return {key(record["overrides"]): record for record in map(json.loads, lines)}
 
@@ -144,7 +144,7 @@ def config_of(overrides: dict[str, Any]) -> Any:
 
 
 def run(names: list[str]) -> None:
-    """Train and record what is missing, a line a run."""
+    """Train and record the runs that are missing, and print one line per run."""
     from lwfedssl_jax.experiment import train
     from lwfedssl_jax.system import devices
     from lwfedssl_jax.workdir import WorkDir
@@ -206,13 +206,13 @@ def spread(values: np.ndarray) -> str:
 
 
 def table(study: Study, found: list[Cell]) -> list[str]:
-    """Accuracies and costs, a line a setting and strategy."""
-    names = {PROBE: "linear probe, 5 labels a class, %", KNN: "kNN, %", "fine_tune": "fine-tuning, %"}
+    """Accuracies and costs, one line per setting and strategy."""
+    names = {PROBE: "linear probe, 5 labels per class (%)", KNN: "kNN (%)", "fine_tune": "fine-tuning (%)"}
     head = ["setting", "strategy", *[names[p] for p in study.protocols]]
-    head += ["a drawn client's mean traffic, summed over rounds, measured, MiB", "multiply-adds a sample, executed, G"]
+    head += ["measured traffic per drawn client over all rounds (MiB)", "executed multiply-adds per sample (G)"]
     if "fine_tune" in study.protocols:
-        head.insert(3, "from scratch, %")
-        head.insert(4, "mean per-class accuracy / precision / recall / F1, %")
+        head.insert(3, "from scratch (%)")
+        head.insert(4, "mean per-class accuracy / precision / recall / F1 (%)")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for cell in found:
         row = [cell.row, cell.strategy, *[spread(cell.accuracy(p)) for p in study.protocols]]
@@ -242,7 +242,7 @@ def untrained(found: list[Cell], protocols: Sequence[str]) -> str:
 
 
 def verdicts(study: Study, found: list[Cell]) -> list[str]:
-    """Where the paper's order is found: differences paired over seeds, with a paired t-test."""
+    """How each step of the paper's order came out: differences paired over seeds, with a paired t-test."""
     lines = []
     for row, order in study.paper_order.items():
         by_strategy = {cell.strategy: cell for cell in found if cell.row == row}
@@ -252,9 +252,15 @@ def verdicts(study: Study, found: list[Cell]) -> list[str]:
             for protocol in study.protocols:
                 difference = by_strategy[better].accuracy(protocol) - by_strategy[worse].accuracy(protocol)
                 p = ttest_rel(by_strategy[better].accuracy(protocol), by_strategy[worse].accuracy(protocol)).pvalue
-                word = "confirmed" if difference.min() > 0 else "reversed" if difference.max() < 0 else "open"
+                word = (
+                    "yes in every seed"
+                    if difference.min() > 0
+                    else "no in every seed"
+                    if difference.max() < 0
+                    else "seeds differ"
+                )
                 lines.append(
-                    f"* {row}: {better} above {worse} by {protocol}: **{word}** "
+                    f"* {row}: is {better} above {worse} by {protocol}? **{word}** "
                     f"({difference.mean():+.1f} ± {difference.std(ddof=1):.1f} points, p = {p:.2g})"
                 )
     return lines
@@ -285,25 +291,26 @@ def figures() -> None:
 
 
 def write_page() -> None:
-    """docs/results.md; studies with missing runs say so."""
+    """Write docs/results.md; a study with missing runs says so."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     figures()
     versions = sorted({f"{name} {r['versions'][name]}" for r in recorded().values() for name in ("jax", "python")})
     lines = [
         "# What we measured",
         "",
-        "Written by `python benchmarks/studies.py report` from [what](results/runs.jsonl) `python",
-        "benchmarks/studies.py run` recorded; no number is typed in by hand. Mean ± standard deviation over seeds "
-        + ", ".join(map(str, SEEDS))
-        + ".",
+        "`python benchmarks/studies.py run` trains the runs and [records](results/runs.jsonl) them, and",
+        "`python benchmarks/studies.py report` writes this page from the records; no number is typed in by hand. All",
+        "accuracies are mean ± standard deviation over seeds " + ", ".join(map(str, SEEDS)) + ".",
         "",
         "The studies on digits share a setting: the quick start's (10 clients, Dirichlet 0.5, SimCLR, batch 32, 3",
-        "local epochs) with a ViT of width 64 and depth 4, and 16 rounds. It is small, so that three seeds of all of",
-        "them fit 2 CPU cores; at other sizes the order may be another. *Confirmed* and *reversed* mean in every seed,",
-        "*open* that seeds disagree. The paper's order is that of its fine-tuned accuracies on CIFAR-10.",
+        "local epochs) with a ViT of width 64 and depth 4, and 16 rounds. The setting is small, so that three seeds of",
+        "every run fit on 2 CPU cores; at other sizes the order of the strategies may differ. Below a table, each line",
+        "asks whether the paper's order holds here. That order comes from its fine-tuned accuracies on CIFAR-10.",
+        "With three seeds, the same sign in every seed is weak evidence: the p-value is that of a paired t-test,",
+        "without correction for the number of comparisons.",
         "",
-        "All of it is from one machine. Another processor rounds otherwise, and over a run that grows to what another",
-        "seed would change: there, expect values within the spreads, not the same ones.",
+        "All runs are from one machine. Another processor rounds differently, and over a whole run these differences",
+        "grow to the size of a change of seed. On another machine, expect values within the spreads, not equal ones.",
         "",
         "![accuracy against traffic](results/accuracy_against_traffic.png)",
         "![what a client spends](results/resources.png)",
