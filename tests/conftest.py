@@ -1,5 +1,6 @@
 """Strict numerics for every test: no silent promotion of types or ranks."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +19,24 @@ import reference
 
 from lwfedssl_jax.config import Config, override, resolve
 from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment import finish
-from lwfedssl_jax.method import client, fedca, programs
+from lwfedssl_jax.method import client, fedca
+from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import STRATEGIES, Stage
+from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.simulation.state import RoundState
 
-# Four devices; and less time on code that is run for a moment only.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+# Four devices; and less time on compiling code that runs for a moment only. XLA knows the last flag below jax 0.11.
+FLAGS = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+gc.freeze()  # JAX's modules are not searched for garbage while it traces
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,21 +70,26 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-PRICED = setup.Cache()
+TRACES = setup.Cache()
 
 
 @pytest.fixture(autouse=True)
 def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page that ends a run costs seconds, and its ledgers minutes: they are without peak memory, and for runs of
-    one price traced once. Runs of a module's fixtures, made before this one, and those of processes have all of it.
+    """The page that ends a run costs seconds, and its ledgers minutes: they are without peak memory, and share what
+    they trace. Runs of a module's fixtures, made before this one, and those of processes have all of it.
     """
 
     def price(config: Config, *_: object) -> dict[str, ledger.Ledger]:
-        alike = tuple(STRATEGIES), ledger.ledgers_of, override(programs.ledger_config(config), {"strategy.name": ""})
-        return PRICED.get(alike, lambda: ledger.all_strategies(config, memory=False))
+        return ledger.all_strategies(config, memory=False, known=known_traces())
 
     monkeypatch.setattr(finish, "write_report", lambda directories, out: None)
     monkeypatch.setattr(finish, "ledgers_of_run", price)
+
+
+def known_traces() -> Known:
+    """What ledgers of this process have traced, for those that may share it."""
+    entries = tuple(tuple(table.values()) for table in (STRATEGIES, OBJECTIVES, TERMS))
+    return TRACES.get((ledger.ledgers_of, entries), dict)
 
 
 SMALL: dict[str, Any] = {
@@ -91,6 +104,7 @@ SMALL: dict[str, Any] = {
     "model.width": 8,
     "model.depth": 3,
     "model.heads": 2,
+    "objective.name": "simclr",  # the least to compile
     "objective.hidden_dim": 12,
     "objective.output_dim": 6,
     "objective.temperature": 0.2,

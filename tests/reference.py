@@ -26,12 +26,13 @@ from lwfedssl_jax.simulation.packing import batches
 Params = dict[str, Any]
 
 
-def encode(config: Config, params: Params, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+def encode(config: Config, params: Params, images: jax.Array, layers: jax.Array) -> jax.Array:
+    """``images -> features`` of the layers that are True in ``layers``."""
     types: Any = {"dtype": images.dtype, "param_dtype": images.dtype}
     x = Embedding(config.model.patch_size, config.model.width, **types).apply({"params": params["embedding"]}, images)
-    for layer in layers:
+    for layer in range(config.model.depth):
         block = jax.tree.map(lambda p, i=layer: p[i], params["blocks"])
-        x = Block(config.model.heads, **types).apply({"params": block}, x)
+        x = jnp.where(layers[layer], Block(config.model.heads, **types).apply({"params": block}, x), x)
     x = LayerNorm(images.dtype).apply({"params": params["norm"]}, x)
     return x.mean(axis=1)
 
@@ -54,7 +55,7 @@ def contrast(anchors: jax.Array, others: jax.Array, positives: jax.Array, temper
 
 
 def loss_of(
-    config: Config, layers: tuple[int, ...], online: Params, target: Params, start: Params, views: jax.Array
+    config: Config, layers: jax.Array, online: Params, target: Params, start: Params, views: jax.Array
 ) -> jax.Array:
     loss = ssl_loss(config, layers, online, target, views)
     for name, weight in (text.split("=") for text in config.additions.terms):
@@ -72,7 +73,7 @@ def loss_of(
     return loss
 
 
-def ssl_loss(config: Config, layers: tuple[int, ...], online: Params, target: Params, views: jax.Array) -> jax.Array:
+def ssl_loss(config: Config, layers: jax.Array, online: Params, target: Params, views: jax.Array) -> jax.Array:
     name, t, n = config.objective.name, config.objective.temperature, views.shape[1]
     z = [head(config, online["projection"], 3, encode(config, online["encoder"], v, layers)) for v in views]
     if name == "simclr":
@@ -86,10 +87,10 @@ def ssl_loss(config: Config, layers: tuple[int, ...], online: Params, target: Pa
     return sum(contrast(q[a], k[1 - a], jnp.arange(n), t) for a in (0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def local_step(
     config: Config,
-    layers: tuple[int, ...],
+    layers: jax.Array,
     state: tuple[Params, Params, Any],
     start: Params,
     trainable: Params,
@@ -129,8 +130,8 @@ def train_client(
         step_key = jax.random.fold_in(key, step)
         views = two_views(step_key, batch, task.recipe, task.dtype)
         u = jax.random.uniform(jax.random.fold_in(step_key, 2**32 - 1), (config.model.depth,), jnp.float32)
-        skipped = [layer for layer in range(droppable) if u[layer] < config.additions.depth_dropout]
-        layers = tuple(layer for layer in range(depth) if layer not in skipped)
+        layer = np.arange(config.model.depth)
+        layers = (layer < depth) & ((layer >= droppable) | (np.asarray(u) >= config.additions.depth_dropout))
         state, loss = local_step(config, layers, state, params, trainable, views)
         losses.append(float(loss) * int(count))
     return state[0], losses

@@ -21,7 +21,7 @@ ROOMS = [
     {"sweep", "plan"},
     {"cli", "api"},
 ]
-HEAVY = ("tensorflow_datasets", "matplotlib", "orbax", "pandas", "scipy", "jinja2", "wandb", "tensorboardX")
+HEAVY = ("tensorflow_datasets", "matplotlib", "orbax", "scipy", "jinja2", "wandb", "tensorboardX")
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

@@ -1,5 +1,6 @@
 """The encoder and the heads against independent NumPy, and how the encoder splits."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +99,7 @@ def test_depth_may_be_traced_and_idle_rows_get_no_gradient(remat: bool) -> None:
         np.testing.assert_allclose(found, value, rtol=1e-5)
         assert max(float(jnp.abs(x[2]).max()) for x in jax.tree.leaves(grads["blocks"])) == 0
         grads["blocks"] = jax.tree.map(lambda x: x[:2], grads["blocks"])
-        assert jax.tree.all(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-4, atol=1e-5), grads, expected))
+        chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("samples", "chunk", "size"), [(64, 8, 8), (62, 8, 31), (6, 8, 6), (7, 2, 1), (12, 5, 6)])
@@ -130,7 +131,7 @@ def test_remat_recomputes_each_block_and_changes_no_result() -> None:
     remat, _ = make(remat=True)
     loss = lambda encoder: lambda p: (forward(encoder, p, IMAGES, 3) ** 2).sum()  # noqa: E731
     a, b = jax.grad(loss(plain))(params), jax.grad(loss(remat))(params)
-    assert jax.tree.all(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-4, atol=1e-5), a, b))
+    chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-5)
     once = operations.count(jax.make_jaxpr(loss(plain))(params))
     of_plain, of_remat = (operations.count(jax.make_jaxpr(jax.grad(loss(e)))(params)) for e in (plain, remat))
     embedding = 2 * 4 * 48 * 12

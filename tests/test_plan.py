@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, small_config
+from conftest import SMALL, known_traces, small_config
 from rich.console import Console
 
 from lwfedssl_jax import cli
@@ -203,7 +203,7 @@ def priced(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ledgers_of
 
     def cheap(configs: dict[Any, Config], *, memory: bool, **_: Any) -> dict[Any, Any]:
-        ledgers = real(configs, memory=False)
+        ledgers = real(configs, memory=False, known=known_traces())
         for ledger in ledgers.values():
             for row in ledger["per_stage"]:
                 row["peak_memory_bytes"] = 1000 * row["trainable_parameters"]
@@ -216,7 +216,7 @@ def priced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def between_stages() -> float:
     """GB that suffice for the first two of progressive's three stages."""
-    ledger = make_ledger(small_config(strategy__name="progressive"))
+    ledger = make_ledger(small_config(strategy__name="progressive"), known_traces())
     _, second, third = (row["trainable_parameters"] for row in ledger["per_stage"])
     return float(second + third) / 2e6
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,7 +188,7 @@ def test_a_single_real_sample_stays_finite() -> None:
     encoder, params = make(size=4)
     result = jax.jit(loss_of(encoder))(params, images(2, size=4), jnp.arange(4) == 1)
     (_, (z, _)), _ = result
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(result))
+    chex.assert_tree_all_finite(result)
     np.testing.assert_allclose(z.reshape(2, 4, -1), jnp.tile(z.reshape(2, 4, -1)[:, 1:2], (1, 4, 1)), rtol=1e-4)
 
 

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_round, small_config
-from test_rounds import SIZES, max_difference, prepare
+from test_rounds import SIZES, prepare
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import ConfigError, override
@@ -148,7 +149,7 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
     assert sorted(own) == [0, 1, 2, 3]
     assert all(m.known for m in own.values())
     models = [(own[c].trainable, sizes[c]) for c in own]
-    assert max_difference(mean(models), jax.device_get(after)) < 1e-6
+    chex.assert_trees_all_close(mean(models), jax.device_get(after), rtol=0, atol=1e-6)
 
     apart = {c: apart_of(jax.device_get(after), own[c].trainable) for c in own}
     divergence = 0.0 if name == "fedema" else float(np.median(list(apart.values())))
@@ -171,7 +172,7 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
                 near = apart_now < divergence
                 expected = received | {"prediction": (received if near else memory.trainable)["prediction"]}
                 branches.add(near)
-            assert max_difference(state.clients[c].trainable, expected) < 1e-5
+            chex.assert_trees_all_close(state.clients[c].trainable, expected, rtol=0, atol=1e-5)
     assert branches == {True, False}
 
 

@@ -48,8 +48,10 @@ class Interrupting:
                 self.notices.append(text)
 
 
-def train(config: Config, path: Path, hear: events.Hear = events.ignore) -> dict[str, Any]:
-    return experiment.train(config, WorkDir(path, config), hear)
+def train(
+    config: Config, path: Path, hear: events.Hear = events.ignore, cache: setup.Cache | None = None
+) -> dict[str, Any]:
+    return experiment.train(config, WorkDir(path, config), hear, cache)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_work_directory(finished: tuple[Config, Path]) -> None:
         assert (path / "plots" / f"{plot}.png").stat().st_size > 5000
     assert "linear probe" in (path / "report.html").read_text()
     summary = json.loads((path / "summary.json").read_text())
-    assert (summary["strategy"], summary["objective"], summary["rounds"]) == ("layerwise", "mocov3", 5)
+    assert (summary["strategy"], summary["objective"], summary["rounds"]) == ("layerwise", "simclr", 5)
     assert set(summary["evaluation"]) == set(summary["baselines"]["untrained"]) == {"linear_probe_5", "knn"}
     assert 0 < summary["evaluation"]["knn"]["accuracy"] <= 1
     assert summary["resources"]["peak_memory_bytes"] > 0
@@ -163,11 +165,11 @@ def test_one_program_for_all_stages(strategy: str, programs: int, tmp_path: Path
 def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, Path], tmp_path: Path) -> None:
     config, whole = finished
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    saved = []
+    saved, cache = [], setup.Cache()
     for number, when, sent in ((1, "after", signal.SIGINT), (3, "within", signal.SIGTERM), (4, "after", signal.SIGINT)):
         listener = Interrupting(number, when, sent)
         with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "run", listener)
+            train(config, tmp_path / "run", listener, cache)
         assert listener.notices == ["stopping after this call; once more stops at once"]
         assert listener.heard_after == 0
         saved.append(checkpoint.saved_rounds(tmp_path / "run" / "checkpoints")[-1])
@@ -176,7 +178,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished: tuple[Config, P
     newest = tmp_path / "run" / "checkpoints" / "4" / checkpoint.MANIFEST
     newest.write_text(newest.read_text().replace("  state/", "  state.", 1))
     listener = Interrupting(0)
-    train(config, tmp_path / "run", listener)
+    train(config, tmp_path / "run", listener, cache)
     (notice,) = listener.notices
     assert notice.startswith("checkpoint 4 is damaged: not what was saved: ")
     expected, found = load_file(whole / "encoder.safetensors"), load_file(tmp_path / "run" / "encoder.safetensors")

@@ -1,5 +1,6 @@
 """Taking, putting and averaging parts of trees."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ def test_parts_by_a_mask_and_its_opposite_make_the_whole() -> None:
     blank = jax.tree.map(jnp.zeros_like, PARAMS)
     one, other = tree.rows(MASK), tree.rows(opposite)
     whole = tree.put(tree.put(blank, one, tree.take(PARAMS, one)), other, tree.take(PARAMS, other))
-    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), whole, PARAMS))
+    chex.assert_trees_all_equal(whole, PARAMS)
 
 
 def test_rows_past_the_end_are_there_for_the_shape_only() -> None:
