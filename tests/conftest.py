@@ -89,7 +89,7 @@ def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
 def known_traces() -> Known:
     """What ledgers of this process have traced, for those that may share it."""
     entries = tuple(tuple(table.values()) for table in (STRATEGIES, OBJECTIVES, TERMS))
-    return TRACES.get((ledger.ledgers_of, entries), dict)
+    return TRACES.get((ledger.ledgers_of, client.two_views, entries), dict)
 
 
 SMALL: dict[str, Any] = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import run_round, small_config
+from conftest import known_traces, run_round, small_config
 from test_rounds import fast_round, float64, max_difference, parts, prepare
 
 from lwfedssl_jax import tree
@@ -20,6 +20,8 @@ from lwfedssl_jax.method.stages import Stage, freeze
 from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import cohort, setup
 from lwfedssl_jax.simulation.simulator import Simulator
+
+pytestmark = pytest.mark.usefixtures("cheap_views")
 
 
 def two_steps(run: setup.Prepared, stage: Stage, params: tree.Tree | None = None) -> tuple[tree.Tree, jax.Array]:
@@ -112,9 +114,9 @@ def test_layers_are_skipped_at_the_asked_rate_and_only_where_allowed() -> None:
 
 def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
     config = small_config(additions__depth_dropout=0.5, federation__rounds=6, federation__local_epochs=3)
-    plain = ledger.make_ledger(override(config, {"additions.depth_dropout": 0.0}))["per_stage"]
-    half = ledger.make_ledger(config)["per_stage"]
-    all_ = ledger.make_ledger(override(config, {"additions.depth_dropout": 1.0}))["per_stage"]
+    plain = ledger.make_ledger(override(config, {"additions.depth_dropout": 0.0}), known_traces())["per_stage"]
+    half = ledger.make_ledger(config, known_traces())["per_stage"]
+    all_ = ledger.make_ledger(override(config, {"additions.depth_dropout": 1.0}), known_traces())["per_stage"]
     for key in ("flops_paper_rule", "flops_executed"):
         assert half[0][key] == plain[0][key]
         assert half[2][key] == pytest.approx((plain[2][key] + all_[2][key]) / 2, abs=1)
@@ -130,7 +132,7 @@ def test_depth_dropout_is_priced_as_expected_and_measured() -> None:
     rounds = [{"stage": 1}, {"stage": 2, "layers_skipped": 0.25}, {"stage": 3, "layers_skipped": 1.0}, {"stage": 2}]
     second = plain[1]["flops_executed"] - (plain[1]["flops_executed"] - all_[1]["flops_executed"]) / 4
     expected = plain[0]["flops_executed"] + second + all_[2]["flops_executed"]
-    assert ledger.measured_operations(config, rounds) == pytest.approx(expected, abs=1)
+    assert ledger.measured_operations(config, rounds, known_traces()) == pytest.approx(expected, abs=1)
 
 
 def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +176,7 @@ def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monke
     assert len(run.server_images) == 12
     assert sum(run.clients.sizes) <= 48
 
-    ledgers = [ledger.make_ledger(override(config, {"additions.calibration_steps": n})) for n in (0, 3)]
+    ledgers = [ledger.make_ledger(override(config, {"additions.calibration_steps": n}), known_traces()) for n in (0, 3)]
     for row, calibrated in zip(*(each["per_stage"] for each in ledgers), strict=True):
         frozen_bytes = 4 * tree.size(operations.stage_parts(config)[row["stage"] - 1].frozen) * row["rounds"]
         assert calibrated["download_bytes"] == row["download_bytes"] + frozen_bytes

@@ -100,6 +100,7 @@ def test_processes_of_different_configs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("cheap_views")
 @pytest.mark.parametrize("devices_used", [1, 4])
 def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(
     devices_used: int, monkeypatch: pytest.MonkeyPatch

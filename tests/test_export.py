@@ -140,7 +140,7 @@ def test_loaded_it_gives_the_runs_features(config: Config, params: Tree, written
     encode = load_encoder(written)
     assert encode.num_features == WIDTH
     assert encode.config["trained"] == {
-        "data": "synthetic", "strategy": "layerwise", "objective": "mocov3", "rounds": 3, "layers": 2,
+        "data": "synthetic", "strategy": "layerwise", "objective": "simclr", "rounds": 3, "layers": 2,
     }  # fmt: skip
     for name in ("encoder", "statistics"):
         jax.tree.map(np.testing.assert_array_equal, encode.params[name], params[name])

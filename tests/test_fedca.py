@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_round, small_config
+from conftest import known_traces, noisy_views, run_round, small_config
 from test_objectives import REAL, B, D, T, embeddings, unit
 from test_rounds import SIZES, max_difference, parts, prepare
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
-from lwfedssl_jax.data.views import standardise, two_views
+from lwfedssl_jax.data.views import standardise
 from lwfedssl_jax.method import fedca, terms
 from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import client_init, client_step, embed
@@ -26,6 +26,7 @@ from lwfedssl_jax.simulation.state import state_to_save
 from lwfedssl_jax.system import seeds
 from lwfedssl_jax.workdir import WorkDir, checkpoint
 
+pytestmark = pytest.mark.usefixtures("cheap_views")
 BASE: dict[str, Any] = {"additions__terms": ("base=1",), "additions__base_steps": 2, "partition__server_share": 0.2}
 
 
@@ -99,7 +100,7 @@ def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
         for i, (row, count) in enumerate(zip(rows, real, strict=True)):
             images, key = jnp.asarray(run.dataset.train_images[row[:count]]), jax.random.fold_in(client_key, i)
             local = step(local, images, key)
-        view = two_views(key, images, run.task.recipe)[0]
+        view = noisy_views(key, images, run.task.recipe)[0]
         whole = sent.depth, None
         z = embed(run.task, local.trainable, view, jnp.ones(len(view), bool), whole, ["projection"])[0][0][0]
         expected = unit(np.asarray(z))[:3] if SIZES[c] > 1 else np.zeros((1, 6))  # one sample, normalised, is zero
@@ -172,15 +173,15 @@ def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three clients a round, 4 embeddings of 6 numbers each; the base model is as large as what is trained."""
     changes = {**BASE, "additions__dictionary": 4, "federation__clients_per_round": 3}
     config, plain = fedca_config(**changes), fedca_config(federation__clients_per_round=3)
-    (row,), (without,) = (make_ledger(c)["per_stage"] for c in (config, plain))
+    (row,), (without,) = (make_ledger(c, known_traces())["per_stage"] for c in (config, plain))
     model, upload = 4 * row["trainable_parameters"], 4 * 6 * 4
     assert row["download_bytes"] == without["download_bytes"] + 3 * (3 * upload) + model
     assert row["upload_bytes"] == without["upload_bytes"] + 3 * upload
-    ledger = make_ledger(config)
+    ledger = make_ledger(config, known_traces())
     assert ledger["total_bytes"] == ledger["worst_case_total_bytes"]
     assert row["flops_executed"] > without["flops_executed"]
     assert row["server_flops_executed"] > without["server_flops_executed"] == 0
-    strategies = all_strategies(config, memory=True)
+    strategies = all_strategies(config, memory=True, known=known_traces())
     assert list(strategies) == ["end_to_end"]
     assert strategies["end_to_end"]["peak_memory_bytes"] > 0
 

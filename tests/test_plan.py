@@ -133,9 +133,13 @@ def test_options_are_distinct() -> None:
     assert all((c.strategy.name, c.strategy.layers_per_stage, c.runtime.remat) == key for key, c in found.items())
 
 
-def test_what_options_share_is_traced_once_and_nothing_else_changes() -> None:
+def test_options_together_are_priced_as_each_alone() -> None:
     found, _ = each_option(small_config(model__depth=2))
     assert ledgers_of(found, memory=False) == {key: make_ledger(config) for key, config in found.items()}
+
+
+def test_what_options_share_is_traced_once() -> None:
+    found, _ = each_option(small_config(model__depth=2))
     known: dict[Any, Any] = {}
     steps = [lower_step(c, part, known)[0] for c in found.values() for part in operations.stage_parts(c)]
     assert len(steps) == 2 * (1 + 2 + 2)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import known_traces, small_config
 
 from lwfedssl_jax.analysis import run_plots, style
 from lwfedssl_jax.config import PartitionConfig
@@ -49,7 +49,9 @@ def evaluation(number: int, accuracy: float, protocol: str = "knn") -> dict[str,
 
 @pytest.mark.parametrize("memory", [True, False])
 def test_resources_end_at_the_ledgers_totals(memory: bool, figures: list[Any], tmp_path: Path) -> None:
-    strategies = all_strategies(small_config(federation__rounds=7, federation__local_epochs=2), memory=False)
+    strategies = all_strategies(
+        small_config(federation__rounds=7, federation__local_epochs=2), memory=False, known=known_traces()
+    )
     if memory:
         for ledger in strategies.values():
             for stage in ledger["per_stage"]:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import small_config
+from conftest import known_traces, small_config
 
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs import ledger, memory, operations
@@ -16,7 +16,7 @@ from lwfedssl_jax.system.devices import program_memory
 def test_bfloat16_keeps_what_float32_keeps_for_the_backward_pass(strategy: str) -> None:
     executed = {
         (precision, remat): make_ledger(
-            small_config(strategy__name=strategy, runtime__precision=precision, runtime__remat=remat)
+            small_config(strategy__name=strategy, runtime__precision=precision, runtime__remat=remat), known_traces()
         )["flops_executed"]
         for precision in ("float32", "bfloat16")
         for remat in (False, True)
@@ -32,7 +32,7 @@ def test_bytes_by_hand() -> None:
     block = (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8
     embedding, norm = (48 * 8 + 8) + 4 * 8, 2 * 8
     head = 8 * 12 + 12 * 12 + 12 * 6 + 4 * 12
-    result = make_ledger(small_config(objective__name="simclr", federation__rounds=7))
+    result = make_ledger(small_config(objective__name="simclr", federation__rounds=7), known_traces())
     first, second, third = result["per_stage"]
     assert [s["rounds"] for s in (first, second, third)] == [3, 2, 2]
     assert first["trainable_parameters"] == embedding + block + norm + head
@@ -46,7 +46,7 @@ def test_bytes_by_hand() -> None:
 
 @pytest.mark.parametrize("strategy", ["end_to_end", "progressive"])
 def test_worst_case_equals_regular_where_everything_is_exchanged(strategy: str) -> None:
-    result = make_ledger(small_config(strategy__name=strategy))
+    result = make_ledger(small_config(strategy__name=strategy), known_traces())
     assert result["worst_case_total_bytes"] == result["total_bytes"]
 
 
@@ -125,7 +125,7 @@ def test_executed_operations_agree_with_the_compiler(strategy: str) -> None:
 
 
 def test_remat_executes_one_more_forward_pass_and_is_counted() -> None:
-    plain = make_ledger(small_config(strategy__name="end_to_end"))
-    remat = make_ledger(small_config(strategy__name="end_to_end", runtime__remat=True))
+    plain = make_ledger(small_config(strategy__name="end_to_end"), known_traces())
+    remat = make_ledger(small_config(strategy__name="end_to_end", runtime__remat=True), known_traces())
     assert remat["flops_paper_rule"] == plain["flops_paper_rule"]
     assert 1.1 < remat["flops_executed"] / plain["flops_executed"] < 1.34

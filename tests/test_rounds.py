@@ -157,6 +157,10 @@ def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
     ratio = jax.tree.map(lambda a, b: float(jnp.abs(a - 1.5 * b).max()), again.server, state.server)
     assert max(jax.tree.leaves(ratio)) < 1e-6
 
+
+def test_a_weighted_mean_that_a_user_writes_is_ours() -> None:
+    run = prepare(small_config(strategy__name="end_to_end", runtime__lanes=2))
+    params, stage = setup.initial_params(run), run.stages[0]
     mean, _ = fast_round(run, stage, params, 1)
     plain = Aggregator(
         lambda sent: (), lambda context, sent, trained, n: jax.tree.map(lambda t: t * n, trained),
@@ -313,7 +317,8 @@ def test_runs_that_go_together_equal_each_alone(
         runs = [setup.prepare(config, jax.devices()[:devices]) for config in configs]
         stage = runs[0].stages[1]
         nobody = next(n for n in range(1, 30) if not cohort.draw_cohort(runs[2], n)[1])
-        alone = [after_rounds(Simulator([run]), stage, [nobody, nobody + 1]) for run in runs]
+        cache = setup.Cache()
+        alone = [after_rounds(Simulator([run], cache=cache), stage, [nobody, nobody + 1]) for run in runs]
         together = Simulator(runs)
         params, state, lines = after_rounds(together, stage, [nobody, nobody + 1])
         for i, (own_params, own_state, own_lines) in enumerate(alone):

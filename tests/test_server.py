@@ -21,6 +21,8 @@ from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir, checkpoint
 
+pytestmark = pytest.mark.usefixtures("cheap_views")
+
 
 class Probe:
     """An aggregator's ``add`` that hands every client's trained model out to the test."""

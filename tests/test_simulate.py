@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import run_round, small_config
+from conftest import known_traces, run_round, small_config
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -114,6 +114,7 @@ def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Co
     assert list(dict.fromkeys(evaluations)) == [(0, 3), (2, 1), (4, 2), (5, 3)]
 
 
+@pytest.mark.usefixtures("cheap_views")
 @pytest.mark.parametrize("strategy", ["layerwise", "progressive", "end_to_end"])
 def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
     """The ledger counts shapes; here the arrays themselves are weighed, as sent and as put back."""
@@ -121,7 +122,7 @@ def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
     run = setup.prepare(config)
     params = setup.initial_params(run)
     simulator = Simulator([run])
-    for stage, row in zip(run.stages, ledger.make_ledger(config)["per_stage"], strict=True):
+    for stage, row in zip(run.stages, ledger.make_ledger(config, known_traces())["per_stage"], strict=True):
         sent = sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree.take(params, tree.rows(stage.trainable))))
         after, _, line = run_round(simulator, stage, simulator.stack.place(params), None, stage.number)
         changed = sum(
@@ -144,6 +145,7 @@ def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
         params = after
 
 
+@pytest.mark.usefixtures("cheap_views")
 @pytest.mark.parametrize(("strategy", "programs"), [("layerwise", 2), ("progressive", 1), ("end_to_end", 1)])
 def test_one_program_for_all_stages(strategy: str, programs: int, tmp_path: Path, compiled: list[str]) -> None:
     """And a second one for the embedding of layerwise's first stage; cohorts of any size, a round without reporters."""
@@ -154,6 +156,7 @@ def test_one_program_for_all_stages(strategy: str, programs: int, tmp_path: Path
         federation__dropout=0.4,
         model__depth=5,
         strategy__layers_per_stage=2,
+        evaluation__labels_per_class=(),
     )
     train(config, tmp_path / "run")
     clients = {line["clients"] for line in WorkDir(tmp_path / "run", config).metrics() if "event" not in line}
@@ -227,6 +230,7 @@ def test_training_learns(tmp_path: Path) -> None:
     assert np.mean(losses[-2:]) < 0.9 * losses[0]
 
 
+@pytest.mark.usefixtures("cheap_views")
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_lower(tmp_path: Path) -> None:
     config = small_config(optimizer__learning_rate=1e30)
     with pytest.raises(
@@ -319,6 +323,7 @@ def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
     assert heard[:2] == [events.Loading(f"decoding {done} of 48 images") for done in (36, 48)]
 
 
+@pytest.mark.usefixtures("cheap_views")
 def test_a_flat_folder_is_trained_on_and_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from conftest import SMALL, small_config
+from conftest import SMALL, known_traces, small_config
 from rich.console import Console
 
 import lwfedssl_jax.cli.sweep as sweep_command
@@ -170,7 +170,7 @@ def test_runs_of_a_file_that_holds_more_than_configs_are_known_by_its_text(tmp_p
 def test_an_estimate_counts_the_samples_of_a_run() -> None:
     sweep = Sweep(small_config(federation__clients_per_round=2), product={"federation.dropout": (0.0, 0.5)})
     whole, half = estimate(make_runs(sweep), setup.Cache())
-    of_sample = ledger.make_ledger(small_config())["flops_executed"]
+    of_sample = ledger.make_ledger(small_config(), known_traces())["flops_executed"]
     assert whole.operations == pytest.approx(of_sample * 60 * 2 / 4)
     assert half.operations == pytest.approx(whole.operations / 2)
     assert 0 < half.seconds < 60
