@@ -1,4 +1,4 @@
-"""LW-FedSSL (layerwise, simclr) on Fashion-MNIST: 60,000 images, 100 unequal clients, ten minutes on 2 CPU cores."""
+"""LW-FedSSL (layerwise, simclr) on Fashion-MNIST: 60,000 images, 100 non-IID clients, ten minutes on 2 CPU cores."""
 
 from lwfedssl_jax.config import load, override
 

@@ -1,4 +1,4 @@
-"""LW-FedSSL (layerwise, simclr) on scikit-learn's digits: 10 unequal clients, two minutes on 2 CPU cores."""
+"""LW-FedSSL (layerwise, simclr) on scikit-learn's digits: 10 non-IID clients, two minutes on 2 CPU cores."""
 
 from lwfedssl_jax.config import (
     Config,

@@ -1,4 +1,4 @@
-"""Trains the three strategies on scikit-learn's digits and prints what each reached and cost.
+"""Trains the three strategies on scikit-learn's digits and prints the accuracy and costs of each.
 
     python examples/compare_strategies.py                                    # a few minutes on 2 CPU cores
     python examples/compare_strategies.py runtime.seed=1 federation.rounds=12

@@ -1,4 +1,4 @@
-"""Reads the ViT encoder of a finished run with timm and compares its features with those of load_encoder.
+"""Loads the ViT encoder of a finished run in timm and compares its features with those of load_encoder.
 
     pip install -e ".[torch]"
     python examples/encoder_in_torch.py runs/mine
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def main(directory):
-    """Build timm's model from encoder.json, load encoder.safetensors, and run both encoders on random images."""
+    """Build timm's model from encoder.json, load encoder.safetensors, and compare both encoders on random images."""
     try:
         import timm
         import torch

@@ -6,7 +6,7 @@ The method is arXiv 2401.11647. Array names carry their axes as a suffix
 ========  ==========================================================
 letter    axis
 ========  ==========================================================
-W         lanes: clients that are trained side by side
+W         lanes: clients that are trained in parallel
 B         local batch
 2         the two views of an image
 H, W, C   image height, width and channels (after B: never lanes)
@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imports wait until they are needed: JAX takes seconds.
+# Modules are imported when they are needed: importing JAX takes seconds.
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> "Config":
-    """A named config with ``{"section.field": value}`` replaced, checked; see ``api.load_config``."""
+    """Load a config by name, replace ``{"section.field": value}`` and check it; see ``api.load_config``."""
     from lwfedssl_jax import api
 
     return api.load_config(name, overrides)
 
 
 def train(config: "Config", directory: str | Path | None = None, progress: bool = True) -> "Run":
-    """Run a config in a work directory, or what is left of it; see ``api.train``."""
+    """Train a config in a work directory, or continue an interrupted run; see ``api.train``."""
     from lwfedssl_jax import api
 
     return api.train(config, directory, progress)
 
 
 def load_encoder(directory: str | Path) -> "TrainedEncoder":
-    """``images -> features`` of a finished run; see ``export.load_encoder``."""
+    """Load the encoder of a finished run as a function ``images -> features``; see ``export.load_encoder``."""
     from lwfedssl_jax.evaluation import export
 
     return export.load_encoder(directory)
 
 
 def load_results(*directories: str | Path) -> "pd.DataFrame":
-    """A row for each run under the directories; see ``results.load_results``."""
+    """Read the runs under the directories as a data frame with a row per run; see ``results.load_results``."""
     from lwfedssl_jax.analysis import results
 
     return results.load_results(*directories)

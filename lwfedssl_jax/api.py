@@ -1,4 +1,4 @@
-"""The library from Python, for scripts and notebooks: load a config, train it, look at the results."""
+"""The Python API, for scripts and notebooks: load a config, train it, look at the results."""
 
 import functools
 import io
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """What was measured in each round, as a table.
+        """Measurements of each round, as a data frame.
 
         Returns:
           One row per round, indexed by ``round``; round 0 is the untrained encoder. The columns are the fields of
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def resources(self) -> pd.DataFrame:
-        """What one client spends over the whole run under each strategy, as a table.
+        """Costs of one client over the whole run under each strategy, as a data frame.
 
         Returns:
           One row per strategy that can run with the config. The columns are ``total_bytes`` and
@@ -138,10 +138,10 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
       progress: whether to show progress on standard error, or in the notebook.
 
     Raises:
-      ConfigError: the config cannot be trained, or the directory holds another run.
+      ConfigError: the config cannot be trained, or the directory contains another run.
       FloatingPointError: training diverged.
       KeyboardInterrupt: on Ctrl-C, after the last finished round has been saved.
-      OSError: something cannot be written; what was saved before is whole.
+      OSError: something cannot be written; what was saved before is intact.
     """
     config = resolve(config)
     set_up()

@@ -1,4 +1,4 @@
-"""End-to-end FedSSL with SimCLR on scikit-learn's digits: the quickstart's clients, encoder and rounds."""
+"""End-to-end FedSSL with SimCLR on scikit-learn's digits: the clients, encoder and rounds of the quick start."""
 
 from lwfedssl_jax.config import load, override
 

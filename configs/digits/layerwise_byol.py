@@ -1,4 +1,4 @@
-"""LW-FedSSL with BYOL on scikit-learn's digits: the quickstart's clients, encoder and rounds."""
+"""LW-FedSSL with BYOL on scikit-learn's digits: the clients, encoder and rounds of the quick start."""
 
 from lwfedssl_jax.config import load, override
 

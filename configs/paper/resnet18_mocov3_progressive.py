@@ -5,7 +5,7 @@ arXiv 2401.11647 with another encoder. Figures: docs/paper_figures.md.
     python run.py resources paper/resnet18_mocov3_progressive
     python run.py train paper/resnet18_mocov3_progressive
 
-The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
+The first command runs on 2 CPU cores; the second needs an accelerator and CIFAR-10
 (`tfds build cifar10 --file_format=array_record`).
 """
 

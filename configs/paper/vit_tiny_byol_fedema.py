@@ -1,11 +1,11 @@
-"""ViT-Tiny with BYOL, FedSSL end to end: FedEMA's personal start, tau 0.7.
+"""ViT-Tiny with BYOL, FedSSL end to end: FedEMA's personalised start, tau 0.7.
 
 A baseline in arXiv 2401.11647; each client keeps a model between rounds. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_byol_fedema
     python run.py train paper/vit_tiny_byol_fedema
 
-The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
+The first command runs on 2 CPU cores; the second needs an accelerator and CIFAR-10
 (`tfds build cifar10 --file_format=array_record`).
 """
 

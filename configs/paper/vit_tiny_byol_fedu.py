@@ -5,7 +5,7 @@ A baseline in arXiv 2401.11647; each client keeps a model between rounds. Figure
     python run.py resources paper/vit_tiny_byol_fedu
     python run.py train paper/vit_tiny_byol_fedu
 
-The first runs on 2 CPU cores, the second needs an accelerator and CIFAR-10
+The first command runs on 2 CPU cores; the second needs an accelerator and CIFAR-10
 (`tfds build cifar10 --file_format=array_record`).
 """
 

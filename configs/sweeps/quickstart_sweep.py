@@ -3,7 +3,7 @@
     python run.py sweep quickstart_sweep --dry-run
     python run.py sweep quickstart_sweep
 
-The quick start with 4 layers and 16 rounds, as docs/results.md has it (SimCLR, study "The strategies on digits").
+The quick start with 4 layers and 16 rounds, as in docs/results.md (SimCLR, study "The strategies on digits").
 """
 
 from lwfedssl_jax.config import load, override

@@ -1,4 +1,4 @@
-"""The command line: parse, dispatch, one line for bad input."""
+"""The command line: parses arguments, runs a command, and reports bad input in one line."""
 
 import difflib
 import os
@@ -18,7 +18,7 @@ from lwfedssl_jax.config import ConfigError, available
 from lwfedssl_jax.system.errors import report_error
 from lwfedssl_jax.system.interrupts import Interrupts
 
-# Each command parses its options before it imports what runs it: bad input and --help do not wait for JAX.
+# Each command parses its options before it imports the code that runs it: bad input and --help do not wait for JAX.
 
 USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             close = difflib.get_close_matches(argv[0], COMMANDS) or COMMANDS
             raise ConfigError(f"COMMAND: unknown {argv[0]!r}; accepted: {', '.join(close)}")
-    except SystemExit:  # tyro's way out of --help
+    except SystemExit:  # tyro raises this after --help
         return 0
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def list_configs(arguments: list[str]) -> None:
-    """The ``list`` command."""
+    """Run the ``list`` command."""
     if arguments:
         raise ConfigError(f"list: unexpected {arguments[0]!r}; accepted: nothing after `list`")
     known = available()
@@ -58,7 +58,7 @@ def list_configs(arguments: list[str]) -> None:
 
 
 def train_command(arguments: list[str]) -> None:
-    """The ``train`` command."""
+    """Run the ``train`` command."""
     with Interrupts() as interrupts:  # experiment.train has its own
         options = parse(TrainOptions, arguments)
         from lwfedssl_jax.cli.train import run_train
@@ -68,7 +68,7 @@ def train_command(arguments: list[str]) -> None:
 
 
 def resources_command(arguments: list[str]) -> None:
-    """The ``resources`` command."""
+    """Run the ``resources`` command."""
     options = parse(ResourcesOptions, arguments)
     from lwfedssl_jax.cli.resources import run_resources
 
@@ -76,7 +76,7 @@ def resources_command(arguments: list[str]) -> None:
 
 
 def plan_command(arguments: list[str]) -> None:
-    """The ``plan`` command."""
+    """Run the ``plan`` command."""
     options = parse(PlanOptions, arguments)
     from lwfedssl_jax.cli.plan import run_plan
 
@@ -84,7 +84,7 @@ def plan_command(arguments: list[str]) -> None:
 
 
 def sweep_command(arguments: list[str]) -> None:
-    """The ``sweep`` command."""
+    """Run the ``sweep`` command."""
     with Interrupts():
         options = parse_sweep(arguments)
         from lwfedssl_jax.cli.sweep import run_sweep
@@ -93,7 +93,7 @@ def sweep_command(arguments: list[str]) -> None:
 
 
 def report_command(arguments: list[str]) -> None:
-    """The ``report`` command."""
+    """Run the ``report`` command."""
     options = parse_report(arguments)
     from lwfedssl_jax.cli.report import run_report
 
@@ -111,7 +111,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def print_help() -> None:
-    """What the program is and the commands it has."""
+    """Print what the program does and which commands it has."""
     print("Federated self-supervised learning, layer by layer: LW-FedSSL, Prog-FedSSL and end to end.\n")
     print(USAGE + "\n")
     print("  train CONFIG [--section.field VALUE ...] [--workdir DIR]")

@@ -1,4 +1,4 @@
-"""The commands' options and how words on the command line become them."""
+"""The options of each command, and how they are parsed from the command line."""
 
 import contextlib
 import io
@@ -124,10 +124,10 @@ Options = TypeVar("Options", TrainOptions, ResourcesOptions, PlanOptions)
 
 
 def with_fleet(options: PlanOptions) -> Config:
-    """The config with the devices that the options describe, else with its own.
+    """Return the config with the devices that the options describe, or unchanged if they describe none.
 
     Raises:
-      ConfigError: they describe none, or two fleets.
+      ConfigError: neither they nor the config describe devices, or they describe two fleets.
     """
     one = {field: value for field in QUANTITIES if (value := getattr(options, field)) is not None}
     if options.devices and one:
@@ -154,10 +154,10 @@ def with_fleet(options: PlanOptions) -> Config:
 
 
 def check_plot(path: Path | None) -> None:
-    """Refuse a picture that cannot be drawn.
+    """Refuse a path where no picture can be written.
 
     Raises:
-      ConfigError: it cannot.
+      ConfigError: the folder is not writable, or the file's ending is not supported.
     """
     if path and not can_draw(path):
         raise ConfigError(
@@ -167,7 +167,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def parse_sweep(arguments: list[str]) -> SweepOptions:
-    """The options of ``sweep``.
+    """Parse the options of ``sweep``.
 
     Raises:
       ConfigError: no SWEEP, an unknown option, or a value that is empty or does not parse.
@@ -188,7 +188,7 @@ def parse_sweep(arguments: list[str]) -> SweepOptions:
 
 
 def parse_report(arguments: list[str]) -> ReportOptions:
-    """The options of ``report``.
+    """Parse the options of ``report``.
 
     Raises:
       ConfigError: no DIR, an unknown option, or a value that is empty or does not parse.
@@ -203,14 +203,14 @@ def parse_report(arguments: list[str]) -> ReportOptions:
 
 
 def can_draw(path: Path) -> bool:
-    """Whether a picture can be written there."""
+    """Return whether a picture can be written to the path."""
     if path.suffix not in PICTURES or os.path.isdir(path) or not os.path.isdir(path.parent):
         return False
     return os.access(path, os.W_OK) if os.path.isfile(path) else can_write(path)
 
 
 def parse(options: type[Options], arguments: list[str]) -> Options:
-    """Parse a command that starts with CONFIG: its values are the defaults that options override.
+    """Parse a command that starts with CONFIG; the config's values are the defaults of the options.
 
     Raises:
       ConfigError: no CONFIG, an unknown option or choice, or a value that is empty or does not parse.
@@ -232,7 +232,7 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
 
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
-    """Turns the parser's refusals into ConfigErrors."""
+    """Turn the parser's errors into ConfigErrors."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -244,7 +244,7 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def check_not_empty(arguments: list[str], first: str = "CONFIG") -> None:
-    """Refuse empty values, which the parser would take; ``first`` is what stands before all options."""
+    """Refuse empty values, which the parser would accept; ``first`` is the name of the argument before all options."""
     option = first
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -255,7 +255,7 @@ def check_not_empty(arguments: list[str], first: str = "CONFIG") -> None:
 
 
 def one_line(box: str) -> str:
-    """Tyro's framed message (title, message, help, between rules) as one line, with what it accepts."""
+    """Turn tyro's framed message (title, message, help) into one line that ends with what is accepted."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
     ruled = [bool(line) and not line.strip("─-") for line in lines]
     start = 1 if ruled[0] else 0

@@ -16,7 +16,7 @@ from lwfedssl_jax.system import devices
 
 
 def run_plan(options: PlanOptions) -> None:
-    """What the options ask for, on standard output."""
+    """Run the plan and print it on standard output."""
     config = resolve(with_fleet(options))
     check_plot(options.plot)
     if options.protocol is not None and options.results is None:
@@ -26,7 +26,7 @@ def run_plan(options: PlanOptions) -> None:
     if options.results:
         try:
             rows = load_results(options.results).to_dict("records")
-        except ConfigError as error:  # it names DIR, as `report` has it
+        except ConfigError as error:  # the message names DIR, the argument of `report`
             raise ConfigError(f"--results: {str(error).removeprefix('DIR: ')}") from None
         results = measured_accuracies(config, rows, options.protocol)
     each_option(config)

@@ -15,7 +15,7 @@ from lwfedssl_jax.config import ConfigError
 
 
 def run_report(options: ReportOptions) -> None:
-    """What the options ask for."""
+    """Run the report that the options describe."""
     out = options.out or (options.directories[0] if len(options.directories) == 1 else Path("report"))
     try:
         write_and_print_report(options.directories, out)
@@ -26,7 +26,7 @@ def run_report(options: ReportOptions) -> None:
 
 
 def write_and_print_report(directories: Sequence[Path], out: Path) -> None:
-    """The page, and on standard output its table of settings, what it leaves out, and where it is."""
+    """Write the page; print its table of settings, the runs that it leaves out, and its path."""
     found, written = load_results(*directories), write_report(directories, out)
     console = Console()
     runs, settings = group_by_setting(found)

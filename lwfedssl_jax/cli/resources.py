@@ -13,7 +13,7 @@ from lwfedssl_jax.system import devices
 
 
 def run_resources(options: ResourcesOptions) -> None:
-    """What the options ask for, on standard output."""
+    """Print what one client spends under each strategy on standard output."""
     config = resolve(options.config)
     check_plot(options.plot)
     devices.set_up_cache(options.compilation_cache)

@@ -20,10 +20,10 @@ from lwfedssl_jax.system.errors import FailedRunsError
 
 
 def run_sweep(options: SweepOptions) -> None:
-    """Have a sweep's runs done by workers, with progress on standard error, and report them."""
+    """Run a sweep in worker processes, with progress on standard error, and write its report."""
     devices.set_up_cpu()
     if not options.dry_run:
-        jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+        jax.config.update("jax_platforms", "cpu")  # the accelerators are left to the workers
     asked = load_sweep(options.sweep_name)
     path, runs = options.workdir or Path("runs") / "sweeps" / asked.name, asked.runs
     directory = SweepDirectory(path, asked)

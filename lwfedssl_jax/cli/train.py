@@ -18,7 +18,7 @@ from lwfedssl_jax.workdir.directory import WorkDir, default_workdir
 
 
 def run_train(options: TrainOptions, arguments: list[str]) -> None:
-    """``train`` in this process, which may be one of several."""
+    """Run ``train`` in this process, which may be one of several."""
     config = resolve(options.config)
     devices.set_up_cpu()
     devices.set_up_cache(options.compilation_cache)
@@ -35,9 +35,9 @@ def run_train(options: TrainOptions, arguments: list[str]) -> None:
 
 
 def run_and_print(config: Config, arguments: Sequence[str], path: Path | None) -> None:
-    """What the words after ``train`` ask for, with progress on standard error and the summary on standard output."""
+    """Train, with progress on standard error, and print the summary on standard output."""
     name = arguments[0]
-    # A file of the user's own may hold more than values, such as an objective.
+    # A user's own file may contain more than a config, such as an objective.
     code = hashlib.sha256(Path(name).read_bytes()).hexdigest() if name.endswith(".py") else ""
     path = path or default_workdir(name, config, code)
     workdir, out = WorkDir(path, config, code, command=arguments), Console()

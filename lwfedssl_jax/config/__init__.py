@@ -1,4 +1,4 @@
-"""What an experiment is, and every check that a config alone allows."""
+"""The definition of an experiment, and every check that needs only the config."""
 
 from lwfedssl_jax.config.files import CONFIG_DIR, REPLACED, SWEEPS, available, load, run_file
 from lwfedssl_jax.config.flat import flat, join_lists

@@ -18,7 +18,7 @@ class DeviceClass:
     Attributes:
       name: of the class.
       count: number of devices.
-      memory_gb: memory that a training step may take, in GB of 1e9 bytes.
+      memory_gb: memory available for a training step, in GB of 1e9 bytes.
       gflops: 1e9 floating-point operations per second, sustained; a multiply-add is two.
       uplink_mbps, downlink_mbps: from and to the device, in 1e6 bit/s.
       watts: power while it trains and transfers.
@@ -47,7 +47,7 @@ FORM = (
 
 
 def load_classes(devices: Sequence[str]) -> list[DeviceClass]:
-    """Read the classes of ``fleet.devices``: a description each, or a single path that ends in .csv.
+    """Read the classes of ``fleet.devices``: one description per class, or a single path that ends in .csv.
 
     Raises:
       ValueError: a description or the file lacks something or is not valid, or two classes have the same name.
@@ -58,7 +58,7 @@ def load_classes(devices: Sequence[str]) -> list[DeviceClass]:
 
 
 def read_csv(path: Path) -> list[DeviceClass]:
-    """Read the classes of a CSV file with the columns name, count and memory_gb, and any of the others.
+    """Read the classes from a CSV file with the columns name, count and memory_gb, and any of the optional ones.
 
     Raises:
       ValueError: see ``load_classes``.
@@ -88,7 +88,7 @@ def read_csv(path: Path) -> list[DeviceClass]:
 
 
 def device_class(values: Mapping[str, str], where: str) -> DeviceClass:
-    """The class from texts by field; an empty text is an unknown quantity.
+    """Make a class from the text of each field; an empty text is an unknown quantity.
 
     Raises:
       ValueError: naming the field, and the description or line that ``where`` names.
@@ -106,7 +106,7 @@ def device_class(values: Mapping[str, str], where: str) -> DeviceClass:
 
 
 def describe(device: DeviceClass) -> str:
-    """The text that ``load_classes`` reads as this class."""
+    """Return the description of a class in the form that ``load_classes`` reads."""
     known = {
         field: value for field, value in dataclasses.asdict(device).items() if field != "name" and value is not None
     }

@@ -1,4 +1,4 @@
-"""Types of config fields with the values each accepts."""
+"""Types of config fields, and the values that each accepts."""
 
 import math
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin

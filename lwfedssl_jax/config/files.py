@@ -10,14 +10,14 @@ from pathlib import Path
 from lwfedssl_jax.config.sections import Config, check_fields
 from lwfedssl_jax.system.errors import ConfigError
 
-# In a checkout the named configs lie beside the package, in a wheel inside it.
+# In a checkout, the named configs are next to the package; in a wheel, inside it.
 CONFIG_DIR = next(
     (d for d in (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs") if d.is_dir()),
     Path("configs"),
 )
 
-SWEEPS = "sweeps"  # its folder of sweeps
-REPLACED = "replaced.csv"  # its table of configs that were removed, and of what gives the same runs
+SWEEPS = "sweeps"  # the folder of sweeps in it
+REPLACED = "replaced.csv"  # the table of removed configs, and of the options that give the same runs
 
 
 def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
@@ -58,14 +58,14 @@ def check_not_replaced(name: str, config_dir: Path) -> None:
 
 
 def run_file(path: Path, argument: str, what: str) -> types.ModuleType:
-    """Run a Python file, which is to define ``what``, as a module.
+    """Run a Python file, which should define ``what``, as a module.
 
     Raises:
       ConfigError: it does not run.
     """
     module = types.ModuleType("lwfedssl_config")
     module.__file__ = str(path)
-    try:  # not by import, which would write and trust a __pycache__
+    try:  # not by import, which would write and use a __pycache__
         exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except KeyboardInterrupt:
         raise

@@ -1,11 +1,11 @@
-"""A config as one level of ``section.field`` names, as tables and trackers show it."""
+"""Configs as flat dicts with ``section.field`` keys, as tables and trackers show them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``{"section.field": value}`` of a config as ``to_dict`` or ``config.json`` gives it.
+    """Return ``{"section.field": value}`` of a config in the form of ``to_dict`` or ``config.json``.
 
     Raises:
       AttributeError: a section is not a mapping.
@@ -14,5 +14,5 @@ def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def join_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same fields, each list or tuple as one text with spaces between its values."""
+    """Return the same fields with each list or tuple as one text, its values separated by spaces."""
     return {k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in fields.items()}

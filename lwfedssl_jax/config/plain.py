@@ -10,20 +10,20 @@ from lwfedssl_jax.config.flat import flat
 from lwfedssl_jax.config.model_sizes import MODELS
 from lwfedssl_jax.config.sections import Config, ModelConfig
 
-INERT_FIELDS = ("runtime.trackers",)  # they do not change a run, which may continue with other values
+INERT_FIELDS = ("runtime.trackers",)  # they do not affect results: a run may continue with other values
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain data, equal to what JSON gives back."""
+    """Return the config as nested plain data that survives a round trip through JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
 
 def from_dict(sections: Mapping[str, Any]) -> Config:
-    """The config that ``to_dict`` made plain, in this version or another; values are not checked.
+    """Rebuild a config from the result of ``to_dict``, of this version or another; values are not checked.
 
-    Fields that it lacks have today's default, sizes those of the named model: it may be older than a field. Fields
-    that do not exist today are left out.
+    Missing fields get today's defaults, and missing sizes those of the named model, since the data may be older than a
+    field. Fields that no longer exist are left out.
 
     Raises:
       TypeError: the config or a section is not a mapping.
@@ -43,7 +43,7 @@ def from_dict(sections: Mapping[str, Any]) -> Config:
 
 
 def fill_sizes(model: ModelConfig) -> ModelConfig:
-    """``model`` with the named model's sizes where it has 0 or auto; as it is if there is no such name."""
+    """Replace sizes of 0 or auto by those of the named model; return ``model`` unchanged if there is no such name."""
     size = MODELS.get(model.name) if isinstance(model.name, str) else None
     sizes = dataclasses.asdict(size) if size else {}
     unset = {name: value for name, value in sizes.items() if getattr(model, name, None) in (0, "auto")}
@@ -51,7 +51,7 @@ def fill_sizes(model: ModelConfig) -> ModelConfig:
 
 
 def digest(config: Config, code: str = "") -> str:
-    """Eight hexadecimal digits that name a config and the ``code`` that its run also depends on (``WorkDir``).
+    """Hash a config, and the ``code`` that its run also depends on (``WorkDir``), to eight hexadecimal digits.
 
     Fields at their default are left out, as are sizes that are the named model's own and ``INERT_FIELDS``: a
     field that a later version adds does not change the digests of configs that leave it at its default.

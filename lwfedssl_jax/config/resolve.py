@@ -1,4 +1,4 @@
-"""From a config as written to one that is complete and checked: overrides, named sizes, rules between fields."""
+"""Completes and checks a config: overrides, sizes of named models, rules between fields."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ Entry = TypeVar("Entry")
 
 
 def choose(field: str, name: str, entries: Mapping[str, Entry]) -> Entry:
-    """The entry with the name that a field has.
+    """Return the entry that a field names.
 
     Raises:
-      ConfigError: there is no entry of that name.
+      ConfigError: there is no entry with that name.
     """
     if name not in entries:
         raise ConfigError(f"{field}: unknown {name!r}; accepted: {', '.join(entries)}")
@@ -26,7 +26,7 @@ def choose(field: str, name: str, entries: Mapping[str, Entry]) -> Entry:
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """``config`` with ``{"section.field": value}`` replaced; not validated beyond the names.
+    """Return ``config`` with ``{"section.field": value}`` replaced; only the names are validated.
 
     Raises:
       ConfigError: no such section or field.
@@ -61,7 +61,7 @@ def resolve(config: Config) -> Config:
 
 
 def device_classes(config: Config) -> list[DeviceClass]:
-    """The device classes of ``fleet.devices``.
+    """Return the device classes of ``fleet.devices``.
 
     Raises:
       ConfigError: a description is not valid, or the CSV file cannot be read or is not valid.

@@ -10,7 +10,7 @@ from lwfedssl_jax.config.sections import Config
 
 
 def sizes_exist(config: Config) -> str | None:
-    """Only sizes that the architecture has can be set."""
+    """Only the sizes that apply to the architecture can be set."""
     name, size = config.model.name, MODELS[config.model.name]
     for field in dataclasses.fields(config.model):
         value = getattr(config.model, field.name)
@@ -20,18 +20,18 @@ def sizes_exist(config: Config) -> str | None:
 
 
 def depth_exists(config: Config) -> str | None:
-    """An architecture has a largest depth."""
+    """The depth is at most the largest depth of the architecture."""
     name, depth, largest = config.model.name, config.model.depth, MODELS[config.model.name].max_depth
     return f"model.depth: {depth} is more than {name} has; accepted: 1 to {largest}" if depth > largest else None
 
 
 def patches_fill_image(config: Config) -> str | None:
-    """Patches, where there are any, divide the image."""
+    """The patch size, if there is one, divides the image size."""
     return _indivisible("model.patch_size", config.model.patch_size, "data.image_size", config.data.image_size)
 
 
 def heads_divide_width(config: Config) -> str | None:
-    """Attention heads, where there are any, divide the width."""
+    """The number of attention heads, if there are any, divides the width."""
     return _indivisible("model.heads", config.model.heads, "model.width", config.model.width)
 
 
@@ -47,7 +47,7 @@ def classes_have_examples(config: Config) -> str | None:
 
 
 def layers_per_stage_exist(config: Config) -> str | None:
-    """A stage adds at most the layers of the encoder."""
+    """A stage adds at most as many layers as the encoder has."""
     layers, depth = config.strategy.layers_per_stage, config.model.depth
     if layers <= depth:
         return None
@@ -55,7 +55,7 @@ def layers_per_stage_exist(config: Config) -> str | None:
 
 
 def cohort_within_population(config: Config) -> str | None:
-    """A round draws at most the whole population."""
+    """A round draws at most as many clients as the population has."""
     drawn, clients = config.federation.clients_per_round, config.partition.clients
     if drawn <= clients:
         return None
@@ -86,7 +86,7 @@ def a_protocol_is_left(config: Config) -> str | None:
 
 
 def warmup_ends(config: Config) -> str | None:
-    """Fine-tuning, if there is any, goes on after its warm-up."""
+    """Fine-tuning, if enabled, lasts longer than its warm-up."""
     warmup, epochs = config.evaluation.fine_tune_warmup_epochs, config.evaluation.fine_tune_epochs
     if not 0 < epochs <= warmup:
         return None
@@ -111,13 +111,13 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
 
 
 def divisors(n: int) -> list[int]:
-    """The divisors of ``n`` in order, including 1 and ``n``."""
+    """Return the divisors of ``n`` in order, including 1 and ``n``."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def _indivisible(field: str, value: int, whole_field: str, whole: int) -> str | None:
-    """The message if ``value``, unless it is 0, does not divide ``whole``."""
+    """Return an error message if ``value`` is not 0 and does not divide ``whole``."""
     if not value or whole % value == 0:
         return None
     accepted = ", ".join(map(str, divisors(whole)))

@@ -249,17 +249,17 @@ class Config:
 
     @property
     def cpu_lanes(self) -> int:
-        """Clients that each CPU core trains side by side."""
+        """Number of clients that each CPU core trains in parallel."""
         return MODELS[self.model.name].cpu_lanes
 
     @property
     def cohort_size(self) -> int:
-        """Clients K drawn each round."""
+        """Number K of clients drawn per round."""
         return self.federation.clients_per_round or self.partition.clients
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate the optimizer runs at: base * batch_size / 256."""
+        """Learning rate that the optimizer uses: base * batch_size / 256."""
         return self.optimizer.learning_rate * self.optimizer.batch_size / 256
 
 

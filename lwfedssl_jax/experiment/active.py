@@ -1,4 +1,4 @@
-"""One run on its way from its config to its summary."""
+"""The state of one run, from its config to its summary."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,18 +24,18 @@ from lwfedssl_jax.workdir import WorkDir
 
 @dataclass
 class ActiveRun:
-    """A run, from before its data is loaded until it has a summary or an error.
+    """A run that may still be waiting, in progress, finished or failed.
 
     Attributes:
       config: resolved.
       workdir: belongs to this config; None in every process except the first of several.
       listeners: hear of progress.
-      prepared: the config and what is derived from it, with the lanes that are used; once it has been loaded.
-      encode: gives the encoder's features; likewise.
+      prepared: the config and what is derived from it, with the lanes that are used; set by ``load``.
+      encode: computes the encoder's features; set by ``load``.
       done: how many rounds were finished when it was loaded.
-      saved: what the checkpoint after them holds, until it has been taken up.
+      saved: the content of the checkpoint after these rounds, until training continues from it.
       summary: the content of ``summary.json``, once the run is finished; empty without a work directory.
-      error: why it ended before.
+      error: why it ended early.
     """
 
     config: Config
@@ -50,12 +50,12 @@ class ActiveRun:
 
     @property
     def is_active(self) -> bool:
-        """Whether it has neither finished nor failed."""
+        """Whether the run has neither finished nor failed."""
         return self.summary is None and self.error is None
 
     @contextlib.contextmanager
     def catching(self) -> Iterator[None]:
-        """Keep an error as this run's own, so that others go on."""
+        """Store an error in this run instead of raising it, so that other runs go on."""
         try:
             yield
         except Exception as error:
@@ -67,7 +67,7 @@ class ActiveRun:
             listener(event)
 
     def load(self, cache: Cache, interrupts: Interrupts) -> None:
-        """Take the work directory, load what the run needs, and find out how far it is; no round is compiled.
+        """Lock the work directory, load what the run needs, and find out how many rounds are finished.
 
         Raises:
           ConfigError: see ``experiment.train.train``.
@@ -91,7 +91,7 @@ class ActiveRun:
         self.saved = found.state if found else {}
 
     def _on_fleet(self, run: Prepared, cache: Cache) -> Prepared:
-        """The run with its clients on the devices of its fleet."""
+        """Return the prepared run with its clients assigned to the devices of its fleet."""
         per_stage = compiled_ledger(self.config, self.hear, cache)["per_stage"]
         on_devices = fleet.fleet_of_clients(self.config, per_stage, run.clients.sizes)
         self.hear(Note(fleet.fleet_line(fleet.summary(on_devices, run.clients.sizes), len(per_stage))))

@@ -1,4 +1,4 @@
-"""Every check of a config that needs neither data nor a compilation."""
+"""All checks of a config that need neither data nor compilation."""
 
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.experiment import trackers
@@ -6,7 +6,7 @@ from lwfedssl_jax.method.checks import check_method
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot be trained, or cannot be tracked.
+    """Refuse a config that cannot be trained or tracked.
 
     Args:
       config: resolved.

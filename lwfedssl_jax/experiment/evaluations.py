@@ -1,4 +1,4 @@
-"""Evaluations of a run's encoder, each a line of ``metrics.jsonl``."""
+"""Evaluates a run's encoder and writes each result as a line of ``metrics.jsonl``."""
 
 from typing import Any
 
@@ -32,11 +32,11 @@ def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
 
 
 def log_fine_tuning(run: ActiveRun, interrupts: Interrupts, params: Tree) -> None:
-    """Fine-tune the trained encoder, and from scratch the initial one; write a line for each that has none yet.
+    """Fine-tune the trained encoder and, from scratch, the initial one; write a line for each that lacks one.
 
     Raises:
       FloatingPointError: the loss is not finite.
-      KeyboardInterrupt: a signal has come; heard at each epoch's beginning.
+      KeyboardInterrupt: a signal arrived; checked at the start of each epoch.
     """
     config, written = run.config, [line["round"] for line in _lines(run) if line.get("protocol") == FINE_TUNE]
     if config.federation.rounds not in written:

@@ -1,4 +1,4 @@
-"""The end of a run: encoder, summary, plots, report."""
+"""Writes the results of a finished run: encoder, summary, plots, report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ MEASURED = "bytes and seconds: all clients, all rounds; flops_executed: a sample
 
 
 def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -> None:
-    """Write the encoder, the summary, the plots and the report of a run whose rounds are done."""
+    """Write the encoder, the summary, the plots and the report of a run after its last round."""
     workdir = run.workdir
     if not workdir:
         run.summary = {}
@@ -46,12 +46,12 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
 def make_summary(
     run: ActiveRun, lines: Sequence[Mapping[str, Any]], strategies: Mapping[str, ledger.Ledger], known: Known
 ) -> dict[str, Any]:
-    """The content of ``summary.json``.
+    """Return the content of ``summary.json``.
 
     Args:
-      run: its rounds are done.
+      run: after its last round.
       lines: of ``metrics.jsonl``.
-      strategies: the ledger of each.
+      strategies: the ledger of each strategy.
       known: what ledgers have traced so far.
     """
     config, rounds = run.config, [line for line in lines if "event" not in line]
@@ -78,7 +78,7 @@ def make_summary(
 
 
 def evaluations_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int | str, dict[str, Any]]:
-    """Results of evaluations by protocol, by their round or by the name of a baseline."""
+    """Group evaluation results by round, or by the name of a baseline, and then by protocol."""
     results: dict[int | str, dict[str, Any]] = {}
     for line in lines:
         if line.get("event") == "evaluation":

@@ -11,19 +11,19 @@ from lwfedssl_jax.simulation.setup import Cache
 
 
 def traced_ledger(config: Config, cache: Cache) -> Ledger:
-    """A run's own ledger, without peak memory."""
+    """Return the ledger of a run's own strategy, without peak memory."""
     plain = ledger_config(config)
     return cache.get(("ledger", plain), lambda: ledger.make_ledger(plain, known_traces(cache)))
 
 
 def round_operations(config: Config, cache: Cache) -> list[float]:
-    """Multiply-adds of one sample in each round (``flops_executed``); a stage's rounds cost the same."""
+    """Return the multiply-adds per sample in each round (``flops_executed``); all rounds of a stage cost the same."""
     per_stage = traced_ledger(config, cache)["per_stage"]
     return [row["flops_executed"] / row["rounds"] for row in per_stage for _ in range(row["rounds"])]
 
 
 def compiled_ledger(config: Config, hear: Hear, cache: Cache) -> Ledger:
-    """A run's own ledger, with peak memory."""
+    """Return the ledger of a run's own strategy, with peak memory."""
 
     def compiled() -> Ledger:
         return ledger.ledgers_of({"": config}, memory=True, notify=_saying(hear), known=known_traces(cache))[""]
@@ -32,7 +32,7 @@ def compiled_ledger(config: Config, hear: Hear, cache: Cache) -> Ledger:
 
 
 def ledgers_of_run(config: Config, hear: Hear, cache: Cache) -> dict[str, Ledger]:
-    """The ledger of every strategy with a run's config, with peak memory."""
+    """Return the ledger of every strategy under a run's config, with peak memory."""
 
     def compiled() -> dict[str, Ledger]:
         return ledger.all_strategies(config, memory=True, notify=_saying(hear), known=known_traces(cache))
@@ -41,7 +41,7 @@ def ledgers_of_run(config: Config, hear: Hear, cache: Cache) -> dict[str, Ledger
 
 
 def known_traces(cache: Cache) -> Known:
-    """What ledgers of this process have traced so far."""
+    """Return what the ledgers of this process have traced so far."""
     return cache.get("traces", dict)
 
 

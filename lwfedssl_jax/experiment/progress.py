@@ -22,12 +22,12 @@ from lwfedssl_jax.simulation.events import (
     StepsDone,
 )
 
-SECONDS_BETWEEN_LINES = 5.0  # where the output is no terminal
+SECONDS_BETWEEN_LINES = 5.0  # where the output is not a terminal
 SECONDS_BETWEEN_UPDATES = 0.3  # in a notebook
 
 
 class ConsoleProgress:
-    """Prints what it hears; a context manager that owns the live line."""
+    """Prints the progress of a run; a context manager that owns the live line."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -50,7 +50,7 @@ class ConsoleProgress:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        """Hear an event of the run."""
+        """Receive an event of the run."""
         match event:
             case Note(text):
                 self.say(text)
@@ -110,7 +110,7 @@ class ConsoleProgress:
         self.say(f"  {where}: {line['protocol']} {percent(line['accuracy'])}")
 
     def _finished(self, summary: dict[str, Any]) -> None:
-        """A terminal's summary is the command's to print."""
+        """On a terminal, the command prints the summary."""
 
     def _time_left(self) -> str:
         done = self._left_at_start - self._left[self._number]
@@ -119,14 +119,14 @@ class ConsoleProgress:
     def _show(self, text: str, *, always: bool = False) -> None:
         if self._console.is_terminal:
             self._bar.update(self._task, description=text, completed=1 - self._left[self._number] / self._left[0])
-            self._bar.start()  # not before there is something to show: tensorflow-datasets has bars of its own
+            self._bar.start()  # not before there is something to show: tensorflow-datasets shows its own progress bars
         elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self.say(text)
 
 
 class NotebookProgress(ConsoleProgress):
-    """The same as one output of a notebook's cell, which changes in place and ends in a line or two."""
+    """The same for a notebook: one cell output that changes in place and ends as a line or two."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -140,7 +140,7 @@ class NotebookProgress(ConsoleProgress):
         self._show("", always=True)
 
     def _evaluation(self, line: dict[str, Any]) -> None:
-        """A run has dozens of evaluations: none gets a line."""
+        """Evaluations are not printed: a run has dozens of them."""
 
     def _finished(self, summary: dict[str, Any]) -> None:
         self.say(f"{summary['rounds']} rounds in {summary['seconds']:.0f} s")

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases."""
+"""Trackers that send a run's numbers to TensorBoard and Weights & Biases."""
 
 import contextlib
 import importlib.metadata
@@ -16,11 +16,11 @@ from lwfedssl_jax.workdir import WorkDir
 
 
 class Tracker(NamedTuple):
-    """Where a run's numbers go.
+    """A destination for a run's numbers.
 
     Attributes:
-      log: ``(step, {name: value})``; steps never go back, and one may come several times with other names.
-      finish: ``({name: value})`` of the whole run, or None where it ends before its last round; nothing follows.
+      log: ``(step, {name: value})``; steps never decrease, and a step may be logged several times with other names.
+      finish: ``({name: value})`` of the whole run, or None if it ends before its last round; called last.
     """
 
     log: Callable[[int, dict[str, float]], None]
@@ -28,14 +28,14 @@ class Tracker(NamedTuple):
 
 
 def tensorboard(config: Config, directory: Path) -> Tracker:
-    """Event files in ``directory/tensorboard``; those of the run before it was interrupted are replaced.
+    """Write event files to ``directory/tensorboard``; those from before an interruption are replaced.
 
     Raises:
       OSError: the folder cannot be written.
     """
     from tensorboardX import summary
 
-    # Not its SummaryWriter, whose thread dies of a full disk, after which the next call never returns.
+    # Not tensorboardX's SummaryWriter, whose thread dies if the disk is full, after which the next call never returns.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -44,7 +44,7 @@ def tensorboard(config: Config, directory: Path) -> Tracker:
     for file in folder.glob("events.*"):
         file.unlink()
     writer = EventsWriter(str(folder / "events"))
-    # A TensorBoard that is open forgets what it has read of them.
+    # A running TensorBoard then discards what it has read from them.
     writer.write_event(Event(wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
     last = 0
 
@@ -71,9 +71,9 @@ def tensorboard(config: Config, directory: Path) -> Tracker:
 
 
 def wandb(config: Config, directory: Path) -> Tracker:
-    """A run of Weights & Biases with its files in ``directory/wandb``; the same one whenever the run continues.
+    """Log to one run of Weights & Biases, with files in ``directory/wandb``; a continued run keeps logging to it.
 
-    The user's environment says where it goes: ``WANDB_MODE``, ``WANDB_PROJECT`` (else lwfedssl_jax), ``WANDB_ENTITY``.
+    Environment variables set the destination: ``WANDB_MODE``, ``WANDB_PROJECT`` (lwfedssl_jax), ``WANDB_ENTITY``.
 
     Raises:
       Exception: whatever wandb raises, such as when it is not logged in or not reachable.
@@ -117,7 +117,7 @@ def check_trackers(config: Config) -> None:
     """Refuse trackers that do not exist or are not installed.
 
     Raises:
-      ConfigError: naming what would do.
+      ConfigError: naming what is accepted.
     """
     for name in config.runtime.trackers:
         choose("runtime.trackers", name, TRACKERS)
@@ -132,15 +132,15 @@ def check_trackers(config: Config) -> None:
 
 
 class Tracking:
-    """Gives what it hears to the trackers of ``runtime.trackers``; a context manager that owns them.
+    """Passes the events of a run on to the trackers of ``runtime.trackers``; a context manager that owns them.
 
-    Trackers are opened when the run starts, and given what ``metrics.jsonl`` holds already. One that fails is left
-    out from there on, with a note.
+    Trackers are opened when the run starts, and are given what ``metrics.jsonl`` already contains. A tracker that
+    fails is left out from then on, with a note.
 
     Args:
       config: resolved and checked.
       workdir: the run's.
-      hear: hears notes.
+      hear: called with notes.
     """
 
     def __init__(self, config: Config, workdir: WorkDir, hear: Hear) -> None:
@@ -160,7 +160,7 @@ class Tracking:
                 self._note_failure(name, error)
 
     def __call__(self, event: Event) -> None:
-        """Hear an event of the run."""
+        """Receive an event of the run."""
         match event:
             case Started():
                 self._open()
@@ -173,13 +173,13 @@ class Tracking:
         for name in dict.fromkeys(self._config.runtime.trackers):
             try:
                 self._trackers[name] = TRACKERS[name](self._config, self._workdir.path)
-            except Exception as error:  # of any kind: no run is to end for its trackers
+            except Exception as error:  # of any kind: a tracker must not end a run
                 self._note_failure(name, error)
         for line in self._workdir.metrics():
             self._log(dict(line))
 
     def _log(self, line: dict[str, Any]) -> None:
-        self._step = max(self._step, line["round"])  # training from scratch, a round 0, is judged last
+        self._step = max(self._step, line["round"])  # training from scratch, logged as round 0, is evaluated last
         values = line_values(line)
         if "event" not in line:
             self._traffic += traffic_by_round([line])[line["round"]]
@@ -190,7 +190,7 @@ class Tracking:
             except Exception as error:
                 self._note_failure(name, error)
                 del self._trackers[name]
-                with contextlib.suppress(Exception):  # it has been said
+                with contextlib.suppress(Exception):  # the failure has been reported
                     tracker.finish(None)
 
     def _note_failure(self, name: str, error: Exception) -> None:
@@ -199,14 +199,14 @@ class Tracking:
 
 
 def line_values(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line of ``metrics.jsonl`` by the names they have in trackers."""
+    """Return the numbers of a line of ``metrics.jsonl`` by their names in trackers."""
     if "event" in line:
         return {f"{line.get('baseline', 'evaluation')}/{line['protocol']}": line["accuracy"]}
     return {f"round/{name}": value for name, value in line.items() if name != "round" and value is not None}
 
 
 def summary_values(summary: dict[str, Any]) -> dict[str, float]:
-    """What one compares runs by: accuracies, seconds of training, and what one client spends."""
+    """Return the numbers by which runs are compared: accuracies, training time, and costs of one client."""
     judged = {"accuracy": summary["evaluation"], **summary["baselines"]}
     accuracies = {
         f"{of}/{name}": result["accuracy"] for of, results in judged.items() for name, result in results.items()

@@ -31,12 +31,12 @@ SECONDS_BETWEEN_CHECKPOINTS = 60
 
 
 def train(config: Config, workdir: WorkDir | None, hear: Hear = ignore, cache: Cache | None = None) -> dict[str, Any]:
-    """Run the experiment, or what is left of it, and write the work directory.
+    """Run an experiment, or continue it, and write its work directory.
 
     Args:
       config: resolved.
       workdir: belongs to this config; None in every process except the first of several.
-      hear: hears of progress.
+      hear: called with each event.
       cache: shared with other runs of this process.
 
     Returns:
@@ -57,11 +57,11 @@ def train(config: Config, workdir: WorkDir | None, hear: Hear = ignore, cache: C
 
 
 def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> None:
-    """Run several experiments, or what is left of them; each ends with a summary or an error.
+    """Run several experiments, or continue them; each ends with a summary or an error.
 
     Args:
-      runs: one, or several with one ``program_config`` that can be stacked (``can_stack``); those that are not
-        equally far, and more than fit the memory, run one after the other.
+      runs: one, or several with one ``program_config`` that can be stacked (``can_stack``); those that have finished
+        different numbers of rounds, or do not fit into memory together, run one after the other.
       cache: shared with other runs of this process.
 
     Raises:
@@ -89,7 +89,7 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
 
 
 def load_groups(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> list[list[ActiveRun]]:
-    """Load the runs that are left; those that are equally far form a group."""
+    """Load the unfinished runs and group those that have finished the same number of rounds."""
     groups: dict[int, list[ActiveRun]] = {}
     for run in runs:
         with run.catching():
@@ -100,16 +100,16 @@ def load_groups(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts)
 
 
 def train_group(group: list[ActiveRun], cache: Cache, interrupts: Interrupts) -> None:
-    """Train runs that are equally far: stacked, as many at a time as fit the memory."""
+    """Train the runs of a group: stacked, as many at a time as fit into memory."""
     while group:
         del group[: train_stacked(group, cache, interrupts)]
 
 
 def train_stacked(group: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> int:
-    """Train as many runs of a group, the first ones, as fit the memory together, to their end.
+    """Train the first runs of a group to their end, as many as fit into memory together.
 
     Returns:
-      How many these are.
+      The number of these runs.
     """
     runs, simulator = list(group), None
     while simulator is None:
@@ -132,7 +132,7 @@ def train_stacked(group: Sequence[ActiveRun], cache: Cache, interrupts: Interrup
 
 
 def each_active(runs: Sequence[ActiveRun], do: Callable[[int], None]) -> None:
-    """Do something for every active run, by its number; an error ends that run and no other."""
+    """Call a function for every active run, with its index; an error ends only that run."""
     for number, run in enumerate(runs):
         if run.is_active:
             with run.catching():
@@ -148,7 +148,7 @@ def fail(runs: Sequence[ActiveRun], error: Exception) -> None:
 
 @dataclass
 class Position:
-    """How far runs that are trained together have come.
+    """Progress of runs that are trained together.
 
     Attributes:
       done: how many rounds are finished.
@@ -168,7 +168,7 @@ class Position:
 
 
 def simulate(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> tuple[Simulator, Position]:
-    """A simulator of the runs, with the programs of all stages that are left, and where it continues."""
+    """Make a simulator of the runs, with the programs of all remaining stages, and the position where it continues."""
 
     def hear(event: Event) -> None:
         for run in runs:
@@ -184,7 +184,7 @@ def simulate(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) ->
 
 
 def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
-    """Make the work directory, or go on with it, and evaluate the encoder that nothing has trained yet."""
+    """Create or reopen the work directory, and evaluate the untrained encoder of a new run."""
     prepared = run.prepared
     if not run.workdir:
         return
@@ -207,7 +207,7 @@ def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
 
 
 def run_rounds(simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Interrupts, position: Position) -> None:
-    """Run all rounds that are left; on Ctrl-C or SIGTERM, after the last finished round has been saved, end.
+    """Run all remaining rounds; on Ctrl-C or SIGTERM, save the last finished round and end.
 
     Raises:
       KeyboardInterrupt: on Ctrl-C or SIGTERM.
@@ -226,7 +226,7 @@ def run_rounds(simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Inte
 def run_stage(
     simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Interrupts, position: Position, stage: Stage
 ) -> None:
-    """Run the rounds of a stage that are left, as long as any run is active."""
+    """Run the remaining rounds of a stage, as long as any run is active."""
     for run in runs:
         run.hear(StageBegan(stage))
     if position.done == stage.first_round:
@@ -253,7 +253,7 @@ def run_round(simulator: Simulator, runs: Sequence[ActiveRun], position: Positio
 
 
 def save_if_due(simulator: Simulator, runs: Sequence[ActiveRun], position: Position, stage: Stage) -> None:
-    """Write checkpoints at a stage's end, and else if the last ones are older than a minute."""
+    """Write checkpoints at the end of a stage, and otherwise if the last ones are older than a minute."""
     if position.done < stage.last_round and time.monotonic() - position.saved <= SECONDS_BETWEEN_CHECKPOINTS:
         return
 

@@ -1,1 +1,1 @@
-"""The method of the papers: objectives, stages, the client's step, aggregation, and what can be added to them."""
+"""The methods of the papers: objectives, stages, the client's step, aggregation, and additions to these."""

@@ -1,4 +1,4 @@
-"""What the server makes of the clients' trained parameters, as a stream of sums."""
+"""Aggregation on the server: how the clients' trained parameters are combined, as streaming sums."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from lwfedssl_jax.tree import Tree
 
 
 class RoundContext(NamedTuple):
-    """What is known of a round wherever something is aggregated.
+    """What an aggregator knows about the round.
 
     Attributes:
       number: of the round, from 1.
-      key: for the aggregator's own draws; in ``add`` it differs between clients.
-      hyper: the run's numbers.
+      key: a random key for the aggregator's own draws; in ``add`` it differs between clients.
+      hyper: the run's hyperparameters.
     """
 
     number: jax.Array
@@ -27,18 +27,18 @@ class RoundContext(NamedTuple):
 
 
 class Aggregator(NamedTuple):
-    """Aggregation as sums over clients, so that nobody's model has to be kept.
+    """Aggregation by sums over clients, so that no client's model has to be kept.
 
     Attributes:
       init: ``broadcast -> state``, the server's own state over the rounds of a stage (momentum, for example; ``()``
         if it has none).
       add: ``(context, broadcast, trained, examples) -> contribution`` of one client, a pytree that is summed over all
-        clients that report; ``()`` where the weighted mean, which every round has, is enough.
+        clients that report; ``()`` if the weighted mean, which is always computed, is enough.
       finish: ``(context, state, broadcast, mean, summed) -> (state, trainable, measured)``, after the round;
         ``measured`` maps names to numbers for the round's line of ``metrics.jsonl``.
 
-    ``broadcast`` is what the server sent, ``trained`` what a client made of its trainable part, ``mean`` the clients'
-    average weighted by their examples, ``summed`` the sum of the contributions.
+    ``broadcast`` is what the server sent, ``trained`` its trainable part after a client's training, ``mean`` the
+    average over clients weighted by their examples, ``summed`` the sum of the contributions.
     """
 
     init: Callable[[Broadcast], Tree]
@@ -55,9 +55,9 @@ WEIGHTED_MEAN = Aggregator(
 
 
 def server_optimizer(optimizer: optax.GradientTransformation) -> Aggregator:
-    """``optimizer`` on the averaged change as a pseudo-gradient (FedOpt; Reddi et al., 2021, arXiv 2003.00295, alg. 1).
+    """Apply ``optimizer`` to the averaged change as a pseudo-gradient (FedOpt; Reddi et al., 2021, arXiv 2003.00295).
 
-    Running averages of batch normalisation are averaged.
+    It is algorithm 1 of the paper. Running averages of batch normalisation are averaged without the optimizer.
     """
 
     def finish(
@@ -82,18 +82,18 @@ def fedavgm(config: Config) -> Aggregator:
 
 
 def fedadam(config: Config) -> Aggregator:
-    """Adam on the averaged change (Reddi et al., 2021, arXiv 2003.00295); second moment's decay 0.99 as there."""
+    """Adam on the averaged change (Reddi et al., 2021, arXiv 2003.00295); second moment's decay 0.99."""
     f = config.federation
     rate = f.server_learning_rate or 0.01
     return server_optimizer(optax.adam(rate, b1=f.server_momentum, b2=0.99, eps=f.server_epsilon))
 
 
 def ldawa(config: Config) -> Aggregator:
-    """L-DAWA: every parameter by the cosine of a client's with the global one (Rehman et al., 2023, arXiv 2307.07393).
+    """L-DAWA: weights clients by their cosine similarity to the global model (Rehman et al., 2023, arXiv 2307.07393).
 
-    ``w = sum(n_i * c_i * w_i) / sum(n_i * c_i)``, c the cosine of ``w_i`` and the global ``w``, for each
-    parameter (each layer of a stacked one) by itself; 0 for a negative one, 1 where either is zero.
-    Where all are 0, and for running averages of batch normalisation, the weighted mean.
+    ``w = sum(n_i * c_i * w_i) / sum(n_i * c_i)``, c the cosine of ``w_i`` and the global ``w``, separately for
+    each parameter (each layer of a stacked one); a negative cosine counts as 0, and c is 1 where either is zero.
+    Where all c are 0, and for running averages of batch normalisation, it is the weighted mean.
     """
     del config
 
@@ -133,9 +133,9 @@ AGGREGATORS: dict[str, Callable[[Config], Aggregator]] = {
 
 
 def make_aggregator(config: Config) -> Aggregator:
-    """The aggregator that ``federation.aggregator`` names.
+    """Return the aggregator that ``federation.aggregator`` names.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: there is no aggregator with that name.
     """
     return choose("federation.aggregator", config.federation.aggregator, AGGREGATORS)(config)

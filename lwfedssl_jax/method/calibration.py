@@ -1,7 +1,7 @@
 """Server-side calibration: after averaging, the server trains L1..Ls end to end on its own unlabelled images.
 
-arXiv 2401.11647 v3. Layers that were trained one by one learn to work together; since all of them
-move, clients fetch all of them in every round (traffic.py).
+See arXiv 2401.11647 v3. Layers that were trained one by one learn to work together. Since all of them
+change, clients download all of them in every round (traffic.py).
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def check_calibration(config: Config) -> None:
 
 
 def all_trainable(stage: Stage, layers: Tree) -> Stage:
-    """The stage with all layers that exist trainable, in one shape for as many stages as can share a program.
+    """Make a stage in which all existing layers are trainable, in one shape for as many stages as can share a program.
 
     Args:
       stage: any.
@@ -66,11 +66,11 @@ class ServerWork(NamedTuple):
 
 
 def calibrate(task: Task, batch_size: int, steps: int, work: ServerWork) -> tuple[Tree, jax.Array]:
-    """``steps`` local steps of the objective, without additions, from a fresh optimizer and target branch.
+    """Train ``steps`` local steps of the objective, without additions, with a fresh optimizer and target branch.
 
     Args:
       task: static.
-      batch_size, steps: static; a batch is drawn from all images without repeats, and of no more than there are.
+      batch_size, steps: static; a batch is drawn from all images without replacement, at most all of them.
       work: model and images.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Every check of a config that needs neither data nor a compilation; each part's own check stands with the part."""
+"""All checks of the method's config fields that need neither data nor compilation; each part checks its own fields."""
 
 from lwfedssl_jax.config import MODELS, Config, ConfigError, choose
 from lwfedssl_jax.data.partition import PARTITIONS
@@ -9,7 +9,7 @@ from lwfedssl_jax.method.task import make_task
 
 
 def check_method(config: Config) -> None:
-    """Refuse names that do not exist and parts of a (resolved) config that do not go together.
+    """Refuse unknown names and incompatible parts of a (resolved) config.
 
     Raises:
       ConfigError: naming the field, the value and what is accepted.

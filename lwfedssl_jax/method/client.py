@@ -1,8 +1,8 @@
 """Local training: what one client does with one batch.
 
 Only the stage's trainable part is differentiated, optimised and averaged into the target.
-The frozen part is run forward once per view, for both branches: the target's frozen layers
-equal the online ones at all times, an average of equals.
+The frozen part is run forward once per view, for both branches, because the target's frozen
+layers always equal the online ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class ClientStart(NamedTuple):
     """How a client's state begins in a round.
 
     Attributes:
-      begin: ``(task, broadcast, memory) -> state``; ``memory`` is None where only the state's shapes matter.
+      begin: ``(task, broadcast, memory) -> state``; ``memory`` is None if only the state's shapes matter.
       empty_memory: what a client keeps between rounds before it first takes part, zeros on the host; None where
         clients keep nothing.
     """
@@ -40,14 +40,14 @@ def client_init(task: Task, trainable: Tree) -> ClientState:
     return ClientState(trainable, task.optimizer(task.hyper).init(weights_of(trainable)), target)
 
 
-# The global model as it is, with nothing kept between rounds.
+# The unchanged global model, with no state kept between rounds.
 FROM_BROADCAST = ClientStart(lambda task, broadcast, memory: client_init(task, broadcast.trainable))
 
 
 def client_step(
     task: Task, state: ClientState, broadcast: Broadcast, images_BxHxWxC: jax.Array, mask_B: jax.Array, key: jax.Array
 ) -> tuple[ClientState, jax.Array]:
-    """One optimizer step on one batch, then the target's moving average.
+    """Take one optimizer step on one batch, then update the target's moving average.
 
     Args:
       task: static, except for its numbers, which may be traced.
@@ -78,15 +78,15 @@ def client_step(
 
 
 def _keep_present(present: jax.Array, update: jax.Array) -> jax.Array:
-    """Idle rows have no gradient, but weight decay would move them."""
+    """Keep idle rows as they are: they have no gradient, but weight decay would change them."""
     return jnp.where(present.reshape(-1, *[1] * (update.ndim - 1)) if present.ndim else present, update, 0)
 
 
 class Step(NamedTuple):
-    """What the loss of a step is taken on.
+    """The inputs to the loss of one step.
 
     Attributes:
-      x: what the frozen layers make of both views, one after the other in its first axis.
+      x: the frozen layers' output for both views, one after the other in its first axis.
       mask_B: True for real samples.
       route: which trainable layers run.
       key: of the step.
@@ -134,7 +134,7 @@ def _loss(task: Task, weights: Tree, state: ClientState, broadcast: Broadcast, s
 def _objective_loss(
     task: Task, broadcast: Broadcast, online_2xBxD: jax.Array, goal_2xBxD: jax.Array, mask_B: jax.Array
 ) -> jax.Array:
-    """The objective, with further negatives if the server has sent a dictionary of them."""
+    """Compute the objective, with additional negatives if the server has sent a dictionary of them."""
     chex.assert_equal_shape([online_2xBxD, goal_2xBxD])
     extras, with_negatives = broadcast.extras, task.objective.loss_with_negatives
     if with_negatives and "dictionary" in extras:
@@ -146,7 +146,7 @@ def _objective_loss(
 def embed(
     task: Task, trainable: Tree, x: jax.Array, mask_B: jax.Array, route: Route, heads: Sequence[str]
 ) -> tuple[list[jax.Array], Tree]:
-    """All views (one after the other in ``x``'s first axis) through encoder and heads.
+    """Pass all views (one after the other in ``x``'s first axis) through encoder and heads.
 
     Returns:
       ``z_VxBxO`` after each head, each view with its own batch statistics there, and the

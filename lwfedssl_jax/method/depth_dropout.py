@@ -14,14 +14,14 @@ from lwfedssl_jax.system import seeds
 def kept_layers(
     key: jax.Array, rate: ArrayLike, droppable: Depth, first: Depth, depth: Depth, layers: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Depth dropout: which of ``depth`` layers a step's forward passes run (Guo et al., 2023).
+    """Draw which of ``depth`` layers the forward passes of a step run (Guo et al., 2023).
 
     Args:
       key: of the step.
       rate: probability that a layer is skipped.
-      droppable: how many of the encoder's layers, the first ones, can be.
-      first: layers of the encoder before these.
-      depth: how many there are of these.
+      droppable: how many of the encoder's first layers can be skipped.
+      first: number of the encoder's layers before these.
+      depth: number of these layers.
       layers: L.
 
     Returns:
@@ -35,7 +35,7 @@ def kept_layers(
 
 
 def routes(task: Task, broadcast: Broadcast, key: jax.Array) -> tuple[Route, Route]:
-    """Which trainable and which frozen layers a step runs: all, or those that depth dropout keeps."""
+    """Return which trainable and which frozen layers a step runs: all, or those that depth dropout keeps."""
     if not task.drops_layers:
         return (broadcast.depth, None), (broadcast.frozen_depth, None)
     kept = functools.partial(kept_layers, key, task.hyper.depth_dropout, broadcast.droppable, layers=task.layers)

@@ -1,4 +1,4 @@
-"""What clients and the server exchange in addition to models; plain federated averaging exchanges nothing more."""
+"""What clients and the server exchange in addition to models; in plain federated averaging, nothing."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,14 +24,14 @@ class Batch(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A further exchange between clients and server, as sums over clients.
+    """An additional exchange between clients and server, as sums over clients.
 
     Attributes:
       start: ``() -> state``, on the host, before a stage's first round; a dict that is part of ``Broadcast.extras``.
       for_cohort: ``cohort -> extras`` that a round's broadcast has because of who was drawn, on the host.
       shapes: ``(trainable, images) -> extras``, shapes of all of ``Broadcast.extras``, from those of the stage's
         trainable part and the number of the server's images.
-      nothing: ``broadcast -> upload`` of a client that is not finished, zeros.
+      nothing: ``broadcast -> upload`` of a client that has not finished, zeros.
       upload: ``(task, broadcast, trained, last batch, client, is_finished) -> upload``, which is summed over clients.
       finish: ``sum of uploads -> state``.
     """

@@ -1,8 +1,8 @@
 """FedCA's two modules (Zhang et al., 2020, arXiv 2010.08982): a dictionary of embeddings, and a base model.
 
-Clients upload embeddings that their trained models make, and the next round's clients have all of them as
-further negatives (``additions.dictionary``). A base model, which the server trains on public images before the
-first round, pulls local models to its projections of these (the term ``base``). ``Broadcast.extras`` has
+Clients upload embeddings computed by their trained models, and the next round's clients use all of them as
+additional negatives (``additions.dictionary``). The server trains a base model on public images before the first
+round, and local models are aligned with its projections of these images (the term ``base``). ``Broadcast.extras`` has
 
 * ``dictionary`` MxO, normalised, ``filled`` M, and ``cohort`` K, the round's clients in order: M = K * the
   embeddings of each, and a client's slot is its place in ``cohort``;
@@ -25,15 +25,15 @@ from lwfedssl_jax.method.stages import stage_depths
 from lwfedssl_jax.method.task import Broadcast, Task
 from lwfedssl_jax.tree import Tree
 
-NOBODY = 2**31 - 1  # fills a cohort up; larger than any client's number
+NOBODY = 2**31 - 1  # pads a cohort; larger than any client's number
 
 
 def check_fedca(config: Config) -> None:
-    """Refuse what cannot be had, or would do nothing.
+    """Refuse settings of FedCA that cannot work or would have no effect.
 
     Raises:
-      ConfigError: a dictionary without an objective that has negatives, or of more than a batch; a base term without
-        a single stage, steps for the base model or images of the server; such steps without the term.
+      ConfigError: a dictionary with an objective without negatives, or larger than a batch; a base term without
+        a single stage, steps for the base model or images on the server; such steps without the term.
     """
     count, objective, steps = config.additions.dictionary, config.objective.name, config.additions.base_steps
     having = [name for name, o in OBJECTIVES.items() if o.loss_with_negatives]
@@ -72,18 +72,18 @@ def check_fedca(config: Config) -> None:
 
 
 def has_base(config: Config) -> bool:
-    """Whether clients are pulled to a base model."""
+    """Return whether clients are aligned with a base model."""
     return any(term is terms.base for term, _ in terms.terms_of(config))
 
 
 def dictionary_bytes(config: Config) -> tuple[int, int]:
-    """Bytes of the dictionary that a client downloads and uploads in a round, float32, all slots counted."""
+    """Return the bytes of the dictionary that a client downloads and uploads per round, in float32 with all slots."""
     upload = config.additions.dictionary * config.objective.output_dim * 4
     return config.cohort_size * upload, upload
 
 
 def make_exchange(config: Config, task: Task) -> Exchange:
-    """FedCA's exchange, or none where the config has neither a dictionary nor a base model."""
+    """Return FedCA's exchange, or an empty one if the config has neither a dictionary nor a base model."""
     per_client = config.additions.dictionary
     if not (per_client or has_base(config)):
         return MODELS_ONLY
@@ -101,14 +101,14 @@ def make_exchange(config: Config, task: Task) -> Exchange:
 
 
 def empty_dictionary(config: Config, task: Task) -> dict[str, np.ndarray]:
-    """The dictionary before a stage's first round."""
+    """Make the dictionary before a stage's first round."""
     slots = config.cohort_size * config.additions.dictionary
     embeddings = np.zeros((slots, config.objective.output_dim), task.dtype)
     return {"dictionary": embeddings, "filled": np.zeros(slots, bool)}
 
 
 def cohort_slots(config: Config, cohort: list[int]) -> dict[str, np.ndarray]:
-    """``cohort`` K: a round's clients, in order, filled up to the largest cohort."""
+    """Return ``cohort`` K: a round's clients, in order, padded to the largest cohort."""
     missing = config.cohort_size - len(cohort)
     return {"cohort": np.pad(np.array(cohort, np.int32), (0, missing), constant_values=NOBODY)}
 
@@ -132,7 +132,7 @@ def extras_shapes(config: Config, task: Task, trainable: Tree, images: int) -> T
 
 
 def no_upload(broadcast: Broadcast) -> Tree:
-    """What clients that have not finished add to the dictionary: zeros."""
+    """Return what a client that has not finished adds to the dictionary: zeros."""
     extras = broadcast.extras
     return {"dictionary": jnp.zeros_like(extras["dictionary"]), "filled": jnp.zeros_like(extras["filled"], jnp.int32)}
 
@@ -140,7 +140,7 @@ def no_upload(broadcast: Broadcast) -> Tree:
 def upload_last_batch(
     task: Task, broadcast: Broadcast, trained: Tree, batch: Batch, client: jax.Array, is_finished: jax.Array
 ) -> Tree:
-    """What a client adds to the dictionary: normalised projections of the first samples of its last batch.
+    """Compute what a client adds to the dictionary: normalised projections of the first samples of its last batch.
 
     Args:
       task: static.
@@ -164,10 +164,10 @@ def upload_last_batch(
         added = {"dictionary": z.astype(task.dtype), "filled": real.astype(jnp.int32)}
         return {name: x.at[at].set(added[name]) for name, x in nothing.items()}
 
-    # A pass forward that only last steps need; lanes under ``vmap`` run it in every step.
+    # Only last steps need this forward pass; lanes under ``vmap`` run it in every step.
     return jax.lax.cond(is_finished, finished, functools.partial(no_upload, broadcast))
 
 
 def join_uploads(uploaded: Tree) -> Tree:
-    """The dictionary from the sum of the clients' uploads."""
+    """Make the dictionary from the sum of the clients' uploads."""
     return {"dictionary": uploaded["dictionary"], "filled": uploaded["filled"] > 0}

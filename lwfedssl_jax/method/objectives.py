@@ -14,19 +14,19 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-Negatives = tuple[jax.Array, jax.Array]  # MxD, normalised, and M, False where a row counts for nothing
+Negatives = tuple[jax.Array, jax.Array]  # MxD, normalised, and M, False where a row is ignored
 
 
 class Objective(NamedTuple):
-    """One SSL objective.
+    """A self-supervised objective.
 
     Attributes:
       loss: ``(online_2xBxD, target_2xBxD, mask_B, temperature) -> scalar``, a mean over samples.
       has_target: a momentum target branch (encoder and projection head) gives ``target``;
         without one it is the online embeddings themselves.
       has_prediction: the online branch ends in a prediction head.
-      paper_views: forward passes of a sample that the paper's FLOPs rule counts.
-      loss_with_negatives: ``loss`` with further ``negatives`` for every anchor; None where there are none.
+      paper_views: number of forward passes per sample that the paper's FLOPs rule counts.
+      loss_with_negatives: ``loss`` with additional ``negatives`` for every anchor; None for objectives without any.
     """
 
     loss: Callable[[jax.Array, jax.Array, jax.Array, ArrayLike], jax.Array]
@@ -97,7 +97,7 @@ def unit_norm(x: jax.Array) -> jax.Array:
 def _with_negatives(
     logits: jax.Array, allowed: jax.Array, anchors_NxD: jax.Array, temperature: ArrayLike, negatives: Negatives | None
 ) -> tuple[jax.Array, jax.Array]:
-    """A column more for each of ``negatives``; ``allowed`` may have one row for all anchors."""
+    """Append a column for each of ``negatives``; ``allowed`` may have one row for all anchors."""
     if negatives is None:
         return logits, allowed
     further_MxD, filled_M = negatives

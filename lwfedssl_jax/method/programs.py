@@ -6,7 +6,7 @@ from typing import Any
 
 from lwfedssl_jax.config import Config, EvaluationConfig, FleetConfig, override
 
-# Fields that programs take as arguments, or never see: batches, cohorts and judgements are the host's.
+# Fields that programs take as arguments or never see: batches, cohorts and evaluation are handled on the host.
 FREE_FIELDS = (
     "partition.kind",
     "partition.beta",
@@ -25,8 +25,10 @@ FREE_FIELDS = (
 
 
 def program_config(config: Config) -> Config:
-    """A stand-in for all configs that run by the same programs: they differ in ``FREE_FIELDS``, in how they are
-    judged, in their fleet, and in the weights of terms and the rate of depth dropout where these are not 0.
+    """Return one representative of all configs that share compiled programs.
+
+    These differ in ``FREE_FIELDS``, in evaluation, in their fleet, and in the weights of terms and the rate of depth
+    dropout where these are not 0.
     """
     named = (text.partition("=") for text in config.additions.terms)
     free: dict[str, Any] = {name: operator.attrgetter(name)(Config()) for name in FREE_FIELDS}
@@ -36,5 +38,5 @@ def program_config(config: Config) -> Config:
 
 
 def ledger_config(config: Config) -> Config:
-    """``program_config`` with the rate of depth dropout: all configs with one ledger."""
+    """Return ``program_config`` with the rate of depth dropout: configs with the same result share a ledger."""
     return override(program_config(config), {"additions.depth_dropout": config.additions.depth_dropout})

@@ -14,7 +14,7 @@ from lwfedssl_jax.tree import Tree
 
 
 class Stage(NamedTuple):
-    """An ordinary federated run on a grown encoder (arXiv 2401.11647).
+    """A stage: consecutive rounds in which the same layers exist and the same are trained (arXiv 2401.11647).
 
     Attributes:
       number: 1..S.
@@ -25,7 +25,7 @@ class Stage(NamedTuple):
       trained_before: of these, L1..L_trained_before have been trained in earlier stages; depth dropout may skip them.
       trainable: mask (see tree.py): receives gradients, is averaged and exchanged.
       frozen: mask: exists, but is only run forward.
-      rows: where the trainable leaves are, of one shape in as many stages as can share a program.
+      rows: positions of the trainable leaves, with one shape for as many stages as can share a program.
     """
 
     number: int
@@ -65,7 +65,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def stage_depths(config: Config) -> list[tuple[int, int]]:
-    """``(frozen_depth, depth)`` of each stage of the config's strategy.
+    """Return ``(frozen_depth, depth)`` of each stage of the config's strategy.
 
     Raises:
       ConfigError: no such strategy, more stages than rounds, or stages that do not grow to the whole encoder.
@@ -89,7 +89,7 @@ def stage_depths(config: Config) -> list[tuple[int, int]]:
 
 
 def make_stages(config: Config, layers: Tree) -> list[Stage]:
-    """The stages of the config's strategy.
+    """Make the stages of the config's strategy.
 
     Args:
       config: a resolved config.
@@ -113,9 +113,9 @@ def make_stages(config: Config, layers: Tree) -> list[Stage]:
 
 
 def freeze(layers: Tree, frozen_depth: int, depth: int) -> tuple[Tree, Tree]:
-    """Masks of what is frozen and of what is trainable where L1..L_depth exist.
+    """Return masks of the frozen and of the trainable parameters if L1..L_depth exist.
 
-    A negative layer number is of what exists only while L_depth is the last layer.
+    A negative layer number marks parameters that exist only while L_depth is the last layer.
     """
     every = EVERY_STAGE
     frozen = jax.tree.map(lambda n: (n > 0) & (n <= frozen_depth), layers)
@@ -124,7 +124,7 @@ def freeze(layers: Tree, frozen_depth: int, depth: int) -> tuple[Tree, Tree]:
 
 
 def spread(rounds: int, stages: int) -> list[int]:
-    """``rounds`` over ``stages`` as evenly as possible, nothing lost; earlier stages take the remainder."""
+    """Spread ``rounds`` over ``stages`` as evenly as possible; earlier stages take the remainder."""
     return [rounds // stages + (s < rounds % stages) for s in range(stages)]
 
 
@@ -141,5 +141,5 @@ Stages = tuple[tuple[int, int], ...]  # (frozen_depth, depth) of each
 
 
 def stages_of(config: Config, strategy: str, layers_per_stage: int) -> Stages:
-    """What makes two options the same, except for ``runtime.remat``."""
+    """Return the stages of a strategy; options with equal stages are the same, except for ``runtime.remat``."""
     return tuple(STRATEGIES[strategy](config.model.depth, layers_per_stage))

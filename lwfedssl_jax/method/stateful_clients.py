@@ -1,7 +1,7 @@
-"""How a client takes the global model in, where it keeps one of its own between rounds.
+"""Clients that keep their own model between rounds, and how they combine it with the global model.
 
 Both baselines are for end-to-end training with a target branch and a prediction head. What a
-client keeps lives on the host, and only for clients that have taken part.
+client keeps is stored on the host, and only for clients that have taken part.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Memory(NamedTuple):
     """What a client keeps from its last round.
 
     Attributes:
-      known: False before its first round; all else then counts for nothing.
+      known: False before its first round; all other fields are then ignored.
       trainable: its own model after local training.
       target: its target branch.
       scale: FedEMA's lambda; 0 until it is set.
@@ -38,13 +38,13 @@ class Memory(NamedTuple):
 # ``(broadcast, memory, divergence) -> (trainable, scale)`` of a client that has a memory.
 StartRule = Callable[[Broadcast, Memory, float], tuple[Tree, jax.Array]]
 
-FEDU_DIVERGENCE, FEDEMA_DIVERGENCE = 0.4, 0.7  # the papers'
+FEDU_DIVERGENCE, FEDEMA_DIVERGENCE = 0.4, 0.7  # values of the papers
 
 
 def distance(present: Tree, a: Tree, b: Tree) -> jax.Array:
-    """The mean of ``||a_l - b_l||`` over the encoders' weight matrices, those of a stacked one layer by layer.
+    """Compute the mean of ``||a_l - b_l||`` over the encoders' weight matrices, layer by layer for stacked ones.
 
-    The papers write ``||a - b||``; thresholds like theirs hold for this mean, which their code takes.
+    The papers write ``||a - b||``; their thresholds are for this mean, which their code computes.
     """
 
     def norms(p: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -59,8 +59,8 @@ def distance(present: Tree, a: Tree, b: Tree) -> jax.Array:
 def fedu(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
     """FedU's divergence-aware predictor update (Zhuang et al., 2021, arXiv 2108.06492).
 
-    The global predictor is taken only where the client's encoder is nearer than ``divergence`` to
-    the global one (``distance``); the rest always.
+    A client takes the global predictor only if its encoder is nearer than ``divergence`` to the
+    global one (``distance``); it always takes the rest of the global model.
     """
     near = distance(broadcast.present, broadcast.trainable, memory.trainable) < (divergence or FEDU_DIVERGENCE)
     prediction = tree.where(near, broadcast.trainable["prediction"], memory.trainable["prediction"])
@@ -84,11 +84,11 @@ STARTS: dict[str, StartRule | None] = {"global": None, "fedu": fedu, "fedema": f
 
 
 def check_client_start(config: Config, task: Task) -> None:
-    """Refuse a start that cannot be had.
+    """Refuse a ``federation.client_start`` that cannot work.
 
     Raises:
-      ConfigError: ``federation.client_start`` is unknown, or does not go with the strategy, the objective or several
-        processes.
+      ConfigError: ``federation.client_start`` is unknown, or is incompatible with the strategy, the objective or
+        several processes.
     """
     name = config.federation.client_start
     if choose("federation.client_start", name, STARTS) is None:
@@ -108,7 +108,7 @@ def check_client_start(config: Config, task: Task) -> None:
 
 
 def make_client_start(config: Config, task: Task, stage: Stage) -> ClientStart:
-    """The start that ``federation.client_start`` names, in the run's single stage (see ``check``)."""
+    """Return the start that ``federation.client_start`` names, for the run's single stage."""
     rule, divergence = STARTS[config.federation.client_start], config.federation.divergence
     if rule is None:
         return FROM_BROADCAST
@@ -130,7 +130,7 @@ def fresh_client(task: Task, trainable: Tree) -> ClientState:
 
 
 def to_memory(client: ClientState) -> Memory:
-    """What clients keep of their states at the end of a round; leaves may have a leading lane axis W."""
+    """Return the part of the clients' states that they keep after a round; leaves may have a leading lane axis W."""
     return Memory(jnp.ones(client.kept.shape, bool), client.trainable, client.target, client.kept)
 
 

@@ -1,4 +1,4 @@
-"""What local training needs besides parameters and data, made from a config."""
+"""The static part of local training: all that it needs in addition to parameters and data, made from a config."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,10 +21,10 @@ from lwfedssl_jax.tree import Tree
 
 
 class Hyper(NamedTuple):
-    """Numbers of a config that programs take as arguments: runs that differ in these alone share what is compiled.
+    """Hyperparameters that programs take as arguments: runs that differ only in these share compiled programs.
 
     Attributes:
-      learning_rate: as the optimizer runs at (``Config.learning_rate``).
+      learning_rate: as the optimizer uses it (``Config.learning_rate``).
       weights: of the terms of the loss, in ``Task.terms``'s order.
       weight_decay, temperature, momentum, depth_dropout: the config's.
     """
@@ -38,10 +38,10 @@ class Hyper(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Everything that local training needs besides parameters and data; all but ``hyper`` is static.
+    """Everything that local training needs in addition to parameters and data; all except ``hyper`` is static.
 
     Parameters are ``{"encoder": F, "statistics": F's running averages, "projection": H, "prediction": Q}``,
-    Q only where the objective has it.
+    Q only if the objective has one.
     """
 
     encoder: Encoder
@@ -69,7 +69,7 @@ class Broadcast(NamedTuple):
       present: for each of its leaves, which rows are not idle (``tree.present``).
       frozen: the encoder's frozen part and its statistics.
       depth, frozen_depth: how many trainable and frozen layers there are.
-      droppable: how many of all these, the first ones, depth dropout may skip.
+      droppable: how many of the first of these depth dropout may skip.
       extras: what it sends in addition to the model (``Exchange``); empty in plain federated averaging.
     """
 
@@ -83,13 +83,13 @@ class Broadcast(NamedTuple):
 
 
 class ClientState(NamedTuple):
-    """A client within a round.
+    """The state of a client within a round.
 
     Attributes:
       trainable: the trainable parameters.
       opt_state: the optimizer's state.
       target: an average of the trainable encoder part and projection head; empty without a target branch.
-      kept: what a client that keeps a model between rounds keeps in addition to it (``Memory``); else empty.
+      kept: what a client keeps between rounds in addition to its model (``Memory``); empty for stateless clients.
     """
 
     trainable: Tree
@@ -99,7 +99,7 @@ class ClientState(NamedTuple):
 
 
 def make_task(config: Config) -> Task:
-    """The task of a resolved config.
+    """Make the task of a resolved config.
 
     Raises:
       ConfigError: unknown data set, recipe of views, model, objective or term of the loss.
@@ -141,10 +141,10 @@ def make_task(config: Config) -> Task:
 def make_encoder(
     model: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False
 ) -> Encoder:
-    """The named model, by the entry of ``ARCHITECTURES`` for it.
+    """Make the named model by its entry in ``ARCHITECTURES``.
 
     Raises:
-      ConfigError: there is no model of that name, or no such architecture.
+      ConfigError: there is no model with that name, or no such architecture.
     """
     size = choose("model.name", model.name, MODELS)
     make = choose(f"MODELS[{model.name!r}].architecture", size.architecture, ARCHITECTURES)
@@ -152,18 +152,18 @@ def make_encoder(
 
 
 def init_params(task: Task, key: jax.Array) -> Tree:
-    """Fresh parameters of all layers and heads."""
+    """Initialise the parameters of all layers and heads."""
     keys = jax.random.split(key, 1 + len(task.heads))
     heads = {name: head.init(k) for k, (name, head) in zip(keys[1:], task.heads.items(), strict=True)}
     return task.encoder.init(keys[0]) | heads
 
 
 def param_layers(task: Task, params: Tree) -> Tree:
-    """Layer number of every parameter; heads are trained in every stage."""
+    """Return the layer number of every parameter; heads are trained in every stage."""
     heads: Tree = {name: jax.tree.map(lambda _: np.array(EVERY_STAGE), params[name]) for name in task.heads}
     return task.encoder.layers(params) | heads
 
 
 def weights_of(trainable: Tree) -> Tree:
-    """What of the trainable parameters gets a gradient: all but the statistics."""
+    """Return the trainable parameters that get a gradient: all except the statistics."""
     return {k: v for k, v in trainable.items() if k != "statistics"}

@@ -1,4 +1,4 @@
-"""Terms that can be added to the local loss."""
+"""Additional terms of the local loss."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ ALIGNMENT_TEMPERATURE = 0.5  # MOON's
 
 
 class Local(NamedTuple):
-    """What a term of the local loss may look at.
+    """What a term of the local loss can use.
 
     Attributes:
       weights: what is being trained.
@@ -25,8 +25,9 @@ class Local(NamedTuple):
       received_projection: gives the same from the received weights, for one more forward pass.
       mask: B, True for real samples.
       extras: what the server sent in addition to the model (``Exchange``).
-      project_images: ``(model, images_PxHxWxC) -> PxO``, projections of uint8 images as they are, all layers trainable.
-      key: of the step; a term that draws folds a stream of its own into it.
+      project_images: ``(model, images_PxHxWxC) -> PxO``, projections of uint8 images without augmentation, with all
+        layers trainable.
+      key: of the step; a term that draws random numbers folds its own stream into it.
     """
 
     weights: Tree
@@ -57,9 +58,10 @@ def proximal(local: Local) -> jax.Array:
 
 
 def alignment(local: Local) -> jax.Array:
-    """Pulls local projections to the global model's of the same view (arXiv 2401.11647 v3; after MOON, 2103.16257).
+    """Align local projections with the global model's of the same view (arXiv 2401.11647 v3; after MOON, 2103.16257).
 
-    The mean of both views' ``nce(z, z_global)``, other samples' global projections as negatives, temperature 0.5.
+    It is the mean of ``nce(z, z_global)`` over both views, with other samples' global projections as negatives and
+    temperature 0.5.
     """
     z, goal = local.projection, jax.lax.stop_gradient(local.received_projection())
     return (
@@ -76,7 +78,7 @@ def base(local: Local) -> jax.Array:
 
 
 def public_batch(public_NxHxWxC: jax.Array, size: int, key: jax.Array) -> jax.Array:
-    """At most ``size`` of the public images, drawn for a step without repeats: PxHxWxC, uint8."""
+    """Draw at most ``size`` of the public images for a step, without replacement: PxHxWxC, uint8."""
     shape = (min(size, len(public_NxHxWxC)),)
     drawn = jax.random.choice(
         jax.random.fold_in(key, seeds.StepTag.PUBLIC_IMAGES), len(public_NxHxWxC), shape, replace=False
@@ -88,10 +90,10 @@ TERMS: dict[str, Term] = {"proximal": proximal, "alignment": alignment, "base": 
 
 
 def terms_of(config: Config) -> tuple[tuple[Term, float], ...]:
-    """The terms that ``additions.terms`` names, with their weights; one of weight 0 is left out.
+    """Return the terms that ``additions.terms`` names, with their weights; terms of weight 0 are left out.
 
     Raises:
-      ConfigError: not NAME=WEIGHT, no such term, twice the same, or a negative weight.
+      ConfigError: an entry is not NAME=WEIGHT, or has an unknown or repeated name or a negative weight.
     """
     found: dict[str, float] = {}
     for text in config.additions.terms:

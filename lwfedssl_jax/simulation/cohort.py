@@ -1,4 +1,4 @@
-"""Who is drawn in a round, who reports, and their work packed into lanes."""
+"""Cohorts: which clients are drawn in a round, which of them report, and how their work is packed into lanes."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ CALL_STEPS = 32  # steps that are laid out, and at most run, at once
 
 
 def eligible_clients(run: Prepared, number: int) -> np.ndarray:
-    """The clients whose devices can take part in a round: all, or those of the fleet that can afford its stage."""
+    """Return the clients whose devices can take part in a round: all, or those that can afford its stage."""
     if not run.fleet:
         return np.arange(run.config.partition.clients)
     stage = next(stage for stage in run.stages if number <= stage.last_round)
@@ -20,14 +20,14 @@ def eligible_clients(run: Prepared, number: int) -> np.ndarray:
 
 
 class Cohort(NamedTuple):
-    """Clients of a round, by number and in order: those drawn that have data, and those of them that report."""
+    """The clients of a round, by number and in order: those drawn that have data, and those of these that report."""
 
     drawn: list[int]
     reporting: list[int]
 
 
 def draw_cohort(run: Prepared, number: int) -> Cohort:
-    """The clients of a round."""
+    """Draw the clients of a round."""
     rng = seeds.rng(run.config.runtime.seed, seeds.RngTag.SAMPLING, number)
     clients = eligible_clients(run, number)
     drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
@@ -37,7 +37,7 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
 
 
 def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound | None:
-    """The work of these clients in a round, in the run's lanes; None without any client."""
+    """Pack the work of a round's clients into the run's lanes; return None if there are no clients."""
     if not clients:
         return None
     optimizer, federation = run.config.optimizer, run.config.federation

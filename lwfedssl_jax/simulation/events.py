@@ -1,4 +1,4 @@
-"""What a run reports while it goes: one small type per event, and one function that hears them all."""
+"""Progress events of a run: one small type per event, and one function that receives them all."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ class Evaluated(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The run is over and its summary written."""
+    """The run is finished and its summary is written."""
 
     summary: dict[str, Any]
 
@@ -91,4 +91,4 @@ Hear = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Hears nothing."""
+    """Ignore all events."""

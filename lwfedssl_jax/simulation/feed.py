@@ -1,4 +1,4 @@
-"""Images on their way to the device: all of them once, or those of the next call while this one runs."""
+"""Transfers images to the device: all of them once, or those of the next call while the current one runs."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -13,7 +13,7 @@ Calls = Iterator[tuple[Schedule, int]]
 
 
 class Feed(NamedTuple):
-    """Images for calls.
+    """A source of the images that calls need.
 
     Attributes:
       is_resident: whether all images stay on the device.
@@ -25,7 +25,7 @@ class Feed(NamedTuple):
 
 
 def resident(images_NxHxWxC: np.ndarray, put: Put) -> Feed:
-    """All images stay on the device, and a schedule's examples are indices into them.
+    """Keep all images on the device; a schedule's examples are indices into them.
 
     Args:
       images_NxHxWxC: uint8.
@@ -36,11 +36,11 @@ def resident(images_NxHxWxC: np.ndarray, put: Put) -> Feed:
 
 
 def streamed(images_NxHxWxC: np.ndarray, put_by_lane: Put) -> Feed:
-    """Only a call's own images are on the device, each lane's with the lane.
+    """Keep only the images of a call on the device, each lane's with the lane.
 
     Args:
       images_NxHxWxC: uint8, on the host.
-      put_by_lane: an array's axis of lanes, the first one or the one behind that of the runs, over the devices.
+      put_by_lane: splits an array's lane axis (the first one, or the one after the axis of runs) over the devices.
     """
 
     def serve(calls: Calls) -> Iterator[tuple[jax.Array, Schedule, int]]:

@@ -1,4 +1,4 @@
-"""How many lanes a run has, and over which devices they are split."""
+"""Choice of the number of lanes of a run, and of the devices that they are split over."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ SAMPLES_AT_ONCE = 2048  # of all lanes of one accelerator together
 
 
 def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = None) -> tuple[int, Mesh]:
-    """How many lanes there are, and the devices they are split over, evenly.
+    """Return the number of lanes, and the mesh of devices over which they are split evenly.
 
-    ``runtime.lanes``, or by device: ``config.cpu_lanes`` on each CPU, elsewhere as many as make
-    ``SAMPLES_AT_ONCE``. Never more than the cohort can fill; rounded up to a multiple of the devices,
+    The number is ``runtime.lanes`` or depends on the device: ``config.cpu_lanes`` on each CPU, elsewhere as many as
+    give ``SAMPLES_AT_ONCE``. It is never more than the cohort can fill; rounded up to a multiple of the devices,
     of which no more are used than there are lanes.
 
     Args:
@@ -34,7 +34,7 @@ def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = No
 
 
 def placer(mesh: Mesh, spec: PartitionSpec) -> Callable[[np.ndarray], jax.Array]:
-    """A function that puts a host array on the mesh; every process must give it the same array."""
+    """Return a function that puts a host array on the mesh; every process must pass it the same array."""
     sharding = NamedSharding(mesh, spec)
 
     def put(x: np.ndarray) -> jax.Array:

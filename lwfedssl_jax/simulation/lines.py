@@ -16,13 +16,13 @@ class RoundLine(TypedDict):
     Attributes:
       round: from 1.
       stage: from 1.
-      loss: mean over the samples that were trained on; None if nobody reported.
-      client_distance: see ``rounds.finish_round``; None if nobody reported.
-      clients: that reported.
-      dropped: clients that were drawn and did not report.
-      left_out: clients whose update was not finite.
-      cannot_afford: clients of the population whose device cannot train the stage.
-      examples: that the reporting clients trained on, counted once per local epoch.
+      loss: mean over the samples that were trained on; None if no client reported.
+      client_distance: see ``rounds.finish_round``; None if no client reported.
+      clients: number of clients that reported.
+      dropped: number of clients that were drawn and did not report.
+      left_out: number of clients whose update was not finite.
+      cannot_afford: number of clients in the population whose device cannot train the stage.
+      examples: number that the reporting clients trained on, counted once per local epoch.
       steps: optimizer steps of all clients.
       download_bytes, upload_bytes: of all clients.
       lane_utilisation: share of the lanes' steps that trained a client, 0 to 1.
@@ -52,7 +52,7 @@ class RoundLine(TypedDict):
 
 
 def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort) -> RoundLine:
-    """Return a round's line as it is if nobody reports, without its seconds."""
+    """Return the line of a round in which no client reports, without its seconds."""
     reporting = len(cohort.reporting)
     return {
         "round": number,
@@ -74,7 +74,7 @@ def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohor
 def trained_fields(
     run: Prepared, stage: Stage, work: PackedRound, cohort: Cohort, measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a round's training adds to its line; ``measured`` as ``finish_round`` returns it."""
+    """Return what a round's training adds to its line; ``measured`` is as ``finish_round`` returns it."""
     reporting = cohort.reporting
     line = {
         "left_out": int(measured["left_out"]),

@@ -1,4 +1,4 @@
-"""Models that clients keep between rounds, on their way between the host and the lanes."""
+"""Moves the models that clients keep between rounds between the host and the lanes."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ Memories = dict[int, Memory]  # by client number
 
 
 def recall(empty: Memory, clients: Memories, schedule: Schedule, mesh: Mesh) -> Memory:
-    """Memories of the clients that lanes begin in a call, on the lanes' devices; other lanes get an empty one."""
+    """Load the memories of the clients that lanes begin in a call; other lanes get an empty memory."""
     begins = schedule.busy[0] & (schedule.step[0] == 0)
     numbers = zip(schedule.client[0], begins, strict=True)
     lanes = [clients.get(int(client), empty) if begin else empty for client, begin in numbers]
@@ -22,7 +22,7 @@ def recall(empty: Memory, clients: Memories, schedule: Schedule, mesh: Mesh) -> 
 
 
 def remember(clients: Memories, carry: Carry, schedule: Schedule) -> None:
-    """Keep the finite models of the clients that a call has finished, at most one per lane."""
+    """Store the finite models of the clients that a call has finished, at most one per lane."""
     lanes, losses = jax.device_get((to_memory(carry.client), carry.loss))
     for lane in np.flatnonzero(schedule.weight.max(axis=0)):
         memory = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)

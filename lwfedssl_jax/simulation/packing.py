@@ -1,7 +1,7 @@
-"""Which client runs in which lane at which step: queues of clients, filled longest-first.
+"""Schedules clients in lanes: which client runs in which lane at which step, longest clients first.
 
-Clients of a cohort have unequal data. Padding each to the longest wastes most of the
-work; here W lanes each work through a queue of clients, one client after the other. A
+Clients of a cohort have different amounts of data. Padding each to the longest would waste most
+of the work; instead, W lanes each work through a queue of clients, one client after the other. A
 client's batches are drawn when its turn comes, so memory grows with the lanes and not
 with the cohort.
 """
@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
 
 
 def queues(steps_K: Sequence[int], lanes: int) -> list[list[int]]:
-    """Clients (positions in ``steps_K``) of each lane: the longest next to the emptiest lane."""
+    """Return the clients (positions in ``steps_K``) of each lane; the longest goes next to the emptiest lane."""
     heap = [(0, lane) for lane in range(lanes)]
     result: list[list[int]] = [[] for _ in range(lanes)]
     for i in sorted(range(len(steps_K)), key=lambda i: -steps_K[i]):
@@ -50,7 +50,7 @@ def queues(steps_K: Sequence[int], lanes: int) -> list[list[int]]:
 def batches(
     examples_n: np.ndarray, batch_size: int, epochs: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A client's batches: indices TxB and real samples T, T = epochs * ceil(n / batch_size).
+    """Draw a client's batches: indices TxB and real samples T, T = epochs * ceil(n / batch_size).
 
     Each epoch is a fresh permutation; its last batch may be short and is padded with the
     client's own examples.
@@ -64,13 +64,13 @@ def batches(
 
 
 class PackedRound(NamedTuple):
-    """A round's work, laid out in lanes.
+    """The work of a round, laid out in lanes.
 
     Attributes:
       length: steps of the longest lane.
       steps: steps of all clients.
-      calls: the schedule in pieces of one shape, each with the number of its steps that count;
-        made one by one, and only once.
+      calls: the schedule in pieces of one shape, each with the number of its steps to run;
+        generated one by one, and only once.
     """
 
     length: int
@@ -79,7 +79,7 @@ class PackedRound(NamedTuple):
 
 
 class CohortData(NamedTuple):
-    """What is to be packed: the data of the K clients that report, each with at least one example.
+    """The data to be packed: that of the K clients that report, each with at least one example.
 
     Attributes:
       clients: their numbers.
@@ -100,8 +100,8 @@ class Layout(NamedTuple):
       batch_size: B.
       epochs: E.
       call_steps: C, steps per call.
-      one_per_call: a lane begins a client only at a call's first step, so that a call's state before
-        and after is that of one client per lane; lanes then wait for each other.
+      one_per_call: a lane begins a client only at a call's first step, so that the state before and
+        after a call is that of one client per lane; lanes then wait for each other.
     """
 
     lanes: int
@@ -117,7 +117,7 @@ def pack_round(cohort: CohortData, layout: Layout, seed: tuple[int, ...]) -> Pac
     Args:
       cohort: the clients that report.
       layout: how they are packed.
-      seed: of the round; a client's batches depend on it and on the client alone.
+      seed: of the round; a client's batches depend only on this and on the client.
     """
     steps_K = [layout.epochs * -(-n // layout.batch_size) for n in cohort.sizes_K]
     lanes = queues(steps_K, layout.lanes)
@@ -127,7 +127,7 @@ def pack_round(cohort: CohortData, layout: Layout, seed: tuple[int, ...]) -> Pac
 
 
 def call_lengths(steps_K: Sequence[int], lanes: Sequence[Sequence[int]], layout: Layout) -> list[int]:
-    """How many steps of each call count."""
+    """Return how many steps of each call are to be run."""
     size = layout.call_steps
     if layout.one_per_call:
         pieces = [[min(size, steps_K[i] - c) for i in lane for c in range(0, steps_K[i], size)] for lane in lanes]
@@ -137,7 +137,7 @@ def call_lengths(steps_K: Sequence[int], lanes: Sequence[Sequence[int]], layout:
 
 
 def client_schedule(cohort: CohortData, layout: Layout, seed: tuple[int, ...], i: int) -> Schedule:
-    """The T steps of the cohort's i-th client, without a lane axis."""
+    """Make the schedule of the T steps of the cohort's i-th client, without a lane axis."""
     client = cohort.clients[i]
     rng = np.random.default_rng([*seed, client])
     rows, real = batches(cohort.examples[client], layout.batch_size, layout.epochs, rng)
@@ -150,10 +150,10 @@ def client_schedule(cohort: CohortData, layout: Layout, seed: tuple[int, ...], i
 def pack_calls(
     clients: Sequence[Iterator[Schedule]], lengths: Sequence[int], layout: Layout
 ) -> Iterator[tuple[Schedule, int]]:
-    """The calls of a round, each with the number of its steps that count.
+    """Generate the calls of a round, each with the number of its steps to run.
 
     Args:
-      clients: of each lane, one after the other; made when their turn comes.
+      clients: schedules of each lane's clients, one after the other; made when their turn comes.
       lengths: of the calls.
       layout: how clients are packed.
     """
@@ -180,10 +180,10 @@ def fill_lane(
 
 
 def side_by_side(rounds: Sequence[Iterator[tuple[Schedule, int]]], idle: Schedule) -> Iterator[tuple[Schedule, int]]:
-    """The calls of several rounds at once, with a leading axis over rounds; one that has ended is idle.
+    """Combine the calls of several rounds, with a leading axis over rounds; a round that has ended is idle.
 
     Args:
-      rounds: each one's ``Round.calls``, all of one shape.
+      rounds: ``PackedRound.calls`` of each round, all of one shape.
       idle: of that shape (``empty_plan``).
     """
     for calls in itertools.zip_longest(*rounds):
@@ -192,7 +192,7 @@ def side_by_side(rounds: Sequence[Iterator[tuple[Schedule, int]]], idle: Schedul
 
 
 def idle_schedule(steps: int, lanes: int, batch_size: int) -> Schedule:
-    """A plan of idle lanes."""
+    """Make a schedule of idle lanes."""
     return Schedule(
         examples=np.zeros((steps, lanes, batch_size), np.int32),
         real=np.full((steps, lanes), batch_size, np.int32),

@@ -1,4 +1,4 @@
-"""A stage's programs, compiled ahead of time: they refuse other shapes instead of recompiling."""
+"""The compiled programs of a stage, made ahead of time: they refuse other shapes instead of recompiling."""
 
 import functools
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class Before(NamedTuple):
 
 
 class After(NamedTuple):
-    """Parameters and states after a round, as before it if nobody's update counts, and what was measured."""
+    """Parameters and states after a round (unchanged if no client's update is used), and what was measured."""
 
     params: Tree
     state: Tree
@@ -72,21 +72,21 @@ class After(NamedTuple):
 
 
 class Programs:
-    """The programs of a run's stages, or of several stacked runs', compiled when they are first needed.
+    """The programs of the stages of a run, or of several stacked runs, compiled when they are first needed.
 
     Args:
-      run: of which they are, or any of those that are stacked.
+      run: the run, or any of those that are stacked.
       stack: the runs.
-      feed: gives the images.
+      feed: provides the images.
       cache: shared with other simulators of this process.
-      hear: hears of compilations.
+      hear: called when a compilation begins.
     """
 
     def __init__(self, run: Prepared, stack: Stack, feed: Feed, cache: Cache, hear: Hear) -> None:
         self._run, self._stack, self._feed, self._cache, self._hear = run, stack, feed, cache, hear
 
     def of(self, stage: Stage) -> Program:
-        """The programs of a stage, compiled once for all stages of the same shapes."""
+        """Return the programs of a stage, compiled once for all stages of the same shapes."""
         run, count = self._run, self._stack.size
 
         def compiled() -> Program:
@@ -100,7 +100,7 @@ class Programs:
 
 
 def make_broadcast(stage: Stage, params: Tree, rows: Tree, depths: Sequence[ArrayLike]) -> Broadcast:
-    """What the server sends of the global parameters in a stage, whose rows and depths may be traced."""
+    """Select the global parameters that the server sends in a stage, whose rows and depths may be traced."""
     frozen = jax.tree.map(lambda m, x: x if np.any(m) else None, stage.frozen, params)
     return Broadcast(tree.take(params, rows), tree.present(params, rows), frozen, *map(jnp.asarray, depths))
 
@@ -108,7 +108,7 @@ def make_broadcast(stage: Stage, params: Tree, rows: Tree, depths: Sequence[Arra
 def start_stage(
     run: Prepared, stage: Stage, params: Tree, rows: Tree, depths: tuple[jax.Array, ...], extras: Tree
 ) -> tuple[Broadcast, Carry]:
-    """A round's broadcast, and the empty round."""
+    """Make a round's broadcast, and the empty round."""
     broadcast = make_broadcast(stage, params, rows, depths)._replace(extras=extras)
     return broadcast, start_round(run.method, broadcast, run.lanes)
 
@@ -116,12 +116,12 @@ def start_stage(
 def train_stage(
     method: Method, carry: Carry, broadcast: Broadcast, memory: Tree, work: Work, context: RoundContext
 ) -> Carry:
-    """``run_steps`` with a context whose key is key data, which every process can place on all devices."""
+    """Call ``run_steps`` with a context whose key is key data, which every process can place on all devices."""
     return run_steps(method, carry, broadcast, memory, work, _with_key(context))
 
 
 def finish_stage(method: Method, before: Before, broadcast: Broadcast, carry: Carry, context: RoundContext) -> After:
-    """The round's average put into the parameters, if any client's update counts."""
+    """Put the round's average into the parameters, if any client's update is used."""
     end = finish_round(method, _with_key(context), before.state, broadcast, carry)
     new = tree.put(before.params, before.rows, end.trainable), end.state, end.exchange
     old = before.params, before.state, {name: broadcast.extras[name] for name in end.exchange}
@@ -134,7 +134,7 @@ def _with_key(context: RoundContext) -> RoundContext:
 
 
 def idle_call(run: Prepared) -> Schedule:
-    """The schedule of a call in which no lane has a client."""
+    """Make the schedule of a call in which no lane has a client."""
     return idle_schedule(cohort.CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
 
 
@@ -142,9 +142,9 @@ def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> Prog
     """Compile a stage's programs.
 
     Args:
-      run: of which they are, or any of those that are stacked.
-      stage: or any of the same shapes.
-      feed: gives the images.
+      run: the run, or any of those that are stacked.
+      stage: the stage, or any of the same shapes.
+      feed: provides the images.
       stack: the runs.
     """
     idle = idle_call(run)

@@ -1,8 +1,8 @@
-"""The round: lanes of clients side by side, over one device or many, and the streaming average.
+"""The training round: parallel lanes of clients on one or more devices, and the streaming average.
 
-A call runs a number of steps of the schedule in all lanes; what clients contribute streams into
-a sum per lane, so memory grows with the lanes, not with the cohort. Lanes are the one axis
-that is split over devices and hosts; nothing crosses it before the round's end.
+A call runs a number of steps of the schedule in all lanes. The clients' contributions are added to
+a sum per lane, so memory grows with the lanes, not with the cohort. Lanes are the only axis
+that is split over devices and hosts; they exchange nothing before the end of the round.
 """
 
 import functools
@@ -30,11 +30,11 @@ SCHEDULE_BY_LANE = PartitionSpec(None, LANES)
 
 
 class Method(NamedTuple):
-    """All static parts of a round; programs close over it.
+    """All static parts of a round, over which the programs close.
 
     Attributes:
       task: local training.
-      aggregator: what the server makes of the clients' models.
+      aggregator: how the server combines the clients' models.
       start: how a client's state begins.
       exchange: what clients and server exchange in addition to models.
       mesh: the devices that the lanes are split over, evenly.
@@ -48,10 +48,10 @@ class Method(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one call does.
+    """The work of one call.
 
     Attributes:
-      images_GxNxHxWxC: uint8, what ``schedule.examples`` counts in: one pool for all lanes (G = 1) or one for each
+      images_GxNxHxWxC: uint8, the images that ``schedule.examples`` indexes: one pool for all lanes (G = 1) or one each
         (G = W).
       schedule: C steps, of which any part can be run: calls of all lengths share a program.
       first, steps: the row of the schedule to begin with, and how many to run.
@@ -64,13 +64,13 @@ class Work(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What a round hands from call to call; every leaf has a leading lane axis W.
+    """The state that a round passes from call to call; every leaf has a leading lane axis W.
 
     Attributes:
       client: state of the client each lane is training.
       loss, samples: its loss summed over real samples, and their number.
       total: sums over the lane's finished clients.
-      left_out: finished clients whose update was not finite, and is in no sum.
+      left_out: number of finished clients whose update was not finite, and is not in any sum.
       layers: layers run, summed over the steps.
     """
 
@@ -83,7 +83,7 @@ class Carry(NamedTuple):
 
 
 class Total(NamedTuple):
-    """What finished clients add up to, n_i examples each.
+    """Sums over finished clients, with n_i examples each.
 
     Attributes:
       examples: sum of n_i.
@@ -91,7 +91,7 @@ class Total(NamedTuple):
       squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
       loss, samples: loss summed over real samples, and their number.
       summed: the aggregator's contributions.
-      uploaded: the uploads of the method's further exchange.
+      uploaded: the uploads of the method's additional exchange.
     """
 
     examples: jax.Array
@@ -110,7 +110,7 @@ class Update(NamedTuple):
       trained: its trainable part.
       examples: n_i, float32.
       loss, samples: its loss summed over real samples, and their number.
-      uploaded: for the method's further exchange.
+      uploaded: for the method's additional exchange.
     """
 
     trained: Tree
@@ -121,7 +121,7 @@ class Update(NamedTuple):
 
 
 def contribution(aggregator: Aggregator, context: RoundContext, broadcast: Broadcast, update: Update) -> Total:
-    """What one client adds to the round's sums."""
+    """Return what one client adds to the round's sums."""
     trained, examples = update.trained, update.examples
     chex.assert_trees_all_equal_shapes_and_dtypes(trained, broadcast.trainable)
     return Total(
@@ -136,20 +136,20 @@ def contribution(aggregator: Aggregator, context: RoundContext, broadcast: Broad
 
 
 def is_finite(total: Total) -> jax.Array:
-    """Whether everything that a client adds is finite; its weights are if the squares of their change are."""
+    """Return whether everything that a client adds is finite; its weights are if the squares of their change are."""
     statistics = {k: v for k, v in total.weighted.items() if k == "statistics"}
     leaves = jax.tree.leaves((total.squares, total.loss, statistics, total.uploaded))
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def squared_distance(a: Tree, b: Tree) -> jax.Array:
-    """``||a - b||^2`` over all weights, float32."""
+    """Return ``||a - b||^2`` over all weights, in float32."""
     squares = jax.tree.map(lambda x, y: jnp.square(x - y).sum().astype(jnp.float32), weights_of(a), weights_of(b))
     return jnp.stack(jax.tree.leaves(squares)).sum()
 
 
 def start_round(method: Method, broadcast: Broadcast, lanes: int) -> Carry:
-    """An empty round."""
+    """Make the state of an empty round."""
     client = method.start.begin(method.task, broadcast, None)
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     update = Update(broadcast.trainable, zero, zero, none, method.exchange.nothing(broadcast))
@@ -173,10 +173,10 @@ def run_steps(
       method: static.
       carry: from ``start_round`` or the call before; may be donated.
       broadcast: one copy for all lanes.
-      memory: what the clients that lanes begin have kept, with a leading lane axis; None where they keep nothing.
+      memory: of the clients that lanes begin, with a leading lane axis; None if clients keep nothing.
       work: images and steps.
-      context: of the round; its numbers take the place of the task's, and its key is ``fold_in(seed, round)``, into
-        which client and step are folded here.
+      context: of the round; its hyperparameters replace the task's, and its key is ``fold_in(seed, round)``, into
+        which the client and the step are folded here.
     """
     batch = work.images_GxNxHxWxC
     chex.assert_rank(batch, 5)
@@ -186,14 +186,14 @@ def run_steps(
         mesh=method.mesh,
         in_specs=(BY_LANE, ALL, BY_LANE, Work._make((pool, SCHEDULE_BY_LANE, ALL, ALL)), ALL),
         out_specs=BY_LANE,
-        check_vma=False,  # nothing is reduced over lanes here; the check would sum what is not to be summed
+        check_vma=False,  # nothing is reduced over lanes here; the check would sum what must not be summed
     )(carry, broadcast, memory, work, context)
 
 
 def on_device(
     method: Method, carry: Carry, broadcast: Broadcast, memory: Tree, work: Work, context: RoundContext
 ) -> Carry:
-    """``run_steps`` for the lanes of one device."""
+    """Run ``run_steps`` for the lanes of one device."""
     method = method._replace(task=method.task._replace(hyper=context.hyper))
     images = work.images_GxNxHxWxC
     step = functools.partial(lane_step, method, broadcast, context)
@@ -219,7 +219,7 @@ def lane_step(
     row: Schedule,
     memory: Tree,
 ) -> Carry:
-    """One step of the client that a lane is training; at its last one it adds its update to the lane's sums."""
+    """Run one step of the client that a lane is training; after its last step, add its update to the lane's sums."""
     task = method.task
     state = tree.where(row.step == 0, method.start.begin(task, broadcast, memory), lane.client)
     client_key = jax.random.fold_in(context.key, row.client)
@@ -246,9 +246,9 @@ def lane_step(
 
 
 def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carry:
-    """``f`` for every lane of this device: by ``vmap``, except on a CPU, where they run one after the other.
+    """Apply ``f`` to every lane of this device: by ``vmap``, except on a CPU, where lanes run one after the other.
 
-    There a product with different weights for every lane is slower than one product per lane.
+    On a CPU, a product with different weights for every lane is slower than one product per lane.
     """
     if len(jax.tree.leaves(lanes)[0]) == 1:
         one = f(*jax.tree.map(lambda x: x[0], lanes))
@@ -259,7 +259,7 @@ def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carr
 
 
 class RoundEnd(NamedTuple):
-    """What a round leaves on the server.
+    """The result of a round on the server.
 
     Attributes:
       state: the aggregator's.
@@ -267,7 +267,7 @@ class RoundEnd(NamedTuple):
       measured: ``loss``, the mean over samples; ``client_distance``, the clients' weighted root mean squared distance
         from their mean; ``left_out``, how many clients are in neither because their updates are not finite;
         ``layers``, run in all steps; and ``aggregator``, what the aggregator measured.
-      exchange: the state of the method's further exchange.
+      exchange: the state of the method's additional exchange.
     """
 
     state: Tree
@@ -277,14 +277,14 @@ class RoundEnd(NamedTuple):
 
 
 def finish_round(method: Method, context: RoundContext, state: Tree, broadcast: Broadcast, carry: Carry) -> RoundEnd:
-    """The round's end on the server."""
+    """Finish the round on the server."""
     total = jax.tree.map(lambda x: x.sum(0), carry.total)
     examples = jnp.maximum(total.examples, 1)
     mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), total.weighted)
     context = context._replace(key=jax.random.fold_in(context.key, seeds.RoundTag.FINISH))
     state, trainable, found = method.aggregator.finish(context, state, broadcast, mean, total.summed)
     chex.assert_trees_all_equal_shapes_and_dtypes(trainable, broadcast.trainable)
-    # The variance by its two moments, both around what was sent, near which all clients are.
+    # The variance by its first two moments, both around the weights that were sent, near which all clients are.
     variance = total.squares / examples - squared_distance(mean, broadcast.trainable)
     measured = {
         "loss": total.loss / jnp.maximum(total.samples, 1).astype(total.loss.dtype),

@@ -22,7 +22,7 @@ class ServerTraining:
     Args:
       run: prepared.
       cache: shared with other simulators of this process.
-      hear: hears of compilations.
+      hear: called when a compilation begins.
     """
 
     def __init__(self, run: Prepared, cache: Cache, hear: Hear) -> None:
@@ -34,7 +34,7 @@ class ServerTraining:
         return self._run.config.additions.calibration_steps > 0
 
     def after_round(self, stage: Stage, params: Tree, number: int) -> tuple[Tree, float]:
-        """The parameters after the round's calibration, on the host, and its loss.
+        """Calibrate after a round; return the parameters, on the host, and the loss.
 
         Raises:
           FloatingPointError: the loss is not finite.
@@ -47,7 +47,7 @@ class ServerTraining:
 
     @functools.cached_property
     def extras(self) -> Tree:
-        """What of ``Broadcast.extras`` no round changes, on the host: the base model, trained now, and its images.
+        """Return the constant part of ``Broadcast.extras``, on the host: the base model, trained now, and its images.
 
         Raises:
           FloatingPointError: the base model's loss is not finite.

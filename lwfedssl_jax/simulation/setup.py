@@ -1,4 +1,4 @@
-"""From a config to a prepared run: data, clients, task, stages, lanes; nothing is compiled."""
+"""Prepares a run from its config: data, clients, task, stages, lanes; nothing is compiled."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
@@ -29,7 +29,7 @@ from lwfedssl_jax.system.devices import memory_limit
 from lwfedssl_jax.tree import Tree
 
 GIB = 2**30
-RESIDENT_SHARE = 0.25  # of a device's memory that the images may take before they are streamed
+RESIDENT_SHARE = 0.25  # share of a device's memory that the images may take; beyond it they are streamed
 
 Made = TypeVar("Made")
 
@@ -58,7 +58,7 @@ class Prepared(NamedTuple):
 
     @property
     def hyper(self) -> Hyper:
-        """The run's numbers as host arrays, the arguments of its programs."""
+        """The run's hyperparameters as host arrays, which are arguments of its programs."""
         as_array = functools.partial(np.asarray, dtype=self.task.dtype)
         return jax.tree.map(as_array, self.task.hyper)
 
@@ -69,20 +69,20 @@ class Prepared(NamedTuple):
 
 
 class Cache:
-    """What the runs of a process have in common, made once: data sets, programs, ledgers."""
+    """What the runs of a process share and make only once: data sets, programs, ledgers."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` returned when the key was new."""
+        """Return what ``make`` returned for the key, calling it only the first time."""
         if key not in self._made:
             self._made[key] = make()
         made: Made = self._made[key]
         return made
 
     def get_latest(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
-        """As ``get``, but only the latest of a kind is kept: for what is large."""
+        """As ``get``, but keep only the latest value of a kind, for large values."""
         if self._made.get(kind, (None,))[0] != key:
             self._made.pop(kind, None)  # before the next one is made
             self._made[kind] = key, make()
@@ -96,17 +96,17 @@ def prepare(
     hear: Hear = ignore,
     cache: Cache | None = None,
 ) -> Prepared:
-    """Load the data, partition it, lay out the stages; nothing is compiled.
+    """Load the data, partition it, and lay out the stages; nothing is compiled.
 
     Args:
       config: resolved.
       devices: to be used; by default all.
-      hear: hears how the data is loaded.
+      hear: called with the progress of loading the data.
       cache: shared with other runs of this process.
 
     Raises:
-      ConfigError: the data set is not installed or does not serve the partition, or parts of the config do not go
-        together; the server's images do not fit a device.
+      ConfigError: the data set is not installed or does not fit the partition, or parts of the config are
+        incompatible; the server's images do not fit on a device.
     """
     check_method(config)
     task, cache = make_task(config), cache or Cache()
@@ -134,12 +134,12 @@ def prepare(
 
 
 def load_data(config: DataConfig, hear: Hear) -> Dataset:
-    """The data set that a config names."""
+    """Load the data set that a config names."""
     return sources.find(config).load(config, lambda what: hear(Loading(what)), lambda text: hear(Note(text)))
 
 
 def check_server_images(config: Config, size: int, limit: int) -> None:
-    """Refuse more images on the server than stay on a device that has ``limit`` bytes.
+    """Refuse more images on the server than fit on a device with ``limit`` bytes.
 
     Raises:
       ConfigError: there are more.
@@ -153,13 +153,13 @@ def check_server_images(config: Config, size: int, limit: int) -> None:
 
 
 def can_stack(config: Config) -> bool:
-    """Whether runs of a config can be stacked in one program: no server trains, and no client keeps a model."""
+    """Return whether runs of a config can be stacked: the server does not train, and clients do not keep models."""
     server_trains = config.additions.calibration_steps or config.additions.base_steps
     return not server_trains and config.federation.client_start == "global" and jax.process_count() == 1
 
 
 def stack_size(config: Config) -> int:
-    """How many runs pay off side by side: on accelerators as many as fill one with samples, elsewhere one."""
+    """Return how many runs to stack: on accelerators, as many as fill the device with samples; elsewhere one."""
     lanes, mesh = lanes_and_mesh(config, LANES)
     if mesh.devices.flat[0].platform == "cpu" or not can_stack(config):
         return 1
@@ -167,13 +167,13 @@ def stack_size(config: Config) -> int:
 
 
 def with_fewer_lanes(run: Prepared, needed: int, limit: int) -> Prepared:
-    """The run with as many lanes as should fit, if a program needs more bytes on a device than it has.
+    """Reduce the lanes of a run to as many as should fit, if a program needs more bytes than a device has.
 
     Raises:
       ConfigError: the user has asked for this number of lanes, or there is only one.
     """
     fit = min(run.lanes - 1, run.lanes * limit // needed)
-    # Fewer CPU devices leave each more of the machine's memory; else every device keeps a lane.
+    # Fewer CPU devices leave each more of the machine's memory; otherwise every device keeps a lane.
     fewer_devices = run.mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
     if fit >= run.mesh.size or not fewer_devices:
         fit = fit // run.mesh.size * run.mesh.size
@@ -194,7 +194,7 @@ def check_finite(config: Config, what: str, number: int, values: Any) -> None:
 
 
 def not_finite(config: Config, what: str, number: int) -> FloatingPointError:
-    """An error that says what to lower."""
+    """Make an error that states what to lower."""
     return FloatingPointError(
         f"{what} in round {number}; lower optimizer.learning_rate ({config.optimizer.learning_rate}) "
         f"or raise objective.temperature ({config.objective.temperature})"
@@ -202,6 +202,6 @@ def not_finite(config: Config, what: str, number: int) -> FloatingPointError:
 
 
 def initial_params(run: Prepared) -> Tree:
-    """The seed's fresh parameters of all layers; a layer keeps them until its stage begins."""
+    """Initialise the parameters of all layers from the seed; a layer keeps them until its stage begins."""
     key = seeds.key(run.config.runtime.seed, seeds.KeyTag.INIT)
     return jax.jit(functools.partial(init_params, run.task))(key)

@@ -1,4 +1,4 @@
-"""The simulator: rounds of a prepared run on its devices."""
+"""The simulator, which runs the rounds of a prepared run on its devices."""
 
 import functools
 import time
@@ -40,7 +40,7 @@ SECONDS_PER_CALL = 5.0  # progress is seen after each call
 
 
 class Outcome(NamedTuple):
-    """One run's round: its line of ``metrics.jsonl``, and what is wrong if no client's update is finite."""
+    """The outcome of a round of one run: its line of ``metrics.jsonl``, and an error if no update is finite."""
 
     line: dict[str, Any]
     error: FloatingPointError | None
@@ -57,23 +57,23 @@ class RoundResult(NamedTuple):
 class Simulator:
     """A run on its devices, or several that are stacked: where the images are, and the programs compiled so far.
 
-    Stacked runs (``can_stack``) make each round as one program; parameters and state then have a leading axis over
+    Stacked runs (``can_stack``) run each round in one program; parameters and state then have a leading axis over
     runs (``stack``).
 
     Args:
       runs: one, or several that can be stacked.
-      stages: what is compiled now; by default nothing is before it is needed. Lanes that were
-        not asked for become fewer where these need more memory than there is.
-      hear: hears of compilations and steps.
-      between_calls: called after each call of a round's program; may raise to give the round up.
+      stages: those to compile now; by default, programs are compiled when they are needed. If the number of
+        lanes was chosen automatically, it is reduced until these programs fit into memory.
+      hear: called with compilations and steps.
+      between_calls: called after each call of a round's program; may raise to abandon the round.
       cache: shared with other simulators of this process.
 
     Attributes:
       runs: with the lanes and devices that are used.
 
     Raises:
-      ConfigError: the lanes that the user asks for, or a single one, do not fit the memory.
-      MemoryError: the stacked runs do not fit the memory together.
+      ConfigError: the number of lanes that the config sets, or a single lane, does not fit into memory.
+      MemoryError: the stacked runs do not fit into memory together.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Simulator:
         return self.stack.place(from_first(self._server.extras))
 
     def program(self, stage: Stage) -> Program:
-        """The programs of a stage, compiled once for all stages of the same shapes."""
+        """Return the programs of a stage, compiled once for all stages of the same shapes."""
         return self._programs.of(stage)
 
     def resume(self, rounds: int, saved: Sequence[Tree]) -> tuple[Tree, RoundState | None]:
@@ -133,7 +133,7 @@ class Simulator:
 
         Args:
           rounds: how many are finished.
-          saved: for each run what ``state_to_save`` returned; empty for one that begins.
+          saved: what ``state_to_save`` returned for each run; empty for a new run.
 
         Returns:
           The parameters, on all devices, and the state, None at a stage's beginning.
@@ -147,7 +147,7 @@ class Simulator:
         return params, RoundState(server, first.clients, exchange)
 
     def run_rounds(self, stage: Stage, params: Tree, state: RoundState | None, number: int) -> RoundResult:
-        """One round of each run: draw the cohort, train the clients that report, aggregate what they trained.
+        """Run one round of each run: draw the cohort, train the clients that report, aggregate their parameters.
 
         Args:
           stage: that the round is in.
@@ -156,10 +156,10 @@ class Simulator:
           number: of the round, from 1.
 
         Returns:
-          The new global parameters (the old ones if nobody reports), the new state, and each run's outcome. What was
-          passed in stays as it was.
+          The new global parameters (the old ones if no client reports), the new state, and each run's outcome. The
+          arguments are not changed.
         """
-        extras = self._extras  # before the clock starts: the base model's training is no round's
+        extras = self._extras  # before the clock starts: the base model's training is not part of a round
         began, program = time.monotonic(), self.program(stage)
         drawn = [cohort.draw_cohort(run, number) for run in self.runs]
         pairs = zip(self.runs, drawn, strict=True)
@@ -220,7 +220,7 @@ class Simulator:
         works: Sequence[PackedRound | None],
         number: int,
     ) -> Carry:
-        """The round's local training, call by call; ``clients`` get what they keep of it."""
+        """Run the round's local training, call by call; store in ``clients`` what clients keep of it."""
         put_schedule = placer(self.run.mesh, self.stack.spec(SCHEDULE_BY_LANE))
         total, done = max(work.length for work in works if work), 0
         calls = self._feed.serve(self._calls(works))
@@ -255,6 +255,6 @@ class Simulator:
 
 
 def outcome(run: Prepared, line: dict[str, Any]) -> Outcome:
-    """A round's line, and what is wrong if the updates of all clients that report were left out."""
+    """Return a round's line, and an error if the updates of all reporting clients were left out."""
     failed = 0 < line["clients"] == line["left_out"]
     return Outcome(line, not_finite(run.config, "no client's update is finite", line["round"]) if failed else None)

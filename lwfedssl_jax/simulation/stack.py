@@ -1,6 +1,6 @@
-"""Several runs as one program: arrays with a leading axis over runs, or without it for a single run.
+"""Stacks several runs in one program: arrays have a leading axis over runs, or none for a single run.
 
-The only module that asks whether there are several.
+This is the only module that distinguishes the two cases.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class Stack(NamedTuple):
 
     @property
     def is_single(self) -> bool:
-        """Whether there is no axis over runs."""
+        """Whether there is only one run, and thus no axis over runs."""
         return self.size == 1
 
     def place(self, host: Tree) -> Tree:

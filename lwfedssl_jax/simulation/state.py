@@ -1,4 +1,4 @@
-"""What lasts between rounds, saved and resumed."""
+"""The state that lasts between rounds, and how it is saved and resumed."""
 
 import functools
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from lwfedssl_jax.tree import Tree
 
 
 class RoundState(NamedTuple):
-    """What lasts from round to round of a stage in addition to the parameters; of stacked runs, with their axis.
+    """The state between rounds of a stage in addition to the parameters; for stacked runs, with the axis of runs.
 
     Attributes:
       server: the aggregator's state.
       clients: what clients keep, by their number.
-      exchange: the state of the method's further exchange, a dict.
+      exchange: the state of the method's additional exchange, a dict.
     """
 
     server: Tree
@@ -31,13 +31,13 @@ class RoundState(NamedTuple):
 
 
 def resume_one(run: Prepared, traffic: Traffic, rounds: int, saved: Tree) -> tuple[Tree, RoundState | None]:
-    """One run's parameters and state after ``rounds`` rounds, on the host; the state is None at a stage's beginning.
+    """Return a run's parameters and state after ``rounds`` rounds, on the host; at a stage's beginning, no state.
 
     Args:
       run: prepared.
-      traffic: is told of the rounds that were.
+      traffic: is updated with the finished rounds.
       rounds: how many are finished.
-      saved: as ``state_to_save`` returned it; empty for a run that begins.
+      saved: as ``state_to_save`` returned it; empty for a new run.
     """
     count_traffic(run, traffic, rounds)
     params, stage = initial_params(run), stage_within(run, rounds)
@@ -58,26 +58,26 @@ def resume_one(run: Prepared, traffic: Traffic, rounds: int, saved: Tree) -> tup
 
 
 def count_traffic(run: Prepared, traffic: Traffic, rounds: int) -> None:
-    """Tell ``traffic`` which clients were drawn in the first ``rounds`` rounds."""
+    """Update ``traffic`` with the clients that were drawn in the first ``rounds`` rounds."""
     for stage in run.stages:
         for number in range(stage.first_round + 1, min(stage.last_round, rounds) + 1):
             traffic.download(stage, cohort.draw_cohort(run, number).drawn)
 
 
 def stage_within(run: Prepared, rounds: int) -> Stage | None:
-    """The stage of which some rounds are finished and some are not, after ``rounds`` rounds in all."""
+    """Return the stage that is partly finished after a total of ``rounds`` rounds."""
     return next((stage for stage in run.stages if stage.first_round < rounds < stage.last_round), None)
 
 
 def empty_server_state(run: Prepared, stage: Stage, params: Tree) -> Tree:
-    """Zeros in the shape of the aggregator's state."""
+    """Make zeros in the shape of the aggregator's state."""
     broadcast = functools.partial(make_broadcast, stage, rows=stage.rows, depths=stage.depths)
     shapes = jax.eval_shape(lambda params: run.aggregator.init(broadcast(params)), params)
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def state_to_save(params: Tree, state: RoundState | None) -> Tree:
-    """All that a run needs to continue after a round, as dicts and lists of arrays."""
+    """Return all that a run needs to continue after a round, as dicts and lists of arrays."""
     server, clients, exchange = state or RoundState((), {}, {})
     kept = {str(client): jax.tree.leaves(memory) for client, memory in clients.items()}
     return {"params": params, "server": jax.tree.leaves(server), "clients": kept, "dictionary": exchange}

@@ -1,6 +1,6 @@
 """ViT-Tiny with MoCo-v3, arXiv 2401.11647: local batches of 64, 128, 256 and 1024 images under three strategies.
 
-The default of 512 is in `paper/vit_tiny_mocov3` and its two siblings. 12 runs of 180 rounds.
+The default of 512 is in `paper/vit_tiny_mocov3` and its variants for the other strategies. 12 runs of 180 rounds.
 
     python run.py sweep paper/batch_size
 

@@ -1,6 +1,7 @@
-"""ViT-Tiny with MoCo-v3, arXiv 2401.11647: unequal clients, Dirichlet 0.1, 0.5, 1 and 10, three strategies.
+"""ViT-Tiny with MoCo-v3, arXiv 2401.11647: Dirichlet partitions, beta 0.1, 0.5, 1 and 10, three strategies.
 
-A heterogeneity study. The uniform partition is in `paper/vit_tiny_mocov3` and its two siblings. 12 runs of 180 rounds.
+A study of data heterogeneity, 12 runs of 180 rounds. The uniform partition is in `paper/vit_tiny_mocov3` and its
+variants for the other strategies.
 
     python run.py sweep paper/beta
 

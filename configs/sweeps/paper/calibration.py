@@ -1,6 +1,6 @@
 """ViT-Tiny with MoCo-v3, arXiv 2401.11647: server-side calibration, 10 steps per round, three strategies.
 
-The server trains all present layers on a tenth of the images (version 3 of the paper). 3 runs of 180 rounds.
+The server trains all layers that exist so far on a tenth of the images (version 3 of the paper). 3 runs of 180 rounds.
 
     python run.py sweep paper/calibration
 

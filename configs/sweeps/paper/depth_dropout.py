@@ -1,6 +1,6 @@
 """ViT-Tiny with MoCo-v3, arXiv 2401.11647: depth dropout of 0.5, layerwise and progressive.
 
-Steps skip layers that earlier stages trained (Guo et al., 2023). 2 runs of 180 rounds.
+Training steps skip layers that earlier stages have trained (Guo et al., 2023). 2 runs of 180 rounds.
 
     python run.py sweep paper/depth_dropout
 

@@ -1,6 +1,6 @@
 """ViT-Tiny with MoCo-v3, arXiv 2401.11647: 1, 5 and 10 local epochs per round under three strategies.
 
-The default of 3 is in `paper/vit_tiny_mocov3` and its two siblings. 9 runs of 180 rounds.
+The default of 3 is in `paper/vit_tiny_mocov3` and its variants for the other strategies. 9 runs of 180 rounds.
 
     python run.py sweep paper/local_epochs
 
