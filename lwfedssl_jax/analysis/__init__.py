@@ -1,1 +1,1 @@
-"""Finished runs read back: data frames, statistics, tables, figures, and the report."""
+"""Analysis of finished runs: data frames, statistics, tables, figures, and the report."""

@@ -1,4 +1,4 @@
-"""The first sentences of the report."""
+"""Writes the first sentences of the report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
@@ -28,7 +28,7 @@ def headline(
     Args:
       runs, settings: as ``settings.group_by_setting`` returns them.
       protocols: as ``settings.protocols`` returns them.
-      compared: what ``statistics.differences`` returns, by protocol. A comparison that is missing is made, without
+      compared: what ``statistics.differences`` returns, by protocol. A missing comparison is computed, without
         adjustment.
     """
     if not settings or not protocols:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page on one or several runs, with its figures and tables as files beside it."""
+"""One self-contained HTML page on one or several runs, with its figures and tables as files next to it."""
 
 import base64
 import itertools
@@ -25,7 +25,7 @@ from lwfedssl_jax.system.files import write_whole
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
 SPENDING = "What a client spends under each strategy: over the rounds, and in total for other numbers of local epochs."
-LOCAL_OPTIONS = (  # options of one machine or run, which a command line that repeats a run leaves out
+LOCAL_OPTIONS = (  # options that depend on the machine or run; a command line that repeats a run omits them
     "--runtime.seed", "--workdir", "--compilation-cache", "--coordinator", "--processes", "--process",
 )  # fmt: skip
 BASE = "quickstart"  # the config that command lines start from
@@ -38,7 +38,7 @@ Members = Mapping[str, Sequence[RunRecord]]  # the finished runs of each setting
 
 
 class Figure(NamedTuple):
-    """A picture as a data URI, its text for those who cannot see it, and its caption."""
+    """A picture as a data URI, with its alternative text and its caption."""
 
     uri: str
     alt: str
@@ -72,7 +72,7 @@ def write_report(directories: Sequence[str | Path], out: Path) -> Path:
 
 
 def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
-    """Make the content that the template shows, and write its figures and tables under ``out``."""
+    """Make the content for the template, and write its figures and tables under ``out``."""
     results = frame(runs)
     finished, settings = group_by_setting(results)
     names = protocols(results)
@@ -115,7 +115,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
 def _tables(
     runs: pd.DataFrame, settings: Sequence[Setting], members: Members, compared: Sequence[Difference]
 ) -> dict[str, Table | None]:
-    """The tables of the page by name; None if there is nothing to show in it."""
+    """Make the tables of the page by name; None for a table without content."""
     first_summaries = {label: runs[0].summary for label, runs in members.items()}
     ledgers = first_summaries[settings[0].label]["strategies"] if len(settings) == 1 else None
     return {
@@ -140,7 +140,7 @@ def _shared_fields(runs: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _has_effect(field: str, config: Mapping[str, Any]) -> bool:
-    """Whether a field matters: beta does for two kinds of partition, and ``clients_per_round`` 0 draws all clients."""
+    """Return whether a field has an effect: for example, beta has one for two kinds of partition only."""
     if field == "partition.beta":
         return config.get("partition.kind") in ("dirichlet", "quantity")
     return field != "federation.clients_per_round" or config[field] != "0"

@@ -1,4 +1,4 @@
-"""Runs read back from their work directories, and data frames of them."""
+"""Reads runs from their work directories, and makes data frames of them."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def _raise(error: OSError) -> None:
 
 
 def _read_sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
-    """Label, reason for failing and overrides of each run of a sweep; empty if ``sweep.json`` is damaged."""
+    """Read the label, failure and overrides of each run of a sweep; empty if ``sweep.json`` is damaged."""
     content = _read_json(place / "sweep.json")
     try:
         return {
@@ -129,7 +129,7 @@ def _read_sweep(place: Path) -> dict[Path, tuple[str, str, dict[str, Any]]]:
 
 
 def sweep_name(directory: Path) -> str:
-    """Name of the sweep stored in this directory, or an empty string."""
+    """Return the name of the sweep stored in this directory, or an empty string."""
     return str(_read_json(directory / "sweep.json").get("name", ""))
 
 
@@ -138,7 +138,7 @@ def read_run(path: Path) -> RunRecord | None:
     entries, summary = _read_json(path / "config.json"), _read_json(path / "summary.json")
     config = entries.pop("config", None)
     try:
-        known = flat(to_dict(from_dict(config)))  # with today's fields, also where the run is older than they are
+        known = flat(to_dict(from_dict(config)))  # with today's fields, even if the run is older than a field
         fields = {name: _plain(value) for name, value in (known | flat(config)).items()}
     except (AttributeError, TypeError):
         if not (path / METRICS).is_file():
@@ -161,12 +161,12 @@ def read_run(path: Path) -> RunRecord | None:
 
 
 def _plain(value: Any) -> Any:
-    """A field's value if it is one that ``config.to_dict`` may give, otherwise its text."""
+    """Return a field's value if ``config.to_dict`` could have produced it, otherwise its text."""
     return value if isinstance(value, str | int | float | list | None) else str(value)
 
 
 def _is_usable(line: dict[str, Any]) -> bool:
-    """Whether a line has the entries that the analysis relies on, in the form in which ``train`` writes them."""
+    """Return whether a line has the entries that the analysis needs, in the form in which ``train`` writes them."""
     if not isinstance(line["round"], int):
         return False
     if "event" in line:
@@ -187,7 +187,7 @@ def _count_rounds(run: RunRecord) -> int:
 
 
 def frame(runs: Sequence[RunRecord]) -> pd.DataFrame:
-    """A frame with one row per run; its columns are those of ``load_results``."""
+    """Make a frame with one row per run; its columns are those of ``load_results``."""
     rows = []
     for run in runs:
         seconds = [line["seconds"] for line in run.lines if isinstance(line.get("seconds"), int | float)]
@@ -211,7 +211,7 @@ def frame(runs: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def _summary_columns(run: RunRecord) -> dict[str, float]:
-    """The columns that come from the summary.
+    """Return the columns that come from the summary.
 
     Raises:
       AttributeError, KeyError, TypeError, ValueError: the summary is damaged.
@@ -236,6 +236,6 @@ def _summary_columns(run: RunRecord) -> dict[str, float]:
 
 
 def ledger_costs(ledger: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A ledger's totals by the names in ``COSTS``, each after ``prefix``; NaN if unknown."""
+    """Return a ledger's totals by the names in ``COSTS``, each with ``prefix``; NaN if unknown."""
     values = (ledger.get(key) for key in ("total_bytes", *COSTS[1:]))
     return {prefix + cost: float("nan") if v is None else float(v) for cost, v in zip(COSTS, values, strict=True)}

@@ -24,7 +24,7 @@ SHOWN_EPOCHS = 10
 
 
 def plot_clients(labels_N: np.ndarray, clients: Sequence[np.ndarray], workdir: Path) -> None:
-    """Draw ``plots/clients.png``: how many examples of each class each of the first clients has.
+    """Draw ``plots/clients.png``: how many examples of each class the first clients have.
 
     Args:
       labels_N: of all training examples, -1 for none.

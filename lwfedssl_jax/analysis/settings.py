@@ -10,7 +10,7 @@ import pandas as pd
 from lwfedssl_jax.analysis.results import SEED, STRATEGY
 from lwfedssl_jax.config import Config
 
-# Fields that a label names first, and only by their value.
+# Fields that a label gives first, and only by their value.
 BY_VALUE = (STRATEGY, "objective.name", "data.name", "model.name", "partition.kind", "federation.aggregator")
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
@@ -62,7 +62,7 @@ def group_by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[Setting]
 
 
 def _make_settings(values: Mapping[str, Sequence[Any]], number: int) -> list[Setting]:
-    """That many settings from each field's values, one per setting."""
+    """Make a number of settings from each field's values, one value per setting."""
     differing = {field: column for field, column in values.items() if len(set(column)) > 1}
     ordered = sorted(differing, key=lambda f: BY_VALUE.index(f) if f in BY_VALUE else len(BY_VALUE))
     chosen = distinguishing_fields([(field, differing[field]) for field in ordered])

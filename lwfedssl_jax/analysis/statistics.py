@@ -11,9 +11,9 @@ from lwfedssl_jax.analysis.results import END_TO_END, SEED
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.wording import COSTS
 
-ALL_PAIRS = 4  # settings up to which every pair is compared
-CHANCE = 0.05  # smallest p at which a difference is reported as possibly chance
-SAME = 1e-9  # largest spread of differences between accuracies that is only rounding
+ALL_PAIRS = 4  # largest number of settings of which every pair is compared
+CHANCE = 0.05  # p from which a difference is reported as possibly due to chance
+SAME = 1e-9  # spread of differences between accuracies up to which it is attributed to rounding
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:

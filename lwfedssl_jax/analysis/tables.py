@@ -29,7 +29,7 @@ BASELINES = {"untrained": "untrained", "scratch": "from scratch"}  # by the pref
 
 
 class Table(NamedTuple):
-    """A table twice: ``words`` as people read it, ``numbers`` in full precision and base units."""
+    """A table in two forms: ``words`` as text for readers, ``numbers`` in full precision and base units."""
 
     name: str
     words: pd.DataFrame
@@ -128,7 +128,7 @@ def baselines(runs: pd.DataFrame, settings: Sequence[Setting]) -> list[Baseline]
 
 
 def _owners(settings: Sequence[Setting]) -> str:
-    """The settings that share a baseline, for the end of its label."""
+    """Name the settings that share a baseline, for the end of its label."""
     data = {str(s.values.get("data.name", "")) for s in settings}
     if len(data) == 1 and data != {""}:
         return f", {data.pop()}"

@@ -1,4 +1,4 @@
-"""Tables on a terminal."""
+"""Shows tables on a terminal."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which devices can afford which stages, and the clients of a run on them."""
+"""Fleets: which devices can afford which stages, and which clients of a run they belong to."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from lwfedssl_jax.system import seeds
 
 
 class Participation(NamedTuple):
-    """What a device of a class does in a run.
+    """What a device of a class contributes to a run, and what it spends.
 
     Attributes:
       stages: numbers of the stages that it takes part in.
@@ -47,7 +47,7 @@ class Fleet(NamedTuple):
 
 
 class ClassSummary(TypedDict):
-    """What ``summary.json`` has on a class of devices.
+    """The entry of a class of devices in ``summary.json``.
 
     ``stages`` are those in which some of its clients can take part. ``round_seconds_by_stage`` are of the slowest of
     these clients, None if there is none or its speed is unknown.
@@ -63,7 +63,7 @@ class ClassSummary(TypedDict):
 def participation(
     device: DeviceClass, per_stage: Sequence[StageCost], examples: float, deadline: float
 ) -> Participation:
-    """What a device does if it takes part in every round of all stages that it can afford (``affords``).
+    """Compute what a device does if it takes part in every round of all stages that it can afford (``affords``).
 
     Args:
       device: its class.
@@ -84,7 +84,7 @@ def participation(
 
 
 def affords(device: DeviceClass, cost: StageCost, examples_N: np.ndarray, deadline: float) -> np.ndarray:
-    """Whether devices of a class have the memory for a stage, and are fast enough for the deadline, if there is one.
+    """Return whether devices of a class have the memory for a stage, and are fast enough for the deadline, if any.
 
     Args:
       device: the class.
@@ -103,7 +103,7 @@ def affords(device: DeviceClass, cost: StageCost, examples_N: np.ndarray, deadli
 
 
 def seconds_of_a_round(device: DeviceClass, cost: StageCost, examples_N: np.ndarray) -> np.ndarray:
-    """N seconds: download, two operations per multiply-add that the stage executes, upload; speeds must be known."""
+    """Return N seconds: download, two operations per executed multiply-add, and upload; speeds must be known."""
     assert device.gflops is not None
     assert device.uplink_mbps is not None
     assert device.downlink_mbps is not None
@@ -113,7 +113,7 @@ def seconds_of_a_round(device: DeviceClass, cost: StageCost, examples_N: np.ndar
 
 
 def deal(devices: Sequence[DeviceClass], clients: int, seed: int) -> np.ndarray:
-    """The class of each client, as an index: at random, in proportion to the counts (largest remainders)."""
+    """Draw the class of each client, as an index: at random, in proportion to the counts (largest remainders)."""
     counts = np.array([device.count for device in devices], float)
     exact = clients * counts / counts.sum()
     whole = np.floor(exact).astype(int)
@@ -124,7 +124,7 @@ def deal(devices: Sequence[DeviceClass], clients: int, seed: int) -> np.ndarray:
 def make_fleet(
     devices: Sequence[DeviceClass], per_stage: Sequence[StageCost], examples_N: np.ndarray, deadline: float, seed: int
 ) -> Fleet:
-    """Deal clients to the classes by the seed; the other arguments are as for ``affords``."""
+    """Assign clients to the classes by the seed; the other arguments are as for ``affords``."""
     class_N = deal(devices, len(examples_N), seed)
     members = [class_N == number for number in range(len(devices))]
     can = {
@@ -135,7 +135,7 @@ def make_fleet(
 
 
 def fleet_of_clients(config: Config, per_stage: Sequence[StageCost], examples_N: np.ndarray) -> Fleet:
-    """The clients of a run on the config's fleet.
+    """Assign the clients of a run to the config's fleet.
 
     Args:
       config: resolved, with ``fleet.devices``.
@@ -160,7 +160,7 @@ def fleet_of_clients(config: Config, per_stage: Sequence[StageCost], examples_N:
 
 
 def summary(fleet: Fleet, examples_N: np.ndarray) -> list[ClassSummary]:
-    """What ``summary.json`` has on each class; ``examples_N`` of each client."""
+    """Make the entries of the classes in ``summary.json``; ``examples_N`` are those of each client."""
     return [_class_summary(fleet, number, examples_N) for number in range(len(fleet.devices))]
 
 
@@ -183,13 +183,13 @@ def _class_summary(fleet: Fleet, number: int, examples_N: np.ndarray) -> ClassSu
 
 
 def fleet_line(classes: Sequence[Mapping[str, Any]], stages: int) -> str:
-    """One line on the classes of ``summary``: their clients, and the stages in which these take part."""
+    """Return one line on the classes of ``summary``: their clients, and the stages in which these take part."""
     texts = [f"{c['name']}, {c['clients']} client{'s' * (c['clients'] != 1)}: {class_text(c, stages)}" for c in classes]
     return f"fleet: {'; '.join(texts)}"
 
 
 def class_text(class_summary: Mapping[str, Any], stages: int) -> str:
-    """The stages in which clients of a class of ``summary`` take part, and whether all of them do."""
+    """Describe the stages in which clients of a class of ``summary`` take part, and whether all of them do."""
     clients = class_summary["clients"]
     if not clients:
         return "none is dealt to it"
@@ -198,7 +198,7 @@ def class_text(class_summary: Mapping[str, Any], stages: int) -> str:
 
 
 def participation_rows(run_summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The classes of a run's ``summary.json`` as rows; empty for a run without a fleet.
+    """Return the classes of a run's ``summary.json`` as rows; empty for a run without a fleet.
 
     Returns:
       ``class``, ``clients``, ``takes_part`` in words, ``share_of_rounds`` in which its clients can take part (NaN
@@ -225,7 +225,7 @@ def participation_rows(run_summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def stages_text(numbers: Sequence[int], stages: int) -> str:
-    """The stages that a class takes part in, of all: ``yes``, ``out``, ``out from S``, or ``only A-B,C``."""
+    """Describe the stages that a class takes part in: ``yes``, ``out``, ``out from S``, or ``only A-B,C``."""
     if len(numbers) == stages:
         return "yes"
     if not numbers:
@@ -237,7 +237,7 @@ def stages_text(numbers: Sequence[int], stages: int) -> str:
 
 
 def stages_phrase(numbers: Sequence[int], stages: int) -> str:
-    """The same for a sentence."""
+    """Describe the same as a phrase in a sentence."""
     if len(numbers) in (0, stages):
         return "in all stages" if numbers else "in no stage"
     text = stages_text(numbers, stages)

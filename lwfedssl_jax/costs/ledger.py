@@ -30,7 +30,7 @@ from lwfedssl_jax.method.task import make_task
 
 
 class StageCost(TypedDict):
-    """What one client spends in a stage, in all its rounds together; one entry of ``Ledger.per_stage``.
+    """Costs of one client in all rounds of a stage; one entry of ``Ledger.per_stage``.
 
     ``peak_memory_bytes`` is of one training step. Operations are multiply-adds per training sample, times local epochs
     and rounds:
@@ -41,7 +41,7 @@ class StageCost(TypedDict):
       loss's logits, the backward pass with its recomputation. It is a sample's share of a full batch, without the
       padding of short batches.
     * ``flops_recomputed``: the part of ``flops_executed`` that the backward pass recomputes (``runtime.remat``).
-    * ``server_flops_executed``: the server's calibration and base model, in multiply-adds of its whole batches.
+    * ``server_flops_executed``: the server's calibration and base model, as multiply-adds of its whole batches.
     """
 
     stage: int
@@ -58,11 +58,11 @@ class StageCost(TypedDict):
 
 
 class Ledger(TypedDict):
-    """What one client that takes part in every round spends under a strategy; `resources --json` prints it.
+    """Costs of one client that takes part in every round under a strategy; `resources --json` prints them.
 
-    Sums over the stages, except for ``peak_memory_bytes``, the largest of them. ``worst_case_total_bytes`` counts the
-    frozen layers in every round's download; ``client_state_bytes`` is what a client keeps between rounds (FedU,
-    FedEMA).
+    All values are sums over the stages, except for ``peak_memory_bytes``, which is the largest of them.
+    ``worst_case_total_bytes`` counts the frozen layers in every round's download; ``client_state_bytes`` is what a
+    client keeps between rounds (FedU, FedEMA).
     """
 
     download_bytes: int
@@ -89,12 +89,12 @@ Key = TypeVar("Key")
 def all_strategies(
     config: Config, *, memory: bool, notify: Notice = lambda _: None, known: Known | None = None
 ) -> dict[str, Ledger]:
-    """The ledger of each strategy that can run with the rest of a config (``each_strategy``).
+    """Make the ledger of each strategy that can run with the rest of a config (``each_strategy``).
 
     Args:
       config: resolved.
       memory: whether to compile one client's step of every stage for its peak memory.
-      notify: hears what is being compiled.
+      notify: called with the name of what is being compiled.
       known: as for ``make_ledger``.
     """
     configs, _ = each_strategy(config)
@@ -104,7 +104,7 @@ def all_strategies(
 def ledgers_of(
     configs: Mapping[Key, Config], *, memory: bool, notify: Notice = lambda _: None, known: Known | None = None
 ) -> dict[Key, Ledger]:
-    """The ledger of each config; steps that they have in common are traced and compiled once.
+    """Make the ledger of each config; steps that they share are traced and compiled once.
 
     Args:
       configs: resolved.
@@ -119,7 +119,7 @@ def ledgers_of(
 
 def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config], notify: Notice, known: Known) -> None:
     """Set ``peak_memory_bytes`` in ledgers and their stages; compiles one client's step of each stage."""
-    # Configs that differ in numbers alone become the same, so that they find one compiled program in the cache.
+    # Configs that differ only in numbers become equal, so that they find one compiled program in the cache.
     plain = {name: program_config(config) for name, config in configs.items()}
     steps = {name: [lower_step(c, part, known) for part in stage_parts(c)] for name, c in plain.items()}
     peaks = peak_memory([program for lowered in steps.values() for program, _ in lowered], notify)
@@ -131,12 +131,12 @@ def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config]
 
 
 def each_strategy(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
-    """The config by strategy, and why the other strategies cannot run with the rest of it (``checks.check``)."""
+    """Return the config by strategy, and why the other strategies cannot run with the rest of it (``checks.check``)."""
     configs, refused = {}, {}
     for name in STRATEGIES:
         strategy_config = override(config, {"strategy.name": name})
         if len(STRATEGIES[name](config.model.depth, config.strategy.layers_per_stage)) == 1:
-            # It has nothing to skip: compare with the plain strategy.
+            # It has no layers to skip: compare with the strategy without depth dropout.
             strategy_config = override(strategy_config, {"additions.depth_dropout": 0.0})
         try:
             check_method(strategy_config)
@@ -147,7 +147,7 @@ def each_strategy(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
 
 
 def make_ledger(config: Config, known: Known | None = None) -> Ledger:
-    """The ledger of a (resolved) config without peak memory, which needs compilations (``ledgers_of``).
+    """Make the ledger of a (resolved) config without peak memory, which needs compilation (``ledgers_of``).
 
     Args:
       config: resolved.
@@ -168,7 +168,7 @@ def make_ledger(config: Config, known: Known | None = None) -> Ledger:
 
 
 def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
-    """What one client spends in a stage, without peak memory."""
+    """Compute the costs of one client in a stage, without peak memory."""
     stage, traffic = part.stage, stage_bytes(config, part)
     samples = config.federation.local_epochs * stage.rounds
     plain = override(config, {"runtime.remat": False})
@@ -191,7 +191,7 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
 
 
 def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], known: Known | None = None) -> int:
-    """``flops_executed`` of a run, with the layers that depth dropout really skipped.
+    """Compute ``flops_executed`` of a run, with the layers that depth dropout actually skipped.
 
     Args:
       config: resolved.
@@ -211,6 +211,6 @@ def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], kno
 
 
 def client_state_bytes(config: Config) -> int:
-    """Bytes that a client keeps between rounds."""
+    """Return the bytes that a client keeps between rounds."""
     _, layers = param_shapes(config)
     return tree.nbytes(make_client_start(config, make_task(config), make_stages(config, layers)[0]).empty_memory)

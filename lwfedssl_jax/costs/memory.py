@@ -24,9 +24,9 @@ from lwfedssl_jax.tree import Tree
 
 Notice = Callable[[str], None]
 
-# A CPU compiler optimises machine code, which is never run here; the memory is the same. Fusion emitters cost it more
-# than half of its time; without them peaks differ by at most some hundred bytes. Programs that run keep them, because
-# results would differ. jax 0.11 no longer has the option.
+# The CPU compiler spends time optimising machine code, which is never run here; the memory is the same. Fusion emitters
+# take more than half of its time; without them, peaks differ by at most some hundred bytes. Programs that run keep
+# them, because results would differ. jax 0.11 no longer has the option.
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 if jax.__version_info__ < (0, 11):
     CPU_COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False
@@ -49,7 +49,7 @@ def lower_step(config: Config, part: StagePart, known: Known | None = None) -> t
 
 
 def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notice) -> dict[str, int]:
-    """Compile programs for this device and find the peak bytes of each, by its text.
+    """Compile programs for this device and return the peak bytes of each, by the program's text.
 
     The peak is what the compiler reports: arguments + outputs + temporaries - aliased.
     """
@@ -82,7 +82,7 @@ def step_rate(config: Config, repeats: int = 5) -> float:
 
 
 def _first_row(mask: np.ndarray, x: jax.ShapeDtypeStruct | None) -> jax.ShapeDtypeStruct | None:
-    """The shape of one row of a stacked leaf; that of any other leaf."""
+    """Return the shape of one row of a stacked leaf, and the whole shape of any other leaf."""
     return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) if mask.ndim and x is not None else x
 
 

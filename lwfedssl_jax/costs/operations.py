@@ -42,20 +42,20 @@ Rule = Callable[[Config, StagePart], float]  # multiply-adds per sample
 
 
 def stage_parts(config: Config) -> list[StagePart]:
-    """The parameters of a client in each stage of a (resolved) config."""
+    """Return the parameters of a client in each stage of a (resolved) config."""
     params, layers = param_shapes(config)
     return [split_params(params, stage) for stage in make_stages(config, layers)]
 
 
 def param_shapes(config: Config) -> tuple[Tree, Tree]:
-    """Shapes of all parameters, and the layer that each belongs to."""
+    """Return the shapes of all parameters, and the layer that each belongs to."""
     task = make_task(config)
     params = jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
     return params, param_layers(task, params)
 
 
 def split_params(params: Tree, stage: Stage) -> StagePart:
-    """The trainable and the frozen parameters of a stage, as shapes."""
+    """Return the shapes of the trainable and the frozen parameters of a stage."""
 
     def take(mask: Tree) -> Tree:
         return jax.eval_shape(lambda p: tree.take(p, tree.rows(mask)), params)
@@ -64,7 +64,7 @@ def split_params(params: Tree, stage: Stage) -> StagePart:
 
 
 def operations_per_sample(config: Config, part: StagePart, rule: Rule, known: Known) -> float:
-    """``expected_operations``, counted once for all stages of the same depths."""
+    """Call ``expected_operations`` once for all stages of the same depths."""
     stage = part.stage
     before = stage.trained_before if config.additions.depth_dropout else 0
     key = rule, step_config(config), stage.depth, stage.frozen_depth, before
@@ -74,9 +74,9 @@ def operations_per_sample(config: Config, part: StagePart, rule: Rule, known: Kn
 
 
 def expected_operations(config: Config, part: StagePart, rule: Rule) -> float:
-    """The mean of ``rule`` under depth dropout.
+    """Compute the mean of ``rule`` under depth dropout.
 
-    Layers are skipped one by one, so it lies between that of all layers and that of none that can be skipped.
+    Layers are skipped independently, so the mean interpolates between running and skipping all droppable layers.
     """
     before, rate = part.stage.trained_before, config.additions.depth_dropout
     if not rate or not before:
@@ -89,7 +89,7 @@ def expected_operations(config: Config, part: StagePart, rule: Rule) -> float:
 
 
 def paper_operations(config: Config, part: StagePart) -> float:
-    """Multiply-adds of one training sample by the paper's rule (see ``make_ledger``)."""
+    """Count the multiply-adds of one training sample by the paper's rule (see ``StageCost`` in ledger.py)."""
     task = make_task(config)
     image = jax.ShapeDtypeStruct((1, *task.image_shape), task.dtype)
     frozen_depth, depth = part.stage.frozen_depth, part.stage.trainable_depth
@@ -107,7 +107,7 @@ def paper_operations(config: Config, part: StagePart) -> float:
 
 
 def executed_operations(config: Config, part: StagePart) -> float:
-    """Multiply-adds of the traced training step per sample of a full batch (see ``make_ledger``)."""
+    """Count the multiply-adds of the traced step per sample of a full batch (see ``StageCost`` in ledger.py)."""
     # Loops of depth dropout have no known length; `expected_operations` accounts for them.
     plain = override(config, {"additions.depth_dropout": 0.0})
     step, (state, broadcast, *data) = traceable_step(plain, part.trainable, part.frozen)
@@ -120,9 +120,9 @@ def executed_operations(config: Config, part: StagePart) -> float:
 
 
 def server_operations(config: Config, part: StagePart) -> int:
-    """Multiply-adds of the server's training in a stage, whose batches are as large as a client's.
+    """Count the multiply-adds of the server's training in a stage, whose batches are as large as a client's.
 
-    These are its calibration after each round and the training of FedCA's base model.
+    The server trains in the calibration after each round, and trains FedCA's base model.
     """
     steps = config.additions.calibration_steps * part.stage.rounds + config.additions.base_steps
     if not steps:
@@ -134,7 +134,7 @@ def server_operations(config: Config, part: StagePart) -> int:
 
 
 def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:
-    """Multiply-adds of a traced program: its matrix products and convolutions, and those of layer norms.
+    """Count the multiply-adds of a traced program: matrix products, convolutions and layer norms.
 
     A loop counts as often as it runs, and a ``cond`` as its most expensive branch.
 
@@ -182,12 +182,12 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 
 
 def step_config(config: Config) -> Config:
-    """A stand-in for all configs with the same steps: how stages follow each other does not change a single step."""
+    """Return one representative of all configs with the same steps: the order of stages does not change a step."""
     return override(ledger_config(config), {"strategy.name": "", "strategy.layers_per_stage": 1})
 
 
 def traceable_step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A client's training step, and the shapes of its arguments."""
+    """Return a client's training step, and the shapes of its arguments."""
     task, b = make_task(config), config.optimizer.batch_size
     number: Any = jax.ShapeDtypeStruct((), jnp.int32)
     broadcast = Broadcast(
@@ -197,7 +197,7 @@ def traceable_step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Calla
         depth=number,
         frozen_depth=number,
         droppable=number,
-        extras=make_exchange(config, task).shapes(trainable, b),  # a client needs no more public images at once
+        extras=make_exchange(config, task).shapes(trainable, b),  # a client does not need more public images at once
     )
     return functools.partial(client_step, task), (
         jax.eval_shape(lambda t: client_init(task, t), trainable),

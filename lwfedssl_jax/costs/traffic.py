@@ -1,4 +1,4 @@
-"""Bytes that clients download and upload: by the stages' shapes, and as measured in a run."""
+"""Traffic: bytes that clients download and upload, by the stages' shapes and as measured in a run."""
 
 from typing import NamedTuple
 
@@ -16,13 +16,13 @@ BYTES_PER_PARAMETER = 4
 
 
 class TrafficAdditions(NamedTuple):
-    """What additions transfer on top of the parameters that a stage trains.
+    """What additions transfer in addition to the parameters that a stage trains.
 
     Attributes:
       refreshes_frozen: whether frozen layers change in every round and all of them are downloaded: the server's
         calibration.
       dictionary: bytes of FedCA's dictionary that a client downloads and uploads per round.
-      has_base: whether a client downloads FedCA's base model once, which is as large as what is trained.
+      has_base: whether a client downloads FedCA's base model once, which is as large as the trained parameters.
     """
 
     refreshes_frozen: bool
@@ -44,13 +44,13 @@ class StageBytes(NamedTuple):
 
 
 def traffic_additions(config: Config) -> TrafficAdditions:
-    """What the additions of a (resolved) config transfer."""
+    """Return what the additions of a (resolved) config transfer."""
     calibrated = bool(config.additions.calibration_steps)
     return TrafficAdditions(calibrated, fedca.dictionary_bytes(config), fedca.has_base(config))
 
 
 def stage_bytes(config: Config, part: StagePart) -> StageBytes:
-    """The traffic of one client in a stage, from the shapes of its parameters."""
+    """Compute the traffic of one client in a stage, from the shapes of its parameters."""
     additions, rounds = traffic_additions(config), part.stage.rounds
     trainable = BYTES_PER_PARAMETER * tree.size(part.trainable)
     exchanged, everything = rounds * trainable, rounds * (trainable + BYTES_PER_PARAMETER * tree.size(part.frozen))
@@ -71,7 +71,7 @@ class Traffic:
       params: all parameters, or their shapes.
       layers: each parameter's layer number (``task.param_layers``).
       clients: N.
-      additions: to the traffic of the parameters that are trained.
+      additions: what is transferred in addition to the trained parameters.
     """
 
     def __init__(self, params: Tree, layers: Tree, clients: int, additions: TrafficAdditions) -> None:
@@ -85,16 +85,16 @@ class Traffic:
         self._additions = additions
 
     def exchanged(self, stage: Stage) -> int:
-        """Bytes of what a client trains, which it downloads and uploads in every round."""
+        """Return the bytes that a client trains, and so downloads and uploads in every round."""
         trainable = np.concatenate([np.ravel(m) for m in jax.tree.leaves(stage.trainable)])
         return int(self._bytes[trainable].sum())
 
     def upload(self, stage: Stage) -> int:
-        """Bytes that a client uploads in a round."""
+        """Return the bytes that a client uploads in a round."""
         return self.exchanged(stage) + self._additions.dictionary[1]
 
     def download(self, stage: Stage, cohort: list[int]) -> int:
-        """Bytes that a round's drawn clients download together; from then on they have all of it."""
+        """Return the bytes that a round's drawn clients download together, and record that they have them."""
         known = self._known_layers[cohort]
         known = np.zeros_like(known) if self._additions.refreshes_frozen else known
         self._known_layers[cohort] = stage.frozen_depth
@@ -109,5 +109,5 @@ class Traffic:
 
 
 def make_traffic(config: Config, params: Tree, layers: Tree, clients: int) -> Traffic:
-    """The traffic of a (resolved) config's run; see ``Traffic`` for the arguments."""
+    """Make the traffic of a (resolved) config's run; see ``Traffic`` for the arguments."""
     return Traffic(params, layers, clients, traffic_additions(config))

@@ -17,7 +17,7 @@ from lwfedssl_jax.system.interrupts import Interrupts
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
-MEASURED = "bytes and seconds: all clients, all rounds; flops_executed: a sample, as in the ledger"
+MEASURED = "bytes and seconds: all clients, all rounds; flops_executed: per sample, as in the ledger"
 
 
 def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -> None:

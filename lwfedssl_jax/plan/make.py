@@ -21,9 +21,9 @@ class Plan(NamedTuple):
       devices: the fleet's classes.
       examples: number of images that a client trains on.
       options: all that can run.
-      refused: by name why the others cannot run with the rest of the config.
+      refused: why each of the others cannot run with the rest of the config, by name.
       recommended: the option chosen by ``recommend``, or None if no class can take part throughout in any.
-      reason: for it, in sentences.
+      reason: why this option is recommended, in sentences.
       results: measured accuracies.
     """
 
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: Config, examples: float, results: Results = NO_RESULTS, notify: Notice = lambda _: None) -> Plan:
-    """Compute every option's costs and what each class of the fleet can do of it; compiles a step of each.
+    """Compute the costs of every option, and in which of its stages each class can take part; compiles a step of each.
 
     Args:
       config: resolved; its strategy, layers per stage and ``runtime.remat`` are varied.

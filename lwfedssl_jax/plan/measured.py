@@ -11,7 +11,7 @@ from lwfedssl_jax.analysis.settings import protocols
 from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, to_dict
 from lwfedssl_jax.method.stages import STRATEGIES, Stages, stages_of
 
-FREE_SECTIONS = ("strategy", "runtime", "evaluation", "fleet")  # in which runs may differ from the config
+FREE_SECTIONS = ("strategy", "runtime", "evaluation", "fleet")  # sections in which runs may differ from the config
 
 Row = Mapping[str, Any]  # of ``analysis.results.load_results``
 
@@ -31,12 +31,12 @@ class Measured(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What runs have reached.
+    """Accuracies that runs have reached.
 
     Attributes:
       protocol: the evaluation protocol of the accuracies, or an empty string without any.
       on_fleet: whether the runs trained on the plan's fleet; otherwise all their clients took part in all stages.
-      found: accuracies by an option's stages and ``runtime.remat``.
+      found: accuracies by the stages of an option and its ``runtime.remat``.
     """
 
     protocol: str = ""
@@ -56,7 +56,7 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
       protocol: such as ``knn``; None for the one that a report begins with (``analysis.settings.protocols``).
 
     Raises:
-      ConfigError: no run is like the config (``runs_like``), or the protocol has evaluated none of them.
+      ConfigError: no run is like the config (``runs_like``), or none of them was evaluated by the protocol.
     """
     runs, on_fleet = runs_like(config, rows)
     known = protocols(pd.DataFrame(runs))
@@ -70,7 +70,7 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
         if not isinstance(accuracy, float) or not math.isfinite(accuracy) or strategy not in STRATEGIES:
             continue
         stages = stages_of(config, strategy, int(run["strategy.layers_per_stage"]))
-        # On a fleet, runtime.remat decides who takes part; elsewhere it changes no accuracy.
+        # On a fleet, runtime.remat decides which clients take part; otherwise it does not change accuracies.
         for remat in (bool(run["runtime.remat"]),) if on_fleet else (False, True):
             values.setdefault((stages, remat), {}).setdefault(run["runtime.seed"], []).append(accuracy)
     found = {
@@ -87,7 +87,7 @@ def runs_like(config: Config, rows: Sequence[Row]) -> tuple[list[Row], bool]:
       Those on the config's fleet, with its deadline, and True; or, if there are none, those without a fleet and False.
 
     Raises:
-      ConfigError: there are neither.
+      ConfigError: there are no such runs.
     """
     finished = [row for row in rows if row["finished"]]
     wanted = join_lists(flat(to_dict(config)))

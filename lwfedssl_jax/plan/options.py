@@ -15,14 +15,14 @@ from lwfedssl_jax.plan.measured import Measured
 
 
 class Option(NamedTuple):
-    """A way to train, and what each device class can do of it.
+    """An option of a plan, and what each device class can do under it.
 
     Attributes:
       strategy, layers_per_stage, remat: as in the config.
       ledger: with peak memory.
-      parts: what each class does.
+      parts: the participation of each class.
       shares: shares of the devices that can take part in each stage, followed by that for all stages.
-      measured: its accuracies, or None if the results have none.
+      measured: its accuracies, or None if the results contain none.
     """
 
     strategy: str
@@ -35,7 +35,7 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in a sentence, such as "progressive, 2 layers per stage, with runtime.remat"."""
+        """The name of the option in a sentence, such as "progressive, 2 layers per stage, with runtime.remat"."""
         stages = len(self.ledger["per_stage"])
         name = name_option(self.strategy, self.layers_per_stage) if stages > 1 else self.strategy
         return f"{name}, with runtime.remat" if self.remat else name
@@ -53,7 +53,7 @@ class Option(NamedTuple):
 
 
 def name_option(strategy: str, layers_per_stage: int) -> str:
-    """The strategy with its layers per stage, for a sentence."""
+    """Name a strategy with its layers per stage, for a sentence."""
     return f"{strategy}, {count_of(layers_per_stage, 'layer')} per stage"
 
 
@@ -64,10 +64,10 @@ def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], di
     is only one.
 
     Returns:
-      The configs by strategy, layers per stage and ``runtime.remat``; and by name why others cannot run.
+      The configs by strategy, layers per stage and ``runtime.remat``; and, by name, why others cannot run.
 
     Raises:
-      ConfigError: none can run.
+      ConfigError: no option can run.
     """
     depth = config.model.depth
     numbers = sorted({*divisors(depth)[:-1], config.strategy.layers_per_stage})
@@ -93,7 +93,7 @@ def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], di
 
 
 def shares_by_stage(devices: Sequence[DeviceClass], parts: Sequence[Participation], stages: int) -> list[float]:
-    """The shares of the devices that can take part in each stage, followed by that for all stages."""
+    """Return the shares of the devices that can take part in each stage, followed by that for all stages."""
     total = sum(device.count for device in devices)
     pairs = list(zip(devices, parts, strict=True))
     shares = [sum(d.count for d, p in pairs if s in p.stages) / total for s in range(1, stages + 1)]
@@ -101,14 +101,14 @@ def shares_by_stage(devices: Sequence[DeviceClass], parts: Sequence[Participatio
 
 
 def examples_of_a_client(config: Config, given: int | None) -> float:
-    """The number of images a client trains on: the mean if clients differ, the median for partition.kind shared.
+    """Return the images per client: the mean if clients differ, the median for partition.kind shared.
 
     Args:
       config: resolved.
-      given: by the user; None to derive it from a data set whose size is known without reading it from disk.
+      given: the user's value; None to derive it from a data set whose size is known without reading it from disk.
 
     Raises:
-      ConfigError: it is not known.
+      ConfigError: the number is not known.
     """
     if given is not None:
         if given < 1:

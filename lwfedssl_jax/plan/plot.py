@@ -18,7 +18,7 @@ HOLLOW = {"markerfacecolor": "none"}  # options with remat
 
 
 def plot_plan(devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str, path: Path) -> None:
-    """Draw what options require of a fleet: memory and the share that can take part by stage; and their accuracies.
+    """Draw what options require of a fleet (memory, and the share that can take part, by stage) and their accuracies.
 
     Args:
       devices: the fleet's classes.

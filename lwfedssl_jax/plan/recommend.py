@@ -1,4 +1,4 @@
-"""Which option a plan recommends, and why."""
+"""The recommendation of a plan, and the reasons for it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.plan.options import Option
 
 PUBLISHED = ("progressive", "end_to_end", "layerwise")  # by accuracy, best first (arXiv 2401.11647)
-MAX_RIVALS = 2  # most options named that the recommended one is not shown to be better than
+MAX_RIVALS = 2  # largest number of options to name that the recommended one is not shown to be better than
 
 
 def recommend(
     config: Config, devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str
 ) -> tuple[Option | None, str]:
-    """The option to take (see ``choose``), and the reason in sentences."""
+    """Return the recommended option (see ``choose_option``), and the reason in sentences."""
     best = choose_option(options)
     if best is None:
         lacking = (missing_for(config, device, number, options) for number, device in enumerate(devices))
@@ -25,7 +25,7 @@ def recommend(
 
 
 def choose_option(options: Sequence[Option]) -> Option | None:
-    """The best of the options in which the largest share of the devices can take part in every stage.
+    """Choose the best of the options in which the largest share of the devices can take part in every stage.
 
     It is the one with the highest measured accuracy, if any of them is measured; otherwise the first by the published
     order of accuracies (progressive, end_to_end, layerwise; others last). Among equals it is the one that takes the
@@ -45,7 +45,7 @@ def choose_option(options: Sequence[Option]) -> Option | None:
 
 
 def fitting_options(options: Sequence[Option]) -> list[Option]:
-    """The options in which the largest share of the devices can take part in every stage."""
+    """Return the options in which the largest share of the devices can take part in every stage."""
     most = max(option.everywhere for option in options)
     return [option for option in options if option.everywhere == most]
 
@@ -53,7 +53,7 @@ def fitting_options(options: Sequence[Option]) -> list[Option]:
 def reasons(
     best: Option, config: Config, devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str
 ) -> Iterator[str]:
-    """Sentences on why an option is recommended, what it is not better than, and which classes it leaves out."""
+    """Explain why an option is recommended, what it is not shown to be better than, and which classes it leaves out."""
     share = f"{round_percent(best.everywhere)} of the devices, the most that any option reaches,"
     yield f"{best.name}: {'all devices' if best.everywhere == 1 else share} can take part in every stage."
     fitting = fitting_options(options)
@@ -87,7 +87,7 @@ def _advantage(best: Option, protocol: str) -> str:
 
 
 def unresolved_rivals(best: Option, options: Sequence[Option], protocol: str) -> list[Difference]:
-    """Measured options that the best is not shown to be better than, nearest first.
+    """Return the measured options that the best is not shown to be better than, nearest first.
 
     They are compared by paired t-tests, adjusted by Holm's method.
     """
@@ -113,7 +113,7 @@ def _rival_words(difference: Difference) -> str:
 
 
 def missing_for(config: Config, device: DeviceClass, number: int, options: Sequence[Option]) -> str:
-    """A sentence on what a device class lacks for the option that comes nearest to it.
+    """Explain what a device class lacks for the option that is closest to fitting it.
 
     Args:
       config: resolved.

@@ -1,4 +1,4 @@
-"""A plan as a table on a terminal and as JSON."""
+"""Shows a plan as a table on a terminal, or as JSON."""
 
 import dataclasses
 import math
@@ -30,8 +30,8 @@ from lwfedssl_jax.plan.options import Option
 def table(plan: Plan, width: int) -> Group:
     """Show the plan on a screen of ``width`` columns: the options, the recommendation, what it requires of each class.
 
-    Energy and the spread over seeds are shown only where there is room: energy with the time, the spread with the
-    accuracy.
+    Energy and the spread over seeds are shown only if there is enough space: energy with the time, the spread
+    with the accuracy.
     """
     for energy, spread in ((True, True), (False, True), (False, False)):
         options = _options_table(plan, energy=energy, spread=spread)
@@ -51,7 +51,7 @@ def table(plan: Plan, width: int) -> Group:
 
 
 def _notes(plan: Plan, *, spread: bool) -> list[str]:
-    """What the table's columns mean, and which options are missing."""
+    """Explain what the table's columns mean, and which options are missing."""
     columns = (
         "k: layers per stage. remat: with runtime.remat. memory: peak of a training step in the first stage → in the "
         f"stage that needs most, by the compiler for {jax.devices()[0].device_kind}. fleet: devices that can take part "
@@ -113,7 +113,7 @@ def _accuracy(option: Option, *, spread: bool) -> str:
 
 
 def _cell(part: Participation, ledger: Ledger, *, energy: bool) -> str:
-    """What a class does in an option: its time and energy, or from which stage on it is out."""
+    """Describe a class under an option: its time and energy, or the stage from which it cannot take part."""
     stages = len(ledger["per_stage"])
     if len(part.stages) < stages:
         return f"[red]{fleet.stages_text(part.stages, stages).replace('from ', '≥')}[/]"
@@ -128,7 +128,7 @@ def _range(first: str, last: str) -> str:
 
 
 def _demand(device: DeviceClass, part: Participation, option: Option) -> str:
-    """What the option requires of a device."""
+    """Describe what the option requires of a device."""
     if not part.stages:
         return f"{device.name}: does not take part."
     demands = []
@@ -143,7 +143,7 @@ def _demand(device: DeviceClass, part: Participation, option: Option) -> str:
 
 
 def to_plain(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON, with units in the keys."""
+    """Return the plan as plain data for JSON, with units in the keys."""
     return {
         "config": to_dict(plan.config),
         "devices": [dataclasses.asdict(device) for device in plan.devices],

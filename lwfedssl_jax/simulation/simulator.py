@@ -40,7 +40,7 @@ SECONDS_PER_CALL = 5.0  # progress is seen after each call
 
 
 class Outcome(NamedTuple):
-    """The outcome of a round of one run: its line of ``metrics.jsonl``, and an error if no update is finite."""
+    """A round's outcome for one run: its line of ``metrics.jsonl``, and an error if no update is finite."""
 
     line: dict[str, Any]
     error: FloatingPointError | None

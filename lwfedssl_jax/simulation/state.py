@@ -31,7 +31,7 @@ class RoundState(NamedTuple):
 
 
 def resume_one(run: Prepared, traffic: Traffic, rounds: int, saved: Tree) -> tuple[Tree, RoundState | None]:
-    """Return a run's parameters and state after ``rounds`` rounds, on the host; at a stage's beginning, no state.
+    """Return one run's parameters and state after some rounds, on the host; the state is None at a stage's beginning.
 
     Args:
       run: prepared.
@@ -65,7 +65,7 @@ def count_traffic(run: Prepared, traffic: Traffic, rounds: int) -> None:
 
 
 def stage_within(run: Prepared, rounds: int) -> Stage | None:
-    """Return the stage that is partly finished after a total of ``rounds`` rounds."""
+    """Return the stage that is partly finished after a total of ``rounds`` rounds, or None between stages."""
     return next((stage for stage in run.stages if stage.first_round < rounds < stage.last_round), None)
 
 

@@ -1,4 +1,4 @@
-"""Which processor cores and accelerators a worker gets."""
+"""Assigns processor cores and accelerators to workers."""
 
 import math
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def search_path() -> str:
-    """``PYTHONPATH`` that finds this package first, wherever it was found."""
+    """Return a ``PYTHONPATH`` on which this package is found first."""
     here = str(Path(__file__).parent.parent.absolute())
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 
 def core_slots(jobs: int) -> list[tuple[list[int], dict[str, str]]]:
-    """The cores and environment of each worker: all of the machine for one, else a share of it."""
+    """Return the cores and environment of each worker: the whole machine for a single one, otherwise a share."""
     if jobs == 1:
         return [([], {})]
     gpus = visible_gpus()
@@ -32,12 +32,12 @@ def core_slots(jobs: int) -> list[tuple[list[int], dict[str, str]]]:
 
 
 def available_cores() -> list[int]:
-    """The cores this process may use; without numbers where the system does not say."""
+    """Return the cores that this process may use; all of them if the system does not report this."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def visible_gpus() -> list[str]:
-    """NVIDIA's GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them; asked without JAX, which would take them."""
+    """List NVIDIA GPUs in the form of ``CUDA_VISIBLE_DEVICES``, without JAX, which would reserve their memory."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in chosen.split(",") if gpu and gpu != "-1"]
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not shutil.which("nvidia-smi"):

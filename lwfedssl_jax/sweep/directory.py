@@ -1,4 +1,4 @@
-"""The directory of a sweep."""
+"""The directory in which a sweep is stored."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ INDEX, SOURCE, SWEEP_LOCK = "sweep.json", "sweep.py", ".sweep.lock"
 class SweepDirectory:
     """A directory that holds a sweep: ``sweep.json``, its file as ``sweep.py``, and the work directories in ``runs``.
 
-    Runs that an earlier form of the sweep left there stay, and count no longer.
+    Runs of an earlier version of the sweep stay there but are ignored.
 
     Raises:
       ConfigError: the directory holds something else, cannot be written, or another process is using it (``take``).
@@ -39,7 +39,7 @@ class SweepDirectory:
             raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
 
     def take(self) -> None:
-        """Make the directory this process's and write ``sweep.json``."""
+        """Lock the directory for this process and write ``sweep.json``."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         self._write()
@@ -55,7 +55,7 @@ class SweepDirectory:
         self._write()
 
     def is_finished(self, run: SweepRun) -> bool:
-        """Whether a run has its summary."""
+        """Return whether a run has its summary."""
         return (self.path / run.directory / "summary.json").is_file()
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""How long a sweep would take."""
+"""Estimates how long a sweep would take."""
 
 import functools
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from lwfedssl_jax.sweep.grid import SweepRun
 
 
 class Estimate(NamedTuple):
-    """What a run will take.
+    """The estimated work and time of a run.
 
     Attributes:
       operations: multiply-adds of the local training of all clients in all rounds.
-      seconds: of it, on all lanes of this machine, at the speed of one client's step that was timed here.
+      seconds: of this training, on all lanes of this machine, at the measured speed of one client's step.
     """
 
     operations: float
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(runs: Sequence[SweepRun], cache: Cache) -> list[Estimate]:
-    """What each run will take; reads the data, and compiles and times one step for each program of a last stage.
+    """Estimate each run; reads the data, and compiles and times one step for each distinct program of a last stage.
 
     Clients whose devices cannot afford a stage are counted as if they could.
     """
@@ -45,7 +45,7 @@ def estimate(runs: Sequence[SweepRun], cache: Cache) -> list[Estimate]:
 
 
 def round_costs(config: Config, cache: Cache) -> list[float]:
-    """Each round's work, to compare runs of one data set by: multiply-adds of a sample, times the share of it drawn."""
+    """Return each round's work, to compare runs on one data set: multiply-adds per sample, times the share drawn."""
     share = config.cohort_size / config.partition.clients
     if config.partition.kind == "shared":
         share = float(config.cohort_size * config.partition.examples_per_client)

@@ -32,7 +32,7 @@ from lwfedssl_jax.method.stages import STRATEGIES
 from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.models import ARCHITECTURES
 
-LONGEST_SLUG = 80  # characters of a setting in its directories' names
+LONGEST_SLUG = 80  # largest number of characters of a setting in a directory's name
 TABLES: tuple[dict[str, Any], ...] = (TERMS, AGGREGATORS, OBJECTIVES, STRATEGIES, MODELS, ARCHITECTURES, RECIPES)
 
 
@@ -46,7 +46,7 @@ class Sweep:
       base: the config that every run starts from, or its name or file.
       product: the values of each field, all combined.
       zip: fields that change together: the first values, the second ones, and so on.
-      runs: whole settings, one by one.
+      runs: individual settings.
       seeds: of each setting; means and differences are taken over them.
     """
 
@@ -109,7 +109,7 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
         found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
         raise ConfigError(f"SWEEP: {path} defines no sweep, {found}")
     about = (module.__doc__ or "").strip().split("\n")[0]
-    # A file that adds entries to the tables holds more than the configs of its runs.
+    # A file that adds entries to the tables contains more than the configs of its runs.
     code = path.read_bytes() if tables != [dict(table) for table in TABLES] else b""
     return SweepFile(name, about, path.read_text(), make_runs(sweep, code))
 

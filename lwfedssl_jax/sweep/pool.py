@@ -22,12 +22,12 @@ HearRun = Callable[[SweepRun, Message], None]
 
 
 class Worker:
-    """A worker as the sweep's process sees it.
+    """A worker process, as seen from the process of the sweep.
 
     Attributes:
-      at_work: the runs that it was given and that are not over.
-      begun: those of them that it has begun.
-      group: what runs of the last unit had in common (``Pool``).
+      at_work: the runs that it was given and that have not ended.
+      begun: those of these that it has begun.
+      group: the key of the runs that it was given last (``Pool``).
     """
 
     def __init__(
@@ -46,29 +46,29 @@ class Worker:
                 stderr=log,
                 text=True,
                 env={**os.environ, "PYTHONPATH": search_path(), **environment},
-                start_new_session=True,  # Ctrl-C is the sweep's to pass on
+                start_new_session=True,  # the sweep passes Ctrl-C on
             )
         self._say(request)
         threading.Thread(target=self._listen, args=(self._process.stdout, events), daemon=True).start()
 
     def give(self, runs: Sequence[SweepRun]) -> None:
-        """Have it do these runs next."""
+        """Give the worker these runs to do next."""
         self.at_work, self.begun = list(runs), []
         self._say([run.directory for run in runs])
 
     def stop(self) -> None:
-        """Have it save and end."""
+        """Ask the worker to save and exit."""
         self._process.terminate()
 
     def end(self) -> int:
-        """No more runs; waits for it."""
+        """Tell the worker that there are no more runs, and wait for it to exit."""
         with contextlib.suppress(OSError):
             if self._process.stdin:
                 self._process.stdin.close()
         return self._process.wait()
 
     def _say(self, content: Any) -> None:
-        with contextlib.suppress(OSError):  # it has died: that is heard from its output
+        with contextlib.suppress(OSError):  # it has died, which is noticed from its output
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(content) + "\n")
             self._process.stdin.flush()
@@ -80,13 +80,13 @@ class Worker:
 
 
 class Pool:
-    """Does runs in several workers.
+    """Executes runs in several workers.
 
     Args:
-      request: what each worker is told first: ``path`` of the sweep's directory, ``sweep``, ``cache``, ``together``.
+      request: what each worker receives first: ``path`` of the sweep's directory, ``sweep``, ``cache``, ``together``.
       groups: each run's key; runs of one are best done by one worker.
       jobs: how many workers there are.
-      hear: told what happens to each run (``event``: started, compiling, round, evaluation, finished or failed).
+      hear: called with what happens to each run (``event``: started, compiling, round, evaluation, finished, failed).
     """
 
     def __init__(self, request: Message, groups: Mapping[str, Any], jobs: int, hear: HearRun) -> None:
@@ -94,10 +94,10 @@ class Pool:
         self._events: queue.Queue[Any] = queue.Queue()
         self._jobs = jobs
         self._workers: dict[int, Worker] = {}
-        self._suspects: set[str] = set()  # runs whose process has ended once while others ran beside them
+        self._suspects: set[str] = set()  # runs whose process ended once while others ran in it
 
     def run(self, runs: Sequence[SweepRun]) -> None:
-        """All of them, in order as far as groups allow.
+        """Execute all runs, in order as far as groups allow.
 
         Raises:
           KeyboardInterrupt: on Ctrl-C or SIGTERM, after all workers have saved and ended.
@@ -110,7 +110,7 @@ class Pool:
                 self._begin(number)
             while self._workers:
                 with contextlib.suppress(queue.Empty):
-                    worker, event = self._events.get(timeout=0.5)  # a signal is heard between waits
+                    worker, event = self._events.get(timeout=0.5)  # signals are handled between waits
                     self._handle(worker, event, waiting)
         except BaseException:
             for worker in self._workers.values():
@@ -131,7 +131,7 @@ class Pool:
             worker.end()
             if not (worker.at_work or worker.group) and event["code"]:
                 raise OSError(f"workers do not start; what they say is in {worker.log}")
-            # Of several side by side nobody knows which was it: each is tried alone, once.
+            # If several ran together, it is unknown which one caused this: each is tried alone, once.
             blamed = worker.begun or worker.at_work[:1]
             if len(blamed) > 1:
                 self._suspects |= {run.directory for run in blamed}
@@ -158,7 +158,7 @@ class Pool:
             self._hear(run, event)
 
     def _next_unit(self, worker: Worker, waiting: list[SweepRun], at_once: bool) -> list[SweepRun]:
-        """Take runs for a worker from those that wait: of its group, or else of the first one."""
+        """Take waiting runs for a worker: of its group, or otherwise of the first group."""
 
         def members(group: Any) -> list[SweepRun]:
             return [run for run in waiting if self._groups[run.directory] == group]

@@ -1,4 +1,4 @@
-"""Progress of a sweep."""
+"""Shows the progress of a sweep."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +17,7 @@ SHOWN_AS = {"running": "bold", "failed": "red", "finished": "", "waiting": "dim"
 
 
 def estimates_table(runs: Sequence[SweepRun], estimates: Sequence[Estimate], finished: Collection[str]) -> Group:
-    """A sweep before it starts: what each run takes, and the time of those that are left."""
+    """Show a sweep before it starts: the estimate for each run, and the time of the remaining ones."""
     table = Table(title="Multiply-adds, and seconds of training at the speed of a step timed here")
     for column in ("run", "setting", "seed", "operations", "training"):
         table.add_column(column, justify="right" if column in ("seed", "operations", "training") else "left")
@@ -33,12 +33,12 @@ def estimates_table(runs: Sequence[SweepRun], estimates: Sequence[Estimate], fin
 
 
 class SweepProgress:
-    """A sweep's runs as they go: a live table in a terminal, else a line for each that ends.
+    """Shows the runs of a sweep: a live table in a terminal, otherwise a line for each run that ends.
 
     Args:
       console: to print to.
       runs: all of the sweep.
-      costs: of each round, by the run's directory (``sweep.round_costs``).
+      costs: of each round, by the run's directory (``estimate.round_costs``).
       finished: directories of those that were finished before.
     """
 
@@ -71,7 +71,7 @@ class SweepProgress:
             self._live.stop()
 
     def hear(self, run: SweepRun, event: Mapping[str, Any]) -> None:
-        """What a worker says of a run (``workers.Pool``)."""
+        """Receive an event of a run from a worker (``pool.Pool``)."""
         name, kind = run.directory, event["event"]
         if kind == "started":
             self._state[name], self._text[name] = "running", "loading"

@@ -1,4 +1,4 @@
-"""The process that runs a sweep's runs one after the other."""
+"""The worker process of a sweep, which executes runs one unit after the other."""
 
 import contextlib
 import json
@@ -18,18 +18,18 @@ from lwfedssl_jax.sweep.grid import SweepRun
 from lwfedssl_jax.sweep.pool import Message
 from lwfedssl_jax.system.errors import user_message
 
-SHUTDOWN_SECONDS = 120.0  # seconds for a worker of a sweep that was killed to save and end
+SHUTDOWN_SECONDS = 120.0  # seconds that a worker has to save and exit if its sweep was killed
 
 
 def serve() -> None:
-    """A worker: the first line of its input is the request, each further one a list of directories."""
+    """Run a worker: the first line of its input is the request, each further line a list of directories."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever prints goes to the log
+    os.dup2(2, 1)  # everything that is printed goes to the log
 
     def say(event: Message) -> None:
         try:
             out.write(json.dumps(event) + "\n")
-        except BrokenPipeError:  # the sweep is gone: save and end
+        except BrokenPipeError:  # the sweep's process is gone: save and exit
             signal.raise_signal(signal.SIGTERM)
 
     request = json.loads(sys.stdin.readline())
@@ -67,7 +67,7 @@ def serve() -> None:
 
 
 def read_units(units: "queue.Queue[list[str] | None]", idle: threading.Event) -> None:
-    """Pass on what the sweep says; where it ends in the middle of a unit, it has been killed: save and end."""
+    """Pass on the sweep's lines; if they end in the middle of a unit, the sweep was killed: save and exit."""
     for line in sys.stdin:
         idle.clear()
         units.put(json.loads(line))
@@ -77,7 +77,7 @@ def read_units(units: "queue.Queue[list[str] | None]", idle: threading.Event) ->
 
 
 def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, say: Callable[[Message], None]) -> None:
-    """Runs of one group, as many side by side as asked for, or as pay off (0)."""
+    """Execute runs of one group, with the requested number in parallel, or as many as pay off (0)."""
     from lwfedssl_jax.experiment.active import ActiveRun
     from lwfedssl_jax.experiment.train import train_together
     from lwfedssl_jax.simulation import setup
@@ -112,7 +112,7 @@ def run_unit(path: Path, runs: Sequence[SweepRun], together: int, shared: Any, s
 
 
 def listener(run: SweepRun, say: Callable[[Message], None]) -> Hear:
-    """Passes on what a sweep shows of a run's events; notes go to the log."""
+    """Make a listener that passes on the events that a sweep shows; notes go to the log."""
     from lwfedssl_jax.simulation import events
 
     def hear(event: events.Event) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and verified against a manifest of hashes before they are used."""
+"""Checkpoints, which are written completely or not at all, and verified against a manifest of hashes before use."""
 
 import contextlib
 import errno
@@ -39,8 +39,8 @@ class Checkpoint(NamedTuple):
 def save(folder: Path, rounds: int, state: Tree, metrics: bytes = b"", always_kept: Collection[int] = ()) -> None:
     """Save the state after a number of rounds as ``folder/ROUNDS``.
 
-    Checkpoints of later rounds are removed: the run goes on from here because they are damaged. Of the others, the
-    newest ``KEPT`` and those in ``always_kept`` stay.
+    Checkpoints of later rounds are removed: they are damaged, which is why the run continued from here. Of the others,
+    the newest ``KEPT`` and those in ``always_kept`` are kept.
 
     Args:
       folder: made if it does not exist.
@@ -76,13 +76,13 @@ def save(folder: Path, rounds: int, state: Tree, metrics: bytes = b"", always_ke
 
 
 def load(folder: Path) -> tuple[Checkpoint | None, dict[int, str]]:
-    """Load the newest whole checkpoint, if there is one.
+    """Load the newest intact checkpoint, if there is one.
 
     Returns:
       The checkpoint or None, and by number of rounds what is wrong with each that is newer.
 
     Raises:
-      OSError: a whole one cannot be read, for instance because another version of orbax wrote it.
+      OSError: an intact one cannot be read, for instance because another version of orbax wrote it.
     """
     faults = {}
     for rounds in reversed(saved_rounds(folder)):
@@ -102,7 +102,7 @@ def load(folder: Path) -> tuple[Checkpoint | None, dict[int, str]]:
 
 
 def saved_rounds(folder: Path) -> list[int]:
-    """Return the numbers of rounds that have a checkpoint, whole or not, in order."""
+    """Return the numbers of rounds that have a checkpoint, intact or not, in order."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
 
 
@@ -117,7 +117,7 @@ def manifest(path: Path) -> str:
 
 
 def find_fault(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it is whole."""
+    """Return what is wrong with a checkpoint, or None if it is intact."""
     try:
         expected, found = (path / MANIFEST).read_bytes().decode(errors="replace"), manifest(path)
     except OSError as error:
@@ -133,7 +133,7 @@ def _save_state(path: Path, state: Tree) -> None:
 
     state = jax.device_get(state)
     if shutil.disk_usage(path.parent).free < sum(np.asarray(x).nbytes for x in jax.tree.leaves(state)):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before threads of orbax that fail outlive the save
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before failing threads of orbax outlive the save
     try:
         with _quiet_orbax(), _checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.StandardSave(state))
@@ -163,7 +163,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Write a file, or the names in a folder, to disk, so that they outlast a crash of the machine."""
+    """Write a file, or the names in a folder, to disk, so that they survive a crash of the machine."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -172,7 +172,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; a process killed on the way leaves no part of it under its name."""
+    """Remove a checkpoint; a process that is killed meanwhile leaves no part of it under its name."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
 

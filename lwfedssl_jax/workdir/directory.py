@@ -28,12 +28,12 @@ class WorkDir:
     """A directory that holds one run.
 
     The constructor only reads; nothing is written before ``open``. If a process is killed, ``metrics.jsonl`` and the
-    plots may be cut, which is repaired when the run continues; every other file is whole or missing.
+    plots may be truncated, which is repaired when the run continues; every other file is complete or missing.
 
     Args:
       path: the directory, which need not exist.
       config: of the run, resolved.
-      code: identifies the text of the user's own config file, which may hold more than the config; empty without one.
+      code: identifies the text of the user's own config file, which may define more than a config; empty without one.
       patience: seconds to wait for another process that uses the directory.
       command: the words after ``train`` on the command line, for the reader of ``config.json``.
 
@@ -42,7 +42,7 @@ class WorkDir:
       summary: the content of ``summary.json``, or None if the run is not finished.
 
     Raises:
-      ConfigError: the directory holds another run or other files, or cannot be read or written.
+      ConfigError: the directory contains another run or other files, or cannot be read or written.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class WorkDir:
             ) from error
 
     def take(self) -> None:
-        """Keep an existing run's directory for this process until ``close``; for a new run, ``open`` does so.
+        """Lock an existing run's directory for this process until ``close``; for a new run, ``open`` does so.
 
         Raises:
           ConfigError: another process is using it.
@@ -84,15 +84,15 @@ class WorkDir:
             self._lock.acquire()
 
     def restore(self) -> tuple[Checkpoint | None, dict[int, str]]:
-        """Load the newest whole checkpoint and cut ``metrics.jsonl`` back to what it was then.
+        """Load the newest intact checkpoint and truncate ``metrics.jsonl`` to what it was then.
 
-        Lines written since then that belong to no later round, those of fine-tuning, are kept.
+        Later lines that do not belong to a later round, which are those of fine-tuning, are kept.
 
         Returns:
           The checkpoint or None, and by number of rounds what is wrong with each that is newer.
 
         Raises:
-          ConfigError: there are checkpoints, but none of them is whole.
+          ConfigError: there are checkpoints, but none of them is intact.
           OSError: see ``checkpoint.load``; the directory cannot be written.
         """
         if self._is_new:
@@ -151,7 +151,7 @@ class WorkDir:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of ``metrics.jsonl``, in order; ``schema.MetricsLine`` has their fields."""
+        """Return all complete lines of ``metrics.jsonl``, in order; ``schema.MetricsLine`` has their fields."""
         return read_lines(self.path)
 
     def save_encoder(self, files: dict[str, bytes]) -> None:
@@ -160,7 +160,7 @@ class WorkDir:
             self._write(name, content)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file whole or not at all."""
+        """Write a JSON file completely or not at all."""
         self._write(name, f"{json.dumps(content, indent=1)}\n".encode())
 
     @property
@@ -168,7 +168,7 @@ class WorkDir:
         return self.path / "checkpoints"
 
     def _describe(self) -> dict[str, Any]:
-        """The entries of a new run's ``config.json``."""
+        """Return the entries of a new run's ``config.json``."""
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         return {
             "config": to_dict(self._config),
@@ -184,7 +184,7 @@ class WorkDir:
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Add to an OSError raised within what cannot be written, and where."""
+        """Add what cannot be written, and where, to an OSError that is raised within this context."""
         try:
             yield
         except OSError as error:

@@ -8,14 +8,14 @@ METRICS = "metrics.jsonl"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a work directory's ``metrics.jsonl``, in order; none if there is no such file."""
+    """Return the complete lines of a work directory's ``metrics.jsonl``, in order; none if there is no such file."""
     file = path / METRICS
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     return [content for line in lines if (content := whole_line(line))]
 
 
 def whole_line(line: bytes) -> dict[str, Any] | None:
-    """Return the content of a line of ``metrics.jsonl``, or None if the line was cut or damaged."""
+    """Return the content of a line of ``metrics.jsonl``, or None if the line is truncated or damaged."""
     try:
         content = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

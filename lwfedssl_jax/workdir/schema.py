@@ -16,7 +16,7 @@ MetricsLine = RoundLine | EvaluationLine
 
 
 class MeasuredCost(TypedDict):
-    """What a run has spent.
+    """The costs of a run, as measured.
 
     Attributes:
       download_bytes, upload_bytes, seconds: of all clients in all rounds.
@@ -34,13 +34,13 @@ class MeasuredCost(TypedDict):
 
 
 class Summary(TypedDict):
-    """``summary.json``.
+    """The content of ``summary.json``.
 
     Attributes:
       strategy, objective: their names.
-      rounds: that were trained.
-      seconds: that the rounds took.
-      evaluation: the trained encoder's result by protocol, which has the fields of ``ProbeResult``, ``KnnResult`` or
+      rounds: number of rounds.
+      seconds: time of the rounds.
+      evaluation: the trained encoder's results by protocol, which have the fields of ``ProbeResult``, ``KnnResult`` or
         ``FineTuneResult``; empty if no image has a label.
       baselines: results by protocol: ``untrained``, and with fine-tuning ``scratch``.
       resources: the ledger of the run's strategy, and ``measured``, a ``MeasuredCost``.
