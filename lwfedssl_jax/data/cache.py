@@ -24,7 +24,7 @@ FORMAT = 1  # of an entry; with another number, all existing entries are unused
 GROUP_SIZE, THREAD_BATCH = 1024, 32  # images that are decoded at a time, by all threads and by one
 CLASSES = 2**20  # at most; more would make heads of gigabytes
 MAX_NAMED = 3  # things that are wrong, which a message names; it counts the others
-SECONDS_TO_ABANDON = 24 * 3600.0  # after which a temporary folder that has not changed belongs to no process
+SECONDS_TO_ABANDON = 24 * 3600.0  # a temporary folder unchanged for longer is left over from a process that died
 
 Notify = Callable[[str], None]
 

@@ -31,7 +31,7 @@ class Exchange(NamedTuple):
       for_cohort: ``cohort -> extras`` that a round's broadcast has because of who was drawn, on the host.
       shapes: ``(trainable, images) -> extras``, shapes of all of ``Broadcast.extras``, from those of the stage's
         trainable part and the number of the server's images.
-      nothing: ``broadcast -> upload`` of a client that has not finished, zeros.
+      nothing: ``broadcast -> upload`` of an unfinished client, zeros.
       upload: ``(task, broadcast, trained, last batch, client, is_finished) -> upload``, which is summed over clients.
       finish: ``sum of uploads -> state``.
     """

@@ -132,7 +132,7 @@ def extras_shapes(config: Config, task: Task, trainable: Tree, images: int) -> T
 
 
 def no_upload(broadcast: Broadcast) -> Tree:
-    """Return what a client that has not finished adds to the dictionary: zeros."""
+    """Return what an unfinished client adds to the dictionary: zeros."""
     extras = broadcast.extras
     return {"dictionary": jnp.zeros_like(extras["dictionary"]), "filled": jnp.zeros_like(extras["filled"], jnp.int32)}
 

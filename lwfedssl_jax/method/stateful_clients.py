@@ -135,7 +135,7 @@ def to_memory(client: ClientState) -> Memory:
 
 
 def empty_memory(task: Task, stage: Stage) -> Memory:
-    """The memory of a client that has not taken part yet: zeros, on the host."""
+    """The memory of a client before its first round: zeros, on the host."""
 
     def shapes() -> Memory:
         return to_memory(fresh_client(task, tree.take(init_params(task, jax.random.key(0)), stage.rows)))

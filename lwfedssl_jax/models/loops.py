@@ -131,7 +131,7 @@ def run_forward(
 
 
 def run_backward(depth: Depth, pull: jax.tree_util.Partial, g: jax.Array) -> tuple[Tree, jax.Array]:
-    """Gradients of all rows of the parameters, zero where a row has not run, and of ``x``.
+    """Gradients of all rows of the parameters, zero for rows that did not run, and of ``x``.
 
     Args:
       depth: how many steps have run.

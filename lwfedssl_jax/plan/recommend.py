@@ -25,7 +25,7 @@ def recommend(
 
 
 def choose_option(options: Sequence[Option]) -> Option | None:
-    """Choose the best of the options in which the largest share of the devices can take part in every stage.
+    """Choose one of the options in which the largest share of the devices can take part in every stage.
 
     It is the one with the highest measured accuracy, if any of them is measured; otherwise the first by the published
     order of accuracies (progressive, end_to_end, layerwise; others last). Among equals it is the one that takes the
@@ -87,7 +87,7 @@ def _advantage(best: Option, protocol: str) -> str:
 
 
 def unresolved_rivals(best: Option, options: Sequence[Option], protocol: str) -> list[Difference]:
-    """Return the measured options that the best is not shown to be better than, nearest first.
+    """Return the measured options that the recommended one is not shown to be better than, nearest first.
 
     They are compared by paired t-tests, adjusted by Holm's method.
     """
