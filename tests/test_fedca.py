@@ -26,7 +26,6 @@ from lwfedssl_jax.simulation.state import state_to_save
 from lwfedssl_jax.system import seeds
 from lwfedssl_jax.workdir import WorkDir, checkpoint
 
-pytestmark = pytest.mark.usefixtures("cheap_views")
 BASE: dict[str, Any] = {"additions__terms": ("base=1",), "additions__base_steps": 2, "partition__server_share": 0.2}
 
 
@@ -77,6 +76,7 @@ def test_further_negatives_equal_numpy_and_unfilled_rows_count_for_nothing(name:
     assert float(loss(negatives, np.zeros(5, bool))) == pytest.approx(float(plain), rel=1e-6)
 
 
+@pytest.mark.usefixtures("cheap_views")
 @pytest.mark.parametrize("lanes", [3])
 def test_the_dictionary_is_what_trained_models_make_of_their_last_batches(
     lanes: int, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +169,7 @@ def test_a_run_with_a_base_term_ends_nearer_to_the_base_model() -> None:
     assert apart[1] < 0.7 * apart[0]
 
 
+@pytest.mark.usefixtures("cheap_views")
 def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three clients a round, 4 embeddings of 6 numbers each; the base model is as large as what is trained."""
     changes = {**BASE, "additions__dictionary": 4, "federation__clients_per_round": 3}
