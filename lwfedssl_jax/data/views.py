@@ -236,7 +236,9 @@ def adjust_hue(image: jax.Array, turns: jax.Array) -> jax.Array:
     chroma = value - low
     safe = jnp.where(chroma > 0, chroma, 1)
     r, g, b = image[..., 0], image[..., 1], image[..., 2]
-    sextant = jnp.where(value == r, (g - b) / safe, jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    # Compared with each other, not with their maximum: the compiler may compute that from copies rounded differently.
+    of_green_or_blue = jnp.where(g >= b, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    sextant = jnp.where((r >= g) & (r >= b), (g - b) / safe, of_green_or_blue)
     hue = sextant / 6 + turns
 
     # To RGB: each channel is `value - chroma * clip(min(k, 4 - k), 0, 1)`, k its distance on the wheel in sextants.
