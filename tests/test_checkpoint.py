@@ -214,7 +214,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again_by_itself(tmp_path:
     for manifest in (tmp_path / "run" / "checkpoints").rglob(checkpoint.MANIFEST):
         manifest.unlink()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"--workdir: no checkpoint in .* is whole \(2: .*missing; 1: .*accepted: "):
+    with pytest.raises(ConfigError, match=r"--workdir: no checkpoint in .* is intact \(2: .*missing; 1: .*accepted: "):
         WorkDir(tmp_path / "run", small_config()).restore()
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 

@@ -234,16 +234,16 @@ def test_a_dictionary_goes_with_frozen_layers() -> None:
     [
         (
             {"additions__dictionary": 4, "objective__name": "byol"},
-            "additions.dictionary: 4 embeddings would be negatives, and objective.name byol has none; accepted: 0, or "
+            "additions.dictionary: 4 embeddings would be negatives, but objective.name byol uses none; accepted: 0, or "
             "objective.name simclr or mocov3",
         ),
         (
             {"additions__dictionary": 9},
-            "additions.dictionary: 9 is more than a client's last batch has; accepted: 0 to",
+            "additions.dictionary: 9 is more than a batch holds; accepted: 0 to",
         ),
-        ({"additions__base_steps": 3}, "additions.base_steps: 3 steps would train a base model that nothing uses"),
+        ({"additions__base_steps": 3}, "additions.base_steps: 3 steps would train a base model that no term uses"),
         ({**BASE, "additions__terms": ("base=0",)}, "additions.base_steps: 2 steps would train a base model"),
-        ({**BASE, "strategy__name": "layerwise"}, "additions.terms: base has whole models to align"),
+        ({**BASE, "strategy__name": "layerwise"}, "additions.terms: base aligns whole models"),
         ({**BASE, "additions__base_steps": 0}, "additions.base_steps: 0 steps leave the term base"),
         ({**BASE, "partition__server_share": 0.0}, "partition.server_share: 0.0 leaves no public images"),
     ],

@@ -349,7 +349,7 @@ def remove(*names: str) -> Callable[[Path], None]:
     ("damage", "why"),
     [
         (remove(""), "is not a folder; accepted: a folder with PATH/train/CLASS/* and PATH/test/CLASS/*, or"),
-        (remove("test"), "has a folder train and none for testing; accepted: test or val or validation beside it"),
+        (remove("test"), "has a folder train but none for testing; accepted: test or val or validation next to it"),
         (remove("train", "test"), "has no images for training; accepted: PATH/train/CLASS"),
         (remove("train/dog"), "has test images of classes without training images: dog; accepted: the same"),
         (remove("test/dog", "test/cat"), "has test images without a class, or none; accepted: a class folder each, of"),

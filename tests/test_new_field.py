@@ -55,7 +55,7 @@ def test_a_new_field_orphans_no_finished_run(section: str, tmp_path: Path, monke
     assert default_workdir("mine", config()) == path
     assert default_workdir("mine", config(**{f"{section}__new": 4})) != path
     assert train(config(), WorkDir(path, config())) == summary
-    with pytest.raises(ConfigError, match=rf"holds another config's run: {section}.new is 3 there, 4 here; accepted: "):
+    with pytest.raises(ConfigError, match=rf"a run of another config: {section}.new is 3 there, 4 here; accepted: "):
         WorkDir(path, config(**{f"{section}__new": 4}))
 
     write_new_run(tmp_path / "runs" / "newer", {"knn": 0.25}, runtime__seed=1)

@@ -240,9 +240,9 @@ def test_the_command_prints_the_table_and_the_pages_place(
     assert out.splitlines()[-1] == str(tmp_path / "new" / "out" / "report.html")
     (tmp_path / "file").touch()
     for arguments, message in (
-        ([], "DIR: report needs one first"),
+        ([], "DIR: must be the first argument of report"),
         ([str(tmp_path / "none")], "is not a directory"),
-        ([str(tmp_path / "new")], "holds no run"),
+        ([str(tmp_path / "new")], "contains no run"),
         ([str(top), "--out", str(tmp_path / "file")], "--out: "),
         ([str(top), "--aut", "x"], "Unrecognized options"),
         ([""], "is empty"),

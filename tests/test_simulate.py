@@ -366,7 +366,13 @@ def test_runs_together_are_the_same_runs(tmp_path: Path, compiled: list[str]) ->
     numbers = [
         {"runtime__seed": 1, "optimizer__learning_rate": 0.01},
         {"runtime__seed": 2, "optimizer__learning_rate": 3e38},
-        {"runtime__seed": 3, "objective__temperature": 0.5, "federation__dropout": 0.3, "evaluation__every": 1},
+        {
+            "runtime__seed": 3,
+            "optimizer__learning_rate": 0.02,
+            "objective__temperature": 0.5,
+            "federation__dropout": 0.3,
+        }
+        | {"evaluation__every": 1},
     ]
     same = {"federation__rounds": 4, "strategy__name": "progressive", "objective__name": "simclr", "model__depth": 2}
     configs = [small_config(**same | changes) for changes in numbers]

@@ -69,9 +69,9 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
             Sweep(BASE, product={"partition.beta": (1.0,)}, zip={"partition.beta": (2.0,)}),
             "partition.beta is on two axes",
         ),
-        (Sweep(BASE, seeds=()), "seeds: it is empty"),
+        (Sweep(BASE, seeds=()), "seeds: no entries"),
         (Sweep(BASE, seeds=(1, 1)), "seeds: 1 appears twice; accepted: each value once"),
-        (Sweep(BASE, runs=[{}, {}]), "are the same; accepted: each run once"),
+        (Sweep(BASE, runs=[{}, {}]), "are the same; accepted: different runs"),
         (
             Sweep(BASE, product={"objective.name": ("simclr", "dino")}),
             "run 'dino', seed 0: objective.name: unknown 'dino'",
@@ -81,7 +81,7 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
         (Sweep(BASE, product=["partition.beta"]), "product: .* is not valid; accepted: "),  # type: ignore[arg-type]
         (Sweep(BASE, product={3: (1,)}), "3 is not a field; accepted: 'section.field'"),  # type: ignore[dict-item]
         (Sweep(7), "base: 7 is not valid; accepted: a config, or its name or file"),  # type: ignore[arg-type]
-        (Sweep("quickstrat"), "no config 'quickstrat'; accepted: .*quickstart"),
+        (Sweep("quickstrat"), "'quickstrat' is not a config; accepted: .*quickstart"),
     ],
 )
 def test_what_is_no_sweep_is_refused(sweep: Sweep, message: str) -> None:
@@ -98,14 +98,14 @@ def test_names_and_directories_that_hold_no_sweep_are_refused(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     for arguments, message in [
-        ([], "SWEEP: sweep needs one first, found nothing; accepted: "),
+        ([], "SWEEP: must be the first argument of sweep, found nothing; accepted: "),
         ([""], "SWEEP: '' is empty"),
-        (["--dry-run"], "SWEEP: sweep needs one first, found '--dry-run'"),
-        (["quickstrat_sweep"], "SWEEP: no sweep 'quickstrat_sweep'; accepted: .*quickstart_sweep"),
-        (["config.py"], "SWEEP: config.py defines no sweep, found NoneType"),
+        (["--dry-run"], "SWEEP: must be the first argument of sweep, found '--dry-run'"),
+        (["quickstrat_sweep"], "SWEEP: 'quickstrat_sweep' is not a sweep; accepted: .*quickstart_sweep"),
+        (["config.py"], "SWEEP: config.py does not define `sweep`, found NoneType"),
         (["broken.py"], "SWEEP: broken.py does not run (ZeroDivisionError"),
         (["quickstart_sweep", "--jobs", "0"], "--jobs: 0 is out of range; accepted: 1 to"),
-        (["quickstart_sweep", "--workdir", "full"], "--workdir: full holds no sweep; accepted: "),
+        (["quickstart_sweep", "--workdir", "full"], "--workdir: full does not contain a sweep; accepted: "),
         (["quickstart_sweep", "--workdir", ""], "--workdir: '' is empty"),
     ]:
         assert main(["sweep", *arguments]) == 2
@@ -131,7 +131,7 @@ def test_a_sweep_in_a_subfolder_has_the_folder_in_its_name_and_directory(
     for name in ("paper/small", "sweeps/paper/small"):
         assert load_sweep(name, tmp_path / "configs").name == "paper/small"
     assert load_sweep(str(file)).name == "small"
-    with pytest.raises(ConfigError, match=r"no sweep 'small'; accepted: a path to a .py file, or one of paper/small"):
+    with pytest.raises(ConfigError, match=r"'small' is not a sweep; accepted: a .py file, or one of paper/small"):
         load_sweep("small", tmp_path / "configs")
     assert ("sweeps/paper/small", "One run.") in available(tmp_path / "configs")
 
@@ -329,7 +329,7 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
     out, error = second.communicate(timeout=300)
     assert second.returncode == 1, error
     assert "out/report.html" in out
-    assert error.splitlines()[-1].startswith("error: 2 of 4 runs failed, which the same command tries again: ")
+    assert error.splitlines()[-1].startswith("error: 2 of 4 runs failed; the same command repeats them: ")
     assert "its process ended with exit code 7; see out/logs/worker0.log" in error
     assert (finished / "summary.json").stat().st_mtime_ns == before
     written = json.loads((tmp_path / "out" / "sweep.json").read_text())

@@ -80,7 +80,7 @@ def find_runs(directories: Sequence[str | Path]) -> list[RunRecord]:
             raise ConfigError(f"DIR: {directory} is not a directory; accepted: a run's work directory, or one above it")
         found = list(_runs_under(directory))
         if not found:
-            raise ConfigError(f"DIR: {directory} holds no run; accepted: a run's work directory, or one above it")
+            raise ConfigError(f"DIR: {directory} contains no run; accepted: a run's work directory, or one above it")
         for run in found:
             runs.setdefault(run.path.resolve(), run)
     return list(runs.values())

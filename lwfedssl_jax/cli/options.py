@@ -25,99 +25,99 @@ class TrainOptions:
     """Train, evaluate and write the work directory; continues an unfinished run of the same config."""
 
     config_name: tyro.conf.Positional[str]
-    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    """CONFIG: a name that `list` shows, or a path to a Python file that defines `config`."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     workdir: Path | None = None
-    """Where the run lives; by default runs/CONFIG-HASH, one directory for each config and overrides."""
+    """Where the run is stored; by default runs/CONFIG-HASH, one directory per config and set of overrides."""
     compilation_cache: str | None = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     coordinator: str | None = None
-    """Several processes: HOST:PORT of process 0, or auto where JAX finds the others by itself (SLURM, TPU pods)."""
+    """Run with several processes: HOST:PORT of process 0, or auto where JAX finds it by itself (SLURM, TPU pods)."""
     processes: int | None = None
-    """Several processes: how many there are."""
+    """Run with several processes: their number."""
     process: int | None = None
-    """Several processes: which one this is, from 0."""
+    """Run with several processes: the number of this one, counted from 0."""
 
 
 @dataclass(frozen=True)
 class ResourcesOptions:
-    """What one client spends under each strategy in traffic, operations and memory; trains nothing."""
+    """Report the traffic, operations and memory of one client under each strategy, without training."""
 
     config_name: tyro.conf.Positional[str]
-    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    """CONFIG: a name that `list` shows, or a path to a Python file that defines `config`."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     json: bool = False
     """Print JSON instead of a table."""
     plot: Path | None = None
-    """Also draw it, over the rounds and over numbers of local epochs: a file that ends in .png, .pdf or .svg."""
+    """Also plot the costs over rounds and over numbers of local epochs, to this .png, .pdf or .svg file."""
     memory: bool = True
-    """Compile one client's training step of each stage to learn its peak memory."""
+    """Compile one client's training step of each stage to measure its peak memory."""
     compilation_cache: str | None = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Which strategy and how many layers per stage a fleet of devices can afford; trains nothing."""
+    """Report which strategy and how many layers per stage a fleet of devices can afford, without training."""
 
     config_name: tyro.conf.Positional[str]
-    """CONFIG: a name that `list` shows, or a path to a Python file of the same form."""
+    """CONFIG: a name that `list` shows, or a path to a Python file that defines `config`."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     memory_gb: float | None = None
-    """One kind of device: memory that training may take, in GB (1e9 bytes)."""
+    """A single class of devices: memory available for training, in GB (1e9 bytes)."""
     gflops: float | None = None
-    """With --memory-gb: 1e9 floating-point operations a second, sustained; a multiply-add is two. Without it, or a
-    link's speed, no time is told."""
+    """With --memory-gb: sustained speed in 1e9 floating-point operations per second; a multiply-add counts as two.
+    Without it or without a link speed, no time is reported."""
     uplink_mbps: float | None = None
-    """With --memory-gb: from the device, in 1e6 bit/s."""
+    """With --memory-gb: upload speed of the device, in 1e6 bit/s."""
     downlink_mbps: float | None = None
-    """With --memory-gb: to the device, in 1e6 bit/s."""
+    """With --memory-gb: download speed of the device, in 1e6 bit/s."""
     watts: float | None = None
-    """With --memory-gb: drawn while it trains and exchanges; tells energy."""
+    """With --memory-gb: power in watts while the device trains, uploads or downloads; needed for its energy."""
     devices: Path | None = None
-    """Instead, several kinds: a CSV file with the columns name, count, memory_gb, and those of the others above that
-    are known. Without --memory-gb and --devices those of the config: fleet.devices."""
+    """Several classes of devices instead: a CSV file with the columns name, count, memory_gb and, where known, gflops,
+    uplink_mbps, downlink_mbps and watts. Without --memory-gb and --devices: the config's fleet.devices."""
     examples: int | None = None
-    """Images that a client has, where the data set does not tell without being read."""
+    """Images per client, where this is not known without reading the data set."""
     results: Path | None = None
-    """Runs, such as a sweep's directory: the accuracy that each option reached."""
+    """A directory with finished runs, such as a sweep's: adds the accuracy that each option reached."""
     protocol: str | None = None
-    """With --results: which protocol's accuracy, such as knn; by default the one that has judged most of
-    them."""
+    """With --results: the protocol whose accuracy is shown, such as knn; by default that which evaluated most runs."""
     json: bool = False
     """Print JSON instead of a table."""
     plot: Path | None = None
-    """Also draw memory and the share of the fleet over the stages: a file that ends in .png, .pdf or .svg."""
+    """Also plot memory and the share of the fleet over the stages, to this .png, .pdf or .svg file."""
     compilation_cache: str | None = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Run a grid of configs and seeds, or what is left of it, and report it."""
+    """Run a grid of configs and seeds, or continue it, and write its report."""
 
     sweep_name: tyro.conf.Positional[str]
-    """SWEEP: a name of configs/sweeps, or a path to a Python file of the same form."""
+    """SWEEP: a name from configs/sweeps, or a path to a Python file that defines `sweep`."""
     workdir: Path | None = None
-    """Where the sweep lives; by default runs/sweeps/SWEEP."""
+    """Where the sweep is stored; by default runs/sweeps/SWEEP."""
     dry_run: bool = False
-    """Only list the runs, their operations and the time they should take here."""
+    """Only list the runs, their operations and the estimated time on this machine."""
     jobs: int = 1
-    """Processes that do runs at the same time, each with a share of the cores, or with a GPU."""
+    """Number of processes that run at the same time, each with a share of the cores, or with a GPU."""
     together: int = 0
-    """Runs that differ in numbers and seeds only, in one program side by side; 0: as many as pay off on the device."""
+    """Number of runs that train side by side in one program, if they differ only in numbers and seeds; 0: chosen by
+    device."""
     compilation_cache: str | None = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """One HTML page, figures and tables about one or several runs."""
+    """Write an HTML page, figures and tables about one or several runs."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
     """DIR: a run's work directory, or one with runs below it, such as a sweep's."""
     out: Path | None = None
-    """Where report.html, plots/ and tables/ go; by default DIR, and for several the folder `report`."""
+    """Where to write report.html, plots/ and tables/; by default DIR, or the folder `report` for several."""
 
 
 Options = TypeVar("Options", TrainOptions, ResourcesOptions, PlanOptions)
@@ -131,12 +131,14 @@ def with_fleet(options: PlanOptions) -> Config:
     """
     one = {field: value for field in QUANTITIES if (value := getattr(options, field)) is not None}
     if options.devices and one:
-        raise ConfigError(f"--devices: {options.devices} besides --memory-gb or its like; accepted: one of the two")
+        raise ConfigError(
+            f"--devices: {options.devices} cannot be combined with --memory-gb and its options; accepted: one of them"
+        )
     if one and options.memory_gb is None:
-        raise ConfigError(f"--memory-gb: nothing besides --{next(iter(one)).replace('_', '-')}; accepted: GB")
+        raise ConfigError(f"--memory-gb: missing, but --{next(iter(one)).replace('_', '-')} needs it; accepted: GB")
     if not (one or options.devices or options.config.fleet.devices):
         raise ConfigError(
-            "--memory-gb: nothing; accepted: --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X, "
+            "--memory-gb: missing; accepted: --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X, "
             "--devices FILE.csv, or a config with fleet.devices"
         )
     for field, value in one.items():
@@ -177,7 +179,8 @@ def parse_sweep(arguments: list[str]) -> SweepOptions:
     if not any(word in arguments for word in HELP) and (not arguments or arguments[0].startswith("-")):
         found = repr(arguments[0]) if arguments else "nothing"
         raise ConfigError(
-            f"SWEEP: sweep needs one first, found {found}; accepted: a name of configs/sweeps, or a .py file"
+            f"SWEEP: must be the first argument of sweep, found {found}; "
+            "accepted: a name from configs/sweeps or a .py file"
         )
     with refusals_in_one_line():
         options = tyro.cli(SweepOptions, prog="run.py sweep", args=arguments)
@@ -198,7 +201,7 @@ def parse_report(arguments: list[str]) -> ReportOptions:
     with refusals_in_one_line():
         options = tyro.cli(ReportOptions, prog="run.py report", args=arguments)
     if not options.directories:
-        raise ConfigError("DIR: report needs one first, found nothing; accepted: a directory with runs")
+        raise ConfigError("DIR: must be the first argument of report, found nothing; accepted: a directory with runs")
     return options
 
 
@@ -222,7 +225,8 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
     if not arguments or arguments[0].startswith("-"):
         found = repr(arguments[0]) if arguments else "nothing"
         raise ConfigError(
-            f"CONFIG: {command} needs one first, found {found}; accepted: a name that `list` shows, or a .py file"
+            f"CONFIG: must be the first argument of {command}, found {found}; "
+            "accepted: a name that `list` shows or a .py file"
         )
     check_not_empty(arguments)
     default = options(config_name=arguments[0], config=load(arguments[0]))

@@ -62,4 +62,4 @@ def run_sweep(options: SweepOptions) -> None:
         for run, why in failed.items():
             reasons.setdefault(why, []).append(run)
         text = "; ".join(f"{why} ({' | '.join(of_why)})" for why, of_why in reasons.items())
-        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed, which the same command tries again: {text}")
+        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed; the same command repeats them: {text}")

@@ -33,14 +33,14 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
         check_not_replaced(name, config_dir)
         close = difflib.get_close_matches(name, known, n=3)
         names = f", such as {', '.join(close)}" if close else ""
-        raise ConfigError(f"CONFIG: no config {name!r}; accepted: a path to a .py file, or a name of `list`{names}")
+        raise ConfigError(f"CONFIG: {name!r} is not a config; accepted: a .py file, or a name of `list`{names}")
     if name.startswith(f"{SWEEPS}/"):
         sweep = name.removeprefix(f"{SWEEPS}/")
         raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {sweep}` runs the sweep)")
     config = getattr(run_file(path, "CONFIG", "config"), "config", None)
     if not isinstance(config, Config):
         found = f"found {type(config).__name__}; accepted: `config = Config(...)`"
-        raise ConfigError(f"CONFIG: {path} defines no config, {found}")
+        raise ConfigError(f"CONFIG: {path} does not define `config`, {found}")
     check_fields(config)  # before options override them: the parser trusts their types
     return config
 

@@ -15,14 +15,16 @@ def sizes_exist(config: Config) -> str | None:
     for field in dataclasses.fields(config.model):
         value = getattr(config.model, field.name)
         if field.name != "name" and not hasattr(size, field.name) and value != field.default:
-            return f"model.{field.name}: {name} has none, found {value!r}; accepted: leave it out"
+            return f"model.{field.name}: {value!r} does not apply to {name}; accepted: leave it out"
     return None
 
 
 def depth_exists(config: Config) -> str | None:
     """The depth is at most the largest depth of the architecture."""
     name, depth, largest = config.model.name, config.model.depth, MODELS[config.model.name].max_depth
-    return f"model.depth: {depth} is more than {name} has; accepted: 1 to {largest}" if depth > largest else None
+    if depth <= largest:
+        return None
+    return f"model.depth: {depth} is more than the depth of {name}; accepted: 1 to {largest}"
 
 
 def patches_fill_image(config: Config) -> str | None:
@@ -41,7 +43,7 @@ def classes_have_examples(config: Config) -> str | None:
     if data.name != "synthetic" or data.synthetic_examples >= data.synthetic_classes:
         return None
     return (
-        f"data.synthetic_examples: {data.synthetic_examples} cannot show all classes; "
+        f"data.synthetic_examples: {data.synthetic_examples} is too few to cover all classes; "
         f"accepted: at least data.synthetic_classes {data.synthetic_classes}"
     )
 
@@ -51,7 +53,7 @@ def layers_per_stage_exist(config: Config) -> str | None:
     layers, depth = config.strategy.layers_per_stage, config.model.depth
     if layers <= depth:
         return None
-    return f"strategy.layers_per_stage: {layers} is more than the encoder has; accepted: 1 to model.depth {depth}"
+    return f"strategy.layers_per_stage: {layers} is more than model.depth; accepted: 1 to model.depth {depth}"
 
 
 def cohort_within_population(config: Config) -> str | None:
@@ -60,7 +62,8 @@ def cohort_within_population(config: Config) -> str | None:
     if drawn <= clients:
         return None
     return (
-        f"federation.clients_per_round: {drawn} is more than the population; accepted: 0 to partition.clients {clients}"
+        f"federation.clients_per_round: {drawn} is more than the number of clients; "
+        f"accepted: 0 to partition.clients {clients}"
     )
 
 
@@ -82,7 +85,7 @@ def a_protocol_is_left(config: Config) -> str | None:
     evaluation = config.evaluation
     if evaluation.labels_per_class or evaluation.neighbours or evaluation.fine_tune_epochs:
         return None
-    return "evaluation: no protocol is left; accepted: labels_per_class, neighbours or fine_tune_epochs above 0"
+    return "evaluation: every protocol is disabled; accepted: labels_per_class, neighbours or fine_tune_epochs above 0"
 
 
 def warmup_ends(config: Config) -> str | None:
@@ -91,7 +94,7 @@ def warmup_ends(config: Config) -> str | None:
     if not 0 < epochs <= warmup:
         return None
     return (
-        f"evaluation.fine_tune_warmup_epochs: {warmup} leaves none of evaluation.fine_tune_epochs {epochs}; "
+        f"evaluation.fine_tune_warmup_epochs: {warmup} is not below evaluation.fine_tune_epochs {epochs}; "
         f"accepted: 0 to {epochs - 1}"
     )
 

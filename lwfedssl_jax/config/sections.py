@@ -48,8 +48,8 @@ class PartitionConfig:
     """How the images are distributed over clients."""
 
     kind: str = "iid"
-    """iid: shares at random; dirichlet: each class in shares drawn from Dirichlet(beta); shards: a few pieces per
-    client of the images sorted by class (McMahan et al., 2017); quantity: at random, in shares drawn from
+    """iid: random shares; dirichlet: each class in shares drawn from Dirichlet(beta); shards: a few pieces per
+    client of the images sorted by class (McMahan et al., 2017); quantity: random shares, of sizes drawn from
     Dirichlet(beta); natural: the data set's own clients; shared: every client draws its images from all of them, so
     that there may be any number of clients."""
     clients: AtLeast1 = 10
@@ -208,7 +208,7 @@ class RuntimeConfig:
     """Clients that are trained side by side on all devices together, rounded up to a multiple of the number of devices;
     0: chosen by device."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the factors of matrix products; sums, parameters, losses and averages are float32."""
+    """Type of the inputs of matrix products; sums, parameters, losses and averages are float32."""
     remat: bool = False
     """Keep only the input of each trainable block and recompute the block in the backward pass: less memory, more
     operations; a little faster on a CPU."""
@@ -226,9 +226,9 @@ class FleetConfig:
     devices: tuple[str, ...] = ()
     """Classes of devices, each as "NAME count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=50 watts=3", the
     last four if known; or the path of a CSV file with a column name and these columns. Clients whose class does not
-    have the memory for a stage take no part in it."""
+    have the memory for a stage do not take part in it."""
     deadline_seconds: NonNegative = 0.0
-    """Devices that need longer for a round of a stage take no part in it either; 0: no deadline."""
+    """Devices that need longer for a round of a stage do not take part in that stage either; 0: no deadline."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
         train = _find_images(config, root / "train", others)
         test = _find_images(config, tests[0], others) if tests else []
         if not tests and any(file.label for file in train):
-            raise refuse(config, "has a folder train and none for testing", f"{' or '.join(TEST_FOLDERS)} beside it")
+            raise refuse(config, "has a folder train but none for testing", f"{' or '.join(TEST_FOLDERS)} next to it")
     else:
         train, test = _find_images(config, root, others), []
     if others:

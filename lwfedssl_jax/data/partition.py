@@ -106,7 +106,7 @@ def _check_counts(config: PartitionConfig, by_N: np.ndarray, apart: str) -> None
             )
     elif config.clients > examples and not config.allow_empty:
         raise ConfigError(
-            f"partition.clients: {config.clients} clients cannot share {examples} examples{apart}; "
+            f"partition.clients: {config.clients} clients are more than the {examples} examples{apart}; "
             f"accepted: 1 to {examples}, or partition.allow_empty, or partition.kind shared"
         )
     elif config.kind == "shards" and shards > examples and not config.allow_empty:

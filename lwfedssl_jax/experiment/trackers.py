@@ -195,7 +195,7 @@ class Tracking:
 
     def _note_failure(self, name: str, error: Exception) -> None:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        self._hear(Note(f"runtime.trackers: {name} failed and is left out from here on ({what})"))
+        self._hear(Note(f"runtime.trackers: {name} failed and is switched off from here on ({what})"))
 
 
 def line_values(line: dict[str, Any]) -> dict[str, float]:
@@ -207,9 +207,9 @@ def line_values(line: dict[str, Any]) -> dict[str, float]:
 
 def summary_values(summary: dict[str, Any]) -> dict[str, float]:
     """Return the numbers by which runs are compared: accuracies, training time, and costs of one client."""
-    judged = {"accuracy": summary["evaluation"], **summary["baselines"]}
+    scores = {"accuracy": summary["evaluation"], **summary["baselines"]}
     accuracies = {
-        f"{of}/{name}": result["accuracy"] for of, results in judged.items() for name, result in results.items()
+        f"{of}/{name}": result["accuracy"] for of, results in scores.items() for name, result in results.items()
     }
     costs = ("total_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes")
     spent = {name: value for name in costs if (value := summary["resources"][name]) is not None}

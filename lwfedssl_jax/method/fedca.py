@@ -39,34 +39,34 @@ def check_fedca(config: Config) -> None:
     having = [name for name, o in OBJECTIVES.items() if o.loss_with_negatives]
     if count and objective not in having:
         raise ConfigError(
-            f"additions.dictionary: {count} embeddings would be negatives, and objective.name {objective} has none; "
+            f"additions.dictionary: {count} embeddings would be negatives, but objective.name {objective} uses none; "
             f"accepted: 0, or objective.name {' or '.join(having)}"
         )
     if count > config.optimizer.batch_size:
         raise ConfigError(
-            f"additions.dictionary: {count} is more than a client's last batch has; "
+            f"additions.dictionary: {count} is more than a batch holds; "
             f"accepted: 0 to optimizer.batch_size {config.optimizer.batch_size}"
         )
     if not has_base(config):
         if steps:
             raise ConfigError(
-                f"additions.base_steps: {steps} steps would train a base model that nothing uses; "
+                f"additions.base_steps: {steps} steps would train a base model that no term uses; "
                 "accepted: 0, or base=WEIGHT in additions.terms"
             )
         return
     if len(stage_depths(config)) > 1:
         raise ConfigError(
-            f"additions.terms: base has whole models to align and needs a single stage, found strategy.name "
+            f"additions.terms: base aligns whole models and needs a single stage, found strategy.name "
             f"{config.strategy.name}; accepted: no base, or strategy.name end_to_end"
         )
     if not steps:
         raise ConfigError(
-            "additions.base_steps: 0 steps leave the term base of additions.terms without a trained model; "
+            "additions.base_steps: 0 steps cannot train the model that the term base of additions.terms needs; "
             "accepted: at least 1, or no base"
         )
     if not config.partition.server_share:
         raise ConfigError(
-            f"partition.server_share: {config.partition.server_share} leaves no public images to the term base of "
+            f"partition.server_share: {config.partition.server_share} leaves no public images for the term base of "
             "additions.terms; accepted: above 0, or no base"
         )
 

@@ -82,7 +82,7 @@ def stage_depths(config: Config) -> list[tuple[int, int]]:
         )
     if len(depths) > config.federation.rounds:
         raise ConfigError(
-            f"federation.rounds: {config.federation.rounds} rounds cannot hold {len(depths)} stages; "
+            f"federation.rounds: {config.federation.rounds} rounds are fewer than the {len(depths)} stages; "
             f"accepted: at least {len(depths)}, or a larger strategy.layers_per_stage"
         )
     return depths

@@ -119,7 +119,7 @@ def examples_of_a_client(config: Config, given: int | None) -> float:
         return config.partition.examples_per_client
     if config.data.name not in ("digits", "synthetic"):
         raise ConfigError(
-            f"--examples: nothing, and the number of images per client of data.name {config.data.name} is not known "
+            f"--examples: missing, and the number of images per client of data.name {config.data.name} is not known "
             "without reading it; accepted: that number"
         )
     synthetic = config.data.name == "synthetic"

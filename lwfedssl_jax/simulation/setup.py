@@ -148,7 +148,7 @@ def check_server_images(config: Config, size: int, limit: int) -> None:
     if size > room:
         raise ConfigError(
             f"partition.server_share: {share} gives the server {size / GIB:.3g} GiB of images, "
-            f"and {room / GIB:.3g} GiB of a device are for them; accepted: at most {share * room / size:.2g}"
+            f"and {room / GIB:.3g} GiB of a device are available for them; accepted: at most {share * room / size:.2g}"
         )
 
 

@@ -34,7 +34,7 @@ class SweepDirectory:
         self._lock = DirectoryLock(path / SWEEP_LOCK)
         there = [p for p in path.iterdir() if p.name != SWEEP_LOCK and not is_leftover(p)] if path.is_dir() else []
         if (path.exists() and not path.is_dir()) or (there and not (path / INDEX).is_file()):
-            raise ConfigError(f"--workdir: {path} holds no sweep; accepted: a new or empty directory, or a sweep's")
+            raise ConfigError(f"--workdir: {path} contains no sweep; accepted: a new or empty directory, or a sweep's")
         if not can_write(path):
             raise ConfigError(f"--workdir: {path} cannot be written; accepted: a directory you can write to")
 

@@ -107,7 +107,7 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
     sweep = getattr(module, "sweep", None)
     if not isinstance(sweep, Sweep):
         found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
-        raise ConfigError(f"SWEEP: {path} defines no sweep, {found}")
+        raise ConfigError(f"SWEEP: {path} does not define `sweep`, {found}")
     about = (module.__doc__ or "").strip().split("\n")[0]
     # A file that adds entries to the tables contains more than the configs of its runs.
     code = path.read_bytes() if tables != [dict(table) for table in TABLES] else b""
@@ -126,7 +126,7 @@ def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:
     sweeps = {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
     if short not in sweeps:
         names = ", ".join(difflib.get_close_matches(name, sweeps) or sweeps)
-        raise ConfigError(f"SWEEP: no sweep {name!r}; accepted: a path to a .py file, or one of {names}")
+        raise ConfigError(f"SWEEP: {name!r} is not a sweep; accepted: a .py file, or one of {names}")
     return sweeps[short], short
 
 
@@ -155,7 +155,7 @@ def make_runs(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
             raise ConfigError(f"SWEEP: run {label!r}, seed {seed}: {error}") from error
         if same := [run for run in runs if run.config == config]:
             raise ConfigError(
-                f"SWEEP: runs {same[0].label!r} and {label!r}, seed {seed}, are the same; accepted: each run once"
+                f"SWEEP: runs {same[0].label!r} and {label!r}, seed {seed}, are the same; accepted: different runs"
             )
         slug = re.sub(r"[^a-zA-Z0-9.=]+", "_", label)[:LONGEST_SLUG]
         directory = f"runs/{slug}-seed{seed}-{digest(config, code_digest)}"
@@ -215,7 +215,7 @@ def check_types(sweep: Sweep) -> None:
             raise ConfigError(f"SWEEP: {name}: {values!r} is not an axis; accepted: a list of at least one value")
     for name in ("runs", "seeds"):
         if not getattr(sweep, name):
-            raise ConfigError(f"SWEEP: {name}: it is empty; accepted: at least one entry, or leave it out")
+            raise ConfigError(f"SWEEP: {name}: no entries; accepted: at least one entry, or leave it out")
 
 
 def check_axes(sweep: Sweep) -> None:

@@ -130,7 +130,7 @@ class Pool:
             del self._workers[number]
             worker.end()
             if not (worker.at_work or worker.group) and event["code"]:
-                raise OSError(f"workers do not start; what they say is in {worker.log}")
+                raise OSError(f"the workers did not start; their output is in {worker.log}")
             # If several ran together, it is unknown which one caused this: each is tried alone, once.
             blamed = worker.begun or worker.at_work[:1]
             if len(blamed) > 1:

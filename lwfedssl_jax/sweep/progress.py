@@ -29,7 +29,7 @@ def estimates_table(runs: Sequence[SweepRun], estimates: Sequence[Estimate], fin
         shown = "finished" if done else clock(of_run.seconds)
         table.add_row(str(number), escape(run.label), str(run.seed), f"{of_run.operations / scale:,.3g} {unit}", shown)
     text = f"{len(runs)} runs, {len(finished)} finished; about {clock(left)} of training left on this machine"
-    return Group(table, f"{text}; loading, compiling and judging come on top, and --jobs shares the same devices")
+    return Group(table, f"{text}, plus loading, compiling and evaluation; with --jobs, all processes share its devices")
 
 
 class SweepProgress:

@@ -101,7 +101,7 @@ class WorkDir:
         if faults and not found:
             reasons = "; ".join(f"{rounds}: {fault}" for rounds, fault in faults.items())
             raise ConfigError(
-                f"--workdir: no checkpoint in {self._checkpoints} is whole ({reasons}); accepted: one restored "
+                f"--workdir: no checkpoint in {self._checkpoints} is intact ({reasons}); accepted: one restored "
                 "from a copy, or remove the folder to begin the run again"
             )
         kept, file = found.metrics if found else b"", self.path / METRICS
@@ -198,17 +198,17 @@ class WorkDir:
         file = self.path / "config.json"
         content = json.loads(file.read_text()) if file.is_file() else None
         if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-            raise ConfigError(f"--workdir: {self.path} holds files but no run; accepted: a new or empty directory")
+            raise ConfigError(f"--workdir: {self.path} contains files but no run; accepted: a new or empty directory")
         if content.get("config_file", "") != self._code:
             raise ConfigError(
-                f"--workdir: {self.path} holds the run of another config file, or of this one before it was changed; "
+                f"--workdir: {self.path} contains a run of another config file, or of this one before it was changed; "
                 "accepted: the file as it was, or another directory"
             )
         old, new = (flat(to_dict(config)) for config in (from_dict(content["config"]), self._config))
         for name, value in new.items():
             if old[name] != value and name not in INERT_FIELDS:
                 raise ConfigError(
-                    f"--workdir: {self.path} holds another config's run: {name} is {old[name]!r} there, "
+                    f"--workdir: {self.path} contains a run of another config: {name} is {old[name]!r} there, "
                     f"{value!r} here; accepted: the same config, or another directory"
                 )
 
