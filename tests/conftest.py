@@ -22,7 +22,7 @@ from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation import frozen
-from lwfedssl_jax.experiment import finish
+from lwfedssl_jax.experiment import finish, ledgers
 from lwfedssl_jax.method import client, fedca
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import STRATEGIES, Stage
@@ -75,8 +75,8 @@ TRACES = setup.Cache()
 
 @pytest.fixture(autouse=True)
 def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page that ends a run costs seconds, and its ledgers minutes: they are without peak memory, and share what
-    they trace. Runs of a module's fixtures, made before this one, and those of processes have all of it.
+    """The page that ends a run costs seconds, and ledgers minutes: those at the end are without peak memory, and all
+    share what they trace. Runs of a module's fixtures, made before this one, and those of processes have all of it.
     """
 
     def price(config: Config, *_: object) -> dict[str, ledger.Ledger]:
@@ -84,6 +84,8 @@ def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(finish, "write_report", lambda directories, out: None)
     monkeypatch.setattr(finish, "ledgers_of_run", price)
+    for module in (finish, ledgers):
+        monkeypatch.setattr(module, "known_traces", lambda cache: known_traces())
 
 
 def known_traces() -> Known:

@@ -157,12 +157,12 @@ def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monke
     state = client_init(run.task, sent.trainable)
     server_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.runtime.seed), 2), 4)
     losses = []
+    step = jax.jit(lambda s, x, k: client_step(run.task, s, sent, x, jnp.ones(len(x), bool), k))
     for i in range(3):
         key = jax.random.fold_in(server_key, i)
         batch = min(run.config.optimizer.batch_size, len(run.server_images))
         drawn = jax.random.choice(jax.random.fold_in(key, 1), len(run.server_images), (batch,), replace=False)
         images = jnp.asarray(run.server_images)[drawn]
-        step = jax.jit(lambda s, x, k: client_step(run.task, s, sent, x, jnp.ones(len(x), bool), k))
         state, loss = step(state, images, jax.random.fold_in(key, 2))
         losses.append(float(loss))
     expected = tree.put(jax.tree.map(jnp.asarray, plain), tree.rows(trainable), state.trainable)

@@ -244,7 +244,7 @@ def test_a_dictionary_goes_with_frozen_layers() -> None:
         ({"additions__base_steps": 3}, "additions.base_steps: 3 steps would train a base model that no term uses"),
         ({**BASE, "additions__terms": ("base=0",)}, "additions.base_steps: 2 steps would train a base model"),
         ({**BASE, "strategy__name": "layerwise"}, "additions.terms: base aligns whole models"),
-        ({**BASE, "additions__base_steps": 0}, "additions.base_steps: 0 steps leave the term base"),
+        ({**BASE, "additions__base_steps": 0}, "additions.base_steps: 0 steps cannot train the model"),
         ({**BASE, "partition__server_share": 0.0}, "partition.server_share: 0.0 leaves no public images"),
     ],
 )

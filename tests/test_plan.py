@@ -153,7 +153,7 @@ def test_examples_of_a_client() -> None:
     assert examples_of_a_client(small_config(partition__kind="shared"), None) == 100
     folder = small_config(data__name="folder:x")
     assert examples_of_a_client(folder, 7) == 7
-    with pytest.raises(ConfigError, match=r"^--examples: nothing, .* data.name folder:x .*; accepted: "):
+    with pytest.raises(ConfigError, match=r"^--examples: missing, .* data.name folder:x .*; accepted: "):
         examples_of_a_client(folder, None)
 
 

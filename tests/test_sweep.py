@@ -105,7 +105,7 @@ def test_names_and_directories_that_hold_no_sweep_are_refused(
         (["config.py"], "SWEEP: config.py does not define `sweep`, found NoneType"),
         (["broken.py"], "SWEEP: broken.py does not run (ZeroDivisionError"),
         (["quickstart_sweep", "--jobs", "0"], "--jobs: 0 is out of range; accepted: 1 to"),
-        (["quickstart_sweep", "--workdir", "full"], "--workdir: full does not contain a sweep; accepted: "),
+        (["quickstart_sweep", "--workdir", "full"], "--workdir: full contains no sweep; accepted: "),
         (["quickstart_sweep", "--workdir", ""], "--workdir: '' is empty"),
     ]:
         assert main(["sweep", *arguments]) == 2

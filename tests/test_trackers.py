@@ -165,7 +165,7 @@ def test_a_tracker_that_fails_is_left_out_and_said_once(
     assert finished == [None]
     assert heard == [
         Note(
-            "runtime.trackers: failing failed and is left out from here on "
+            "runtime.trackers: failing failed and is switched off from here on "
             "(OSError: [Errno 28] No space left on device)"
         )
     ]
