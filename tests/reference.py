@@ -64,27 +64,30 @@ def loss_of(
             loss += float(weight) / 2 * sum(jax.tree.leaves(apart))
         if name == "alignment":
             same = jnp.arange(views.shape[1])
-            for view in views:
-                z, goal = (
-                    unit(head(config, model["projection"], 3, encode(config, model["encoder"], view, layers)))
-                    for model in (online, jax.lax.stop_gradient(start))
-                )
-                loss += float(weight) / 2 * contrast(z, goal, same, 0.5)
+            models = online, jax.lax.stop_gradient(start)
+            for z, goal in zip(*(project(config, layers, model, views) for model in models), strict=True):
+                loss += float(weight) / 2 * contrast(unit(z), unit(goal), same, 0.5)
     return loss
 
 
 def ssl_loss(config: Config, layers: jax.Array, online: Params, target: Params, views: jax.Array) -> jax.Array:
     name, t, n = config.objective.name, config.objective.temperature, views.shape[1]
-    z = [head(config, online["projection"], 3, encode(config, online["encoder"], v, layers)) for v in views]
+    z = project(config, layers, online, views)
     if name == "simclr":
         every = unit(jnp.concatenate(z))
         partners = (jnp.arange(2 * n) + n) % (2 * n)
         return contrast(every, every, partners, t)
     q = [unit(head(config, online["prediction"], 2, one)) for one in z]
-    k = [unit(head(config, target["projection"], 3, encode(config, target["encoder"], v, layers))) for v in views]
+    k = [unit(one) for one in project(config, layers, target, views)]
     if name == "byol":
         return sum((2 - 2 * (q[a] * k[1 - a]).sum(axis=1)).mean() for a in (0, 1))
     return sum(contrast(q[a], k[1 - a], jnp.arange(n), t) for a in (0, 1))
+
+
+def project(config: Config, layers: jax.Array, model: Params, views: jax.Array) -> list[jax.Array]:
+    """The projections of each view; the encoder has nothing that mixes samples, the head normalises by view."""
+    features = jnp.split(encode(config, model["encoder"], views.reshape(-1, *views.shape[2:]), layers), len(views))
+    return [head(config, model["projection"], 3, of_view) for of_view in features]
 
 
 @functools.partial(jax.jit, static_argnums=0)

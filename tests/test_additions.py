@@ -188,12 +188,12 @@ def test_calibration_trains_all_layers_on_the_servers_images_and_is_priced(monke
 
 def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A joiner fetches all layers, a returner those finished since, all fetch the last stage's when a stage begins."""
-    run = prepare(small_config())
+    run, cache = prepare(small_config()), setup.Cache()
     cohorts = {1: [0, 1], 2: [0, 1], 3: [0, 2], 4: [0, 1, 2, 3]}
     stages = {1: run.stages[0], 2: run.stages[1], 3: run.stages[1], 4: run.stages[2]}
     drawn = {number: cohort.Cohort(clients, clients[:1]) for number, clients in cohorts.items()}
     monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: drawn[number])
-    simulator = Simulator([run])
+    simulator = Simulator([run], cache=cache)
     params = simulator.stack.place(setup.initial_params(run))
     size = {n: 0 for n in range(4)}
     for x, n in zip(jax.tree.leaves(params), jax.tree.leaves(run.layers), strict=True):
@@ -214,7 +214,8 @@ def test_clients_are_charged_what_they_really_fetch(monkeypatch: pytest.MonkeyPa
                     for s, f, r in zip(run.stages, (0, 1, 3), (1, 2, 1), strict=True)
                 ]
             )
-        ]
+        ],
+        cache=cache,
     )
     resumed.resume(3, [{}])
     assert run_round(resumed, run.stages[2], params, None, 4)[2]["download_bytes"] == line["download_bytes"]

@@ -14,7 +14,6 @@ from conftest import small_config
 from safetensors.numpy import load_file
 
 from lwfedssl_jax.config import ConfigError
-from lwfedssl_jax.method import stages
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.simulation import simulator as simulator_module
 from lwfedssl_jax.simulation.simulator import Simulator
@@ -107,22 +106,18 @@ def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(
 ) -> None:
     """Of several CPU devices fewer are used, each with more of the machine's memory."""
     run = setup.prepare(small_config(partition__clients=8), jax.devices()[:devices_used])
-    run = run._replace(lanes=8)
+    run, cache = run._replace(lanes=8), setup.Cache()
     stage = run.stages[0]
-    each = _bytes(run, stage)
+    each = devices.program_memory(Simulator([run], cache=cache).program(stage).steps)
     monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
     monkeypatch.setattr(setup, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
-    simulator = Simulator([run], [stage])
+    simulator = Simulator([run], [stage], cache=cache)
     assert 1 <= simulator.run.lanes < 8
     assert devices.program_memory(simulator.program(stage).steps) <= 0.7 * each * devices_used / simulator.run.mesh.size
     asked = setup.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:devices_used])
     with pytest.raises(ConfigError, match=r"runtime\.lanes: 8 need .* GiB; accepted: at most about \d lanes"):
-        Simulator([asked], [stage])
+        Simulator([asked], [stage], cache=cache)
     monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: 1000)
     monkeypatch.setattr(setup, "memory_limit", lambda mesh: 1000)
     with pytest.raises(ConfigError, match=r"accepted: a smaller optimizer\.batch_size, runtime\.remat"):
-        Simulator([run], [stage])
-
-
-def _bytes(run: setup.Prepared, stage: stages.Stage) -> int:
-    return devices.program_memory(Simulator([run]).program(stage).steps)
+        Simulator([run], [stage], cache=cache)

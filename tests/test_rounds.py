@@ -36,8 +36,16 @@ def prepare(config: Config, devices: int = 1) -> setup.Prepared:
     return run._replace(clients=Population.disjoint(np.arange(sum(SIZES)), np.array(SIZES)))
 
 
-def fast_round(run: setup.Prepared, stage: Stage, params: tree.Tree, number: int) -> tuple[tree.Tree, dict]:
-    simulator = Simulator([run])
+@pytest.fixture(scope="module")
+def cache() -> setup.Cache:
+    """For rounds of runs of which nothing is replaced."""
+    return setup.Cache()
+
+
+def fast_round(
+    run: setup.Prepared, stage: Stage, params: tree.Tree, number: int, cache: setup.Cache | None = None
+) -> tuple[tree.Tree, dict]:
+    simulator = Simulator([run], cache=cache)
     after, _, line = run_round(simulator, stage, simulator.stack.place(params), None, number)
     return jax.device_get(after), line
 
@@ -172,20 +180,20 @@ def test_a_weighted_mean_that_a_user_writes_is_ours() -> None:
     assert run.aggregator is WEIGHTED_MEAN
 
 
-def test_calls_of_any_length_give_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_any_length_give_the_same_round(cache: setup.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepare(small_config(runtime__lanes=2))
     params = setup.initial_params(run)
-    whole, _ = fast_round(run, run.stages[0], params, 1)
+    whole, _ = fast_round(run, run.stages[0], params, 1, cache)
     monkeypatch.setattr(cohort, "CALL_STEPS", 3)
     pieces, _ = fast_round(run, run.stages[0], params, 1)
     chex.assert_trees_all_equal(whole, pieces)
 
 
-def test_everybody_dropped_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everybody_dropped_leaves_the_model(cache: setup.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: cohort.Cohort([0, 1, 2, 3], []))
-    run = prepare(small_config())
+    run = prepare(small_config(runtime__lanes=2))
     params = setup.initial_params(run)
-    after, line = fast_round(run, run.stages[0], params, 1)
+    after, line = fast_round(run, run.stages[0], params, 1, cache)
     chex.assert_trees_all_equal(after, params)
     assert line["loss"] is None
     assert (line["clients"], line["dropped"], line["upload_bytes"]) == (0, 4, 0)
@@ -214,11 +222,11 @@ def test_one_sample_client_does_not_change_the_others() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_frozen_parameters_are_bit_identical_after_a_round(objective: str) -> None:
-    run = prepare(small_config(objective__name=objective))
+def test_frozen_parameters_are_bit_identical_after_a_round(objective: str, cache: setup.Cache) -> None:
+    run = prepare(small_config(objective__name=objective, runtime__lanes=2))
     params = setup.initial_params(run)
     for stage in run.stages:
-        after, _ = fast_round(run, stage, params, stage.number)
+        after, _ = fast_round(run, stage, params, stage.number, cache)
         same = jax.tree.map(lambda a, b: np.asarray(a == b), after, params)
         for path, mask in jax.tree.leaves_with_path(stage.trainable):
             leaf = same
@@ -269,10 +277,9 @@ def test_clients_whose_update_is_not_finite_are_left_out(monkeypatch: pytest.Mon
 
     run = run._replace(task=run.task._replace(objective=whole._replace(loss=loss)))
     params = setup.initial_params(run)
-    results = {}
+    simulator, results = Simulator([run]), {}
     for name, reporting in {"all": [0, 1, 2, 3], "good": [0, 3]}.items():
         monkeypatch.setattr(cohort, "draw_cohort", lambda run, number, r=reporting: cohort.Cohort(list(range(4)), r))
-        simulator = Simulator([run])
         results[name] = run_round(simulator, run.stages[0], simulator.stack.place(params), None, 1)
     (after, state, line), (expected, expected_state, expected_line) = results["all"], results["good"]
     chex.assert_trees_all_equal(after, expected)
