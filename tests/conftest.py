@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from images import picture
 
 from lwfedssl_jax.config import Config, override, resolve
 from lwfedssl_jax.costs import ledger
@@ -30,6 +31,8 @@ from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.simulation.state import RoundState
+
+ROOT = Path(__file__).parent.parent
 
 # Four devices; and less time on compiling code that runs for a moment only. XLA knows the last flag below jax 0.11.
 FLAGS = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
@@ -176,11 +179,35 @@ def cheap_views(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "two_views", noisy_views)
 
 
-EXHAUSTIVE = Path(__file__).parent / "exhaustive.txt"
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of data sets of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    return tmp_path / "cache" / "lwfedssl_jax" / "data"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """``train/{cat,dog}`` with 3 images each, ``test/{cat,dog}`` with 2, of several sizes, formats and modes."""
+    root = tmp_path / "pets"
+    for split, n in (("train", 3), ("test", 2)):
+        for label, first in (("dog", 100), ("cat", 200)):
+            for i, (suffix, mode) in enumerate([("png", "L"), ("PNG", "RGBA"), ("bmp", "RGB")][:n]):
+                picture(root / split / label / "inner" / f"{i}.{suffix}", first + i, (4 + i, 7), mode)
+    return root
+
+
+EXHAUSTIVE = ROOT / "tests" / "exhaustive.txt"
+
+
+# Two processes share the files one by one: those that take long come first, so that both end at about the same time.
+LONG = ["test_rounds.py", "test_train.py", "test_fedca.py", "test_additions.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that ``exhaustive.txt`` names; a line that names none of a collected file is an error."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     names = [line for line in EXHAUSTIVE.read_text().splitlines() if line and not line.startswith("#")]
     for name in names:
         file, _, beginning = name.partition("::")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 from lwfedssl_jax.config import load, override, resolve
 from lwfedssl_jax.costs import ledger
@@ -16,7 +16,6 @@ from lwfedssl_jax.method import aggregation, objectives, stages, terms
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.workdir import WorkDir
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "extending.md"
 
 

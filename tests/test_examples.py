@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, small_config
+from conftest import ROOT, SMALL, small_config
 
 import lwfedssl_jax as lw
 from lwfedssl_jax.cli import main
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 TINY: dict[str, Any] = SMALL | {"model.depth": 1, "federation.rounds": 1, "federation.local_epochs": 1}
 

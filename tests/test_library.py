@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, small_config
+from conftest import ROOT, SMALL, small_config
 
 import lwfedssl_jax as lw
 from lwfedssl_jax import api
@@ -19,8 +19,6 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.experiment import progress
 from lwfedssl_jax.simulation.events import Evaluated, Finished, StepsDone
 from lwfedssl_jax.workdir import WorkDir
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_readmes_example(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import known_traces, run_round, small_config
-from test_rounds import fast_round, float64, max_difference, parts, prepare
+from rounds import fast_round, float64, max_difference, parts, prepare
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import override

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_results import write_run
+from runs import write_run
 
 from lwfedssl_jax.analysis.results import load_results
 from lwfedssl_jax.analysis.settings import group_by_setting

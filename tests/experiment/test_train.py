@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,48 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import known_traces, run_round, small_config
+from conftest import small_config
 from PIL import Image
+from runs import Interrupting, train
 from safetensors.numpy import load_file
 
-from lwfedssl_jax import load_encoder, tree
+from lwfedssl_jax import load_encoder
 from lwfedssl_jax.analysis import terminal
-from lwfedssl_jax.config import Config, ConfigError, override, resolve
-from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment import train as experiment
 from lwfedssl_jax.experiment.active import ActiveRun
-from lwfedssl_jax.simulation import events, feed, setup
+from lwfedssl_jax.simulation import events, setup
 from lwfedssl_jax.simulation import simulator as simulator_module
-from lwfedssl_jax.simulation.cohort import draw_cohort, pack_cohort
-from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.workdir import WorkDir, checkpoint
-
-
-class Interrupting:
-    """Sends this process a signal in the middle of a round, or as soon as it has ended."""
-
-    def __init__(self, number: int, when: str = "after", sent: signal.Signals = signal.SIGINT) -> None:
-        self.number, self.when, self.sent = number, when, sent
-        self.notices: list[str] = []
-        self.heard_after = 0
-
-    def __call__(self, event: events.Event) -> None:
-        match event:
-            case events.StepsDone() if self.notices:
-                self.heard_after += 1
-            case events.StepsDone(number) if (number, self.when) == (self.number, "within"):
-                signal.raise_signal(self.sent)
-            case events.RoundDone(line) if (line["round"], self.when) == (self.number, "after"):
-                signal.raise_signal(self.sent)
-            case events.Note(text):
-                self.notices.append(text)
-
-
-def train(
-    config: Config, path: Path, hear: events.Hear = events.ignore, cache: setup.Cache | None = None
-) -> dict[str, Any]:
-    return experiment.train(config, WorkDir(path, config), hear, cache)
 
 
 @pytest.fixture(scope="module")
@@ -118,37 +89,6 @@ def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Co
         assert line["seconds"] > 0
     evaluations = [(line["round"], line["depth"]) for line in lines if line.get("event") == "evaluation"]
     assert list(dict.fromkeys(evaluations)) == [(0, 3), (2, 1), (4, 2), (5, 3)]
-
-
-@pytest.mark.usefixtures("cheap_views")
-@pytest.mark.parametrize("strategy", ["layerwise", "progressive", "end_to_end"])
-def test_ledger_equals_the_bytes_rounds_really_passed(strategy: str) -> None:
-    """The ledger counts shapes; here the arrays themselves are weighed, as sent and as put back."""
-    config = small_config(strategy__name=strategy)
-    run = setup.prepare(config)
-    params = setup.initial_params(run)
-    simulator = Simulator([run])
-    for stage, row in zip(run.stages, ledger.make_ledger(config, known_traces())["per_stage"], strict=True):
-        sent = sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree.take(params, tree.rows(stage.trainable))))
-        after, _, line = run_round(simulator, stage, simulator.stack.place(params), None, stage.number)
-        changed = sum(
-            int((np.asarray(a) != np.asarray(b)).reshape(n, -1).any(axis=1).sum()) * (np.asarray(a).nbytes // n)
-            for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True)
-            for n in [len(a) if a.shape[:1] == (config.model.depth,) else 1]
-        )
-        assert row["download_bytes"] == row["rounds"] * sent
-        assert row["upload_bytes"] == row["rounds"] * changed
-        # When a stage begins, everybody fetches the average of the layer that the one before has finished.
-        finished = sum(
-            x.nbytes // x.shape[0]
-            for mask, x in zip(jax.tree.leaves(stage.frozen), jax.tree.leaves(params), strict=True)
-            if np.ndim(mask) and mask[stage.frozen_depth - 1]
-        )
-        if stage.number == 2 and strategy == "layerwise":
-            finished += sum(np.asarray(x).nbytes for x in jax.tree.leaves(params["encoder"]["embedding"]))
-        assert line["download_bytes"] == config.partition.clients * (sent + finished)
-        assert line["upload_bytes"] == config.partition.clients * sent
-        params = after
 
 
 @pytest.mark.usefixtures("cheap_views")
@@ -280,63 +220,6 @@ def test_bfloat16_and_remat_run(tmp_path: Path) -> None:
     assert losses["remat"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
-def test_lanes_default_to_what_the_device_suggests_within_the_cohort() -> None:
-    def choose(lanes: int, devices: int) -> tuple[int, int]:
-        run = setup.prepare(small_config(runtime__lanes=lanes), jax.devices()[:devices])
-        return run.lanes, run.mesh.size
-
-    assert choose(0, 1) == (1, 1)
-    assert choose(0, 4) == (4, 4)
-    assert choose(3, 1) == (3, 1)
-    assert choose(3, 2) == (4, 2)
-    assert choose(2, 4) == (2, 2)
-    assert choose(9, 1) == (4, 1)
-
-
-def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> None:
-    run = setup.prepare(small_config(partition__clients=20, federation__clients_per_round=10, federation__dropout=0.3))
-    drawn = [draw_cohort(run, number) for number in range(200)]
-    assert all(len(set(cohort)) == 10 and set(reporting) <= set(cohort) for cohort, reporting in drawn)
-    assert np.mean([len(reporting) for _, reporting in drawn]) == pytest.approx(7, abs=0.4)
-    assert {c for cohort, _ in drawn for c in cohort} == set(range(20))
-    assert drawn[3] == draw_cohort(run, 3)
-
-
-def test_clients_without_data_are_never_drawn() -> None:
-    run = setup.prepare(small_config(partition__clients=80, partition__kind="iid", partition__allow_empty=True))
-    cohort, reporting = draw_cohort(run, 1)
-    assert cohort == reporting
-    assert len(reporting) == 60
-
-
-def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    rng, rows = np.random.default_rng(0), ["file,client"]
-    for label in ("a", "b", "."):  # the last ones have no label
-        (tmp_path / "data" / "train" / label).mkdir(parents=True, exist_ok=True)
-        for i in range(12):
-            path = tmp_path / "data" / "train" / label / f"{i}.png"
-            Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(path)
-            rows.append(f"{path.relative_to(tmp_path / 'data')},{i % 3}")
-    shutil.copytree(tmp_path / "data" / "train" / "a", tmp_path / "data" / "test" / "a")
-    (tmp_path / "data" / "clients.csv").write_text("\n".join(rows))
-    config = small_config(data__name=f"folder:{tmp_path}/data", partition__kind="natural", partition__clients=3)
-
-    heard = list[events.Event]()
-    run = setup.prepare(config, hear=heard.append)
-    images = run.dataset.train_images
-    assert isinstance(images, np.memmap)
-    assert run.clients.sizes.tolist() == [12, 12, 12]
-    calls = list(pack_cohort(run, [0, 1, 2], 1).calls)
-    streamed = feed.streamed(images, np.asarray).serve(iter(calls))  # type: ignore[arg-type]
-    for (pixels_WxNxHxWxC, plan, _), (whole, _) in zip(streamed, calls, strict=True):
-        by_lane = pixels_WxNxHxWxC[np.arange(run.lanes)[:, None], plan.examples]
-        np.testing.assert_array_equal(by_lane, images[whole.examples])
-    assert heard[:2] == [events.Loading(f"decoding {done} of 48 images") for done in (36, 48)]
-
-
 @pytest.mark.usefixtures("cheap_views")
 def test_a_flat_folder_is_trained_on_and_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -359,20 +242,6 @@ def test_a_flat_folder_is_trained_on_and_not_evaluated(tmp_path: Path, monkeypat
     assert load_encoder(tmp_path / "run")(run.dataset.train_images).shape == (24, 8)
     assert not (tmp_path / "run" / "plots" / "accuracy.png").exists()
     assert "protocol" not in repr(terminal.summary_tables(summary).renderables[0])
-
-
-def test_a_server_share_that_does_not_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config(partition__server_share=0.5)
-    assert len(setup.prepare(config).server_images) == 30
-    monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: 15 * 8 * 8 * 3 * 4)
-    monkeypatch.setattr(setup, "memory_limit", lambda mesh: 15 * 8 * 8 * 3 * 4)
-    with pytest.raises(ConfigError, match=r"partition\.server_share: 0\.5 gives .* GiB.*; accepted: at most 0\.25"):
-        setup.prepare(config)
-
-
-def test_default_config_is_the_papers() -> None:
-    config = resolve(Config())
-    assert (config.federation.rounds, config.federation.local_epochs, config.optimizer.batch_size) == (180, 3, 512)
 
 
 def test_runs_together_are_the_same_runs(tmp_path: Path, compiled: list[str]) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_round, small_config
+from conftest import ROOT, run_round, small_config
 from safetensors.numpy import load, load_file, save
 
 from lwfedssl_jax import load_encoder
@@ -26,7 +26,6 @@ from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
-ROOT = Path(__file__).parent.parent
 WIDTH, PATCH, CHANNELS = 8, 4, 3
 RESNET: dict[str, Any] = {"model__name": "resnet18", "model__patch_size": 0, "model__heads": 0}
 TORCH_TOLERANCE = {"rtol": 0, "atol": 1e-4}  # the promise; what is found is about 1e-6

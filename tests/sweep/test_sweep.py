@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from conftest import SMALL, known_traces, small_config
+from conftest import ROOT, SMALL, known_traces, small_config
 from rich.console import Console
 
 import lwfedssl_jax.cli.sweep as sweep_command
@@ -26,7 +26,6 @@ from lwfedssl_jax.sweep.grid import load_sweep, make_runs
 from lwfedssl_jax.sweep.progress import SweepProgress
 from lwfedssl_jax.workdir import WorkDir
 
-ROOT = Path(__file__).parent.parent
 BASE = small_config()
 
 

@@ -7,19 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import ROOT
 from safetensors.numpy import load_file
 
 from lwfedssl_jax.config import ConfigError
-from lwfedssl_jax.simulation import setup
-from lwfedssl_jax.simulation import simulator as simulator_module
-from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.system import devices
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     "--model.width", "8", "--model.heads", "2", "--model.depth", "2", "--data.image-size", "8",
     "--objective.hidden-dim", "8", "--objective.output-dim", "4", "--federation.rounds", "2",
@@ -97,27 +92,3 @@ def test_processes_of_different_configs_are_refused(tmp_path: Path) -> None:
     assert [process.returncode for process in both] == [2, 2], errors
     assert all("--processes: their configs differ" in error for error in errors)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.usefixtures("cheap_views")
-@pytest.mark.parametrize("devices_used", [1, 4])
-def test_lanes_shrink_to_the_memory_there_is_and_asked_ones_are_refused(
-    devices_used: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of several CPU devices fewer are used, each with more of the machine's memory."""
-    run = setup.prepare(small_config(partition__clients=8), jax.devices()[:devices_used])
-    run, cache = run._replace(lanes=8), setup.Cache()
-    stage = run.stages[0]
-    each = devices.program_memory(Simulator([run], cache=cache).program(stage).steps)
-    monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
-    monkeypatch.setattr(setup, "memory_limit", lambda mesh: int(0.7 * each * devices_used / mesh.size))
-    simulator = Simulator([run], [stage], cache=cache)
-    assert 1 <= simulator.run.lanes < 8
-    assert devices.program_memory(simulator.program(stage).steps) <= 0.7 * each * devices_used / simulator.run.mesh.size
-    asked = setup.prepare(small_config(partition__clients=8, runtime__lanes=8), jax.devices()[:devices_used])
-    with pytest.raises(ConfigError, match=r"runtime\.lanes: 8 need .* GiB; accepted: at most about \d lanes"):
-        Simulator([asked], [stage], cache=cache)
-    monkeypatch.setattr(simulator_module, "memory_limit", lambda mesh: 1000)
-    monkeypatch.setattr(setup, "memory_limit", lambda mesh: 1000)
-    with pytest.raises(ConfigError, match=r"accepted: a smaller optimizer\.batch_size, runtime\.remat"):
-        Simulator([run], [stage], cache=cache)

@@ -258,3 +258,8 @@ def test_config_file_that_is_none(tmp_path: Path, text: str, message: str) -> No
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load(str(file))
+
+
+def test_default_config_is_the_papers() -> None:
+    config = resolve(Config())
+    assert (config.federation.rounds, config.federation.local_epochs, config.optimizer.batch_size) == (180, 3, 512)

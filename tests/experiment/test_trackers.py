@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import ROOT, small_config
 
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.experiment import trackers, train
@@ -204,5 +204,5 @@ def test_trackers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_extra_is_a_tracker_that_the_package_offers() -> None:
     import tomllib
 
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert TRACKERS.keys() & project["optional-dependencies"].keys() >= trackers.EXTRAS

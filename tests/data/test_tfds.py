@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from images import load, refused
 from PIL import Image
-from test_files import load, refused
 
 from lwfedssl_jax.config import ConfigError, DataConfig, PartitionConfig
 from lwfedssl_jax.data import files, sources, tfds

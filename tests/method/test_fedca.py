@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import known_traces, noisy_views, run_round, small_config
+from rounds import SIZES, max_difference, parts, prepare
+from runs import Interrupting, train
 from test_objectives import REAL, B, D, T, embeddings, unit
-from test_rounds import SIZES, max_difference, parts, prepare
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError
@@ -201,8 +202,6 @@ def test_traffic_and_ledger_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path: Path) -> None:
-    from test_simulate import Interrupting, train
-
     config = fedca_config(**BASE, additions__dictionary=4, federation__clients_per_round=2, partition__clients=6)
     train(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_results import SEEDS, write_run
+from runs import SEEDS, write_run
 
 from lwfedssl_jax import cli
 from lwfedssl_jax.analysis import headline, report, results, setting_plots, statistics, tables

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from lwfedssl_jax import cli
 from lwfedssl_jax.config import Config, ConfigError, load, override, resolve, to_dict
 from lwfedssl_jax.workdir import WorkDir, directory
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     "--data.name", "synthetic", "--data.image-size", "8", "--data.synthetic-examples", "60", "--model.width", "8",
     "--model.depth", "2", "--model.heads", "2", "--federation.rounds", "2", "--federation.local-epochs", "1",

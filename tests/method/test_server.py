@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_round, small_config
-from test_rounds import SIZES, prepare
+from rounds import SIZES, prepare
+from runs import Interrupting, train
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import ConfigError, override
@@ -179,8 +180,6 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
 
 
 def test_only_clients_that_took_part_are_kept_and_a_resumed_run_has_them(tmp_path: Path) -> None:
-    from test_simulate import Interrupting, train
-
     config = small_config(
         strategy__name="end_to_end",
         objective__name="byol",

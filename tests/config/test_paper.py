@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from conftest import known_traces
+from conftest import ROOT, known_traces
 
 from lwfedssl_jax.cli import main
 from lwfedssl_jax.cli.options import TrainOptions, parse
@@ -15,7 +15,7 @@ from lwfedssl_jax.sweep import Sweep
 from lwfedssl_jax.sweep.directory import SweepDirectory
 from lwfedssl_jax.sweep.grid import load_sweep, make_runs
 
-PAGE = Path(__file__).parent.parent / "docs" / "paper_figures.md"
+PAGE = ROOT / "docs" / "paper_figures.md"
 REMOVED = list(csv.DictReader((CONFIG_DIR / REPLACED).read_text().splitlines()))
 BETA_1 = "paper/vit_tiny_mocov3_layerwise_beta_1"
 INSTEAD = "paper/vit_tiny_mocov3 --partition.kind dirichlet --partition.beta 1, or the sweep paper/beta"

@@ -8,61 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from runs import MIB, SEEDS, write_run
 from scipy.stats import t as student
 
 import lwfedssl_jax
 from lwfedssl_jax.analysis import results, statistics, tables
 from lwfedssl_jax.analysis.settings import Setting, group_by_setting
-from lwfedssl_jax.config import Config, ConfigError, override, resolve, to_dict
-
-MIB = 2**20
-COST = {"end_to_end": 1.0, "layerwise": 0.25, "progressive": 0.5}
-
-
-def ledger(share: float) -> dict[str, Any]:
-    return {
-        "total_bytes": int(share * 40 * MIB), "flops_paper_rule": share * 2e9, "flops_executed": share * 3e9,
-        "peak_memory_bytes": int(share * 16 * MIB),
-    }  # fmt: skip
-
-
-def write_run(
-    path: Path, accuracy: dict[str, float] | None = None, untrained: float = 0.25, **changes: Any
-) -> dict[str, Any]:
-    """A work directory of two stages of two rounds; without accuracies of a run that has not ended."""
-    fields = {k.replace("__", "."): v for k, v in changes.items()}
-    config = to_dict(resolve(override(Config(), {"federation.rounds": 4, "model.depth": 2} | fields)))
-    path.mkdir(parents=True)
-    about = {"config": config, "config_file": "", "device": "cpu: one", "versions": {"jax": "0.10.2"}}
-    (path / "config.json").write_text(json.dumps(about))
-    lines: list[dict[str, Any]] = [
-        {"event": "evaluation", "round": 0, "protocol": p, "accuracy": untrained} for p in accuracy or {}
-    ]
-    for number in range(1, 5 if accuracy else 3):
-        lines.append(
-            {"round": number, "stage": (number + 1) // 2, "loss": 4.0 - number, "seconds": 2.0, "clients": 3,
-             "dropped": 1, "download_bytes": 40, "upload_bytes": 24}
-        )  # fmt: skip
-    lines += [{"event": "evaluation", "round": 4, "protocol": p, "accuracy": a} for p, a in (accuracy or {}).items()]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    strategies = {name: ledger(share) for name, share in COST.items()}
-    summary = {
-        "strategy": config["strategy"]["name"],
-        "rounds": 4,
-        "seconds": 8.0,
-        "evaluation": {p: {"accuracy": a, "std": 0.125} for p, a in (accuracy or {}).items()},
-        "baselines": {"untrained": {p: {"accuracy": untrained} for p in accuracy or {}}},
-        "resources": strategies[config["strategy"]["name"]]
-        | {"measured": {"download_bytes": 500, "upload_bytes": 300, "clients": 10}},
-        "strategies": strategies,
-    }
-    if accuracy:
-        (path / "summary.json").write_text(json.dumps(summary))
-    return config
-
-
-# Accuracies by seed, in which layerwise is 4, 6 and 11 points below end_to_end.
-SEEDS = {"end_to_end": (0.80, 0.82, 0.87), "layerwise": (0.76, 0.76, 0.76), "progressive": (0.80, 0.83, 0.86)}
+from lwfedssl_jax.config import ConfigError
 
 
 @pytest.fixture(scope="module")

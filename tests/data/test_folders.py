@@ -1,0 +1,162 @@
+"""Folders of images by class."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from images import clients_csv, load, picture, refused, rows_of
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda root: [shutil.rmtree(root / name) for name in names] and None
+
+
+def test_a_folder_by_class(folder: Path) -> None:
+    seen: list[str] = []
+    data = load(f"folder:{folder}", notify=seen.append)
+    assert data.train_images.shape == (6, 4, 4, 3)
+    assert data.train_images[:, 2, 1, 0].tolist() == [200, 201, 202, 100, 101, 102]
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test_labels.tolist() == [0, 0, 1, 1]
+    assert data.train_clients is None
+    assert "decoding 10 of 10 images" in seen
+    (folder / "test").rename(folder / "val")
+    assert load(f"folder:{folder}").test_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_folder_without_a_split_gets_a_stratified_one_that_stays(tmp_path: Path) -> None:
+    for label, n in (("a", 10), ("b", 2), ("c", 40)):
+        for i in range(n):
+            picture(tmp_path / "all" / label / f"{i:02}.png", i)
+    data = load(f"folder:{tmp_path}/all")
+    assert np.bincount(data.test_labels).tolist() == [2, 1, 8]
+    assert np.bincount(data.train_labels).tolist() == [8, 1, 32]
+    of_c = [images[labels == 2, 0, 0, 0].tolist() for images, labels in (data[:2], data[2:4])]
+    assert sorted(of_c[0] + of_c[1]) == list(range(40))
+    (tmp_path / "all").rename(tmp_path / "moved")
+    np.testing.assert_array_equal(load(f"folder:{tmp_path}/moved").test_images, data.test_images)
+
+
+def test_images_beside_the_class_folders_have_no_label(folder: Path) -> None:
+    picture(folder / "train" / "loose.png", 7)
+    data = load(f"folder:{folder}")
+    assert data.train_labels.tolist() == [-1, 0, 0, 0, 1, 1, 1]
+    assert data.train_images[0, 0, 0, 0] == 7
+    assert data.labelled.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_files_that_are_no_images_are_named(folder: Path) -> None:
+    (folder / "train" / "cat" / "boxes.txt").write_text("")
+    for name in (".DS_Store", "cat/._0.png"):
+        (folder / "train" / name).write_text("")
+    seen: list[str] = []
+    assert len(load(f"folder:{folder}", notify=seen.append).train_images) == 6
+    assert seen[0].startswith(
+        f"1 files of {folder} do not have the suffix of an image and are left out: {folder}/train/cat/boxes"
+    )
+
+
+@pytest.mark.parametrize(("column", "asked"), [("client", ""), ("user_id", ""), ("owner", "owner")])
+def test_clients_csv_says_whose_the_images_are(folder: Path, column: str, asked: str) -> None:
+    clients_csv(folder, f"file,{column}", *rows_of(folder))
+    assert load(f"folder:{folder}", client_column=asked).train_clients.tolist() == [0, 1, 1, 0, 1, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("header", "edit", "asked", "why"),
+    [
+        ("name,client", lambda rows: rows, "", "has a clients.csv with columns name, client; accepted: file, client"),
+        ("file,client", lambda rows: rows, "owner", "has a clients.csv with columns file, client; accepted: file, own"),
+        ("file,client", lambda rows: rows[:1], "", "has 5 training images without a client in clients.csv: /"),
+        ("file,client", lambda rows: [*rows, "x.png,ann"], "", "has a clients.csv with 1 files that are not there: x"),
+        (
+            "file,client",
+            lambda rows: [*rows, rows[0], f"./{rows[0].split(',')[0]},zoe"],
+            "",
+            "has a clients.csv that gives train/cat/inner/0.png to 'ann' and to 'zoe'; accepted: one client for each",
+        ),
+        (
+            "file,cli\udce9nt",
+            lambda rows: rows,
+            "",
+            "has a clients.csv that cannot be read ('utf-8' codec can't decode",
+        ),
+        ("file,client", lambda rows: ["x" * 2**18], "", "has a clients.csv that cannot be read (field larger than"),
+    ],
+)
+def test_bad_clients_csv(
+    folder: Path, header: str, edit: Callable[[list[str]], list[str]], asked: str, why: str
+) -> None:
+    clients_csv(folder, header, *edit(rows_of(folder)))
+    name = f"folder:{folder}"
+    assert refused(name, client_column=asked).startswith(f"data.name: {name!r} {why}")
+
+
+def test_a_client_column_without_clients_csv(folder: Path) -> None:
+    assert "has no clients.csv for data.client_column 'owner'" in refused(f"folder:{folder}", client_column="owner")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (remove(""), "is not a folder; accepted: a folder with PATH/train/CLASS/* and PATH/test/CLASS/*, or"),
+        (remove("test"), "has a folder train but none for testing; accepted: test or val or validation next to it"),
+        (remove("train", "test"), "has no images for training; accepted: PATH/train/CLASS"),
+        (remove("train/dog"), "has test images of classes without training images: dog; accepted: the same"),
+        (remove("test/dog", "test/cat"), "has test images without a class, or none; accepted: a class folder each, of"),
+        (lambda root: picture(root / "test" / "x.png", 1), "has test images without a class, or none; accepted:"),
+        (
+            lambda root: (remove("train/dog", "train/cat")(root), picture(root / "train" / "x.png", 1)),
+            "has test images of classes without training images: cat, dog; accepted: the same",
+        ),
+        (
+            lambda root: (root / "train" / "cat" / "self").symlink_to(root / "train"),
+            "has a folder that is reached twice, by a link: ",
+        ),
+    ],
+)
+def test_bad_folder(folder: Path, damage: Callable[[Path], Any], why: str) -> None:
+    damage(folder)
+    name = f"folder:{folder}"
+    assert refused(name).startswith(f"data.name: {name!r} {why}")
+
+
+def test_folders_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def forbidding(path: Any) -> Any:  # as a mode of 0 is for all but root
+        if Path(path).name == "inner" and Path(path).parents[1].name == "train":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    assert f"has 2 folders that cannot be read: {folder}/train/" in (message := refused(f"folder:{folder}"))
+    assert "/inner (Permission denied); accepted: folders that you can read" in message
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    picture(tmp_path / "all" / "a" / "0.png", 1)
+    assert "has one image of class a; accepted: two" in refused(f"folder:{tmp_path}/all")
+
+
+def test_images_that_cannot_be_read_are_counted_and_named(folder: Path, cache_home: Path) -> None:
+    picture(folder / "train" / "dog" / "deep.png", 1, mode="I;16")
+    (folder / "train" / "cat" / "empty.png").write_bytes(b"")
+    (folder / "test" / "dog" / "gone.png").symlink_to(folder / "nothing")
+    whole = (folder / "train" / "cat" / "inner" / "2.bmp").read_bytes()
+    for i in range(3):
+        (folder / "test" / "cat" / f"cut{i}.bmp").write_bytes(whole[:-40])
+    message = refused(f"folder:{folder}")
+    assert f"has 6 of 16 images that cannot be read: {folder}/train/cat/empty.png (cannot identify" in message
+    assert (
+        f"{folder}/train/dog/deep.png (its mode I;16 has more than 8 bits per channel), {folder}/test/cat/c" in message
+    )
+    assert " and 3 more; accepted: images that Pillow reads" in message
+    assert not list(cache_home.glob("*"))
