@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment import train as experiment
 from lwfedssl_jax.experiment.active import ActiveRun
-from lwfedssl_jax.simulation import events, setup
+from lwfedssl_jax.simulation import events, rounds, setup
 from lwfedssl_jax.simulation import simulator as simulator_module
 from lwfedssl_jax.workdir import WorkDir, checkpoint
 
@@ -93,8 +94,14 @@ def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Co
 
 @pytest.mark.usefixtures("cheap_views")
 @pytest.mark.parametrize(("strategy", "programs"), [("layerwise", 2), ("progressive", 1), ("end_to_end", 1)])
-def test_one_program_for_all_stages(strategy: str, programs: int, tmp_path: Path, compiled: list[str]) -> None:
-    """And a second one for the embedding of layerwise's first stage; cohorts of any size, a round without reporters."""
+def test_one_program_for_all_stages(
+    strategy: str, programs: int, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a second one for the embedding of layerwise's first stage; cohorts of any size, a round without reporters.
+
+    A client's step is traced once for each program.
+    """
+    monkeypatch.setattr(rounds, "client_step", chex.assert_max_traces(rounds.client_step, programs))
     config = small_config(
         strategy__name=strategy,
         federation__rounds=8,
