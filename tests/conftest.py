@@ -1,4 +1,4 @@
-"""Strict numerics for every test: no silent promotion of types or ranks."""
+"""What all tests share: strict numerics (no silent promotion of types or ranks), cheap endings of runs, fixtures."""
 
 import gc
 import os
@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from images import picture
 
 from lwfedssl_jax.config import Config, override, resolve
 from lwfedssl_jax.costs import ledger
@@ -31,6 +29,10 @@ from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.simulation.state import RoundState
+
+pytest.register_assert_rewrite("images", "rounds", "runs")
+import reference  # noqa: E402
+from images import picture  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +96,7 @@ def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
 def known_traces() -> Known:
     """What ledgers of this process have traced, for those that may share it."""
     entries = tuple(tuple(table.values()) for table in (STRATEGIES, OBJECTIVES, TERMS))
-    return TRACES.get((ledger.ledgers_of, client.two_views, entries), dict)
+    return TRACES.get((client.two_views, entries), dict)
 
 
 SMALL: dict[str, Any] = {
@@ -201,7 +203,7 @@ def folder(tmp_path: Path) -> Path:
 EXHAUSTIVE = ROOT / "tests" / "exhaustive.txt"
 
 
-# Two processes share the files one by one: those that take long come first, so that both end at about the same time.
+# Processes take the files one by one: those that take long come first, so that all end at about the same time.
 LONG = ["test_rounds.py", "test_train.py", "test_fedca.py", "test_additions.py"]
 
 
@@ -216,5 +218,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in chosen:
             item.add_marker("exhaustive")
         whole_file = len({item.name.partition("[")[0] for item in of_file}) > 1
-        if whole_file and not chosen:
+        if (whole_file and not chosen) or not any(EXHAUSTIVE.parent.rglob(file)):
             raise pytest.UsageError(f"{EXHAUSTIVE.name}: no test is called {name}")

@@ -85,9 +85,12 @@ def ssl_loss(config: Config, layers: jax.Array, online: Params, target: Params, 
 
 
 def project(config: Config, layers: jax.Array, model: Params, views: jax.Array) -> list[jax.Array]:
-    """The projections of each view; the encoder has nothing that mixes samples, the head normalises by view."""
-    features = jnp.split(encode(config, model["encoder"], views.reshape(-1, *views.shape[2:]), layers), len(views))
-    return [head(config, model["projection"], 3, of_view) for of_view in features]
+    """The projections of each view by itself; vmap, so that they are traced once."""
+
+    def project_view(view: jax.Array) -> jax.Array:
+        return head(config, model["projection"], 3, encode(config, model["encoder"], view, layers))
+
+    return list(jax.vmap(project_view)(views))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "lwfedssl_jax"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "lwfedssl_jax"
 ROOMS = [
     {"tree"},
     {"system"},
@@ -47,6 +48,7 @@ def imports_of(module: str) -> set[str]:
 
 def test_every_room_has_its_place() -> None:
     assert {room(module) for module in MODULES} - {""} == set().union(*ROOMS)
+    assert {test.parent.name for test in TESTS.glob("*/test_*.py")} == set().union(*ROOMS) - {"tree", "api"}
     assert all(ast.get_docstring(ast.parse(path.read_text())) for path in MODULES.values())
 
 

@@ -82,7 +82,8 @@ class PlanOptions:
     results: Path | None = None
     """A directory with finished runs, such as a sweep's: adds the accuracy that each option reached."""
     protocol: str | None = None
-    """With --results: the protocol whose accuracy is shown, such as knn; by default that which evaluated most runs."""
+    """With --results: the protocol whose accuracy is shown, such as knn; by default the one that evaluated most
+    runs."""
     json: bool = False
     """Print JSON instead of a table."""
     plot: Path | None = None
@@ -132,10 +133,13 @@ def with_fleet(options: PlanOptions) -> Config:
     one = {field: value for field in QUANTITIES if (value := getattr(options, field)) is not None}
     if options.devices and one:
         raise ConfigError(
-            f"--devices: {options.devices} cannot be combined with --memory-gb and its options; accepted: one of them"
+            f"--devices: {options.devices} cannot be combined with --{next(iter(one)).replace('_', '-')}; "
+            "accepted: --devices, or --memory-gb with its options"
         )
     if one and options.memory_gb is None:
-        raise ConfigError(f"--memory-gb: missing, but --{next(iter(one)).replace('_', '-')} needs it; accepted: GB")
+        raise ConfigError(
+            f"--memory-gb: missing, but --{next(iter(one)).replace('_', '-')} needs it; accepted: --memory-gb X, in GB"
+        )
     if not (one or options.devices or options.config.fleet.devices):
         raise ConfigError(
             "--memory-gb: missing; accepted: --memory-gb X --gflops X --uplink-mbps X --downlink-mbps X, "
@@ -180,7 +184,7 @@ def parse_sweep(arguments: list[str]) -> SweepOptions:
         found = repr(arguments[0]) if arguments else "nothing"
         raise ConfigError(
             f"SWEEP: must be the first argument of sweep, found {found}; "
-            "accepted: a name from configs/sweeps or a .py file"
+            "accepted: a name from configs/sweeps, or the path of a .py file"
         )
     with refusals_in_one_line():
         options = tyro.cli(SweepOptions, prog="run.py sweep", args=arguments)
@@ -226,7 +230,7 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
         found = repr(arguments[0]) if arguments else "nothing"
         raise ConfigError(
             f"CONFIG: must be the first argument of {command}, found {found}; "
-            "accepted: a name that `list` shows or a .py file"
+            "accepted: a name that `list` shows, or the path of a .py file"
         )
     check_not_empty(arguments)
     default = options(config_name=arguments[0], config=load(arguments[0]))

@@ -20,7 +20,7 @@ def run_plan(options: PlanOptions) -> None:
     config = resolve(with_fleet(options))
     check_plot(options.plot)
     if options.protocol is not None and options.results is None:
-        raise ConfigError("--protocol: it needs --results; accepted: both options, or neither")
+        raise ConfigError(f"--protocol: {options.protocol} needs --results; accepted: both options, or neither")
     examples = examples_of_a_client(config, options.examples)
     results = NO_RESULTS
     if options.results:

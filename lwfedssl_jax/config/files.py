@@ -33,7 +33,9 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
         check_not_replaced(name, config_dir)
         close = difflib.get_close_matches(name, known, n=3)
         names = f", such as {', '.join(close)}" if close else ""
-        raise ConfigError(f"CONFIG: {name!r} is not a config; accepted: a .py file, or a name of `list`{names}")
+        raise ConfigError(
+            f"CONFIG: {name!r} is not a config; accepted: a name of `list`{names}, or the path of a .py file"
+        )
     if name.startswith(f"{SWEEPS}/"):
         sweep = name.removeprefix(f"{SWEEPS}/")
         raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {sweep}` runs the sweep)")

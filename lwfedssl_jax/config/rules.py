@@ -24,7 +24,7 @@ def depth_exists(config: Config) -> str | None:
     name, depth, largest = config.model.name, config.model.depth, MODELS[config.model.name].max_depth
     if depth <= largest:
         return None
-    return f"model.depth: {depth} is more than the depth of {name}; accepted: 1 to {largest}"
+    return f"model.depth: {depth} is more than the largest depth of {name}; accepted: 1 to {largest}"
 
 
 def patches_fill_image(config: Config) -> str | None:

@@ -135,7 +135,7 @@ class Tracking:
     """Passes the events of a run on to the trackers of ``runtime.trackers``; a context manager that owns them.
 
     Trackers are opened when the run starts, and are given what ``metrics.jsonl`` already contains. A tracker that
-    fails is left out from then on, with a note.
+    fails is switched off from then on, with a note.
 
     Args:
       config: resolved and checked.

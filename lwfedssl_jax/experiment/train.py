@@ -288,4 +288,6 @@ def check_same_config(config: Config) -> None:
     """
     digest = hashlib.sha256(repr(config).encode()).digest()
     if len(set(from_all(int.from_bytes(digest[:7], "big")))) > 1:
-        raise ConfigError("--processes: their configs differ; accepted: the same CONFIG and options for each")
+        raise ConfigError(
+            "--processes: the configs of the processes differ; accepted: the same CONFIG and options for each"
+        )

@@ -191,7 +191,7 @@ class WorkDir:
             raise OSError(
                 error.errno,
                 f"--workdir: {what} cannot be written in {self.path} ({error.strerror or error}); what was saved "
-                "before is whole, and the same command continues from it",
+                "before is intact, and the same command continues from it",
             ) from error
 
     def _check_same_run(self) -> None:

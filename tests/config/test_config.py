@@ -123,7 +123,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model.patch_size": 5}, "model.patch_size: 5 does not divide data.image_size 16; accepted: one of 1, 2, 4, 8"),
     ({"federation.rounds": 11}, "federation.rounds: 11 rounds are fewer than the 12 stages; accepted: at least 12"),
     ({"strategy.layers_per_stage": 13}, "strategy.layers_per_stage: 13 is more than model.depth; accepted: 1 to"),
-    ({"federation.clients_per_round": 11}, "federation.clients_per_round: 11 is more than the number of clients;"),
+    ({"federation.clients_per_round": 11}, "federation.clients_per_round: 11 is more than the number of clients; acc"),
 ]
 
 

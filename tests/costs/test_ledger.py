@@ -1,4 +1,4 @@
-"""The ledger against the compiler and against hand counts; `test_paper.py` holds it against the paper."""
+"""The ledger against the compiler and against hand counts; `config/test_paper.py` holds it against the paper."""
 
 import jax
 import jax.numpy as jnp

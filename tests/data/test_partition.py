@@ -1,4 +1,4 @@
-"""Sources and partitions."""
+"""How images are distributed over clients, and what the server holds."""
 
 import dataclasses
 import tracemalloc

@@ -15,10 +15,8 @@ from lwfedssl_jax.data.partition import partition
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for data sets, and a cache, of the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+def tfds_home(cache_home: Path, tmp_path: Path) -> Path:
+    """Where data sets are prepared, empty."""
     return tmp_path / "tfds"
 
 
@@ -173,7 +171,7 @@ def test_an_id_is_no_label_unless_the_data_set_says_so(name: str, own: str | Non
             choose()
 
 
-def test_what_is_not_prepared_is_prepared(folder: Path) -> None:
+def test_what_is_not_prepared_is_prepared(tfds_home: Path) -> None:
     import tensorflow_datasets as tf_datasets
 
     features = {
@@ -185,14 +183,14 @@ def test_what_is_not_prepared_is_prepared(folder: Path) -> None:
     seen: list[str] = []
     config = DataConfig(name="tfds:prepared_later", image_size=4)
     assert len(sources.find(config).load(config, seen.append).train_images) == 4
-    assert seen[0] == f"tensorflow-datasets downloads and prepares prepared_later/1.0.0 in {folder}"
+    assert seen[0] == f"tensorflow-datasets downloads and prepares prepared_later/1.0.0 in {tfds_home}"
     seen.clear()
     sources.find(config).load(config, seen.append)
     assert len(seen) == 1
     assert seen[0].startswith("checking ")
 
 
-def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
+def test_what_cannot_be_prepared_or_read(tfds_home: Path) -> None:
     import tensorflow_datasets as tf_datasets
 
     message = refused("tfds:no_such_data_set")
@@ -203,7 +201,7 @@ def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     }
     rows = [{"image": png(i), "label": i % 2} for i in range(40)]
     prepare("Fine", features, {"train": rows, "test": rows})
-    (records,) = folder.glob("fine/1.0.0/fine-train.array_record*")
+    (records,) = tfds_home.glob("fine/1.0.0/fine-train.array_record*")
     content = bytearray(records.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 8] = bytes(8)
@@ -211,9 +209,9 @@ def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     assert "that cannot be read: train[" in refused("tfds:fine")
     records.write_bytes(content[:100])
     assert "'tfds:fine' " in refused("tfds:fine")
-    info = folder / "fine" / "1.0.0" / "dataset_info.json"
+    info = tfds_home / "fine" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    for path in folder.glob("fine/1.0.0/*array_record*"):
+    for path in tfds_home.glob("fine/1.0.0/*array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
     assert refused("tfds:fine") == (
         "data.name: 'tfds:fine' cannot be read without TensorFlow; accepted: pip install -e \".[tensorflow]\", "
@@ -221,7 +219,7 @@ def test_what_cannot_be_prepared_or_read(folder: Path) -> None:
     )
 
 
-def test_fashion_mnist_that_is_prepared_goes_before_debians(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fashion_mnist_that_is_prepared_goes_before_debians(tfds_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow_datasets as tf_datasets
 
     features = {
@@ -233,11 +231,11 @@ def test_fashion_mnist_that_is_prepared_goes_before_debians(folder: Path, monkey
     data = load("fashion_mnist")
     assert data.train_images.shape == (10, 4, 4, 1)
     np.testing.assert_array_equal(data.train_images[:, 0, 0, 0], data.train_labels)
-    (folder / "fashion_mnist" / "3.0.1" / "dataset_info.json").write_text("{")
-    monkeypatch.setattr(files, "FASHION_MNIST", folder / "nothing")
+    (tfds_home / "fashion_mnist" / "3.0.1" / "dataset_info.json").write_text("{")
+    monkeypatch.setattr(files, "FASHION_MNIST", tfds_home / "nothing")
     seen: list[str] = []
     config = DataConfig(name="fashion_mnist", image_size=4)
     with pytest.raises(ConfigError, match="'fashion_mnist' is not installed"):  # Debian's
         sources.find(config).load(config, seen.append)
-    assert seen[0].startswith(f"fashion_mnist in {folder} cannot be used (")
+    assert seen[0].startswith(f"fashion_mnist in {tfds_home} cannot be used (")
     assert "\n" not in seen[0]

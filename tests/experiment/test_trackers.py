@@ -135,7 +135,7 @@ def failing(when: str) -> Tracker:
 
 
 @pytest.mark.parametrize("when", ["open", "log", "finish"])
-def test_a_tracker_that_fails_is_left_out_and_said_once(
+def test_a_tracker_that_fails_is_switched_off_and_said_once(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[tuple[int, dict[str, float]]] = []

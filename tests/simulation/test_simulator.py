@@ -79,10 +79,10 @@ def test_clients_without_data_are_never_drawn() -> None:
     assert len(reporting) == 60
 
 
+@pytest.mark.usefixtures("cache_home")
 def test_calls_of_natural_clients_take_their_images_from_a_mapped_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng, rows = np.random.default_rng(0), ["file,client"]
     for label in ("a", "b", "."):  # the last ones have no label
         (tmp_path / "data" / "train" / label).mkdir(parents=True, exist_ok=True)

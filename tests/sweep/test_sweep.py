@@ -130,7 +130,9 @@ def test_a_sweep_in_a_subfolder_has_the_folder_in_its_name_and_directory(
     for name in ("paper/small", "sweeps/paper/small"):
         assert load_sweep(name, tmp_path / "configs").name == "paper/small"
     assert load_sweep(str(file)).name == "small"
-    with pytest.raises(ConfigError, match=r"'small' is not a sweep; accepted: a .py file, or one of paper/small"):
+    with pytest.raises(
+        ConfigError, match=r"'small' is not a sweep; accepted: one of paper/small, or the path of a .py"
+    ):
         load_sweep("small", tmp_path / "configs")
     assert ("sweeps/paper/small", "One run.") in available(tmp_path / "configs")
 

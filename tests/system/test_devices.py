@@ -1,4 +1,4 @@
-"""Caches, memory, and runs over several processes."""
+"""The compilation cache, and runs over several processes."""
 
 import json
 import os
@@ -90,5 +90,5 @@ def test_processes_of_different_configs_are_refused(tmp_path: Path) -> None:
     both = [start(tmp_path / "run", tmp_path / "cache", 1, "--runtime.seed", str(i), *join(where, i)) for i in range(2)]
     errors = [process.communicate(timeout=400)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
-    assert all("--processes: their configs differ" in error for error in errors)
+    assert all("--processes: the configs of the processes differ" in error for error in errors)
     assert not (tmp_path / "run").exists()

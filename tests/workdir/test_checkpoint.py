@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_what_was_saved(saved: Path, tmp_path: Path, monkeypa
         raise no_space
 
     monkeypatch.setattr(checkpoint, "save", full)
-    with pytest.raises(OSError, match=r"--workdir: checkpoint 2 cannot be written in .*No space left.* is whole"):
+    with pytest.raises(OSError, match=r"--workdir: checkpoint 2 cannot be written in .*No space left.* is intact"):
         workdir.save(2, state(2), ())
     before = (tmp_path / "run" / "config.json").read_bytes()
     monkeypatch.setattr(os, "fsync", full)
