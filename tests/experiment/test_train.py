@@ -108,6 +108,7 @@ def test_one_program_for_all_stages(
 
     A client's step is traced once for each program.
     """
+    chex.clear_trace_counter()
     monkeypatch.setattr(rounds, "client_step", chex.assert_max_traces(rounds.client_step, programs))
     config = small_config(
         strategy__name=strategy,
