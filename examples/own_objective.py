@@ -20,8 +20,8 @@ def barlow_twins(online_2xBxD, target_2xBxD, mask_B, temperature):
     """From the embeddings of both views, 2xBxD; mask_B is False for the padding of a short batch."""
     mask = mask_B[None, :, None]
     mean = online_2xBxD.mean(1, keepdims=True, where=mask)
-    std = online_2xBxD.std(1, keepdims=True, where=mask)
-    z = jnp.where(mask, (online_2xBxD - mean) / (std + 1e-4), 0)
+    variance = online_2xBxD.var(1, keepdims=True, where=mask)
+    z = jnp.where(mask, (online_2xBxD - mean) * jax.lax.rsqrt(variance + 1e-5), 0)
     c_DxD = z[0].T @ z[1] / mask_B.sum().astype(z.dtype)
     on_diagonal = jnp.eye(len(c_DxD), dtype=bool)
     return jnp.where(on_diagonal, (1 - c_DxD) ** 2, 0.005 * c_DxD**2).sum()

@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL, small_config
 
 import lwfedssl_jax as lw
 from lwfedssl_jax.cli import main
+from lwfedssl_jax.method.objectives import OBJECTIVES
 
 EXAMPLES = ROOT / "examples"
 TINY: dict[str, Any] = SMALL | {"model.depth": 1, "federation.rounds": 1, "federation.local_epochs": 1}
@@ -55,6 +60,19 @@ def test_a_config_with_entries_of_its_own_trains(tmp_path: Path, monkeypatch: py
     (row,) = lw.load_results("mine").to_dict("records")
     assert (row["objective.name"], row["strategy.name"]) == ("barlow_twins", "newest_two")
     assert row["finished"]
+
+
+@pytest.mark.usefixtures("own_entries")
+def test_the_examples_objective_ignores_padding_and_has_a_finite_gradient_for_one_sample() -> None:
+    loss = OBJECTIVES["barlow_twins"].loss
+    z = jnp.sin(jnp.arange(2 * 4 * 3, dtype=jnp.float32)).reshape(2, 4, 3)
+    for real in (1, 3):
+        mask = jnp.arange(4) < real
+        gradient = jax.grad(lambda z, mask=mask: loss(z, z, mask, 1.0))(z)
+        chex.assert_tree_all_finite(gradient)
+        assert not gradient[:, real:].any()
+        padded = z.at[:, real:].set(7.0)
+        np.testing.assert_allclose(loss(z, z, mask, 1.0), loss(padded, padded, mask, 1.0), rtol=1e-6)
 
 
 def test_the_example_is_the_documentations() -> None:

@@ -57,9 +57,10 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
         ("kept on a client between rounds", "client_state_bytes", "MiB", MIB),
         ("peak memory of a training step", "peak_memory_bytes", "MiB", MIB),
     ):
-        values = [ledger[key] for ledger in strategies.values()]
+        values = [ledger.get(key) for ledger in strategies.values()]
         if None not in values and any(values):
-            table.add_row(label, *[f"{v / scale:,.4g} {unit} ({v / values[0]:.2f}x)" for v in values])
+            ratios = [f" ({v / values[0]:.2f}x)" if values[0] else "" for v in values]
+            table.add_row(label, *[f"{v / scale:,.4g} {unit}{ratio}" for v, ratio in zip(values, ratios, strict=True)])
     return table
 
 

@@ -14,11 +14,11 @@ def check_method(config: Config) -> None:
     Raises:
       ConfigError: naming the field, the value and what is accepted.
     """
-    task = make_task(config)
+    make_task(config)
     stages = len(stage_depths(config))
     choose("partition.kind", config.partition.kind, PARTITIONS)
     make_aggregator(config)
-    stateful_clients.check_client_start(config, task)
+    stateful_clients.check_client_start(config)
     calibration.check_calibration(config)
     fedca.check_fedca(config)
     rate = config.additions.depth_dropout

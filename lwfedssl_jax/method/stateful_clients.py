@@ -14,6 +14,7 @@ import numpy as np
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError, choose
 from lwfedssl_jax.method.client import FROM_BROADCAST, ClientStart, client_init
+from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import Stage, stage_depths
 from lwfedssl_jax.method.task import Broadcast, ClientState, Task, init_params
 from lwfedssl_jax.tree import Tree
@@ -83,7 +84,7 @@ def fedema(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tre
 STARTS: dict[str, StartRule | None] = {"global": None, "fedu": fedu, "fedema": fedema}
 
 
-def check_client_start(config: Config, task: Task) -> None:
+def check_client_start(config: Config) -> None:
     """Refuse a ``federation.client_start`` that cannot work.
 
     Raises:
@@ -98,10 +99,11 @@ def check_client_start(config: Config, task: Task) -> None:
             f"federation.client_start: {name} keeps whole models on clients and needs a single stage, found "
             f"strategy.name {config.strategy.name}; accepted: global, or strategy.name end_to_end"
         )
-    if not (task.objective.has_target and task.objective.has_prediction):
+    having = [objective for objective, o in OBJECTIVES.items() if o.has_target and o.has_prediction]
+    if config.objective.name not in having:
         raise ConfigError(
             f"federation.client_start: {name} needs a target branch and a prediction head, which objective.name "
-            f"{config.objective.name} does not have; accepted: global, or objective.name byol or mocov3"
+            f"{config.objective.name} does not have; accepted: global, or objective.name {' or '.join(having)}"
         )
     if jax.process_count() > 1:
         raise ConfigError(f"federation.client_start: {name} runs in one process; accepted: global, or one process")
