@@ -81,6 +81,7 @@ def ssl_loss(config: Config, layers: jax.Array, online: Params, target: Params, 
     k = [unit(one) for one in project(config, layers, target, views)]
     if name == "byol":
         return sum((2 - 2 * (q[a] * k[1 - a]).sum(axis=1)).mean() for a in (0, 1))
+    assert name == "mocov3", f"no naive loss for {name}"
     return sum(contrast(q[a], k[1 - a], jnp.arange(n), t) for a in (0, 1))
 
 

@@ -1,4 +1,4 @@
-"""Figures of one run, and of several runs by strategy or partition."""
+"""Figures of one run, and of several by strategy or partition, as PNG; the report draws its own (setting_plots.py)."""
 
 import itertools
 from collections.abc import Mapping, Sequence
