@@ -31,6 +31,10 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
     known = [n for n, _ in available(config_dir)]
     if not os.path.isfile(path) or not (name.endswith(".py") or name in known):
         check_not_replaced(name, config_dir)
+        if name.endswith(".py"):
+            raise ConfigError(f"CONFIG: {name} does not exist; accepted: the path of a .py file, or a name of `list`")
+        if f"{SWEEPS}/{name}" in known:
+            raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {name}` runs the sweep)")
         close = difflib.get_close_matches(name, known, n=3)
         names = f", such as {', '.join(close)}" if close else ""
         raise ConfigError(

@@ -106,7 +106,7 @@ class ConsoleProgress:
 
     def _evaluation(self, line: dict[str, Any]) -> None:
         start = "from scratch" if "baseline" in line else "untrained"
-        where = f"round {line['round']}, {line['depth']} layers" if line["round"] else start
+        where = f"round {line['round']}, depth {line['depth']}" if line["round"] else start
         self.say(f"  {where}: {line['protocol']} {percent(line['accuracy'])}")
 
     def _finished(self, summary: dict[str, Any]) -> None:
