@@ -28,21 +28,18 @@ def load(name: str, config_dir: Path = CONFIG_DIR) -> Config:
         wrong type, is out of range or not among its choices.
     """
     path = Path(name) if name.endswith(".py") else config_dir / f"{name}.py"
-    known = [n for n, _ in available(config_dir)]
+    known, sweep = [n for n, _ in available(config_dir)], name.removeprefix(f"{SWEEPS}/")
+    if f"{SWEEPS}/{sweep}" in known and (name != sweep or name not in known):
+        raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {sweep}` runs the sweep)")
     if not os.path.isfile(path) or not (name.endswith(".py") or name in known):
         check_not_replaced(name, config_dir)
         if name.endswith(".py"):
             raise ConfigError(f"CONFIG: {name} does not exist; accepted: the path of a .py file, or a name of `list`")
-        if f"{SWEEPS}/{name}" in known:
-            raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {name}` runs the sweep)")
         close = difflib.get_close_matches(name, known, n=3)
         names = f", such as {', '.join(close)}" if close else ""
         raise ConfigError(
             f"CONFIG: {name!r} is not a config; accepted: a name of `list`{names}, or the path of a .py file"
         )
-    if name.startswith(f"{SWEEPS}/"):
-        sweep = name.removeprefix(f"{SWEEPS}/")
-        raise ConfigError(f"CONFIG: {name} is a sweep; accepted: a config's name (`sweep {sweep}` runs the sweep)")
     config = getattr(run_file(path, "CONFIG", "config"), "config", None)
     if not isinstance(config, Config):
         found = f"found {type(config).__name__}; accepted: `config = Config(...)`"

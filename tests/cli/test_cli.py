@@ -99,6 +99,8 @@ BAD = [
     (["train"], "CONFIG: must be the first argument of train, found nothing"),
     (["train", "--workdir", "x"], "CONFIG: must be the first argument of train, found '--workdir'"),
     (["train", "quick"], "CONFIG: 'quick' is not a config; accepted: a name of `list`, such as"),
+    (["train", "quickstart_sweep"], "CONFIG: quickstart_sweep is a sweep; accepted: a config's name (`sweep quickst"),
+    (["train", "mine.py"], "CONFIG: mine.py does not exist; accepted: the path of a .py file"),
     (["list", "x"], "list: unexpected 'x'"),
     (["train", "quickstart", "--strategy.nam", "x"], "Unrecognized options: --strategy.nam, x; accepted: --strategy"),
     (["train", "quickstart", "--strategy.name", "x"], "strategy.name: unknown 'x'; accepted: end_to_end, layer"),
