@@ -51,7 +51,7 @@ def ledger(share: float) -> dict[str, Any]:
 def write_run(
     path: Path, accuracy: dict[str, float] | None = None, untrained: float = 0.25, **changes: Any
 ) -> dict[str, Any]:
-    """A work directory of two stages of two rounds; without accuracies of a run that has not ended."""
+    """A work directory of two stages of two rounds; without accuracies, the run is unfinished."""
     fields = {k.replace("__", "."): v for k, v in changes.items()}
     config = to_dict(resolve(override(Config(), {"federation.rounds": 4, "model.depth": 2} | fields)))
     path.mkdir(parents=True)

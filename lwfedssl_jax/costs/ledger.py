@@ -1,9 +1,9 @@
 """The ledger: what a strategy costs one client in traffic, operations and memory.
 
 Everything is derived from the stages' masks and from the programs themselves; there is no second list of layer sizes.
-Operations are per sample, times rounds and local epochs: how many images a client has is not known here. What depends
-on that is measured in a run (``measured`` in experiment/finish.py). A cost may depend only on fields that
-``programs.ledger_config`` keeps.
+Operations are per sample, times rounds and local epochs, since the ledger does not know the number of a client's
+images. What depends on that number is measured in a run (``measured`` in experiment/finish.py). A cost may depend only
+on fields that ``programs.ledger_config`` keeps.
 """
 
 from collections.abc import Mapping, Sequence
