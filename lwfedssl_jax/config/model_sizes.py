@@ -13,7 +13,8 @@ class ModelSize:
 
     Attributes:
       architecture: its key in ``models.ARCHITECTURES``.
-      equal_layers: whether all layers have the same shapes, as depth dropout requires.
+      equal_layers: whether all layers have the same shapes and do the same work. Depth dropout requires it, and the
+        ledger then counts two layers in place of all.
       max_depth: largest number of layers.
       cpu_lanes: clients per CPU core at a time. Products with separate weights per client are slower there for vision
         transformers and faster for ResNets (``benchmarks/lanes.py``, ``benchmarks/resnet.py``).
@@ -22,7 +23,7 @@ class ModelSize:
     """
 
     architecture: ClassVar[str]
-    equal_layers: ClassVar[bool] = True
+    equal_layers: ClassVar[bool] = False
     max_depth: ClassVar[int] = 4096
     cpu_lanes: ClassVar[int] = 1
 
@@ -35,6 +36,7 @@ class VitSize(ModelSize):
     """Sizes of a named vision transformer."""
 
     architecture = "vit"
+    equal_layers = True
 
     heads: int
     patch_size: int = 4
@@ -45,7 +47,6 @@ class ResNetSize(ModelSize):
     """Sizes of a named residual network, whose layers are its stages."""
 
     architecture = "resnet"
-    equal_layers = False
     max_depth = 4
     cpu_lanes = 4
 

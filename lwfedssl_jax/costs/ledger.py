@@ -188,7 +188,7 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
         "flops_paper_rule": round(samples * by_rule),
         "flops_executed": round(samples * executed),
         "flops_recomputed": round(samples * (executed - not_recomputed)),
-        "server_flops_executed": server_operations(config, part),
+        "server_flops_executed": server_operations(config, part, known),
         "peak_memory_bytes": None,
     }
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.config import Config, override
+from lwfedssl_jax.config import MODELS, Config, override
 from lwfedssl_jax.method.calibration import all_trainable
 from lwfedssl_jax.method.client import client_init, client_step, embed
 from lwfedssl_jax.method.fedca import make_exchange
@@ -64,28 +64,43 @@ def split_params(params: Tree, stage: Stage) -> StagePart:
 
 
 def operations_per_sample(config: Config, part: StagePart, rule: Rule, known: Known) -> float:
-    """Call ``expected_operations`` once for all stages of the same depths."""
-    stage = part.stage
-    before = stage.trained_before if config.additions.depth_dropout else 0
-    key = rule, step_config(config), stage.depth, stage.frozen_depth, before
-    if key not in known:
-        known[key] = expected_operations(config, part, rule)
-    return float(known[key])
+    """Compute the multiply-adds of one training sample in a stage by ``rule``, as their mean under depth dropout.
 
-
-def expected_operations(config: Config, part: StagePart, rule: Rule) -> float:
-    """Compute the mean of ``rule`` under depth dropout.
-
-    Layers are skipped independently, so the mean interpolates between running and skipping all droppable layers.
+    Depth dropout skips layers independently, so the mean interpolates between skipping none and all droppable layers.
     """
-    before, rate = part.stage.trained_before, config.additions.depth_dropout
-    if not rate or not before:
-        return rule(config, part)
-    frozen_before = min(before, part.stage.frozen_depth)
-    shortest = part.stage._replace(
-        depth=part.stage.depth - before, frozen_depth=part.stage.frozen_depth - frozen_before, trained_before=0
-    )
-    return (1 - rate) * rule(config, part) + rate * rule(config, part._replace(stage=shortest))
+    stage, rate = part.stage, config.additions.depth_dropout
+    config = override(config, {"additions.depth_dropout": 0.0})
+    all_layers = count_layers(config, part, rule, known)
+    if not rate or not stage.trained_before:
+        return all_layers
+    frozen_depth = stage.frozen_depth - min(stage.trained_before, stage.frozen_depth)
+    shortest = stage._replace(depth=stage.depth - stage.trained_before, frozen_depth=frozen_depth)
+    return (1 - rate) * all_layers + rate * count_layers(config, part._replace(stage=shortest), rule, known)
+
+
+def count_layers(config: Config, part: StagePart, rule: Rule, known: Known) -> float:
+    """Apply ``rule`` to a stage's layers; equal layers cost the same, so at most two of a kind are traced.
+
+    A program's loops run over the layers that the stage says, whatever the number of layers in the parameters.
+    """
+    frozen_depth, trainable_depth = part.stage.frozen_depth, part.stage.trainable_depth
+    program = rule, step_config(config), bool(jax.tree.leaves(part.frozen))
+
+    def traced(frozen_depth: int, trainable_depth: int) -> float:
+        key = *program, frozen_depth, trainable_depth
+        if key not in known:
+            stage = part.stage._replace(depth=frozen_depth + trainable_depth, frozen_depth=frozen_depth)
+            known[key] = rule(config, part._replace(stage=stage))
+        return float(known[key])
+
+    if not MODELS[config.model.name].equal_layers:
+        return traced(frozen_depth, trainable_depth)
+    operations = one_layer = traced(0, 1)
+    if trainable_depth > 1:
+        operations += (trainable_depth - 1) * (traced(0, 2) - one_layer)
+    if frozen_depth:
+        operations += frozen_depth * (traced(1, 1) - one_layer)
+    return operations
 
 
 def paper_operations(config: Config, part: StagePart) -> float:
@@ -107,10 +122,11 @@ def paper_operations(config: Config, part: StagePart) -> float:
 
 
 def executed_operations(config: Config, part: StagePart) -> float:
-    """Count the multiply-adds of the traced step per sample of a full batch (see ``StageCost`` in ledger.py)."""
-    # Loops of depth dropout have no known length; `expected_operations` accounts for them.
-    plain = override(config, {"additions.depth_dropout": 0.0})
-    step, (state, broadcast, *data) = traceable_step(plain, part.trainable, part.frozen)
+    """Count the multiply-adds of the traced step per sample of a full batch (see ``StageCost`` in ledger.py).
+
+    The config must be without depth dropout, whose loops have no known length.
+    """
+    step, (state, broadcast, *data) = traceable_step(config, part.trainable, part.frozen)
     depth, frozen_depth = part.stage.trainable_depth, part.stage.frozen_depth
 
     def with_loops_of_known_length(state: ClientState, broadcast: Broadcast, *data: jax.Array) -> Any:
@@ -119,7 +135,7 @@ def executed_operations(config: Config, part: StagePart) -> float:
     return count(jax.make_jaxpr(with_loops_of_known_length)(state, broadcast, *data)) / config.optimizer.batch_size
 
 
-def server_operations(config: Config, part: StagePart) -> int:
+def server_operations(config: Config, part: StagePart, known: Known) -> int:
     """Count the multiply-adds of the server's training in a stage, whose batches are as large as a client's.
 
     The server trains in the calibration after each round, and trains FedCA's base model.
@@ -130,7 +146,8 @@ def server_operations(config: Config, part: StagePart) -> int:
     params, layers = param_shapes(config)
     off = {"additions.terms": (), "additions.depth_dropout": 0.0, "additions.dictionary": 0, "additions.base_steps": 0}
     everything = split_params(params, all_trainable(part.stage, layers))
-    return steps * round(executed_operations(override(config, off), everything) * config.optimizer.batch_size)
+    per_sample = count_layers(override(config, off), everything, executed_operations, known)
+    return steps * round(per_sample * config.optimizer.batch_size)
 
 
 def count(jaxpr: ClosedJaxpr, layer_norm_operations: int = 0) -> int:

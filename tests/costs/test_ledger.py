@@ -1,5 +1,7 @@
 """The ledger against the compiler and against hand counts; `config/test_paper.py` holds it against the paper."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,7 +9,7 @@ from conftest import known_traces, small_config
 
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs import ledger, memory, operations
-from lwfedssl_jax.costs.ledger import all_strategies, make_ledger
+from lwfedssl_jax.costs.ledger import all_strategies, each_strategy, make_ledger
 from lwfedssl_jax.costs.operations import executed_operations
 from lwfedssl_jax.system.devices import program_memory
 
@@ -71,7 +73,7 @@ def test_peak_memory_is_that_of_the_program_as_it_would_run() -> None:
     assert peak == pytest.approx(program_memory(program.compile()), rel=0.005)
 
 
-def test_ledgers_that_share_what_is_known_trace_no_stage_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ledgers_that_share_what_is_known_trace_no_layer_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     known = operations.Known()
     alone = make_ledger(small_config(), known)
     config = small_config(runtime__seed=3, optimizer__learning_rate=0.2)  # its steps are the same
@@ -84,7 +86,25 @@ def test_ledgers_that_share_what_is_known_trace_no_stage_twice(monkeypatch: pyte
     known |= {(executed, *key[1:]): value for key, value in known.items() if key[0] is executed_operations}
     monkeypatch.setattr(ledger, "executed_operations", executed)
     assert all_strategies(config, memory=False, known=known)["layerwise"] == alone
-    assert traced == [(0, 3), (0, 2)]  # of end_to_end and progressive; the first stage is layerwise's
+    assert traced == [(0, 2)]  # of end_to_end and progressive; layerwise has counted one layer of either kind
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"strategy__layers_per_stage": 2, "objective__name": "mocov3", "runtime__remat": True},
+        {"additions__terms": ("alignment=0.1",), "objective__name": "byol"},
+    ],
+    ids=["simclr", "mocov3", "byol"],
+)
+def test_operations_of_all_layers_are_those_of_their_program(changes: dict[str, Any]) -> None:
+    config = small_config(model__depth=4, federation__rounds=4, **changes)
+    for strategy_config in each_strategy(config)[0].values():
+        part = operations.stage_parts(strategy_config)[-1]
+        for rule in (operations.paper_operations, executed_operations):
+            counted = operations.operations_per_sample(strategy_config, part, rule, known_traces())
+            assert counted == rule(strategy_config, part)
 
 
 def test_count_of_products_loops_and_branches() -> None:
