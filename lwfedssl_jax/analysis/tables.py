@@ -139,7 +139,7 @@ def _owners(settings: Sequence[Setting]) -> str:
 def resources_table(
     runs: pd.DataFrame, settings: Sequence[Setting], strategies: Mapping[str, dict[str, Any]] | None = None
 ) -> Table:
-    """Make the table of memory, FLOPs and communication with ratios to end_to_end, in the paper's form.
+    """Make the table of memory, multiply-adds and communication with ratios to end_to_end, in the paper's form.
 
     Args:
       runs, settings: as ``settings.group_by_setting`` returns them.

@@ -9,7 +9,9 @@ UNKNOWN = "-"
 
 # What a run costs a client: columns of a frame of results.
 COSTS = TRAFFIC, RULE, EXECUTED, MEMORY = "traffic_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes"
-TITLES = {TRAFFIC: "traffic", RULE: "FLOPs, paper's rule", EXECUTED: "FLOPs executed", MEMORY: "peak memory"}
+TITLES = {
+    TRAFFIC: "traffic", RULE: "multiply-adds, paper's rule", EXECUTED: "multiply-adds executed", MEMORY: "peak memory"
+}  # fmt: skip
 
 # (largest value, divisor, name), after the paper's: operations in 10⁹, traffic in 1000 MiB.
 OPERATION_UNITS = [(1e8, 1e6, "M"), (1e13, 1e9, "G"), (math.inf, 1e12, "T")]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -17,7 +17,13 @@ from lwfedssl_jax.system.files import can_write
 
 HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
+NUMBERS = {"INT": "a whole number", "FLOAT": "a number"}
 MOST_JOBS = 1024
+
+
+def shown(value: str) -> Any:
+    """Name the value of an option in ``--help`` and in errors."""
+    return tyro.conf.arg(metavar=value)
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,15 @@ class TrainOptions:
     config_name: tyro.conf.Positional[str]
     """CONFIG: a name that `list` shows, or a path to a Python file that defines `config`."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
-    workdir: Path | None = None
+    workdir: Annotated[Path | None, shown("DIR")] = None
     """Where the run is stored; by default runs/CONFIG-HASH, one directory per config and set of overrides."""
-    compilation_cache: str | None = None
+    compilation_cache: Annotated[str | None, shown("DIR")] = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    coordinator: str | None = None
+    coordinator: Annotated[str | None, shown("HOST:PORT")] = None
     """Run with several processes: HOST:PORT of process 0, or auto where JAX finds it by itself (SLURM, TPU pods)."""
-    processes: int | None = None
+    processes: Annotated[int | None, shown("INT")] = None
     """Run with several processes: their number."""
-    process: int | None = None
+    process: Annotated[int | None, shown("INT")] = None
     """Run with several processes: the number of this one, counted from 0."""
 
 
@@ -48,11 +54,11 @@ class ResourcesOptions:
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     json: bool = False
     """Print JSON instead of a table."""
-    plot: Path | None = None
+    plot: Annotated[Path | None, shown("FILE")] = None
     """Also plot the costs over rounds and over numbers of local epochs, to this .png, .pdf or .svg file."""
     memory: bool = True
     """Compile one client's training step of each stage to measure its peak memory."""
-    compilation_cache: str | None = None
+    compilation_cache: Annotated[str | None, shown("DIR")] = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
@@ -63,32 +69,32 @@ class PlanOptions:
     config_name: tyro.conf.Positional[str]
     """CONFIG: a name that `list` shows, or a path to a Python file that defines `config`."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
-    memory_gb: float | None = None
+    memory_gb: Annotated[float | None, shown("FLOAT")] = None
     """A single class of devices: memory available for training, in GB (1e9 bytes)."""
-    gflops: float | None = None
+    gflops: Annotated[float | None, shown("FLOAT")] = None
     """With --memory-gb: sustained speed in 1e9 floating-point operations per second; a multiply-add counts as two.
     Without it or without a link speed, no time is reported."""
-    uplink_mbps: float | None = None
+    uplink_mbps: Annotated[float | None, shown("FLOAT")] = None
     """With --memory-gb: upload speed of the device, in 1e6 bit/s."""
-    downlink_mbps: float | None = None
+    downlink_mbps: Annotated[float | None, shown("FLOAT")] = None
     """With --memory-gb: download speed of the device, in 1e6 bit/s."""
-    watts: float | None = None
+    watts: Annotated[float | None, shown("FLOAT")] = None
     """With --memory-gb: power in watts while the device trains, uploads or downloads; needed for its energy."""
-    devices: Path | None = None
+    devices: Annotated[Path | None, shown("FILE")] = None
     """Several classes of devices instead: a CSV file with the columns name, count, memory_gb and, where known, gflops,
     uplink_mbps, downlink_mbps and watts. Without --memory-gb and --devices: the config's fleet.devices."""
-    examples: int | None = None
+    examples: Annotated[int | None, shown("INT")] = None
     """Images per client, where this is not known without reading the data set."""
-    results: Path | None = None
+    results: Annotated[Path | None, shown("DIR")] = None
     """A directory with finished runs, such as a sweep's: adds the accuracy that each option reached."""
-    protocol: str | None = None
+    protocol: Annotated[str | None, shown("NAME")] = None
     """With --results: the protocol whose accuracy is shown, such as knn; by default the one that evaluated most
     runs."""
     json: bool = False
     """Print JSON instead of a table."""
-    plot: Path | None = None
+    plot: Annotated[Path | None, shown("FILE")] = None
     """Also plot memory and the share of the fleet over the stages, to this .png, .pdf or .svg file."""
-    compilation_cache: str | None = None
+    compilation_cache: Annotated[str | None, shown("DIR")] = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
@@ -98,7 +104,7 @@ class SweepOptions:
 
     sweep_name: tyro.conf.Positional[str]
     """SWEEP: a name from configs/sweeps, or a path to a Python file that defines `sweep`."""
-    workdir: Path | None = None
+    workdir: Annotated[Path | None, shown("DIR")] = None
     """Where the sweep is stored; by default runs/sweeps/SWEEP."""
     dry_run: bool = False
     """Only list the runs, their operations and the estimated time on this machine."""
@@ -107,7 +113,7 @@ class SweepOptions:
     together: int = 0
     """Number of runs that train side by side in one program, if they differ only in numbers and seeds; 0: chosen by
     device."""
-    compilation_cache: str | None = None
+    compilation_cache: Annotated[str | None, shown("DIR")] = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
@@ -117,7 +123,7 @@ class ReportOptions:
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
     """DIR: a run's work directory, or one with runs below it, such as a sweep's."""
-    out: Path | None = None
+    out: Annotated[Path | None, shown("DIR")] = None
     """Where to write report.html, plots/ and tables/; by default DIR, or the folder `report` for several."""
 
 
@@ -263,17 +269,22 @@ def check_not_empty(arguments: list[str], first: str = "CONFIG") -> None:
 
 
 def one_line(box: str) -> str:
-    """Turn tyro's framed message (title, message, help) into one line that ends with what is accepted."""
+    """Turn tyro's framed message (title, message, help) into one line: option, value, what is accepted."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
     ruled = [bool(line) and not line.strip("─-") for line in lines]
     start = 1 if ruled[0] else 0
     end = ruled.index(True, start) if True in ruled[start:] else len(lines)
     paragraph = lines[start : lines.index("", start, end) if "" in lines[start:end] else end]
-    message = " ".join(paragraph).rstrip(".")
-    if message.startswith("Unrecognized"):
-        suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[end:]), re.MULTILINE))
-        return f"{message}; accepted: {', '.join(suggested) or 'the options --help lists'}"
-    if message.startswith("Error parsing"):
-        usage = next((line for line in lines[end:] if re.match("--[a-z]", line)), "what --help says")
-        return f"{message}; accepted: {usage}"
-    return re.sub(r"\. Expected (one of )?", "; accepted: ", message)
+    message, rest = " ".join(paragraph).rstrip("."), "\n".join(lines[end:])
+    if found := re.match("Unrecognized options: (.*)", message):
+        suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", rest, re.MULTILINE))
+        return f"{found[1]}: unknown option; accepted: {', '.join(suggested) or 'what --help shows'}"
+    if found := re.match(r"Error parsing (--[\w.-]+): .*?(['\[].*)", message):
+        form = re.search(rf"^{found[1]} (.+)", rest, re.MULTILINE)
+        accepted = NUMBERS.get(form[1], form[1]) if form else "what --help shows"
+        return f"{found[1]}: {found[2].strip('[]')} is not valid; accepted: {accepted}"
+    if found := re.match("Missing value for argument '(--.*?)'", message):
+        return f"{found[1]}: missing value; accepted: {found[1]} VALUE"
+    if found := re.match(r"invalid choice (.*) for argument '(.*?)'\. Expected (?:one of )?\(?(.*?)\)?$", message):
+        return f"{found[2]}: unknown {found[1]}; accepted: {found[3]}"
+    return message

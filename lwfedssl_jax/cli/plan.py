@@ -6,6 +6,7 @@ from rich.console import Console
 
 from lwfedssl_jax.analysis.results import load_results
 from lwfedssl_jax.cli.options import PlanOptions, check_plot, with_fleet
+from lwfedssl_jax.cli.status import shown_status
 from lwfedssl_jax.config import ConfigError, resolve
 from lwfedssl_jax.plan.make import make_plan
 from lwfedssl_jax.plan.measured import NO_RESULTS, measured_accuracies
@@ -31,8 +32,8 @@ def run_plan(options: PlanOptions) -> None:
         results = measured_accuracies(config, rows, options.protocol)
     each_option(config)
     devices.set_up_cache(options.compilation_cache)
-    with Console(stderr=True).status("tracing") as status:
-        plan = make_plan(config, examples, results, lambda what: status.update(f"compiling {what}"))
+    with shown_status("tracing") as show:
+        plan = make_plan(config, examples, results, lambda what: show(f"compiling {what}"))
     if options.plot:
         plot_plan(plan.devices, plan.options, results.protocol, options.plot)
     if options.json:

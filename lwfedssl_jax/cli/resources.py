@@ -6,6 +6,7 @@ from rich.console import Console
 
 from lwfedssl_jax.analysis import run_plots, terminal
 from lwfedssl_jax.cli.options import ResourcesOptions, check_plot
+from lwfedssl_jax.cli.status import shown_status
 from lwfedssl_jax.config import resolve, to_dict
 from lwfedssl_jax.costs import ledger, traffic
 from lwfedssl_jax.experiment.checks import check
@@ -19,11 +20,8 @@ def run_resources(options: ResourcesOptions) -> None:
     devices.set_up_cache(options.compilation_cache)
     check(config)
     _, refused = ledger.each_strategy(config)
-    progress = Console(stderr=True)
-    with progress.status("tracing") as status:
-        strategies = ledger.all_strategies(
-            config, memory=options.memory, notify=lambda what: status.update(f"compiling {what}")
-        )
+    with shown_status("tracing") as show:
+        strategies = ledger.all_strategies(config, memory=options.memory, notify=lambda what: show(f"compiling {what}"))
     if options.plot:
         run_plots.plot_resources(strategies, config.federation.local_epochs, options.plot)
     if options.json:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lwfedssl_jax.cli.options import SweepOptions
 from lwfedssl_jax.cli.report import write_and_print_report
+from lwfedssl_jax.cli.status import shown_status
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.simulation.setup import Cache
 from lwfedssl_jax.sweep.directory import SweepDirectory
@@ -31,14 +32,14 @@ def run_sweep(options: SweepOptions) -> None:
     finished = {run.directory for run in runs if directory.is_finished(run)}
     shared, progress = Cache(), Console(stderr=True)
     if options.dry_run:
-        with progress.status("tracing, and timing a step of each kind of run"):
+        with shown_status("tracing, and timing a step of each kind of run", progress):
             estimates = estimate(runs, shared)
         Console().print(estimates_table(runs, estimates, finished))
         return
     directory.take()
     failed: dict[str, str] = {}
     try:
-        with progress.status("tracing"):
+        with shown_status("tracing", progress):
             costs = {run.directory: round_costs(run.config, shared) for run in runs}
         with SweepProgress(progress, runs, costs, finished) as table:
 

@@ -71,13 +71,13 @@ def read_csv(path: Path) -> list[DeviceClass]:
         raise ValueError(f"{path} cannot be read ({why}); accepted: a CSV file with {', '.join(COLUMNS)}") from None
     rows = [[cell.strip() for cell in row] for row in rows]
     lines = [(number, row) for number, row in enumerate(rows, 1) if any(row)]
-    if len(lines) < 2:
-        raise ValueError(f"{path} has no device class; accepted: a line of {', '.join(COLUMNS)}, then one per class")
-    (_, head), *classes = lines
+    (_, head), *classes = lines or [(1, [])]
     if wrong := [name for name in head if name not in COLUMNS] or [name for name in head if head.count(name) > 1]:
         raise ValueError(f"{path} has an unknown or repeated column {wrong[0]!r}; accepted: {', '.join(COLUMNS)}")
     if missing := [name for name in ("name", *REQUIRED) if name not in head]:
         raise ValueError(f"{path} lacks the column {missing[0]}; accepted: {', '.join(COLUMNS)}")
+    if not classes:
+        raise ValueError(f"{path} has columns but no device class; accepted: a line per class")
     devices = []
     for number, row in classes:
         where = f"{path} line {number}"

@@ -126,7 +126,8 @@ def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:
     sweeps = {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
     if short not in sweeps:
         names = ", ".join(difflib.get_close_matches(name, sweeps) or sweeps)
-        raise ConfigError(f"SWEEP: {name!r} is not a sweep; accepted: one of {names}, or the path of a .py file")
+        found = "is a config, not a sweep" if (config_dir / f"{name}.py").is_file() else "is not a sweep"
+        raise ConfigError(f"SWEEP: {name!r} {found}; accepted: {names}, or the path of a .py file")
     return sweeps[short], short
 
 

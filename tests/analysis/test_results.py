@@ -226,7 +226,7 @@ def test_costs_are_in_the_papers_form() -> None:
     }
     words = tables.resources_table(pd.DataFrame(), [], strategies).words.set_index("strategy")
     assert words["communication (1000 MiB)"].tolist() == ["8.40", "1.66 (0.20x)"]
-    assert words["FLOPs, paper's rule (G)"].tolist() == ["585.60", "139.40 (0.24x)"]
+    assert words["multiply-adds, paper's rule (G)"].tolist() == ["585.60", "139.40 (0.24x)"]
     assert words["peak memory (GiB)"].tolist() == ["8.00", "-"]
 
 

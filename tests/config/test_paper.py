@@ -82,7 +82,7 @@ def test_a_sweep_in_a_folder_is_found_by_its_whole_name(
     found = load_sweep("mine/small", tmp_path)
     assert found.name == load_sweep(f"{SWEEPS}/mine/small", tmp_path).name == "mine/small"
     assert load_sweep(str(file)).name == "small"
-    with pytest.raises(ConfigError, match=r"SWEEP: 'mine/smal' is not a sweep; accepted: one of mine/small, or"):
+    with pytest.raises(ConfigError, match=r"SWEEP: 'mine/smal' is not a sweep; accepted: mine/small, or"):
         load_sweep("mine/smal", tmp_path)
     directory = SweepDirectory(Path("runs") / "sweeps" / found.name, found)
     directory.take()

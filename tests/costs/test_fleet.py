@@ -40,8 +40,8 @@ def test_resolving_puts_the_classes_in_the_place_of_the_file(tmp_path: Path) -> 
 
 
 BAD_FILES = {
-    "": "has no device class; accepted: a line of name, count",
-    "name,count,memory_gb\n": "has no device class",
+    "": "lacks the column name; accepted: name, count",
+    "name,count,memory_gb\n": "has columns but no device class; accepted: a line per class",
     "name,count\na,1\n": "lacks the column memory_gb; accepted: ",
     "name,count,memory_gb,ram\na,1,2,3\n": "unknown or repeated column 'ram'; accepted: name, count",
     "name,count,count,memory_gb\na,1,1,2\n": "unknown or repeated column 'count'",

@@ -1,0 +1,27 @@
+"""What a command that prints nothing until its end is doing."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+
+@contextlib.contextmanager
+def shown_status(what: str, console: Console | None = None) -> Iterator[Callable[[str], None]]:
+    """Show ``what`` a command is doing, until the next text: in one place on a terminal, otherwise in a line each.
+
+    Args:
+      what: the first text.
+      console: by default, of standard error.
+    """
+    console = console or Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if console.is_terminal:
+        with console.status(what) as status:
+            yield status.update
+    else:
+        say(what)
+        yield say
