@@ -143,14 +143,15 @@ def work_of(simulator: Any, options: argparse.Namespace) -> tuple[Any, list[Any]
 def torch_side(work: str, simulator: Any, options: argparse.Namespace) -> Any:
     """A function that runs the round in sequential PyTorch."""
     import torch
-    from peers_torch import train_round
+    from peers_torch import loss_of, train_round
 
     model = torch_model(work, simulator, options)
     images, clients, rate = work_of(simulator, options)
     state = [p.detach().clone() for p in model.trainable()]
+    loss = loss_of(model, images, TEMPERATURE)
 
     def one_round() -> None:
-        train_round(model, state, images, clients, rate, TEMPERATURE)
+        train_round(model, state, clients, rate, loss)
         if options.device == "cuda":
             torch.cuda.synchronize()
 
@@ -231,7 +232,7 @@ def flower_seconds(work: str, simulator: Any, options: argparse.Namespace) -> li
     from flwr.server import ServerApp, ServerAppComponents, ServerConfig
     from flwr.server.strategy import FedAvg
     from flwr.simulation import run_simulation
-    from peers_torch import train_client
+    from peers_torch import loss_of, train_client
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     model = torch_model(work, simulator, options)
@@ -246,7 +247,7 @@ def flower_seconds(work: str, simulator: Any, options: argparse.Namespace) -> li
             torch.set_num_threads(1)
             mine = list(model.trainable())
             state = [torch.from_numpy(np.asarray(p)) for p in parameters]
-            train_client(model, mine, state, images, clients[self.number], rate, TEMPERATURE)
+            train_client(mine, state, clients[self.number], rate, loss_of(model, images, TEMPERATURE))
             return [p.detach().numpy() for p in mine], STEPS * BATCH, {}
 
     def client(context: Context) -> Client:

@@ -5,7 +5,7 @@ gradients, on both views together; a client's parameters are copied in place and
 attention and AdamW are PyTorch's fused ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -92,15 +92,20 @@ def simclr_loss(z_2xBxD: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, (torch.arange(2 * b, device=z.device) + b) % (2 * b))
 
 
+def loss_of(model: Model, images: Tensor, temperature: float) -> Callable[[Tensor], Tensor]:
+    """The loss of a batch, given by its rows of ``images``."""
+    return lambda rows: simclr_loss(model(two_views(images[rows])), temperature)
+
+
 def train_round(
-    model: Model, state: list[Tensor], images: Tensor, clients: list[Tensor], learning_rate: float, temperature: float
+    model: Model, state: list[Tensor], clients: list[Tensor], rate: float, loss: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """One round: every client's steps (``TxB`` indices of images), one client after the other, and the average."""
     parameters = list(model.trainable())
     total = [torch.zeros_like(p) for p in parameters]
     examples = 0
     for batches in clients:
-        train_client(model, parameters, state, images, batches, learning_rate, temperature)
+        train_client(parameters, state, batches, rate, loss)
         with torch.no_grad():
             torch._foreach_add_(total, parameters, alpha=batches.numel())
         examples += batches.numel()
@@ -108,22 +113,16 @@ def train_round(
 
 
 def train_client(
-    model: Model,
-    parameters: list[nn.Parameter],
-    state: list[Tensor],
-    images: Tensor,
-    batches: Tensor,
-    rate: float,
-    temperature: float,
+    parameters: list[nn.Parameter], state: list[Tensor], batches: Tensor, rate: float, loss: Callable[[Tensor], Tensor]
 ) -> None:
     """A client's local steps, from the global ``state``."""
     with torch.no_grad():
         torch._foreach_copy_(parameters, state)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-5, fused=True)
     for rows in batches:
-        loss = simclr_loss(model(two_views(images[rows])), temperature)
+        value = loss(rows)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
 
 

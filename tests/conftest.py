@@ -40,7 +40,8 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+os.environ |= {"XLA_FLAGS": " ".join(FLAGS), "JAX_PLATFORMS": "cpu"}  # also of the processes that tests start
+jax.config.update("jax_platforms", "cpu")
 gc.freeze()  # JAX's modules are not searched for garbage while it traces
 
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       0; 2 for bad input, after one line on standard error; 1 for any other failure; 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv) or ["train", "quickstart"]
-    gc.set_threshold(50_000, 20, 20)  # tracing makes many objects that stay: rarer searches save a second or two
+    gc.set_threshold(50_000, 20, 20)  # rarer searches: tracing makes many objects that stay
     try:
         if argv[0] in HELP or (argv[0] == "list" and argv[-1] in HELP):
             print_help()

@@ -17,7 +17,7 @@ from lwfedssl_jax.system.files import can_write
 
 HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
-NUMBERS = {"INT": "a whole number", "FLOAT": "a number"}
+NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "[INT [INT ...]]": "whole numbers"}
 MOST_JOBS = 1024
 
 
@@ -278,8 +278,9 @@ def one_line(box: str) -> str:
     message, rest = " ".join(paragraph).rstrip("."), "\n".join(lines[end:])
     if found := re.match("Unrecognized options: (.*)", message):
         suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", rest, re.MULTILINE))
-        return f"{found[1]}: unknown option; accepted: {', '.join(suggested) or 'what --help shows'}"
-    if found := re.match(r"Error parsing (--[\w.-]+): .*?(['\[].*)", message):
+        unknown = [word for word in found[1].split(", ") if word.startswith("-")] or [found[1]]
+        return f"{', '.join(unknown)}: unknown option; accepted: {', '.join(suggested) or 'what --help shows'}"
+    if found := re.match(r"Error parsing (--[\w.-]+): .*?(['\"\[].*)", message):
         form = re.search(rf"^{found[1]} (.+)", rest, re.MULTILINE)
         accepted = NUMBERS.get(form[1], form[1]) if form else "what --help shows"
         return f"{found[1]}: {found[2].strip('[]')} is not valid; accepted: {accepted}"

@@ -1,9 +1,10 @@
-"""What a command that prints nothing until its end is doing."""
+"""What a command is doing while it prints nothing."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.text import Text
 
 
 @contextlib.contextmanager
@@ -20,8 +21,8 @@ def shown_status(what: str, console: Console | None = None) -> Iterator[Callable
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     if console.is_terminal:
-        with console.status(what) as status:
-            yield status.update
+        with console.status(Text(what)) as status:
+            yield lambda text: status.update(Text(text))
     else:
         say(what)
         yield say

@@ -14,7 +14,7 @@ class ModelSize:
     Attributes:
       architecture: its key in ``models.ARCHITECTURES``.
       equal_layers: whether all layers have the same shapes and do the same work. Depth dropout requires it, and the
-        ledger then counts two layers in place of all.
+        ledger then traces at most two layers of a kind.
       max_depth: largest number of layers.
       cpu_lanes: clients per CPU core at a time. Products with separate weights per client are slower there for vision
         transformers and faster for ResNets (``benchmarks/lanes.py``, ``benchmarks/resnet.py``).

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,16 +70,21 @@ def step_rate(config: Config, repeats: int = 5) -> float:
     """Measure the multiply-adds per second of a client's step in the last stage on this device, as a median."""
     plain = override(config, {"additions.depth_dropout": 0.0})
     part = stage_parts(plain)[-1]
-    step, (state, broadcast, images, mask, _) = traceable_step(plain, part.trainable, part.frozen)
-    depths = {"depth": part.stage.trainable_depth, "frozen_depth": part.stage.frozen_depth}
-    broadcast = _zeros(broadcast)._replace(**{name: jnp.int32(depth) for name, depth in depths.items()})
-    arguments = _zeros(state), broadcast, _zeros(images), jnp.ones(mask.shape, bool), jax.random.key(0)
+    step, arguments = step_and_arguments(plain, part)
     program, seconds = jax.jit(step).lower(*arguments).compile(), []
     for _ in range(1 + repeats):
         began = time.perf_counter()
         jax.block_until_ready(program(*arguments))
         seconds.append(time.perf_counter() - began)
     return executed_operations(plain, part) * config.optimizer.batch_size / float(np.median(seconds[1:]))
+
+
+def step_and_arguments(config: Config, part: StagePart) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return a client's training step in a stage, and arguments of zeros with which it does all of its work."""
+    step, (state, broadcast, images, mask, _) = traceable_step(config, part.trainable, part.frozen)
+    depths = {"depth": part.stage.trainable_depth, "frozen_depth": part.stage.frozen_depth}
+    broadcast = _zeros(broadcast)._replace(**{name: jnp.int32(depth) for name, depth in depths.items()})
+    return step, (_zeros(state), broadcast, _zeros(images), jnp.ones(mask.shape, bool), jax.random.key(0))
 
 
 def _first_row(mask: np.ndarray, x: jax.ShapeDtypeStruct | None) -> jax.ShapeDtypeStruct | None:

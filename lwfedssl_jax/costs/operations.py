@@ -69,7 +69,6 @@ def operations_per_sample(config: Config, part: StagePart, rule: Rule, known: Kn
     Depth dropout skips layers independently, so the mean interpolates between skipping none and all droppable layers.
     """
     stage, rate = part.stage, config.additions.depth_dropout
-    config = override(config, {"additions.depth_dropout": 0.0})
     all_layers = count_layers(config, part, rule, known)
     if not rate or not stage.trained_before:
         return all_layers
@@ -81,10 +80,12 @@ def operations_per_sample(config: Config, part: StagePart, rule: Rule, known: Kn
 def count_layers(config: Config, part: StagePart, rule: Rule, known: Known) -> float:
     """Apply ``rule`` to a stage's layers; equal layers cost the same, so at most two of a kind are traced.
 
-    A program's loops run over the layers that the stage says, whatever the number of layers in the parameters.
+    A program's loops run over the layers that the stage says, whatever the number of layers in the parameters. Terms
+    of the loss may use all parameters, so with them each stage is traced.
     """
     frozen_depth, trainable_depth = part.stage.frozen_depth, part.stage.trainable_depth
-    program = rule, step_config(config), bool(jax.tree.leaves(part.frozen))
+    plain = override(config, {"additions.depth_dropout": 0.0})
+    program = rule, step_config(plain), bool(jax.tree.leaves(part.frozen))
 
     def traced(frozen_depth: int, trainable_depth: int) -> float:
         key = *program, frozen_depth, trainable_depth
@@ -93,10 +94,10 @@ def count_layers(config: Config, part: StagePart, rule: Rule, known: Known) -> f
             known[key] = rule(config, part._replace(stage=stage))
         return float(known[key])
 
-    if not MODELS[config.model.name].equal_layers:
+    if not MODELS[config.model.name].equal_layers or config.additions.terms:
         return traced(frozen_depth, trainable_depth)
     operations = one_layer = traced(0, 1)
-    if trainable_depth > 1:
+    if trainable_depth != 1:
         operations += (trainable_depth - 1) * (traced(0, 2) - one_layer)
     if frozen_depth:
         operations += frozen_depth * (traced(1, 1) - one_layer)
@@ -124,9 +125,10 @@ def paper_operations(config: Config, part: StagePart) -> float:
 def executed_operations(config: Config, part: StagePart) -> float:
     """Count the multiply-adds of the traced step per sample of a full batch (see ``StageCost`` in ledger.py).
 
-    The config must be without depth dropout, whose loops have no known length.
+    Without depth dropout, whose loops have no known length; ``operations_per_sample`` accounts for it.
     """
-    step, (state, broadcast, *data) = traceable_step(config, part.trainable, part.frozen)
+    plain = override(config, {"additions.depth_dropout": 0.0})
+    step, (state, broadcast, *data) = traceable_step(plain, part.trainable, part.frozen)
     depth, frozen_depth = part.stage.trainable_depth, part.stage.frozen_depth
 
     def with_loops_of_known_length(state: ClientState, broadcast: Broadcast, *data: jax.Array) -> Any:

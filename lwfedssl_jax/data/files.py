@@ -174,7 +174,7 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
     """
     path = path_of(config)
     if not os.path.isfile(path):
-        raise refuse(config, "is not a file", f"the path of a file in {NPZ_FORM}")
+        raise refuse(config, "is not a file", f"npz:FILE, {NPZ_FORM}")
 
     def splits() -> tuple[Split, Split]:
         try:

@@ -20,6 +20,7 @@ from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation.frozen import BATCH, apply, make_encode
 from lwfedssl_jax.method.task import Task, make_encoder
+from lwfedssl_jax.models.dense import factor_type
 from lwfedssl_jax.tree import Tree
 
 WEIGHTS, ABOUT = "encoder.safetensors", "encoder.json"
@@ -157,13 +158,13 @@ class TrainedEncoder:
     def __init__(self, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
         channels, *size = config["input_size"]
         (mean,), (std,) = set(config["mean"]), set(config["std"])
-        dtype = jnp.dtype(config["precision"])
+        precision = config["precision"]
         model = ModelConfig(**config["model"])
         self.config = config
         self._image_shape = (*size, channels)
         self._depth = model.depth
-        self._encoder = make_encoder(model, self._image_shape, dtype)
-        self._recipe, self._dtype = Recipe(mean=mean, std=std), np.promote_types(dtype, np.float32)
+        self._encoder = make_encoder(model, self._image_shape, precision)
+        self._recipe, self._dtype = Recipe(mean=mean, std=std), np.promote_types(factor_type(precision), np.float32)
         self._encode = make_encode(self._encoder, self._recipe, self._dtype)
         self.num_features = self._encoder.feature_dim
         shapes = jax.eval_shape(self._encoder.init, jax.random.key(0))

@@ -17,7 +17,7 @@ from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation.frozen import Encode, Scores, scores
 from lwfedssl_jax.method import stages
 from lwfedssl_jax.method.task import Task
-from lwfedssl_jax.models.encoder import Encoder
+from lwfedssl_jax.models.encoder import Encoder, with_its_products
 from lwfedssl_jax.system import seeds
 from lwfedssl_jax.tree import Tree
 
@@ -173,6 +173,7 @@ def _start(fixed: FineTuneSetup, params: Tree, key: jax.Array, head_shape: tuple
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@with_its_products
 def _step(
     fixed: FineTuneSetup,
     state: FineTuneState,

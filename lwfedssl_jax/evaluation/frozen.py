@@ -163,8 +163,9 @@ def forward(
 ) -> jax.Array:
     """Compute ``features_BxD`` from the two parts that ``split`` returns."""
     images = standardise(images_BxHxWxC, recipe).astype(dtype)
-    x = encoder.frozen_forward(frozen, images, depth, None)
-    return encoder.trainable_forward(rest, x, jnp.ones(len(images), bool), 0, None)[0]
+    with jax.default_matmul_precision(encoder.products):
+        x = encoder.frozen_forward(frozen, images, depth, None)
+        return encoder.trainable_forward(rest, x, jnp.ones(len(images), bool), 0, None)[0]
 
 
 def evaluate(

@@ -30,6 +30,6 @@ def check_method(config: Config) -> None:
         )
     if rate and not MODELS[config.model.name].equal_layers:
         raise ConfigError(
-            f"additions.depth_dropout: {rate} needs layers of equal width, which {config.model.name} does not have; "
-            "accepted: 0.0, or a vit"
+            f"additions.depth_dropout: {rate} needs equal layers (ModelSize.equal_layers), which {config.model.name} "
+            "does not have; accepted: 0.0, or a vit"
         )

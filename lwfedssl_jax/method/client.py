@@ -18,6 +18,7 @@ from lwfedssl_jax.data.views import standardise, two_views
 from lwfedssl_jax.method.depth_dropout import routes
 from lwfedssl_jax.method.task import Broadcast, ClientState, Route, Task, weights_of
 from lwfedssl_jax.method.terms import Local
+from lwfedssl_jax.models.encoder import with_its_products
 from lwfedssl_jax.tree import Tree
 
 
@@ -44,6 +45,7 @@ def client_init(task: Task, trainable: Tree) -> ClientState:
 FROM_BROADCAST = ClientStart(lambda task, broadcast, memory: client_init(task, broadcast.trainable))
 
 
+@with_its_products
 def client_step(
     task: Task, state: ClientState, broadcast: Broadcast, images_BxHxWxC: jax.Array, mask_B: jax.Array, key: jax.Array
 ) -> tuple[ClientState, jax.Array]:
@@ -143,6 +145,7 @@ def _objective_loss(
     return task.objective.loss(online_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature)
 
 
+@with_its_products
 def embed(
     task: Task, trainable: Tree, x: jax.Array, mask_B: jax.Array, route: Route, heads: Sequence[str]
 ) -> tuple[list[jax.Array], Tree]:

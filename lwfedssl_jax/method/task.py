@@ -15,6 +15,7 @@ from lwfedssl_jax.data.views import RECIPES, Recipe
 from lwfedssl_jax.method.objectives import OBJECTIVES, Objective
 from lwfedssl_jax.method.terms import Term, terms_of
 from lwfedssl_jax.models import ARCHITECTURES
+from lwfedssl_jax.models.dense import PRODUCTS, factor_type
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import Head, mlp_head
 from lwfedssl_jax.tree import Tree
@@ -106,11 +107,11 @@ def make_task(config: Config) -> Task:
     """
     source = sources.find(config.data)
     recipe = choose("data.views", config.data.views, {"auto": RECIPES[source.views], **RECIPES})
-    dtype = jnp.dtype(config.runtime.precision)
+    dtype = factor_type(config.runtime.precision)
     image_shape = (config.data.image_size, config.data.image_size, source.channels)
     objective = choose("objective.name", config.objective.name, OBJECTIVES)
     hidden, output = config.objective.hidden_dim, config.objective.output_dim
-    encoder = make_encoder(config.model, image_shape, dtype, remat=config.runtime.remat)
+    encoder = make_encoder(config.model, image_shape, config.runtime.precision, remat=config.runtime.remat)
     terms = terms_of(config)
     heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
     if objective.has_prediction:
@@ -139,16 +140,17 @@ def make_task(config: Config) -> Task:
 
 
 def make_encoder(
-    model: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike, *, remat: bool = False
+    model: ModelConfig, image_shape: tuple[int, int, int], precision: str, *, remat: bool = False
 ) -> Encoder:
-    """Make the named model by its entry in ``ARCHITECTURES``.
+    """Make the named model by its entry in ``ARCHITECTURES``, for a ``runtime.precision``.
 
     Raises:
       ConfigError: there is no model with that name, or no such architecture.
     """
     size = choose("model.name", model.name, MODELS)
     make = choose(f"MODELS[{model.name!r}].architecture", size.architecture, ARCHITECTURES)
-    return make(model, image_shape, dtype, remat=remat)
+    encoder = make(model, image_shape, factor_type(precision), remat=remat)
+    return encoder._replace(products=PRODUCTS.get(precision, "highest"))
 
 
 def init_params(task: Task, key: jax.Array) -> Tree:

@@ -8,7 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+# How products of float32 factors are computed, by ``runtime.precision``. JAX's default is TF32 on GPUs.
+PRODUCTS = {"float32": "highest", "tensorfloat32": "high", "bfloat16": "highest"}
+
 XAVIER = nn.initializers.xavier_uniform()
+
+
+def factor_type(precision: str) -> np.dtype:
+    """Return the type to which ``runtime.precision`` rounds the factors of matrix products."""
+    return jnp.dtype("float32" if precision == "tensorfloat32" else precision)
+
+
+def is_narrow(dtype: DTypeLike) -> bool:
+    """Whether a type is narrower than float32."""
+    return bool(np.promote_types(dtype, np.float32) != dtype)
 
 
 def contract(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -18,9 +31,7 @@ def contract(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) -> jax.Arr
     differentiation they would mix types, and the matrix units would idle. Every index of
     ``spec`` must be in two of its three terms.
     """
-    if np.promote_types(dtype, np.float32) == dtype:
-        return jnp.einsum(spec, a, b)
-    return _narrow_contract(spec, dtype, a, b)
+    return _narrow_contract(spec, dtype, a, b) if is_narrow(dtype) else jnp.einsum(spec, a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -30,7 +41,8 @@ def _narrow_contract(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) ->
 
 def _forward(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # The product itself, not a call of ``_narrow_contract``: policies of ``jax.checkpoint`` do not see into that.
-    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32), (a, b)
+    y = jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision="default", preferred_element_type=jnp.float32)
+    return y, (a, b)
 
 
 def _backward(

@@ -1,13 +1,16 @@
 """What an encoder is to the rest of the package, whatever its architecture."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 
 from lwfedssl_jax.tree import Tree
 
 EVERY_STAGE = 0  # layer number of parameters that every stage trains
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Depth = int | jax.Array  # number of leading layers that run
 
@@ -31,6 +34,7 @@ class Encoder(NamedTuple):
         ``depth`` trainable layers: ``features_VBxD``, and the part's running averages after this batch,
         of which only the samples that ``mask_B`` names count.
       feature_dim: D.
+      products: how products of float32 factors are computed, as JAX names it (``jax.default_matmul_precision``).
 
     A depth may be traced, and be another for each that is batched by ``vmap``. ``order``, if not
     None, has the numbers (from 0) of the layers that run, ``depth`` of them, at its front.
@@ -41,3 +45,15 @@ class Encoder(NamedTuple):
     frozen_forward: Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]
     trainable_forward: Callable[[Tree, jax.Array, jax.Array, Depth, jax.Array | None], tuple[jax.Array, Tree]]
     feature_dim: int
+    products: str = "highest"
+
+
+def with_its_products(f: F) -> F:
+    """Make a function whose first argument has an ``encoder`` compute all products as the encoder does."""
+
+    @functools.wraps(f)
+    def traced(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision(owner.encoder.products):
+            return f(owner, *args, **kwargs)
+
+    return cast(F, traced)

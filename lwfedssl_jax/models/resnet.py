@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lwfedssl_jax.config import ModelConfig
-from lwfedssl_jax.models.dense import Dense, contract
+from lwfedssl_jax.models.dense import Dense, contract, is_narrow
 from lwfedssl_jax.models.encoder import Depth, Encoder
 from lwfedssl_jax.tree import Tree
 
@@ -37,6 +37,7 @@ def convolve(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeL
         (stride, stride),
         [(pad, pad)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="default" if is_narrow(dtype) else None,
     )
     return y.astype(kernel.dtype)
 

@@ -139,7 +139,12 @@ def idle_call(run: Prepared) -> Schedule:
 
 
 def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> Program:
-    """Compile a stage's programs.
+    """Compile a stage's programs (see ``trace_stage``)."""
+    return Program(*(traced.lower().compile() for traced in trace_stage(run, stage, feed, stack)))
+
+
+def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[jax.stages.Traced]:
+    """Trace a stage's programs, in the order of ``Program``.
 
     Args:
       run: the run, or any of those that are stacked.
@@ -174,10 +179,8 @@ def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> Prog
     work = Work(images, stack.abstract(schedule, schedule_lanes), number, number)
 
     everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, lanes)
-    return Program(
-        start=jax.jit(start, out_shardings=(everywhere, by_lane)).lower(params, rows, depths, extras).compile(),
-        steps=jax.jit(steps, donate_argnums=0).lower(carry, broadcast, memory, work, context).compile(),
-        finish=jax.jit(finish, out_shardings=everywhere)
-        .lower(Before(params, rows, state), broadcast, carry, context)
-        .compile(),
-    )
+    return [
+        jax.jit(start, out_shardings=(everywhere, by_lane)).trace(params, rows, depths, extras),
+        jax.jit(steps, donate_argnums=0).trace(carry, broadcast, memory, work, context),
+        jax.jit(finish, out_shardings=everywhere).trace(Before(params, rows, state), broadcast, carry, context),
+    ]

@@ -244,7 +244,7 @@ def test_the_command_prints_the_table_and_the_pages_place(
         ([str(tmp_path / "none")], "is not a directory"),
         ([str(tmp_path / "new")], "contains no run"),
         ([str(top), "--out", str(tmp_path / "file")], "--out: "),
-        ([str(top), "--aut", "x"], "--aut, x: unknown option"),
+        ([str(top), "--aut", "x"], "--aut: unknown option"),
         ([""], "is empty"),
     ):
         assert cli.main(["report", *arguments]) == 2

@@ -95,16 +95,31 @@ def test_ledgers_that_share_what_is_known_trace_no_layer_twice(monkeypatch: pyte
         {},
         {"strategy__layers_per_stage": 2, "objective__name": "mocov3", "runtime__remat": True},
         {"additions__terms": ("alignment=0.1",), "objective__name": "byol"},
+        {"additions__depth_dropout": 1.0, "strategy__layers_per_stage": 2},
     ],
-    ids=["simclr", "mocov3", "byol"],
+    ids=["simclr", "mocov3", "byol", "depth dropout"],
 )
 def test_operations_of_all_layers_are_those_of_their_program(changes: dict[str, Any]) -> None:
     config = small_config(model__depth=4, federation__rounds=4, **changes)
     for strategy_config in each_strategy(config)[0].values():
         part = operations.stage_parts(strategy_config)[-1]
+        stage, skipped = part.stage, part.stage.trained_before if strategy_config.additions.depth_dropout else 0
+        run = part._replace(
+            stage=stage._replace(
+                depth=stage.depth - skipped, frozen_depth=stage.frozen_depth - min(skipped, stage.frozen_depth)
+            )
+        )
         for rule in (operations.paper_operations, executed_operations):
             counted = operations.operations_per_sample(strategy_config, part, rule, known_traces())
-            assert counted == rule(strategy_config, part)
+            assert counted == rule(strategy_config, run)
+
+
+def test_operations_where_a_stage_trains_only_layers_that_depth_dropout_may_skip() -> None:
+    part = operations.stage_parts(config := small_config(strategy__name="end_to_end"))[0]
+    none = part._replace(stage=part.stage._replace(depth=0))
+    assert operations.count_layers(config, none, executed_operations, known_traces()) == executed_operations(
+        config, none
+    )
 
 
 def test_count_of_products_loops_and_branches() -> None:

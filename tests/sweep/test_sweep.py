@@ -314,6 +314,7 @@ def test_a_sweep_survives_interruption_and_its_runs(tmp_path: Path) -> None:
 
     first = start()
     assert first.stderr is not None
+    assert first.stderr.readline() == "tracing\n"
     assert first.stderr.readline() == "4 waiting\n"
     assert "1 finished" in first.stderr.readline()
     first.send_signal(signal.SIGINT)

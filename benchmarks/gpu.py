@@ -1,0 +1,156 @@
+"""Measure this package on an accelerator, in ten minutes: ``python benchmarks/gpu.py``.
+
+The steps are ordered by worth. Each is a process of its own with a limit of its own, and what it measures is written
+as it comes (``results/gpu.json``, ``results/gpu.md``), so that a run that is cut off still counts. ``--plan`` prints
+the steps; ``--tiny`` runs all of them in small on any device, also a CPU; ``--only STEP ...`` runs some of them;
+``--keep`` adds to the results that are there, and leaves out what they already contain.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+
+
+class Step(NamedTuple):
+    """A step: what it measures, and the most seconds that it may take."""
+
+    name: str
+    about: str
+    seconds: int
+
+
+STEPS = [
+    Step("machine", "versions, device, memory, measured peaks of matrix products and of copying", 60),
+    Step("parity", "one round on the accelerator against the CPU, by precision", 90),
+    Step("lanes", "digits: client steps a second with 1, 10 and 100 lanes, and with lanes chosen automatically", 90),
+    Step("stages", "ViT-Tiny, batch 512: client steps a second by strategy, stage, precision and lanes", 200),
+    Step("rival", "the same rounds in PyTorch: eager, compiled, CUDA graphs", 120),
+    Step("memory", "peak memory of a client's step: measured against the ledger's", 90),
+    Step("kernels", "the longest kernels of a round's trace, and a step's share of the measured peaks", 90),
+    Step("clients", "clients a second: 1,000 and 10,000 of log-normal sizes, and a population of 1,000,000", 90),
+    Step("seeds", "8 seeds in one program against one after the other", 60),
+    Step("feed", "images streamed against resident", 60),
+    Step("resnet", "ResNet-18: lanes under vmap against one after the other", 90),
+    Step("stages_64", "ViT-Tiny, batch 64: as stages", 150),
+]
+
+
+def main() -> None:
+    options = parse()
+    if options.plan:
+        for number, step in enumerate(STEPS, 1):
+            print(f"{number:2} {step.name:<10} {step.seconds:4} s  {step.about}")
+        print(f"   in all     {sum(step.seconds for step in STEPS):4} s at most, cut off after {options.minutes:g} min")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out, options.keep, options.tiny)
+    end = time.monotonic() + 60 * options.minutes
+    for step in STEPS:
+        if step.name in (options.only or [step.name for step in STEPS]):
+            left = end - time.monotonic()
+            if left < 5:
+                results.note(step.name, "not reached")
+                continue
+            run_step(step, min(step.seconds, left), results, tiny=options.tiny)
+    print(results.table())
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [step.name for step in STEPS]
+    parser.add_argument("--plan", action="store_true", help="print the steps and exit")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a test of this script")
+    parser.add_argument("--minutes", type=float, default=9.5, help="begin and continue no step after this time")
+    parser.add_argument("--only", nargs="+", choices=names, help="run these steps alone")
+    parser.add_argument("--keep", action="store_true", help="add to the results that are there")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of gpu.json and gpu.md")
+    return parser.parse_args()
+
+
+class Results:
+    """What has been measured, on disk after each measurement."""
+
+    def __init__(self, folder: Path, keep: bool, tiny: bool) -> None:
+        self._json, self._table = folder / "gpu.json", folder / "gpu.md"
+        command = " ".join(["python", *sys.argv])
+        self.content: dict[str, Any] = {"tiny": tiny, "runs": [], "rows": [], "notes": []}
+        if keep and self._json.exists():
+            self.content = json.loads(self._json.read_text())
+        self.content["runs"].append({"command": command, "date": datetime.date.today().isoformat()})
+
+    @property
+    def measured(self) -> list[list[str]]:
+        """Step and case of all rows."""
+        return [[row["step"], row["case"]] for row in self.content["rows"]]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row: ``step``, ``case``, ``value``, ``unit``, and what else was measured."""
+        self.content["rows"].append(row)
+        self._write()
+
+    def note(self, step: str, text: str) -> None:
+        """Add a remark about a step, such as why it ended early."""
+        self.content["notes"].append({"step": step, "note": text})
+        print(f"{step}: {text}", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        self._json.write_text(json.dumps(self.content, indent=1) + "\n")
+        self._table.write_text(self.table())
+
+    def table(self) -> str:
+        """All results as Markdown."""
+        lines = ["| step | case | value | unit | also |", "|---|---|---|---|---|"]
+        for row in self.content["rows"]:
+            more = {k: v for k, v in row.items() if k not in ("step", "case", "value", "unit", "runs")}
+            words = ", ".join(f"{k} {number(v)}" for k, v in more.items())
+            lines.append(f"| {row['step']} | {row['case']} | {number(row['value'])} | {row['unit']} | {words} |")
+        lines += [f"\n{note['step']}: {note['note']}" for note in self.content["notes"]]
+        return "\n".join(lines) + "\n"
+
+
+def number(value: Any) -> str:
+    """Four digits of a number; anything else as it is."""
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def run_step(step: Step, seconds: float, results: Results, *, tiny: bool) -> None:
+    """Run a step in a process of its own, and take up its lines as they come."""
+    print(f"== {step.name}: {step.about}", flush=True)
+    request = json.dumps({"step": step.name, "tiny": tiny, "measured": results.measured})
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85" if step.name != "rival" else "0.1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    command = ["timeout", "-k", "5", str(int(seconds) + 1), sys.executable, str(HERE / "gpu_steps.py"), request]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    said: list[str] = []
+    for line in process.stdout or ():
+        if line.startswith("{"):
+            message = json.loads(line)
+            if "note" in message:
+                results.note(step.name, message["note"])
+            else:
+                results.add({"step": step.name} | message)
+                print(f"   {message['case']}: {number(message['value'])} {message['unit']}", flush=True)
+        else:
+            said.append(line.rstrip())
+    code = process.wait()
+    if code in (124, 137):
+        results.note(step.name, f"cut off after {time.monotonic() - began:.0f} s")
+    elif code:
+        results.note(step.name, f"ended with code {code}: {' | '.join(said[-3:])}")
+
+
+if __name__ == "__main__":
+    main()

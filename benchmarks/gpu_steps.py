@@ -1,0 +1,472 @@
+"""The steps of ``gpu.py``, each run by it in a process of its own; a JSON line for each measurement."""
+
+import contextlib
+import functools
+import gzip
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lwfedssl_jax.config import Config, ConfigError, override, resolve
+from lwfedssl_jax.costs.memory import step_and_arguments
+from lwfedssl_jax.costs.operations import executed_operations, stage_parts
+from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.simulation import rounds, setup
+from lwfedssl_jax.simulation.simulator import Simulator
+from lwfedssl_jax.system.devices import program_memory, set_up_cpu
+from lwfedssl_jax.system.errors import is_out_of_memory
+from lwfedssl_jax.tree import Tree
+
+GIB = 2**30
+REQUEST: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+TINY = bool(REQUEST.get("tiny"))
+REPEATS, SECONDS = (2, 0.0) if TINY else (3, 2.0)  # least number of timed rounds, and least seconds of them
+VIT = {"model.width": 8, "model.depth": 3, "model.heads": 2} if TINY else {"model.name": "vit_tiny"}
+DIGITS = {**VIT, "model.name": "vit_micro", "data.name": "digits", "data.views": "digits", "data.image_size": 16}
+PRECISIONS = ("bfloat16", "tensorfloat32", "float32")
+
+
+def main() -> None:
+    set_up_cpu()
+    STEPS[REQUEST["step"]]()
+
+
+def say(case: str, value: float, unit: str, **more: Any) -> None:
+    """Report a measurement."""
+    print(json.dumps({"case": case, "value": value, "unit": unit} | more), flush=True)
+
+
+def note(text: str) -> None:
+    """Report a remark."""
+    print(json.dumps({"note": " ".join(text.split())[:300]}), flush=True)
+
+
+def is_new(case: str) -> bool:
+    """Whether an earlier run has not measured a case."""
+    return [REQUEST["step"], case] not in REQUEST.get("measured", [])
+
+
+@contextlib.contextmanager
+def failures(case: str) -> Iterator[None]:
+    """Report a case that does not fit into memory, and go on."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, ConfigError) or is_out_of_memory(error)):
+            raise
+        note(f"{case}: {error}")
+
+
+def make_config(**changes: Any) -> Config:
+    """A config of generated images, ``optimizer.batch_size`` x ``steps`` for each of ``clients``."""
+    steps, clients, batch = changes.pop("steps", 4), changes.pop("clients", 1), changes.pop("batch", 32)
+    base: dict[str, Any] = {
+        "data.name": "synthetic", "data.image_size": 8 if TINY else 32, "data.views": "natural",
+        "data.synthetic_examples": 128 if TINY else 5000, "partition.kind": "shared", "partition.clients": clients,
+        "partition.examples_per_client": steps * batch, "objective.name": "simclr", "objective.temperature": 0.2,
+        "federation.rounds": 12, "federation.local_epochs": 1, "optimizer.batch_size": batch,
+        "evaluation.labels_per_class": (0,),
+    }  # fmt: skip
+    return resolve(override(Config(), base | {k.replace("__", "."): v for k, v in changes.items()}))
+
+
+def make_simulator(config: Config, devices: Any = None, cache: setup.Cache | None = None) -> Simulator:
+    """A simulator of one run on the first device of this machine, or on the given ones."""
+    return Simulator([setup.prepare(config, devices or jax.devices()[:1], cache=cache)])
+
+
+def start(simulator: Simulator) -> Tree:
+    """Initial parameters on the simulator's devices."""
+    return simulator.resume(0, [{}] * len(simulator.runs))[0]
+
+
+def seconds_of(run: Callable[[], Any]) -> list[float]:
+    """Seconds of each run, after two that are not counted: they compile, and find how many steps a call may have."""
+    run(), run()
+    seconds: list[float] = []
+    while len(seconds) < REPEATS or sum(seconds) < SECONDS:
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def time_stage(simulator: Simulator, stage: Stage) -> tuple[list[float], float]:
+    """Seconds of each round of a stage, and those of its compilation."""
+    params = start(simulator)
+    began = time.perf_counter()
+    simulator.program(stage)
+    compiled = time.perf_counter() - began
+    return seconds_of(
+        lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
+    ), compiled
+
+
+def measure_stage(case: str, simulator: Simulator, stage: Stage, *, steps: int) -> None:
+    """Report the client steps a second of rounds in which each client has ``steps`` steps."""
+    seconds, compiled = time_stage(simulator, stage)
+    median, run = statistics.median(seconds), simulator.run
+    say(
+        case, len(run.clients) * steps / median, "client steps/s",
+        **{"lanes": run.lanes, "round s": median, "compile s": compiled,
+           "program GiB": program_memory(simulator.program(stage).steps) / GIB, "runs": seconds},
+    )  # fmt: skip
+
+
+def machine() -> None:
+    """Versions, the device, and what it can do at most."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "flax", "optax", "chex", "numpy", "torch")
+    versions = {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)}
+    say(device.device_kind, float(len(jax.devices())), "devices", platform=device.platform, **versions)
+    stats = device.memory_stats() or {}
+    if stats:
+        say("memory_stats", stats["bytes_limit"] / GIB, "GiB a program may use", keys=" ".join(sorted(stats)))
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        query = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+        note(f"nvidia-smi: {answer.stdout.strip()}")
+    for precision in PRECISIONS:
+        say(f"matrix product, {precision}", matrix_peak(precision) / 1e12, "TFLOP/s")
+    say("copy", copy_peak() / 1e9, "GB/s read and written")
+
+
+@functools.cache
+def matrix_peak(precision: str) -> float:
+    """FLOP/s of a large square product, the best of ten."""
+    n = 256 if TINY else 8192
+    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    how = {"float32": "highest", "tensorfloat32": "high"}.get(precision)
+    product = jax.jit(lambda a: jax.lax.dot(a, a, precision=how, preferred_element_type=jnp.float32))
+    return 2 * n**3 / best_of_ten(product, jnp.ones((n, n), dtype))
+
+
+@functools.cache
+def copy_peak() -> float:
+    """Bytes read and written a second by adding a number to a large array, the best of ten."""
+    n = 2**16 if TINY else 2**28
+    return 8 * n / best_of_ten(jax.jit(lambda a: a + 1), jnp.ones(n, jnp.float32))
+
+
+def best_of_ten(f: Callable[[Any], Any], a: Any) -> float:
+    """The shortest of ten runs, in seconds, after one that is not counted."""
+    jax.block_until_ready(f(a))
+    best = math.inf
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(f(a))
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def parity() -> None:
+    """The same round on the CPU in float32, and on the accelerator by precision."""
+    sizes: dict[str, Any] = {
+        **DIGITS, "partition.kind": "iid", "partition.examples_per_client": 0, "clients": 10,
+        "federation.clients_per_round": 4, "runtime.lanes": 2,
+    }  # fmt: skip
+    for strategy, number in (("layerwise", 2), ("end_to_end", 1)):
+
+        def after(precision: str, devices: Any, strategy: str = strategy, number: int = number) -> np.ndarray:
+            config = make_config(**sizes, strategy__name=strategy, runtime__precision=precision)
+            simulator = make_simulator(config, devices)
+            stage = simulator.run.stages[number - 1]
+            before = start(simulator)
+            params = simulator.run_rounds(stage, before, None, stage.first_round + 1).params
+            return flat(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, before))
+
+        expected = after("float32", jax.devices("cpu")[:1])
+        for precision in reversed(PRECISIONS):
+            found = after(precision, None)
+            difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            say(
+                f"{strategy}, {precision}", float(difference), "relative L2 of a round's update",
+                **{"largest difference": float(np.abs(found - expected).max())},
+            )  # fmt: skip
+
+
+def flat(params: Tree) -> np.ndarray:
+    """All numbers of a tree."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
+
+
+def lanes() -> None:
+    """Digits, the quick start's encoder and batch."""
+    steps = 2 if TINY else 20
+    for count in (1, 2, 0) if TINY else (1, 10, 100, 0):
+        sizes: dict[str, Any] = {**DIGITS, "clients": 4 if TINY else 100, "steps": steps, "runtime.lanes": count}
+        for strategy in ("layerwise", "end_to_end"):
+            case = f"{strategy}, {count or 'automatic'} lanes"
+            if is_new(case):
+                simulator = make_simulator(make_config(**sizes, strategy__name=strategy))
+                measure_stage(case, simulator, simulator.run.stages[-1], steps=steps)
+
+
+def stages(batch: int = 512) -> None:
+    """ViT-Tiny by strategy, stage, precision and lanes; the cases that tell most come first."""
+    steps, batch = (2, 4) if TINY else (4, batch)
+    numbers = (3, 1) if TINY else (12, 3, 1)
+    whole = [("end_to_end", False), ("end_to_end", True)]
+    for count, precisions in ((4, PRECISIONS), (16, PRECISIONS[:1]), (1, PRECISIONS[:1]), (0, PRECISIONS[:1])):
+        for precision in precisions[: 1 if TINY else None]:
+            for strategy, remat in [("layerwise", False), *whole]:
+                name = f"{strategy}{', remat' * remat}, {precision}, {count or 'automatic'} lanes"
+                with failures(name):
+                    measure_stages(
+                        name, numbers if strategy == "layerwise" else (1,), steps,
+                        make_config(
+                            **VIT, strategy__name=strategy, runtime__remat=remat, runtime__precision=precision,
+                            runtime__lanes=count, clients=count or 16, batch=batch, steps=steps,
+                        ),
+                    )  # fmt: skip
+
+
+def measure_stages(name: str, numbers: tuple[int, ...], steps: int, config: Config) -> None:
+    """Measure the stages of a config; they share programs."""
+    cases = [(f"{name}, stage {number}", number) for number in numbers]
+    if not any(is_new(case) for case, _ in cases):
+        return
+    simulator = make_simulator(config)
+    for case, number in cases:
+        measure_stage(case, simulator, simulator.run.stages[number - 1], steps=steps)
+
+
+def rival() -> None:
+    """Sequential PyTorch with the frozen prefix shared by both views: eager, CUDA graphs, compiled."""
+    if not importlib.util.find_spec("torch"):
+        note("PyTorch is not installed")
+        return
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    clients, steps = (2, 2) if TINY else (4, 4)
+    modes = {"eager": ""} if TINY else {"eager": "", "CUDA graphs": "reduce-overhead", "compiled": "default"}
+    for batch in (4,) if TINY else (512, 64):
+        for (mode, compile_mode), precision, strategy in itertools.product(
+            modes.items(), PRECISIONS[:2], ("layerwise", "end_to_end")
+        ):
+            case = f"{strategy}, {precision}, batch {batch}, {mode}"
+            if is_new(case):
+                config = make_config(**VIT, strategy__name=strategy, batch=batch, steps=steps, clients=clients)
+                try:
+                    seconds = seconds_of(rival_round(config, compile_mode, precision))
+                    say(case, clients * steps / statistics.median(seconds), "client steps/s", runs=seconds)
+                except RuntimeError as error:  # also what torch.compile raises, and out of memory
+                    note(f"{case}: {error}")
+
+
+def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[], None]:
+    """A round of a config's last stage in PyTorch."""
+    import torch
+    from peers_torch import Model, simclr_loss, train_round, two_views
+
+    device, size, head = "cuda" if torch.cuda.is_available() else "cpu", config.model, config.objective
+    trained = 1 if config.strategy.name == "layerwise" else size.depth
+    model = Model(
+        config.data.image_size, size.patch_size, size.width, size.depth, size.heads, trained,
+        head.hidden_dim, head.output_dim,
+    ).to(device)  # fmt: skip
+    rng, batch = np.random.default_rng(0), config.optimizer.batch_size
+    pixels = rng.integers(0, 256, (config.data.synthetic_examples, *[config.data.image_size] * 2, 3), np.uint8)
+    shape = config.partition.clients, config.partition.examples_per_client // batch, batch
+    images, rows = torch.tensor(pixels).to(device), torch.tensor(rng.integers(0, len(pixels), shape)).to(device)
+    state = [p.detach().clone() for p in model.trainable()]
+
+    def views_loss(views: Any) -> Any:
+        return simclr_loss(model(views), head.temperature)
+
+    compiled = torch.compile(views_loss, mode=compile_mode) if compile_mode else views_loss
+
+    def loss(batch_rows: Any) -> Any:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            return compiled(two_views(images[batch_rows]))
+
+    def one_round() -> None:
+        train_round(model, state, list(rows), config.learning_rate, loss)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return one_round
+
+
+def memory() -> None:
+    """Peak of one client's step: the device's own count, and the compiler's figure, which the ledger uses.
+
+    The device counts from the start of the process, so that the smaller programs come first.
+    """
+    device = jax.devices()[0]
+    for name, remat in (("layerwise", False), ("end_to_end", True), ("end_to_end", False)):
+        case = f"{name}{', remat' * remat}"
+        with failures(case):
+            config = make_config(**VIT, batch=4 if TINY else 512, strategy__name=name, runtime__remat=remat)
+            part = stage_parts(config)[-1]
+            step, arguments = step_and_arguments(config, part)
+            program = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+            used = (device.memory_stats() or {}).get("bytes_in_use", 0)
+            jax.block_until_ready(program(*arguments))
+            stats = device.memory_stats() or {}
+            held = sum(x.nbytes for x in jax.tree.leaves(arguments) if x.dtype != jax.random.key(0).dtype)
+            say(
+                case, program_memory(program) / GIB, "GiB by the ledger",
+                **{"measured GiB": (stats.get("peak_bytes_in_use", math.nan) - used + held) / GIB},
+            )  # fmt: skip
+
+
+def kernels() -> None:
+    """The kernels that take the most time in a round of layerwise, and the share of the measured peaks of a step.
+
+    XLA counts the body of a loop once. The steps for the shares have at most one layer in each loop.
+    """
+    batch, steps, precision = (4, 2, "bfloat16") if TINY else (512, 4, "bfloat16")
+    config = make_config(
+        **VIT, strategy__name="layerwise", batch=batch, steps=steps, clients=4, runtime__lanes=4,
+        runtime__precision=precision,
+    )  # fmt: skip
+    simulator = make_simulator(config)
+    stage, params = simulator.run.stages[-1], start(simulator)
+
+    def one_round() -> Any:
+        return jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
+
+    one_round(), one_round()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            one_round()
+        seconds, count = Counter[str](), Counter[str]()
+        for name, length in traced_kernels(Path(folder)):
+            seconds[name] += length
+            count[name] += 1
+    total, all_steps = sum(seconds.values()), steps
+    say("kernels a step", sum(count.values()) / all_steps, "kernels", **{"device ms a step": 1000 * total / all_steps})
+    for name, value in seconds.most_common(12):
+        say(name[:80], 100 * value / total, "% of the time on the device", launches=count[name])
+    for strategy, number in (("layerwise", 2), ("end_to_end", 1)):
+        depth = {} if strategy == "layerwise" else {"model__depth": 1}
+        for precision in PRECISIONS:
+            shallow = make_config(
+                **VIT | {"model.depth": 2}, **depth, strategy__name=strategy, batch=batch, runtime__precision=precision
+            )
+            part = stage_parts(shallow)[number - 1]
+            step, (state, *others) = step_and_arguments(shallow, part)
+            program = jax.jit(step).lower(state, *others).compile()
+            median = statistics.median(seconds_of(lambda p=program, s=state, o=others: jax.block_until_ready(p(s, *o))))
+            flops = 2 * executed_operations(shallow, part) * batch
+            moved = float((program.cost_analysis() or {}).get("bytes accessed", math.nan))
+            say(
+                f"{strategy}, {number} layers, {precision}", 1000 * median, "ms a step",
+                **{"GFLOP": flops / 1e9, "share of matrix peak": flops / median / matrix_peak(precision),
+                   "GB moved": moved / 1e9, "share of copy peak": moved / median / copy_peak()},
+            )  # fmt: skip
+
+
+def traced_kernels(folder: Path) -> Iterator[tuple[str, float]]:
+    """Name and seconds of each kernel in a profiler's trace; on a CPU, of each of XLA's operations."""
+    content = json.loads(gzip.decompress(next(folder.rglob("*.trace.json.gz")).read_bytes()))
+    events = content["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        process, thread = processes.get(event["pid"], ""), threads.get((event["pid"], event["tid"]), "")
+        if ("/device:" in process and "Stream" in thread) or ("CPU" in process and "XLA" in thread):
+            yield event["name"], event["dur"] / 1e6
+
+
+def clients() -> None:
+    """Clients of log-normal sizes with 64 images in the median, of which a part takes part in each round."""
+    populations = ((100, 20), (1000, 20)) if TINY else ((1_000, 1_000), (10_000, 10_000), (1_000_000, 10_000))
+    for count, cohort in populations:
+        case = f"{count:,} clients, {cohort:,} a round"
+        sizes: dict[str, Any] = VIT | {
+            "model.name": "vit_micro", "clients": count, "federation.clients_per_round": cohort,
+            "partition.examples_per_client": 8 if TINY else 64, "partition.size_sigma": 1.0, "batch": 4 if TINY else 32,
+        }  # fmt: skip
+        simulator = make_simulator(make_config(**sizes))
+        seconds, _ = time_stage(simulator, simulator.run.stages[1])
+        median = statistics.median(seconds)
+        say(case, cohort / median, "clients/s", **{"round s": median, "lanes": simulator.run.lanes, "runs": seconds})
+
+
+def seeds() -> None:
+    """Runs of the quick start's sizes that differ in their seed only."""
+    count, steps = (2, 2) if TINY else (8, 20)
+    sizes: dict[str, Any] = {**DIGITS, "clients": 10, "steps": steps}
+    cache = setup.Cache()
+    runs = [
+        setup.prepare(make_config(**sizes, runtime__seed=seed), jax.devices()[:1], cache=cache) for seed in range(count)
+    ]
+    stage = runs[0].stages[-1]
+    groups = {"one after the other": [runs[i : i + 1] for i in range(count)], "in one program": [runs]}
+    for case, sides in groups.items():
+        with failures(case):
+            simulators = [Simulator(group, cache=cache) for group in sides]
+            started = [(s, start(s)) for s in simulators]
+
+            def one_round(started: Any = started) -> None:
+                for simulator, params in started:
+                    simulator.run_rounds(stage, params, None, stage.first_round + 1)
+
+            seconds = seconds_of(one_round)
+            say(case, count / statistics.median(seconds), "rounds/s of all runs", lanes=runs[0].lanes, runs=seconds)
+
+
+def feed() -> None:
+    """The same round with its images on the device, and sent to it call by call."""
+    steps = 2 if TINY else 8
+    for kind in ("resident", "streamed"):
+        config = make_config(**VIT, batch=4 if TINY else 128, steps=steps, clients=16, runtime__feed=kind)
+        simulator = make_simulator(config)
+        measure_stage(kind, simulator, simulator.run.stages[-1], steps=steps)
+
+
+def resnet() -> None:
+    """Four clients of ResNet-18, end to end."""
+    steps, batch = (1, 4) if TINY else (4, 128)
+    sizes = {"model.name": "resnet18", "model.stem": "small"} | ({"model.width": 4} if TINY else {})
+    config = make_config(**sizes, strategy__name="end_to_end", batch=batch, steps=steps, clients=4, runtime__lanes=4)
+    for case, map_lanes in (("under vmap", jax.vmap), ("one after the other", one_by_one)):
+        with failures(case), mock.patch.object(rounds, "over_lanes", functools.partial(over_lanes, map_lanes)):
+            simulator = make_simulator(config)
+            measure_stage(case, simulator, simulator.run.stages[0], steps=steps)
+
+
+def over_lanes(map_lanes: Callable[..., Any], f: Callable[..., Any], vmap_on_cpu: bool, *lanes: Tree) -> Tree:
+    """Stand in for ``rounds.over_lanes``."""
+    del vmap_on_cpu
+    return map_lanes(f)(*lanes)
+
+
+def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``jax.vmap``, but one after the other."""
+    return lambda *lanes: jax.lax.map(lambda lane: f(*lane), lanes)
+
+
+STEPS: dict[str, Callable[[], None]] = {
+    "machine": machine, "parity": parity, "lanes": lanes, "stages": stages, "rival": rival, "memory": memory,
+    "kernels": kernels, "clients": clients, "seeds": seeds, "feed": feed, "resnet": resnet,
+    "stages_64": functools.partial(stages, 64),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main()

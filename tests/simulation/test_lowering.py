@@ -1,0 +1,103 @@
+"""The programs of a round lower for GPUs and TPUs, on a machine without either; nothing is compiled or run."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import pytest
+from conftest import small_config
+
+from lwfedssl_jax.method.aggregation import AGGREGATORS
+from lwfedssl_jax.method.objectives import OBJECTIVES
+from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.models.dense import PRODUCTS
+from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.simulation.program import trace_stage
+from lwfedssl_jax.simulation.simulator import Simulator
+
+PLATFORMS = ("cuda", "tpu")
+# Shardings, and the kernel of JAX's random numbers on GPUs.
+CUSTOM_CALLS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "cu_threefry2x32_ffi"}
+RESNET: dict[str, Any] = {
+    "model__name": "resnet18", "model__patch_size": 0, "model__heads": 0, "model__width": 4, "model__depth": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_on_an_accelerator() -> Iterator[None]:
+    """What asks for the platform does as on a GPU: vmap over lanes, XLA's convolutions."""
+    with mock.patch.object(jax, "default_backend", return_value="gpu"):
+        yield
+
+
+def lowered(*, stacked: int = 1, number: int = -1, **changes: Any) -> list[str]:
+    """The text of a stage's programs, each lowered for all platforms at once, after a look for what none may have."""
+    config = small_config(**{"runtime__lanes": 2, **changes})
+    simulator = Simulator([setup.prepare(config, jax.devices()[:1])] * stacked)
+    traced = trace_stage(simulator.run, simulator.run.stages[number], simulator._feed, simulator.stack)
+    texts = [program.lower(lowering_platforms=PLATFORMS).as_text() for program in traced]
+    for text in texts:
+        assert set(re.findall(r"custom_call @(\w+)", text)) <= CUSTOM_CALLS
+        assert "callback" not in text
+        assert not re.search(r"[<x]f64>", text)
+    return texts
+
+
+@pytest.mark.parametrize("precision", list(PRODUCTS))
+def test_products_are_computed_as_the_config_says(precision: str) -> None:
+    """Left to JAX's default, products of float32 would be TF32 on a GPU, and bfloat16 on a TPU."""
+    strategy = {"float32": "layerwise", "tensorfloat32": "progressive", "bfloat16": "end_to_end"}[precision]
+    _, steps, _ = lowered(runtime__precision=precision, strategy__name=strategy, objective__name="mocov3")
+    products = [line for line in steps.splitlines() if "stablehlo.dot_general" in line]
+    half = [line for line in products if "bf16" in line]
+    whole = [line for line in products if "bf16" not in line]
+    assert bool(half) == (precision == "bfloat16")
+    found = {re.search(r"precision = \[(\w+), ", line)[1] for line in whole}  # type: ignore[index]
+    assert found - {"HIGHEST"} == {PRODUCTS[precision].upper()} - {"HIGHEST"}  # resizing an image is always exact
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**RESNET, "runtime__precision": "bfloat16", "objective__name": "byol"},
+        {"number": 0, "runtime__feed": "streamed", "runtime__remat": True, "stacked": 2},
+        {"additions__terms": ("alignment=0.7",), "additions__depth_dropout": 0.5, "federation__aggregator": "ldawa"},
+    ],
+    ids=["resnet18", "stacked", "additions"],
+)
+def test_a_round_lowers(changes: dict[str, Any]) -> None:
+    lowered(**changes)
+
+
+@pytest.mark.parametrize("model", [{}, RESNET], ids=["vit", "resnet18"])
+@pytest.mark.parametrize(("strategy", "objective"), list(itertools.product(STRATEGIES, OBJECTIVES)))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_strategy_and_objective_lowers(
+    strategy: str, objective: str, precision: str, model: dict[str, Any]
+) -> None:
+    for number in (0, -1) if strategy == "layerwise" else (-1,):  # the others have one program
+        lowered(
+            strategy__name=strategy, objective__name=objective, runtime__precision=precision, number=number, **model
+        )
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    **{f"aggregator {name}": {"federation__aggregator": name} for name in AGGREGATORS},
+    "lanes 1": {"runtime__lanes": 1},
+    "lanes 4": {"runtime__lanes": 4},
+    "streamed": {"runtime__feed": "streamed"},
+    "remat": {"runtime__remat": True, "strategy__name": "progressive"},
+    "proximal": {"additions__terms": ("proximal=0.3",)},
+    "depth dropout": {"additions__depth_dropout": 0.5, "strategy__name": "progressive"},
+    "stacked, streamed": {"stacked": 3, "runtime__feed": "streamed"},
+    "kept clients": {"federation__client_start": "fedema", "objective__name": "byol", "strategy__name": "end_to_end"},
+    "dictionary": {"additions__dictionary": 4, "strategy__name": "end_to_end"},
+}
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_every_part_of_a_round_lowers(changes: dict[str, Any]) -> None:
+    lowered(**changes)
