@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,8 +40,11 @@ GIB = 2**30
 REQUEST: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
 TINY = bool(REQUEST.get("tiny"))
 REPEATS, SECONDS = (2, 0.0) if TINY else (3, 2.0)  # least number of timed rounds, and least seconds of them
-VIT = {"model.width": 8, "model.depth": 3, "model.heads": 2} if TINY else {"model.name": "vit_tiny"}
+VIT: dict[str, Any] = {"model.name": "vit_tiny"}
+if TINY:
+    VIT = {"model.width": 8, "model.depth": 3, "model.heads": 2, "objective.hidden_dim": 8, "objective.output_dim": 4}
 DIGITS = {**VIT, "model.name": "vit_micro", "data.name": "digits", "data.views": "digits", "data.image_size": 16}
+COMPILED_AT_ONCE = 4
 PRECISIONS = ("bfloat16", "tensorfloat32", "float32")
 
 
@@ -122,13 +126,19 @@ def time_stage(simulator: Simulator, stage: Stage) -> tuple[list[float], float]:
 
 def measure_stage(case: str, simulator: Simulator, stage: Stage, *, steps: int) -> None:
     """Report the client steps a second of rounds in which each client has ``steps`` steps."""
-    seconds, compiled = time_stage(simulator, stage)
+    seconds, compile_seconds = time_stage(simulator, stage)
     median, run = statistics.median(seconds), simulator.run
     say(
         case, len(run.clients) * steps / median, "client steps/s",
-        **{"lanes": run.lanes, "round s": median, "compile s": compiled,
-           "program GiB": program_memory(simulator.program(stage).steps) / GIB, "runs": seconds},
+        **{"lanes": run.lanes, "round s": median, "program GiB": program_memory(simulator.program(stage).steps) / GIB,
+           "runs": seconds, "work": work_of(run.config, stage.depth)},
+        **({"compile s": compile_seconds} if compile_seconds > 0.1 else {}),
     )  # fmt: skip
+
+
+def work_of(config: Config, depth: int) -> list[Any]:
+    """What a side must have in common with its rival."""
+    return [config.model.name, config.strategy.name, config.runtime.precision, config.optimizer.batch_size, depth]
 
 
 def machine() -> None:
@@ -180,29 +190,33 @@ def best_of_ten(f: Callable[[Any], Any], a: Any) -> float:
 
 
 def parity() -> None:
-    """The same round on the CPU in float32, and on the accelerator by precision."""
-    sizes: dict[str, Any] = {
-        **DIGITS, "partition.kind": "iid", "partition.examples_per_client": 0, "clients": 10,
-        "federation.clients_per_round": 4, "runtime.lanes": 2,
-    }  # fmt: skip
-    for strategy, number in (("layerwise", 2), ("end_to_end", 1)):
+    """The same round, 4 clients of 2 steps, on the CPU in float32 and on the accelerator by precision.
 
-        def after(precision: str, devices: Any, strategy: str = strategy, number: int = number) -> np.ndarray:
-            config = make_config(**sizes, strategy__name=strategy, runtime__precision=precision)
+    For scale, the CPU with 1 lane against 2: rounding grows from step to step.
+    """
+    sizes: dict[str, Any] = {**DIGITS, "clients": 4, "steps": 2}
+    for strategy, number in (("layerwise", 2), ("end_to_end", 1))[: 1 if TINY else None]:
+
+        def after(
+            precision: str, devices: Any, lanes: int = 2, strategy: str = strategy, number: int = number
+        ) -> np.ndarray:
+            config = make_config(**sizes, strategy__name=strategy, runtime__precision=precision, runtime__lanes=lanes)
             simulator = make_simulator(config, devices)
             stage = simulator.run.stages[number - 1]
             before = start(simulator)
             params = simulator.run_rounds(stage, before, None, stage.first_round + 1).params
             return flat(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, before))
 
-        expected = after("float32", jax.devices("cpu")[:1])
-        for precision in reversed(PRECISIONS):
-            found = after(precision, None)
-            difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-            say(
-                f"{strategy}, {precision}", float(difference), "relative L2 of a round's update",
-                **{"largest difference": float(np.abs(found - expected).max())},
-            )  # fmt: skip
+        cpu = jax.devices("cpu")[:1]
+        expected = after("float32", cpu)
+        sides = {"the CPU with 1 lane": functools.partial(after, "float32", cpu, 1)}
+        for precision in PRECISIONS[2:] if TINY else reversed(PRECISIONS):
+            sides[precision] = functools.partial(after, precision, None)
+        for name, side in sides.items():
+            found = side()
+            difference = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+            largest = {"largest difference": float(np.abs(found - expected).max())}
+            say(f"{strategy}, {name}", difference, "relative L2 of a round's update", **largest)
 
 
 def flat(params: Tree) -> np.ndarray:
@@ -213,7 +227,7 @@ def flat(params: Tree) -> np.ndarray:
 def lanes() -> None:
     """Digits, the quick start's encoder and batch."""
     steps = 2 if TINY else 20
-    for count in (1, 2, 0) if TINY else (1, 10, 100, 0):
+    for count in (2,) if TINY else (1, 10, 100, 0):
         sizes: dict[str, Any] = {**DIGITS, "clients": 4 if TINY else 100, "steps": steps, "runtime.lanes": count}
         for strategy in ("layerwise", "end_to_end"):
             case = f"{strategy}, {count or 'automatic'} lanes"
@@ -223,32 +237,42 @@ def lanes() -> None:
 
 
 def stages(batch: int = 512) -> None:
-    """ViT-Tiny by strategy, stage, precision and lanes; the cases that tell most come first."""
-    steps, batch = (2, 4) if TINY else (4, batch)
-    numbers = (3, 1) if TINY else (12, 3, 1)
-    whole = [("end_to_end", False), ("end_to_end", True)]
-    for count, precisions in ((4, PRECISIONS), (16, PRECISIONS[:1]), (1, PRECISIONS[:1]), (0, PRECISIONS[:1])):
-        for precision in precisions[: 1 if TINY else None]:
-            for strategy, remat in [("layerwise", False), *whole]:
-                name = f"{strategy}{', remat' * remat}, {precision}, {count or 'automatic'} lanes"
-                with failures(name):
-                    measure_stages(
-                        name, numbers if strategy == "layerwise" else (1,), steps,
-                        make_config(
-                            **VIT, strategy__name=strategy, runtime__remat=remat, runtime__precision=precision,
-                            runtime__lanes=count, clients=count or 16, batch=batch, steps=steps,
-                        ),
-                    )  # fmt: skip
+    """ViT-Tiny by strategy, stage, precision and lanes; the cases that tell most come first.
+
+    Programs of a few cases are compiled at once; nothing is timed meanwhile.
+    """
+    steps, batch, numbers = (2, 4, (3, 1)) if TINY else (4, batch, (12, 3, 1))
+    sides = [(4, p) for p in PRECISIONS] + [(count, PRECISIONS[0]) for count in (16, 1, 0)]
+    cases = []
+    for (count, precision), (strategy, remat) in itertools.product(
+        sides[:1] if TINY else sides, (("layerwise", False), ("end_to_end", False), ("end_to_end", True))
+    ):
+        name = f"{strategy}{', remat' * remat}, {precision}, {count or 'automatic'} lanes"
+        config = make_config(
+            **VIT, strategy__name=strategy, runtime__remat=remat, runtime__precision=precision,
+            runtime__lanes=count, clients=count or 16, batch=batch, steps=steps,
+        )  # fmt: skip
+        named = {f"{name}, stage {n}": n - 1 for n in (numbers if strategy == "layerwise" else (1,))}
+        if wanted := {case: index for case, index in named.items() if is_new(case)}:
+            cases.append((config, wanted))
+    for first in range(0, len(cases), COMPILED_AT_ONCE):
+        group = cases[first : first + COMPILED_AT_ONCE]
+        with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+            simulators = list(pool.map(lambda case: compiled(*case), group))
+        for simulator, (_, wanted) in zip(simulators, group, strict=True):
+            for case, index in wanted.items() if simulator else ():
+                with failures(case):
+                    measure_stage(case, simulator, simulator.run.stages[index], steps=steps)
 
 
-def measure_stages(name: str, numbers: tuple[int, ...], steps: int, config: Config) -> None:
-    """Measure the stages of a config; they share programs."""
-    cases = [(f"{name}, stage {number}", number) for number in numbers]
-    if not any(is_new(case) for case, _ in cases):
-        return
-    simulator = make_simulator(config)
-    for case, number in cases:
-        measure_stage(case, simulator, simulator.run.stages[number - 1], steps=steps)
+def compiled(config: Config, wanted: dict[str, int]) -> Simulator | None:
+    """A simulator with the programs of the stages compiled, or None if they do not fit into memory."""
+    with failures(next(iter(wanted))):
+        simulator = make_simulator(config)
+        for index in wanted.values():
+            simulator.program(simulator.run.stages[index])
+        return simulator
+    return None
 
 
 def rival() -> None:
@@ -261,18 +285,21 @@ def rival() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     clients, steps = (2, 2) if TINY else (4, 4)
     modes = {"eager": ""} if TINY else {"eager": "", "CUDA graphs": "reduce-overhead", "compiled": "default"}
-    for batch in (4,) if TINY else (512, 64):
-        for (mode, compile_mode), precision, strategy in itertools.product(
-            modes.items(), PRECISIONS[:2], ("layerwise", "end_to_end")
-        ):
-            case = f"{strategy}, {precision}, batch {batch}, {mode}"
-            if is_new(case):
-                config = make_config(**VIT, strategy__name=strategy, batch=batch, steps=steps, clients=clients)
-                try:
-                    seconds = seconds_of(rival_round(config, compile_mode, precision))
-                    say(case, clients * steps / statistics.median(seconds), "client steps/s", runs=seconds)
-                except RuntimeError as error:  # also what torch.compile raises, and out of memory
-                    note(f"{case}: {error}")
+    batches = (4,) if TINY else (512, 64)
+    for (mode, compile_mode), batch, precision, strategy in itertools.product(
+        modes.items(), batches, PRECISIONS[:2], ("layerwise", "end_to_end")
+    ):
+        case = f"{strategy}, {precision}, batch {batch}, {mode}"
+        if is_new(case):
+            config = make_config(
+                **VIT, strategy__name=strategy, batch=batch, steps=steps, clients=clients, runtime__precision=precision
+            )
+            try:
+                seconds = seconds_of(rival_round(config, compile_mode, precision))
+                work = work_of(config, config.model.depth)
+                say(case, clients * steps / statistics.median(seconds), "client steps/s", runs=seconds, work=work)
+            except RuntimeError as error:  # also what torch.compile raises, and out of memory
+                note(f"{case}: {error}")
 
 
 def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[], None]:
@@ -362,7 +389,7 @@ def kernels() -> None:
         say(name[:80], 100 * value / total, "% of the time on the device", launches=count[name])
     for strategy, number in (("layerwise", 2), ("end_to_end", 1)):
         depth = {} if strategy == "layerwise" else {"model__depth": 1}
-        for precision in PRECISIONS:
+        for precision in PRECISIONS[: 1 if TINY else None]:
             shallow = make_config(
                 **VIT | {"model.depth": 2}, **depth, strategy__name=strategy, batch=batch, runtime__precision=precision
             )
@@ -395,7 +422,7 @@ def traced_kernels(folder: Path) -> Iterator[tuple[str, float]]:
 
 def clients() -> None:
     """Clients of log-normal sizes with 64 images in the median, of which a part takes part in each round."""
-    populations = ((100, 20), (1000, 20)) if TINY else ((1_000, 1_000), (10_000, 10_000), (1_000_000, 10_000))
+    populations = ((1000, 20),) if TINY else ((1_000, 1_000), (10_000, 10_000), (1_000_000, 10_000))
     for count, cohort in populations:
         case = f"{count:,} clients, {cohort:,} a round"
         sizes: dict[str, Any] = VIT | {
@@ -443,7 +470,7 @@ def feed() -> None:
 def resnet() -> None:
     """Four clients of ResNet-18, end to end."""
     steps, batch = (1, 4) if TINY else (4, 128)
-    sizes = {"model.name": "resnet18", "model.stem": "small"} | ({"model.width": 4} if TINY else {})
+    sizes = {"model.name": "resnet18", "model.stem": "small"} | ({"model.width": 4, "model.depth": 2} if TINY else {})
     config = make_config(**sizes, strategy__name="end_to_end", batch=batch, steps=steps, clients=4, runtime__lanes=4)
     for case, map_lanes in (("under vmap", jax.vmap), ("one after the other", one_by_one)):
         with failures(case), mock.patch.object(rounds, "over_lanes", functools.partial(over_lanes, map_lanes)):

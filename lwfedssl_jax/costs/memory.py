@@ -25,12 +25,16 @@ from lwfedssl_jax.tree import Tree
 
 Notice = Callable[[str], None]
 
-# The CPU compiler spends time optimising machine code, which is never run here; the memory is the same. Fusion emitters
-# take more than half of its time; without them, peaks differ by at most some hundred bytes. Programs that run keep
-# them, because results would differ. jax 0.11 no longer has the option.
-CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+# These programs are compiled and never run, so nothing is spent on their speed. On a CPU, optimising machine code does
+# not change the memory, and fusion emitters change it by at most some hundred bytes and take more than half of the time
+# (jax 0.11 no longer has the option). A GPU's compiler would time kernels. Programs that run keep all of it, because
+# results would differ.
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+    "cpu": {"xla_backend_optimization_level": "0"},
+    "gpu": {"xla_gpu_autotune_level": "0"},
+}
 if jax.__version_info__ < (0, 11):
-    CPU_COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False
+    COMPILER_OPTIONS["cpu"]["xla_cpu_use_fusion_emitters"] = False
 
 
 def lower_step(config: Config, part: StagePart, known: Known | None = None) -> tuple[jax.stages.Lowered, int]:
@@ -55,7 +59,7 @@ def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notice) -> dict[
     The peak is what the compiler reports: arguments + outputs + temporaries - aliased.
     """
     distinct = {program.as_text(): program for program in programs}  # strategies share programs
-    options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
+    options = COMPILER_OPTIONS.get(jax.default_backend())
 
     def peak(item: tuple[int, jax.stages.Lowered]) -> int:
         number, program = item

@@ -50,8 +50,8 @@ def test_equals_naive_round(
 ) -> None:
     """Every strategy and objective, all at once: unequal clients, one sample, an idle lane, a dropped client.
 
-    In float64: under Adam, parameters without a true gradient turn float32 rounding into
-    steps of a whole learning rate. A proximal term feeds these steps back, so it is tested under SGD.
+    In float64: a client's first AdamW step is near learning rate x sign of the gradient, so that float32 rounding
+    near 0 becomes a whole step. A proximal term feeds these steps back, so it is tested under SGD.
     """
     if additions:
         monkeypatch.setattr(optax, "adamw", lambda learning_rate, weight_decay: optax.sgd(learning_rate))

@@ -1,0 +1,66 @@
+"""The benchmark for accelerators, in small on this machine; and a round on an accelerator, where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+
+
+def run(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, check=True, text=True, capture_output=True, env=os.environ | environment).stdout
+
+
+def results(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "gpu.json").read_text())
+    return content
+
+
+def test_the_plan_is_printed_without_jax() -> None:
+    hidden = "import runpy, sys; sys.modules |= dict.fromkeys(('jax', 'numpy')); sys.argv = ['gpu.py', '--plan']"
+    command = [sys.executable, "-c", f"{hidden}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"]
+    out = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    assert "1 machine" in out
+    assert "stages" in out
+
+
+def test_steps_add_to_the_results_that_are_there_and_are_not_measured_twice(tmp_path: Path) -> None:
+    run("--tiny", "--only", "machine", "--out", str(tmp_path))
+    out = run("--tiny", "--only", "memory", "--keep", "--out", str(tmp_path))
+    content = results(tmp_path)
+    assert [row["step"] for row in content["rows"]].count("memory") == 3
+    assert {row["step"] for row in content["rows"]} == {"machine", "memory"}
+    assert content["notes"] == []
+    assert "| memory | end_to_end |" in out
+    assert out.endswith((tmp_path / "gpu.md").read_text() + "\n")
+
+
+def test_the_whole_benchmark_runs_in_small(tmp_path: Path) -> None:
+    """Without the packages that it must not need."""
+    blocked = tmp_path / "blocked"
+    for name in ("tyro", "tensorflow_datasets"):
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text(f"raise ImportError('{name} is not installed')\n")
+    run("--tiny", "--out", str(tmp_path), PYTHONPATH=str(blocked))
+    content = results(tmp_path)
+    allowed = {"rival: PyTorch is not installed"}
+    assert {f"{note['step']}: {note['note']}" for note in content["notes"]} <= allowed
+    assert {row["step"] for row in content["rows"]} >= {"parity", "lanes", "stages", "kernels", "clients", "resnet"}
+    assert all(row["value"] >= 0 for row in content["rows"])
+    assert {row["case"]: row["value"] for row in content["rows"] if row["step"] == "parity"}["layerwise, float32"] == 0
+
+
+@pytest.mark.gpu
+def test_a_round_on_the_accelerator_is_the_cpus_up_to_rounding(tmp_path: Path) -> None:
+    """In float32 at the highest precision; `pytest -m gpu` runs it."""
+    run("--only", "parity", "--out", str(tmp_path), JAX_PLATFORMS="", XLA_FLAGS="")
+    found = {row["case"]: row["value"] for row in results(tmp_path)["rows"]}
+    for strategy in ("layerwise", "end_to_end"):
+        assert found[f"{strategy}, float32"] < 10 * found[f"{strategy}, the CPU with 1 lane"] + 1e-6
