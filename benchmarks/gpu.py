@@ -114,9 +114,18 @@ class Results:
             more = {k: v for k, v in row.items() if k not in ("step", "case", "value", "unit", "runs", "work")}
             words = ", ".join(f"{k} {number(v)}" for k, v in more.items())
             lines.append(f"| {row['step']} | {row['case']} | {number(row['value'])} | {row['unit']} | {words} |")
-        lines += self._against_rivals()
+        lines += [*self._automatic_lanes(), *self._against_rivals()]
         lines += [f"\n{note['step']}: {note['note']}" for note in self.content["notes"]]
         return "\n".join(lines) + "\n"
+
+    def _automatic_lanes(self) -> list[str]:
+        """Lanes chosen automatically against the best number that was measured, for the same work."""
+        rows = [row for row in self.content["rows"] if "work" in row and "lanes" in row]
+        lines = ["", "| lanes chosen automatically | best measured | automatic / best |", "|---|---|---|"]
+        for row in [row for row in rows if "automatic" in row["case"]]:
+            best = max((other for other in rows if other["work"] == row["work"]), key=lambda other: other["value"])
+            lines.append(f"| {row['case']}: {row['lanes']} | {best['lanes']} | {row['value'] / best['value']:.2f} |")
+        return lines if len(lines) > 3 else []
 
     def _against_rivals(self) -> list[str]:
         """Our best number of lanes against each way to run PyTorch, for the same work on the same card."""

@@ -242,7 +242,8 @@ def stages(batch: int = 512) -> None:
     Programs of a few cases are compiled at once; nothing is timed meanwhile.
     """
     steps, batch, numbers = (2, 4, (3, 1)) if TINY else (4, batch, (12, 3, 1))
-    sides = [(4, p) for p in PRECISIONS] + [(count, PRECISIONS[0]) for count in (16, 1, 0)]
+    sides = [(count, PRECISIONS[0]) for count in (4, 16)] + [(4, p) for p in PRECISIONS[1:]]
+    sides += [(count, PRECISIONS[0]) for count in (1, 0)]
     cases = []
     for (count, precision), (strategy, remat) in itertools.product(
         sides[:1] if TINY else sides, (("layerwise", False), ("end_to_end", False), ("end_to_end", True))

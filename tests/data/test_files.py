@@ -166,7 +166,7 @@ def test_bad_npz(tmp_path: Path, changes: dict[str, Any], why: str, cache_home: 
 def test_npz_that_is_no_npz_or_ends_early(tmp_path: Path) -> None:
     path = tmp_path / "med.npz"
     name = f"npz:{path}"
-    assert refused(name).startswith(f"data.name: {name!r} is not a file; accepted: npz:FILE, MedMNIST's npzMNIST's npz")
+    assert refused(name).startswith(f"data.name: {name!r} is not a file; accepted: npz:FILE, MedMNIST's npz")
     path.write_bytes(b"PK")
     assert refused(name).startswith(f"data.name: {name!r} cannot be read (File is not a zip file)")
     np.savez(tmp_path / "whole.npz", **arrays())
