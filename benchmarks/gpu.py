@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
+CACHE = Path.home() / ".cache" / "lwfedssl_jax"  # of compiled programs, as in a run
 
 
 class Step(NamedTuple):
@@ -28,16 +29,16 @@ class Step(NamedTuple):
 
 
 STEPS = [
-    Step("machine", "versions, device, memory, measured peaks of matrix products and of copying", 40),
+    Step("machine", "versions, device, memory, measured peaks of matrix products and of copying", 30),
     Step("parity", "one round on the accelerator against the CPU, by precision", 60),
     Step("lanes", "digits: client steps a second with 1, 10 and 100 lanes, and with lanes chosen automatically", 70),
-    Step("stages", "ViT-Tiny, batch 512: client steps a second by strategy, stage, precision and lanes", 160),
-    Step("rival", "the same rounds in PyTorch: eager, compiled, CUDA graphs", 90),
-    Step("memory", "peak memory of a client's step: measured against the ledger's", 40),
+    Step("stages", "ViT-Tiny, batch 512: client steps a second by strategy, stage, precision and lanes", 150),
+    Step("rival", "the same rounds in PyTorch: eager, compiled, CUDA graphs", 110),
+    Step("memory", "peak memory of a client's step: measured against the ledger's", 45),
     Step("kernels", "the longest kernels of a round's trace, and a step's share of the measured peaks", 50),
     Step("clients", "clients a second: 1,000 and 10,000 of log-normal sizes, and a population of 1,000,000", 50),
     Step("seeds", "8 seeds in one program against one after the other", 40),
-    Step("feed", "images streamed against resident", 40),
+    Step("feed", "images streamed against resident", 35),
     Step("resnet", "ResNet-18: lanes under vmap against one after the other", 40),
     Step("stages_64", "ViT-Tiny, batch 64: as stages", 120),
 ]
@@ -94,8 +95,9 @@ class Results:
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row: ``step``, ``case``, ``value``, ``unit``, and what else was measured."""
-        self.content["rows"].append(row)
-        self._write()
+        if [row["step"], row["case"]] not in self.measured:
+            self.content["rows"].append(row)
+            self._write()
 
     def note(self, step: str, text: str) -> None:
         """Add a remark about a step, such as why it ended early."""
@@ -111,7 +113,9 @@ class Results:
         """All results as Markdown."""
         lines = ["| step | case | value | unit | also |", "|---|---|---|---|---|"]
         for row in self.content["rows"]:
-            more = {k: v for k, v in row.items() if k not in ("step", "case", "value", "unit", "runs", "work")}
+            more = {
+                k: v for k, v in row.items() if k not in ("step", "case", "value", "unit", "runs", "work", "chosen")
+            }
             words = ", ".join(f"{k} {number(v)}" for k, v in more.items())
             lines.append(f"| {row['step']} | {row['case']} | {number(row['value'])} | {row['unit']} | {words} |")
         lines += [*self._automatic_lanes(), *self._against_rivals()]
@@ -122,8 +126,9 @@ class Results:
         """Lanes chosen automatically against the best number that was measured, for the same work."""
         rows = [row for row in self.content["rows"] if "work" in row and "lanes" in row]
         lines = ["", "| lanes chosen automatically | best measured | automatic / best |", "|---|---|---|"]
-        for row in [row for row in rows if "automatic" in row["case"]]:
-            best = max((other for other in rows if other["work"] == row["work"]), key=lambda other: other["value"])
+        for row in [row for row in rows if row["chosen"]]:
+            same = [other for other in rows if [other["work"], other["remat"]] == [row["work"], row["remat"]]]
+            best = max(same, key=lambda other: other["value"])
             lines.append(f"| {row['case']}: {row['lanes']} | {best['lanes']} | {row['value'] / best['value']:.2f} |")
         return lines if len(lines) > 3 else []
 
@@ -152,6 +157,8 @@ def run_step(step: Step, seconds: float, results: Results, *, tiny: bool) -> Non
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85" if step.name != "rival" else "0.1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "") if tiny else "",  # the CPU is there as well
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)),
     }
     if tiny:  # what runs for a moment only need not be compiled well
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"

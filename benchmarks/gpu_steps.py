@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lwfedssl_jax.config import Config, ConfigError, override, resolve
-from lwfedssl_jax.costs.memory import step_and_arguments
+from lwfedssl_jax.config import Config, override, resolve
+from lwfedssl_jax.costs.memory import COMPILER_OPTIONS, step_and_arguments
 from lwfedssl_jax.costs.operations import executed_operations, stage_parts
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation import rounds, setup
+from lwfedssl_jax.simulation.lanes import lanes_and_mesh
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.system.devices import program_memory, set_up_cpu
-from lwfedssl_jax.system.errors import is_out_of_memory
 from lwfedssl_jax.tree import Tree
 
 GIB = 2**30
@@ -50,6 +50,8 @@ PRECISIONS = ("bfloat16", "tensorfloat32", "float32")
 
 def main() -> None:
     set_up_cpu()
+    if jax.default_backend() == "cpu" and not TINY:
+        sys.exit("JAX finds no accelerator")
     STEPS[REQUEST["step"]]()
 
 
@@ -70,13 +72,11 @@ def is_new(case: str) -> bool:
 
 @contextlib.contextmanager
 def failures(case: str) -> Iterator[None]:
-    """Report a case that does not fit into memory, and go on."""
+    """Report a case that fails, such as for lack of memory, and go on with the next one."""
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, ConfigError) or is_out_of_memory(error)):
-            raise
-        note(f"{case}: {error}")
+        note(f"{case}: {type(error).__name__}: {error}")
 
 
 def make_config(**changes: Any) -> Config:
@@ -92,9 +92,10 @@ def make_config(**changes: Any) -> Config:
     return resolve(override(Config(), base | {k.replace("__", "."): v for k, v in changes.items()}))
 
 
-def make_simulator(config: Config, devices: Any = None, cache: setup.Cache | None = None) -> Simulator:
-    """A simulator of one run on the first device of this machine, or on the given ones."""
-    return Simulator([setup.prepare(config, devices or jax.devices()[:1], cache=cache)])
+def make_simulator(config: Config, stages: Sequence[int] = (), devices: Any = None) -> Simulator:
+    """A simulator on the first device of this machine, or on the given ones; ``stages`` are compiled, as in a run."""
+    run = setup.prepare(config, devices or jax.devices()[:1])
+    return Simulator([run], [run.stages[index] for index in stages])
 
 
 def start(simulator: Simulator) -> Tree:
@@ -102,9 +103,10 @@ def start(simulator: Simulator) -> Tree:
     return simulator.resume(0, [{}] * len(simulator.runs))[0]
 
 
-def seconds_of(run: Callable[[], Any]) -> list[float]:
-    """Seconds of each run, after two that are not counted: they compile, and find how many steps a call may have."""
-    run(), run()
+def seconds_of(run: Callable[[], Any], *, first: int = 2) -> list[float]:
+    """Seconds of each run, after a few that are not counted: they compile, and find how many steps a call may have."""
+    for _ in range(first):
+        run()
     seconds: list[float] = []
     while len(seconds) < REPEATS or sum(seconds) < SECONDS:
         began = time.perf_counter()
@@ -113,14 +115,15 @@ def seconds_of(run: Callable[[], Any]) -> list[float]:
     return seconds
 
 
-def time_stage(simulator: Simulator, stage: Stage) -> tuple[list[float], float]:
-    """Seconds of each round of a stage, and those of its compilation."""
+def time_stage(simulator: Simulator, stage: Stage, *, first: int = 2) -> tuple[list[float], float]:
+    """Seconds of each round of a stage, and those of its compilation, which may come from the cache."""
     params = start(simulator)
     began = time.perf_counter()
     simulator.program(stage)
     compiled = time.perf_counter() - began
     return seconds_of(
-        lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
+        lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params),
+        first=first,
     ), compiled
 
 
@@ -128,10 +131,13 @@ def measure_stage(case: str, simulator: Simulator, stage: Stage, *, steps: int) 
     """Report the client steps a second of rounds in which each client has ``steps`` steps."""
     seconds, compile_seconds = time_stage(simulator, stage)
     median, run = statistics.median(seconds), simulator.run
+    automatic = override(run.config, {"runtime.lanes": 0})
     say(
         case, len(run.clients) * steps / median, "client steps/s",
-        **{"lanes": run.lanes, "round s": median, "program GiB": program_memory(simulator.program(stage).steps) / GIB,
-           "runs": seconds, "work": work_of(run.config, stage.depth)},
+        **{"lanes": run.lanes, "chosen": lanes_and_mesh(automatic, "lanes", jax.devices()[:1])[0] == run.lanes,
+           "precision": run.config.runtime.precision, "remat": run.config.runtime.remat, "round s": median,
+           "program GiB": program_memory(simulator.program(stage).steps) / GIB, "runs": seconds,
+           "work": work_of(run.config, stage.depth)},
         **({"compile s": compile_seconds} if compile_seconds > 0.1 else {}),
     )  # fmt: skip
 
@@ -168,7 +174,7 @@ def matrix_peak(precision: str) -> float:
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     how = {"float32": "highest", "tensorfloat32": "high"}.get(precision)
     product = jax.jit(lambda a: jax.lax.dot(a, a, precision=how, preferred_element_type=jnp.float32))
-    return 2 * n**3 / best_of_ten(product, jnp.ones((n, n), dtype))
+    return 2 * n**3 / best_of_ten(product, jax.random.normal(jax.random.key(0), (n, n), dtype))
 
 
 @functools.cache
@@ -201,7 +207,7 @@ def parity() -> None:
             precision: str, devices: Any, lanes: int = 2, strategy: str = strategy, number: int = number
         ) -> np.ndarray:
             config = make_config(**sizes, strategy__name=strategy, runtime__precision=precision, runtime__lanes=lanes)
-            simulator = make_simulator(config, devices)
+            simulator = make_simulator(config, devices=devices)
             stage = simulator.run.stages[number - 1]
             before = start(simulator)
             params = simulator.run_rounds(stage, before, None, stage.first_round + 1).params
@@ -213,10 +219,11 @@ def parity() -> None:
         for precision in PRECISIONS[2:] if TINY else reversed(PRECISIONS):
             sides[precision] = functools.partial(after, precision, None)
         for name, side in sides.items():
-            found = side()
-            difference = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-            largest = {"largest difference": float(np.abs(found - expected).max())}
-            say(f"{strategy}, {name}", difference, "relative L2 of a round's update", **largest)
+            with failures(f"{strategy}, {name}"):
+                found = side()
+                difference = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+                largest = {"largest difference": float(np.abs(found - expected).max())}
+                say(f"{strategy}, {name}", difference, "relative L2 of a round's update", **largest)
 
 
 def flat(params: Tree) -> np.ndarray:
@@ -232,8 +239,9 @@ def lanes() -> None:
         for strategy in ("layerwise", "end_to_end"):
             case = f"{strategy}, {count or 'automatic'} lanes"
             if is_new(case):
-                simulator = make_simulator(make_config(**sizes, strategy__name=strategy))
-                measure_stage(case, simulator, simulator.run.stages[-1], steps=steps)
+                with failures(case):
+                    simulator = make_simulator(make_config(**sizes, strategy__name=strategy), [-1])
+                    measure_stage(case, simulator, simulator.run.stages[-1], steps=steps)
 
 
 def stages(batch: int = 512) -> None:
@@ -242,8 +250,9 @@ def stages(batch: int = 512) -> None:
     Programs of a few cases are compiled at once; nothing is timed meanwhile.
     """
     steps, batch, numbers = (2, 4, (3, 1)) if TINY else (4, batch, (12, 3, 1))
+    clients = 2 * 2048 // batch if batch < 512 else 16  # the same for all numbers of lanes
     sides = [(count, PRECISIONS[0]) for count in (4, 16)] + [(4, p) for p in PRECISIONS[1:]]
-    sides += [(count, PRECISIONS[0]) for count in (1, 0)]
+    sides += [(count, PRECISIONS[0]) for count in (1, 0)]  # 0: automatic
     cases = []
     for (count, precision), (strategy, remat) in itertools.product(
         sides[:1] if TINY else sides, (("layerwise", False), ("end_to_end", False), ("end_to_end", True))
@@ -251,7 +260,7 @@ def stages(batch: int = 512) -> None:
         name = f"{strategy}{', remat' * remat}, {precision}, {count or 'automatic'} lanes"
         config = make_config(
             **VIT, strategy__name=strategy, runtime__remat=remat, runtime__precision=precision,
-            runtime__lanes=count, clients=count or 16, batch=batch, steps=steps,
+            runtime__lanes=count, clients=4 if TINY else clients, batch=batch, steps=steps,
         )  # fmt: skip
         named = {f"{name}, stage {n}": n - 1 for n in (numbers if strategy == "layerwise" else (1,))}
         if wanted := {case: index for case, index in named.items() if is_new(case)}:
@@ -269,10 +278,7 @@ def stages(batch: int = 512) -> None:
 def compiled(config: Config, wanted: dict[str, int]) -> Simulator | None:
     """A simulator with the programs of the stages compiled, or None if they do not fit into memory."""
     with failures(next(iter(wanted))):
-        simulator = make_simulator(config)
-        for index in wanted.values():
-            simulator.program(simulator.run.stages[index])
-        return simulator
+        return make_simulator(config, list(wanted.values()))
     return None
 
 
@@ -287,24 +293,22 @@ def rival() -> None:
     clients, steps = (2, 2) if TINY else (4, 4)
     modes = {"eager": ""} if TINY else {"eager": "", "CUDA graphs": "reduce-overhead", "compiled": "default"}
     batches = (4,) if TINY else (512, 64)
-    for (mode, compile_mode), batch, precision, strategy in itertools.product(
-        modes.items(), batches, PRECISIONS[:2], ("layerwise", "end_to_end")
+    for batch, precision, (mode, compile_mode), strategy in itertools.product(
+        batches, PRECISIONS[:2], modes.items(), ("layerwise", "end_to_end")
     ):
         case = f"{strategy}, {precision}, batch {batch}, {mode}"
         if is_new(case):
             config = make_config(
                 **VIT, strategy__name=strategy, batch=batch, steps=steps, clients=clients, runtime__precision=precision
             )
-            try:
+            with failures(case):  # also what torch.compile raises
                 seconds = seconds_of(rival_round(config, compile_mode, precision))
                 work = work_of(config, config.model.depth)
                 say(case, clients * steps / statistics.median(seconds), "client steps/s", runs=seconds, work=work)
-            except RuntimeError as error:  # also what torch.compile raises, and out of memory
-                note(f"{case}: {error}")
 
 
 def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[], None]:
-    """A round of a config's last stage in PyTorch."""
+    """A round of a config's last stage in PyTorch; ``torch.compile`` gets the whole loss, with its views."""
     import torch
     from peers_torch import Model, simclr_loss, train_round, two_views
 
@@ -320,14 +324,17 @@ def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[
     images, rows = torch.tensor(pixels).to(device), torch.tensor(rng.integers(0, len(pixels), shape)).to(device)
     state = [p.detach().clone() for p in model.trainable()]
 
-    def views_loss(views: Any) -> Any:
-        return simclr_loss(model(views), head.temperature)
+    def loss_of(batch_images: Any) -> Any:
+        return simclr_loss(model(two_views(batch_images)), head.temperature)
 
-    compiled = torch.compile(views_loss, mode=compile_mode) if compile_mode else views_loss
+    if compile_mode:
+        torch._dynamo.reset()  # cases do not share what they compile, or recompile for each other's shapes
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on without compilation
+        loss_of = torch.compile(loss_of, mode=compile_mode, dynamic=False)
 
     def loss(batch_rows: Any) -> Any:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            return compiled(two_views(images[batch_rows]))
+            return loss_of(images[batch_rows])
 
     def one_round() -> None:
         train_round(model, state, list(rows), config.learning_rate, loss)
@@ -338,73 +345,92 @@ def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[
 
 
 def memory() -> None:
-    """Peak of one client's step: the device's own count, and the compiler's figure, which the ledger uses.
+    """Peak of one client's step: the device's own count, and the compiler's figures.
 
-    The device counts from the start of the process, so that the smaller programs come first.
+    The ledger's figure is of a program that is not autotuned. The device counts from the start of the process, so that
+    the smaller programs come first, and a peak that did not grow is only a bound.
     """
     device = jax.devices()[0]
     for name, remat in (("layerwise", False), ("end_to_end", True), ("end_to_end", False)):
         case = f"{name}{', remat' * remat}"
         with failures(case):
             config = make_config(**VIT, batch=4 if TINY else 512, strategy__name=name, runtime__remat=remat)
-            part = stage_parts(config)[-1]
-            step, arguments = step_and_arguments(config, part)
-            program = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-            used = (device.memory_stats() or {}).get("bytes_in_use", 0)
-            jax.block_until_ready(program(*arguments))
-            stats = device.memory_stats() or {}
+            step, arguments = step_and_arguments(config, stage_parts(config)[-1])
+            lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
+            ledgers = program_memory(lowered.compile(COMPILER_OPTIONS.get(jax.default_backend())))
+            program = lowered.compile()
             held = sum(x.nbytes for x in jax.tree.leaves(arguments) if x.dtype != jax.random.key(0).dtype)
+            before = device.memory_stats() or {}
+            jax.block_until_ready(program(*arguments))
+            after = device.memory_stats() or {}
+            peak = (after.get("peak_bytes_in_use", math.nan) - before.get("bytes_in_use", 0) + held) / GIB
+            grew = after.get("peak_bytes_in_use", 0) > before.get("peak_bytes_in_use", 0)
             say(
-                case, program_memory(program) / GIB, "GiB by the ledger",
-                **{"measured GiB": (stats.get("peak_bytes_in_use", math.nan) - used + held) / GIB},
+                case, ledgers / GIB, "GiB by the ledger",
+                **{"GiB of the program that runs": program_memory(program) / GIB,
+                   "measured GiB" if grew else "measured GiB, at most": peak},
             )  # fmt: skip
 
 
 def kernels() -> None:
-    """The kernels that take the most time in a round of layerwise, and the share of the measured peaks of a step.
+    """The share of the measured peaks that a step reaches, and the longest kernels of a round of layerwise.
 
     XLA counts the body of a loop once. The steps for the shares have at most one layer in each loop.
     """
-    batch, steps, precision = (4, 2, "bfloat16") if TINY else (512, 4, "bfloat16")
+    batch, steps = (4, 2) if TINY else (512, 4)
+    for strategy, number in (("layerwise", 2), ("end_to_end", 1)):
+        depth = {} if strategy == "layerwise" else {"model__depth": 1}
+        for precision in PRECISIONS[: 1 if TINY else None]:
+            case = f"{strategy}, {number} layers, {precision}"
+            with failures(case):
+                config = make_config(
+                    **VIT | {"model.depth": 2}, **depth, strategy__name=strategy, batch=batch,
+                    runtime__precision=precision,
+                )  # fmt: skip
+                part = stage_parts(config)[number - 1]
+                step, arguments = step_and_arguments(config, part)
+                program = jax.jit(step).lower(*arguments).compile()
+                median = statistics.median(seconds_of(functools.partial(run_program, program, arguments)))
+                flops = 2 * executed_operations(config, part) * batch
+                moved = float((program.cost_analysis() or {}).get("bytes accessed", math.nan))
+                say(
+                    case, 1000 * median, "ms a step",
+                    **{"GFLOP": flops / 1e9, "share of matrix peak": flops / median / matrix_peak(precision),
+                       "GB moved": moved / 1e9, "share of copy peak": moved / median / copy_peak()},
+                )  # fmt: skip
     config = make_config(
         **VIT, strategy__name="layerwise", batch=batch, steps=steps, clients=4, runtime__lanes=4,
-        runtime__precision=precision,
+        runtime__precision="bfloat16",
     )  # fmt: skip
     simulator = make_simulator(config)
     stage, params = simulator.run.stages[-1], start(simulator)
 
-    def one_round() -> Any:
-        return jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
+    def one_round() -> None:
+        jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
 
     one_round(), one_round()
-    with tempfile.TemporaryDirectory() as folder:
+    seconds, count = Counter[str](), Counter[str]()
+    with failures("trace"), tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             one_round()
-        seconds, count = Counter[str](), Counter[str]()
         for name, length in traced_kernels(Path(folder)):
             seconds[name] += length
             count[name] += 1
-    total, all_steps = sum(seconds.values()), steps
-    say("kernels a step", sum(count.values()) / all_steps, "kernels", **{"device ms a step": 1000 * total / all_steps})
+    if not seconds:
+        note("the profiler's trace has no kernels")
+        return
+    total = sum(seconds.values())
+    say(
+        f"a round of {steps} steps of 4 lanes", sum(count.values()) / steps, "kernels a step of all lanes",
+        **{"device ms a step": 1000 * total / steps},
+    )  # fmt: skip
     for name, value in seconds.most_common(12):
         say(name[:80], 100 * value / total, "% of the time on the device", launches=count[name])
-    for strategy, number in (("layerwise", 2), ("end_to_end", 1)):
-        depth = {} if strategy == "layerwise" else {"model__depth": 1}
-        for precision in PRECISIONS[: 1 if TINY else None]:
-            shallow = make_config(
-                **VIT | {"model.depth": 2}, **depth, strategy__name=strategy, batch=batch, runtime__precision=precision
-            )
-            part = stage_parts(shallow)[number - 1]
-            step, (state, *others) = step_and_arguments(shallow, part)
-            program = jax.jit(step).lower(state, *others).compile()
-            median = statistics.median(seconds_of(lambda p=program, s=state, o=others: jax.block_until_ready(p(s, *o))))
-            flops = 2 * executed_operations(shallow, part) * batch
-            moved = float((program.cost_analysis() or {}).get("bytes accessed", math.nan))
-            say(
-                f"{strategy}, {number} layers, {precision}", 1000 * median, "ms a step",
-                **{"GFLOP": flops / 1e9, "share of matrix peak": flops / median / matrix_peak(precision),
-                   "GB moved": moved / 1e9, "share of copy peak": moved / median / copy_peak()},
-            )  # fmt: skip
+
+
+def run_program(program: Any, arguments: Any) -> None:
+    """Run a compiled program to its end."""
+    jax.block_until_ready(program(*arguments))
 
 
 def traced_kernels(folder: Path) -> Iterator[tuple[str, float]]:
@@ -413,27 +439,28 @@ def traced_kernels(folder: Path) -> Iterator[tuple[str, float]]:
     events = content["traceEvents"]
     processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    where, which = ("/device:", "Stream") if any("/device:" in p for p in processes.values()) else ("CPU", "XLA")
     for event in events:
-        if event.get("ph") != "X":
-            continue
-        process, thread = processes.get(event["pid"], ""), threads.get((event["pid"], event["tid"]), "")
-        if ("/device:" in process and "Stream" in thread) or ("CPU" in process and "XLA" in thread):
+        process, thread = processes.get(event.get("pid"), ""), threads.get((event.get("pid"), event.get("tid")), "")
+        if event.get("ph") == "X" and where in process and which in thread:
             yield event["name"], event["dur"] / 1e6
 
 
 def clients() -> None:
     """Clients of log-normal sizes with 64 images in the median, of which a part takes part in each round."""
-    populations = ((1000, 20),) if TINY else ((1_000, 1_000), (10_000, 10_000), (1_000_000, 10_000))
+    populations = ((1000, 20),) if TINY else ((1_000, 1_000), (1_000_000, 1_000), (10_000, 10_000))
     for count, cohort in populations:
         case = f"{count:,} clients, {cohort:,} a round"
         sizes: dict[str, Any] = VIT | {
             "model.name": "vit_micro", "clients": count, "federation.clients_per_round": cohort,
             "partition.examples_per_client": 8 if TINY else 64, "partition.size_sigma": 1.0, "batch": 4 if TINY else 32,
+            "runtime.precision": "tensorfloat32",
         }  # fmt: skip
-        simulator = make_simulator(make_config(**sizes))
-        seconds, _ = time_stage(simulator, simulator.run.stages[1])
-        median = statistics.median(seconds)
-        say(case, cohort / median, "clients/s", **{"round s": median, "lanes": simulator.run.lanes, "runs": seconds})
+        with failures(case):
+            simulator = make_simulator(make_config(**sizes), [1])
+            seconds, _ = time_stage(simulator, simulator.run.stages[1], first=1)
+            more = {"round s": statistics.median(seconds), "lanes": simulator.run.lanes, "runs": seconds}
+            say(case, cohort / statistics.median(seconds), "clients/s", precision="tensorfloat32", **more)
 
 
 def seeds() -> None:
@@ -463,16 +490,21 @@ def feed() -> None:
     """The same round with its images on the device, and sent to it call by call."""
     steps = 2 if TINY else 8
     for kind in ("resident", "streamed"):
-        config = make_config(**VIT, batch=4 if TINY else 128, steps=steps, clients=16, runtime__feed=kind)
-        simulator = make_simulator(config)
-        measure_stage(kind, simulator, simulator.run.stages[-1], steps=steps)
+        with failures(kind):
+            config = make_config(
+                **VIT, batch=4 if TINY else 128, steps=steps, clients=16, runtime__feed=kind,
+                runtime__precision="bfloat16",
+            )  # fmt: skip
+            simulator = make_simulator(config, [-1])
+            measure_stage(kind, simulator, simulator.run.stages[-1], steps=steps)
 
 
 def resnet() -> None:
     """Four clients of ResNet-18, end to end."""
     steps, batch = (1, 4) if TINY else (4, 128)
     sizes = {"model.name": "resnet18", "model.stem": "small"} | ({"model.width": 4, "model.depth": 2} if TINY else {})
-    config = make_config(**sizes, strategy__name="end_to_end", batch=batch, steps=steps, clients=4, runtime__lanes=4)
+    config = make_config(**sizes, strategy__name="end_to_end", batch=batch, steps=steps, clients=4, runtime__lanes=4,
+                         runtime__precision="bfloat16")  # fmt: skip
     for case, map_lanes in (("under vmap", jax.vmap), ("one after the other", one_by_one)):
         with failures(case), mock.patch.object(rounds, "over_lanes", functools.partial(over_lanes, map_lanes)):
             simulator = make_simulator(config)

@@ -31,25 +31,18 @@ def test_the_plan_is_printed_without_jax() -> None:
     assert "stages" in out
 
 
-def test_steps_add_to_the_results_that_are_there_and_are_not_measured_twice(tmp_path: Path) -> None:
-    run("--tiny", "--only", "machine", "--out", str(tmp_path))
-    out = run("--tiny", "--only", "memory", "--keep", "--out", str(tmp_path))
-    content = results(tmp_path)
-    assert [row["step"] for row in content["rows"]].count("memory") == 3
-    assert {row["step"] for row in content["rows"]} == {"machine", "memory"}
-    assert content["notes"] == []
-    assert "| memory | end_to_end |" in out
-    assert out.endswith((tmp_path / "gpu.md").read_text() + "\n")
-
-
 def test_the_whole_benchmark_runs_in_small(tmp_path: Path) -> None:
     """Without the packages that it must not need."""
     blocked = tmp_path / "blocked"
     for name in ("tyro", "tensorflow_datasets"):
         (blocked / name).mkdir(parents=True)
         (blocked / name / "__init__.py").write_text(f"raise ImportError('{name} is not installed')\n")
-    run("--tiny", "--out", str(tmp_path), PYTHONPATH=str(blocked))
+    run("--tiny", "--only", "machine", "--out", str(tmp_path))
+    out = run("--tiny", "--keep", "--out", str(tmp_path), PYTHONPATH=str(blocked))
     content = results(tmp_path)
+    assert out.endswith((tmp_path / "gpu.md").read_text() + "\n")
+    assert [(row["step"], row["case"]) for row in content["rows"]].count(("machine", "copy")) == 1
+    assert len(content["runs"]) == 2
     allowed = {"rival: PyTorch is not installed"}
     assert {f"{note['step']}: {note['note']}" for note in content["notes"]} <= allowed
     assert {row["step"] for row in content["rows"]} >= {"parity", "lanes", "stages", "kernels", "clients", "resnet"}
@@ -61,6 +54,10 @@ def test_the_whole_benchmark_runs_in_small(tmp_path: Path) -> None:
 def test_a_round_on_the_accelerator_is_the_cpus_up_to_rounding(tmp_path: Path) -> None:
     """In float32 at the highest precision; `pytest -m gpu` runs it."""
     run("--only", "parity", "--out", str(tmp_path), JAX_PLATFORMS="", XLA_FLAGS="")
-    found = {row["case"]: row["value"] for row in results(tmp_path)["rows"]}
+    content = results(tmp_path)
+    if any("JAX finds no accelerator" in note["note"] for note in content["notes"]):
+        pytest.skip("JAX finds no accelerator")
+    found = {row["case"]: row["value"] for row in content["rows"]}
     for strategy in ("layerwise", "end_to_end"):
-        assert found[f"{strategy}, float32"] < 10 * found[f"{strategy}, the CPU with 1 lane"] + 1e-6
+        # The floor is a guess until it has been measured: AdamW's first steps are near rate x sign of the gradient.
+        assert found[f"{strategy}, float32"] < 10 * found[f"{strategy}, the CPU with 1 lane"] + 1e-3

@@ -23,6 +23,7 @@ from lwfedssl_jax.method.exchange import MODELS_ONLY, Batch, Exchange
 from lwfedssl_jax.method.objectives import OBJECTIVES, unit_norm
 from lwfedssl_jax.method.stages import stage_depths
 from lwfedssl_jax.method.task import Broadcast, Task
+from lwfedssl_jax.models.encoder import with_its_products
 from lwfedssl_jax.tree import Tree
 
 NOBODY = 2**31 - 1  # pads a cohort; larger than any client's number
@@ -137,6 +138,7 @@ def no_upload(broadcast: Broadcast) -> Tree:
     return {"dictionary": jnp.zeros_like(extras["dictionary"]), "filled": jnp.zeros_like(extras["filled"], jnp.int32)}
 
 
+@with_its_products
 def upload_last_batch(
     task: Task, broadcast: Broadcast, trained: Tree, batch: Batch, client: jax.Array, is_finished: jax.Array
 ) -> Tree:
