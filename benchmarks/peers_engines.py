@@ -96,7 +96,7 @@ def pfl(work: Work) -> list[float]:
     from pfl.aggregate.weighting import WeightByDatapoints
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
-    from pfl.callback import TrainingProcessCallback
+    from pfl.callback.base import TrainingProcessCallback
     from pfl.data.dataset import Dataset
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.hyperparam.base import NNTrainHyperParams
@@ -108,7 +108,7 @@ def pfl(work: Work) -> list[float]:
     trained = {id(p) for p in model.trainable()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
-    model.loss = model.metrics = lambda *_: None  # type: ignore[assignment]  # asked for, and not used
+    model.loss = model.metrics = lambda *_, **__: {}  # type: ignore[assignment]  # asked for, and not used
     parameters = list(model.trainable())
 
     class Averaging(FederatedAveraging):  # type: ignore[misc]
@@ -130,7 +130,7 @@ def pfl(work: Work) -> list[float]:
     )
     wrapped = PyTorchModel(model, torch.optim.AdamW, torch.optim.SGD(parameters, lr=1.0))
     Averaging().run(
-        NNAlgorithmParams(work.rounds, 0, len(work.clients), None),
+        NNAlgorithmParams(work.rounds, work.rounds + 1, len(work.clients), 0),
         SimulatedBackend(data, data, [WeightByDatapoints()]),
         wrapped,
         NNTrainHyperParams(local_batch_size=None, local_num_epochs=1, local_learning_rate=work.rate),
