@@ -209,7 +209,7 @@ class RuntimeConfig:
     0: chosen by device."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Type to which the inputs of matrix products are rounded; sums, parameters, losses and averages are float32.
-    tensorfloat32 is faster on GPUs that have it, three bfloat16 products on TPUs, and float32 on CPUs."""
+    tensorfloat32 is TF32 on GPUs that have it, three bfloat16 products on TPUs, and float32 on CPUs."""
     remat: bool = False
     """Keep only the input of each trainable block and recompute the block in the backward pass: less memory, more
     operations; a little faster on a CPU."""
