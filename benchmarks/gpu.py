@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +52,10 @@ def main() -> None:
             print(f"{number:2} {step.name:<10} {step.seconds:4} s  {step.about}")
         print(f"   in all     {sum(step.seconds for step in STEPS):4} s at most, cut off after {options.minutes:g} min")
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = Results(options.out, options.keep, options.tiny)
+    # A test of this script must not replace measurements.
+    out = options.out or (Path(tempfile.mkdtemp()) if options.tiny else HERE / "results")
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results(out, options.keep, options.tiny)
     end = time.monotonic() + 60 * options.minutes
     for step in STEPS:
         if step.name in (options.only or [step.name for step in STEPS]):
@@ -73,7 +76,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.5, help="begin and continue no step after this time")
     parser.add_argument("--only", nargs="+", choices=names, help="run these steps alone")
     parser.add_argument("--keep", action="store_true", help="add to the results that are there")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of gpu.json and gpu.md")
+    parser.add_argument(
+        "--out", type=Path, help="folder of gpu.json and gpu.md; by default results, or a new one for --tiny"
+    )
     return parser.parse_args()
 
 
@@ -86,6 +91,10 @@ class Results:
         self.content: dict[str, Any] = {"tiny": tiny, "runs": [], "rows": [], "notes": []}
         if keep and self._json.exists():
             self.content = json.loads(self._json.read_text())
+            if self.content["tiny"] != tiny:
+                sys.exit(
+                    f"--keep: {self._json} is of a run {'without' if tiny else 'with'} --tiny; accepted: another --out"
+                )
         self.content["runs"].append({"command": command, "date": datetime.date.today().isoformat()})
 
     @property

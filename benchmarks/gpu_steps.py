@@ -66,7 +66,7 @@ def note(text: str) -> None:
 
 
 def is_new(case: str) -> bool:
-    """Whether an earlier run has not measured a case."""
+    """Whether a case is still to be measured."""
     return [REQUEST["step"], case] not in REQUEST.get("measured", [])
 
 
@@ -480,7 +480,7 @@ def seeds() -> None:
 
             def one_round(started: Any = started) -> None:
                 for simulator, params in started:
-                    simulator.run_rounds(stage, params, None, stage.first_round + 1)
+                    jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
 
             seconds = seconds_of(one_round)
             say(case, count / statistics.median(seconds), "rounds/s of all runs", lanes=runs[0].lanes, runs=seconds)
