@@ -140,7 +140,7 @@ def work_of(name: str, simulator: Any, options: argparse.Namespace) -> Any:
 
     run = simulator.run
     return Work(
-        make_model=lambda: torch_model(name, simulator),
+        model=torch_model(name, simulator),
         images=torch.tensor(run.dataset.train_images),
         clients=[torch.tensor(run.clients[i]).reshape(STEPS, BATCH) for i in range(options.clients)],
         rate=run.config.learning_rate,
@@ -155,7 +155,7 @@ def torch_side(work: Any, threads: int, *, compiled: bool = False) -> Any:
     import torch
     from peers_torch import simclr_loss, train_round, two_views
 
-    model = work.make_model()
+    model = work.new_model()
     state = [p.detach().clone() for p in model.trainable()]
     loss_of_views = lambda views: simclr_loss(model(views), work.temperature)  # noqa: E731
     loss_of_views = torch.compile(loss_of_views) if compiled else loss_of_views
@@ -173,7 +173,7 @@ def vmap_side(work: Any, threads: int) -> Any:
     from peers_torch import simclr_loss, two_views
     from torch.func import functional_call, grad, vmap
 
-    model, count = work.make_model(), len(work.clients)
+    model, count = work.new_model(), len(work.clients)
     for block in model.blocks:
         block.fused = False
     trained = {id(p) for p in model.trainable()}

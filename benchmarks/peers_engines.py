@@ -4,6 +4,9 @@ What differs between them is what an engine adds: drawing and sending, processes
 returns the seconds of its rounds, without the first one.
 """
 
+import contextlib
+import copy
+import io
 import itertools
 import logging
 import os
@@ -22,7 +25,7 @@ class Work(NamedTuple):
     """A round's work.
 
     Attributes:
-      make_model: the model with the initial weights, a new one for each call.
+      model: with the initial weights; a side trains a copy of it (``new_model``).
       images: of all clients.
       clients: each client's batches, ``TxB`` rows of ``images``.
       rate, temperature: the learning rate, and that of the loss.
@@ -30,13 +33,17 @@ class Work(NamedTuple):
       rounds: how many are run, the first of which is not counted.
     """
 
-    make_model: Callable[[], Model]
+    model: Model
     images: Tensor
     clients: list[Tensor]
     rate: float
     temperature: float
     cores: int
     rounds: int
+
+    def new_model(self) -> Model:
+        """Return a copy of the model."""
+        return copy.deepcopy(self.model)
 
 
 def flower(work: Work) -> list[float]:
@@ -49,7 +56,7 @@ def flower(work: Work) -> list[float]:
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    model = work.make_model()
+    model = work.new_model()
     start = [p.detach().numpy().copy() for p in model.trainable()]
 
     class Local(NumPyClient):
@@ -104,7 +111,7 @@ def pfl(work: Work) -> list[float]:
     from pfl.model.pytorch import PyTorchModel
 
     torch.set_num_threads(work.cores)
-    model, numbers, times = work.make_model(), itertools.count(), [time.perf_counter()]
+    model, numbers, times = work.new_model(), itertools.count(), [time.perf_counter()]
     trained = {id(p) for p in model.trainable()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
@@ -129,13 +136,14 @@ def pfl(work: Work) -> list[float]:
         lambda i: Dataset((work.clients[i],), user_id=str(i)), lambda: next(numbers) % len(work.clients)
     )
     wrapped = PyTorchModel(model, torch.optim.AdamW, torch.optim.SGD(parameters, lr=1.0))
-    Averaging().run(
-        NNAlgorithmParams(work.rounds, work.rounds + 1, len(work.clients), 0),
-        SimulatedBackend(data, data, [WeightByDatapoints()]),
-        wrapped,
-        NNTrainHyperParams(local_batch_size=None, local_num_epochs=1, local_learning_rate=work.rate),
-        callbacks=[Clock()],
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of metrics per round
+        Averaging().run(
+            NNAlgorithmParams(work.rounds, work.rounds + 1, len(work.clients), 0),
+            SimulatedBackend(data, data, [WeightByDatapoints()]),
+            wrapped,
+            NNTrainHyperParams(local_batch_size=None, local_num_epochs=1, local_learning_rate=work.rate),
+            callbacks=[Clock()],
+        )
     return [b - a for a, b in itertools.pairwise(times[1:])]
 
 
@@ -153,13 +161,13 @@ def blazefl(work: Work) -> list[float]:
 
         def worker(self, cid: int, device: str, payload: Any, stop_event: threading.Event) -> Any:
             if not hasattr(own, "model"):
-                own.model = work.make_model()
+                own.model = work.new_model()
             mine = list(own.model.trainable())
             train_client(mine, payload, work.clients[cid], work.rate, loss_of(own.model, work.images, work.temperature))
             return [p.detach().clone() for p in mine], work.clients[cid].numel()
 
     trainer, seconds = Trainer(), []
-    state = [p.detach().clone() for p in work.make_model().trainable()]
+    state = [p.detach().clone() for p in work.new_model().trainable()]
     for _ in range(work.rounds):
         began = time.perf_counter()
         trainer.local_process(state, list(range(len(work.clients))))
