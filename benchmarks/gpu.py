@@ -1,9 +1,10 @@
 """Measure this package on an accelerator, in ten minutes: ``python benchmarks/gpu.py``.
 
 The steps are ordered by worth. Each is a process of its own with a limit of its own, and what it measures is written
-as it comes (``results/gpu.json``, ``results/gpu.md``), so that a run that is cut off still counts. ``--plan`` prints
-the steps; ``--tiny`` runs all of them in small on any device, also a CPU; ``--only STEP ...`` runs some of them;
-``--keep`` adds to the results that are there, and leaves out what they already contain.
+as it comes (``gpu.json`` and ``gpu.md`` in ``--out``; ``gpu.log`` has what a step printed beyond that), so that a run
+that is cut off still counts. ``--plan`` prints the steps; ``--tiny`` runs all of them in small on any device, also a
+CPU; ``--only STEP ...`` runs some of them; ``--keep`` adds to the results that are there: it leaves out steps that have
+been completed, unless ``--only`` names them, and rows that are there.
 """
 
 import argparse
@@ -31,17 +32,17 @@ class Step(NamedTuple):
 
 STEPS = [
     Step("machine", "versions, device, memory, measured peaks of matrix products and of copying", 30),
-    Step("parity", "one round on the accelerator against the CPU, by precision", 60),
+    Step("parity", "one round on the accelerator against the CPU, by precision", 90),
     Step("lanes", "digits: client steps a second with 1, 10 and 100 lanes, and with lanes chosen automatically", 70),
     Step("stages", "ViT-Tiny, batch 512: client steps a second by strategy, stage, precision and lanes", 150),
-    Step("rival", "the same rounds in PyTorch: eager, compiled, CUDA graphs", 110),
+    Step("rival", "the same rounds in PyTorch: eager, compiled, with CUDA graphs", 150),
     Step("memory", "peak memory of a client's step: measured against the ledger's", 45),
     Step("kernels", "the longest kernels of a round's trace, and a step's share of the measured peaks", 50),
     Step("clients", "clients a second: 1,000 and 10,000 of log-normal sizes, and a population of 1,000,000", 50),
     Step("seeds", "8 seeds in one program against one after the other", 40),
     Step("feed", "images streamed against resident", 35),
-    Step("resnet", "ResNet-18: lanes under vmap against one after the other", 40),
-    Step("stages_64", "ViT-Tiny, batch 64: as stages", 120),
+    Step("resnet", "ResNet-18: lanes under vmap against one after the other", 60),
+    Step("stages_64", "ViT-Tiny, batch 64: as stages", 80),
 ]
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     results = Results(out, options.keep, options.tiny)
     end = time.monotonic() + 60 * options.minutes
     for step in STEPS:
-        if step.name in (options.only or [step.name for step in STEPS]):
+        if step.name in options.only if options.only else step.name not in results.content["completed"]:
             left = end - time.monotonic()
             if left < 5:
                 results.note(step.name, "not reached")
@@ -86,9 +87,9 @@ class Results:
     """What has been measured, on disk after each measurement."""
 
     def __init__(self, folder: Path, keep: bool, tiny: bool) -> None:
-        self._json, self._table = folder / "gpu.json", folder / "gpu.md"
+        self._json, self._table, self._log = folder / "gpu.json", folder / "gpu.md", folder / "gpu.log"
         command = " ".join(["python", *sys.argv])
-        self.content: dict[str, Any] = {"tiny": tiny, "runs": [], "rows": [], "notes": []}
+        self.content: dict[str, Any] = {"tiny": tiny, "runs": [], "rows": [], "notes": [], "completed": []}
         if keep and self._json.exists():
             self.content = json.loads(self._json.read_text())
             if self.content["tiny"] != tiny:
@@ -112,6 +113,16 @@ class Results:
         """Add a remark about a step, such as why it ended early."""
         self.content["notes"].append({"step": step, "note": text})
         print(f"{step}: {text}", flush=True)
+        self._write()
+
+    def log(self, step: str, line: str) -> None:
+        """Keep a line that a step, or a library that it uses, has printed."""
+        with self._log.open("a") as file:
+            file.write(f"{step}: {line}\n")
+
+    def complete(self, step: str) -> None:
+        """Record that a step has run to its end."""
+        self.content["completed"] = sorted({*self.content["completed"], step})
         self._write()
 
     def _write(self) -> None:
@@ -173,23 +184,36 @@ def run_step(step: Step, seconds: float, results: Results, *, tiny: bool) -> Non
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     command = ["timeout", "-k", "5", str(int(seconds) + 1), sys.executable, str(HERE / "gpu_steps.py"), request]
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    )
     said: list[str] = []
     for line in process.stdout or ():
-        if line.startswith("{"):
-            message = json.loads(line)
-            if "note" in message:
-                results.note(step.name, message["note"])
-            else:
-                results.add({"step": step.name} | message)
-                print(f"   {message['case']}: {number(message['value'])} {message['unit']}", flush=True)
+        message = read_message(line)
+        if "note" in message:
+            results.note(step.name, message["note"])
+        elif "case" in message:
+            results.add({"step": step.name} | message)
+            print(f"   {message['case']}: {number(message['value'])} {message['unit']}", flush=True)
         else:
             said.append(line.rstrip())
-    code = process.wait()
+            results.log(step.name, said[-1])
+    code, last = process.wait(), " | ".join(said[-3:])
     if code in (124, 137):
-        results.note(step.name, f"cut off after {time.monotonic() - began:.0f} s")
+        results.note(step.name, f"cut off after {time.monotonic() - began:.0f} s ({last})")
     elif code:
-        results.note(step.name, f"ended with code {code}: {' | '.join(said[-3:])}")
+        results.note(step.name, f"ended with code {code}: {last}")
+    else:
+        results.complete(step.name)
+
+
+def read_message(line: str) -> dict[str, Any]:
+    """A step's message, or an empty dict for a line that something else has printed."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from lwfedssl_jax.costs.memory import COMPILER_OPTIONS, step_and_arguments
 from lwfedssl_jax.costs.operations import executed_operations, stage_parts
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation import rounds, setup
-from lwfedssl_jax.simulation.lanes import lanes_and_mesh
+from lwfedssl_jax.simulation.lanes import SAMPLES_AT_ONCE, lanes_and_mesh
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.system.devices import program_memory, set_up_cpu
 from lwfedssl_jax.tree import Tree
@@ -40,6 +40,7 @@ GIB = 2**30
 REQUEST: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
 TINY = bool(REQUEST.get("tiny"))
 REPEATS, SECONDS = (2, 0.0) if TINY else (3, 2.0)  # least number of timed rounds, and least seconds of them
+LONG = 5.0  # seconds after which two timed rounds are enough
 VIT: dict[str, Any] = {"model.name": "vit_tiny"}
 if TINY:
     VIT = {"model.width": 8, "model.depth": 3, "model.heads": 2, "objective.hidden_dim": 8, "objective.output_dim": 4}
@@ -57,7 +58,8 @@ def main() -> None:
 
 def say(case: str, value: float, unit: str, **more: Any) -> None:
     """Report a measurement."""
-    print(json.dumps({"case": case, "value": value, "unit": unit} | more), flush=True)
+    known = {name: what for name, what in more.items() if what == what}  # JSON has no NaN
+    print(json.dumps({"case": case, "value": value, "unit": unit} | known), flush=True)
 
 
 def note(text: str) -> None:
@@ -103,27 +105,30 @@ def start(simulator: Simulator) -> Tree:
     return simulator.resume(0, [{}] * len(simulator.runs))[0]
 
 
-def seconds_of(run: Callable[[], Any], *, first: int = 2) -> list[float]:
-    """Seconds of each run, after a few that are not counted: they compile, and find how many steps a call may have."""
-    for _ in range(first):
-        run()
+def seconds_of(run: Callable[[], Any]) -> list[float]:
+    """Seconds of each run, after one that is not counted: it compiles, and finds how many steps a call may have."""
+    run()
     seconds: list[float] = []
-    while len(seconds) < REPEATS or sum(seconds) < SECONDS:
+    while not is_enough(seconds):
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
     return seconds
 
 
-def time_stage(simulator: Simulator, stage: Stage, *, first: int = 2) -> tuple[list[float], float]:
+def is_enough(seconds: Sequence[float]) -> bool:
+    """Whether rounds have been timed often enough."""
+    return (len(seconds) >= REPEATS and sum(seconds) >= SECONDS) or (len(seconds) > 1 and sum(seconds) >= LONG)
+
+
+def time_stage(simulator: Simulator, stage: Stage) -> tuple[list[float], float]:
     """Seconds of each round of a stage, and those of its compilation, which may come from the cache."""
     params = start(simulator)
     began = time.perf_counter()
     simulator.program(stage)
     compiled = time.perf_counter() - began
     return seconds_of(
-        lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params),
-        first=first,
+        lambda: jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
     ), compiled
 
 
@@ -169,29 +174,31 @@ def machine() -> None:
 
 @functools.cache
 def matrix_peak(precision: str) -> float:
-    """FLOP/s of a large square product, the best of ten."""
+    """FLOP/s of a large square product."""
     n = 256 if TINY else 8192
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     how = {"float32": "highest", "tensorfloat32": "high"}.get(precision)
     product = jax.jit(lambda a: jax.lax.dot(a, a, precision=how, preferred_element_type=jnp.float32))
-    return 2 * n**3 / best_of_ten(product, jax.random.normal(jax.random.key(0), (n, n), dtype))
+    return 2 * n**3 / shortest(product, jax.random.normal(jax.random.key(0), (n, n), dtype))
 
 
 @functools.cache
 def copy_peak() -> float:
-    """Bytes read and written a second by adding a number to a large array, the best of ten."""
+    """Bytes read and written a second by adding a number to a large array."""
     n = 2**16 if TINY else 2**28
-    return 8 * n / best_of_ten(jax.jit(lambda a: a + 1), jnp.ones(n, jnp.float32))
+    return 8 * n / shortest(jax.jit(lambda a: a + 1), jnp.ones(n, jnp.float32))
 
 
-def best_of_ten(f: Callable[[Any], Any], a: Any) -> float:
-    """The shortest of ten runs, in seconds, after one that is not counted."""
-    jax.block_until_ready(f(a))
-    best = math.inf
-    for _ in range(10):
-        began = time.perf_counter()
+def shortest(f: Callable[[Any], Any], a: Any) -> float:
+    """Seconds of a call: the least of three times ten calls that are queued together, once the clocks have risen."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < (0 if TINY else 0.3):
         jax.block_until_ready(f(a))
-        best = min(best, time.perf_counter() - began)
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        jax.block_until_ready([f(a) for _ in range(10)][-1])
+        best = min(best, (time.perf_counter() - began) / 10)
     return best
 
 
@@ -200,30 +207,28 @@ def parity() -> None:
 
     For scale, the CPU with 1 lane against 2: rounding grows from step to step.
     """
-    sizes: dict[str, Any] = {**DIGITS, "clients": 4, "steps": 2}
-    for strategy, number in (("layerwise", 2), ("end_to_end", 1))[: 1 if TINY else None]:
+    cpu, sizes = jax.devices("cpu")[:1], {**DIGITS, "clients": 4, "steps": 2}
 
-        def after(
-            precision: str, devices: Any, lanes: int = 2, strategy: str = strategy, number: int = number
-        ) -> np.ndarray:
-            config = make_config(**sizes, strategy__name=strategy, runtime__precision=precision, runtime__lanes=lanes)
-            simulator = make_simulator(config, devices=devices)
-            stage = simulator.run.stages[number - 1]
-            before = start(simulator)
-            params = simulator.run_rounds(stage, before, None, stage.first_round + 1).params
-            return flat(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, before))
+    @functools.cache
+    def update(strategy: str, precision: str, on_cpu: bool, lanes: int) -> np.ndarray:
+        config = make_config(**sizes, strategy__name=strategy, runtime__precision=precision, runtime__lanes=lanes)
+        simulator = make_simulator(config, devices=cpu if on_cpu else None)
+        stage = simulator.run.stages[1 if strategy == "layerwise" else 0]
+        before = start(simulator)
+        params = simulator.run_rounds(stage, before, None, stage.first_round + 1).params
+        return flat(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, before))
 
-        cpu = jax.devices("cpu")[:1]
-        expected = after("float32", cpu)
-        sides = {"the CPU with 1 lane": functools.partial(after, "float32", cpu, 1)}
-        for precision in PRECISIONS[2:] if TINY else reversed(PRECISIONS):
-            sides[precision] = functools.partial(after, precision, None)
-        for name, side in sides.items():
-            with failures(f"{strategy}, {name}"):
-                found = side()
+    sides: dict[str, tuple[str, bool, int]] = {"float32": ("float32", False, 2)}
+    sides["the CPU with 1 lane"] = ("float32", True, 1)
+    sides |= {} if TINY else {precision: (precision, False, 2) for precision in ("tensorfloat32", "bfloat16")}
+    for side, strategy in itertools.product(sides, ("layerwise", "end_to_end")[: 1 if TINY else None]):
+        case = f"{strategy}, {side}"
+        if is_new(case):
+            with failures(case):
+                found, expected = update(strategy, *sides[side]), update(strategy, "float32", True, 2)
                 difference = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
                 largest = {"largest difference": float(np.abs(found - expected).max())}
-                say(f"{strategy}, {name}", difference, "relative L2 of a round's update", **largest)
+                say(case, difference, "relative L2 of a round's update", **largest)
 
 
 def flat(params: Tree) -> np.ndarray:
@@ -234,7 +239,7 @@ def flat(params: Tree) -> np.ndarray:
 def lanes() -> None:
     """Digits, the quick start's encoder and batch."""
     steps = 2 if TINY else 20
-    for count in (2,) if TINY else (1, 10, 100, 0):
+    for count in (2,) if TINY else (0, 100, 10, 1):
         sizes: dict[str, Any] = {**DIGITS, "clients": 4 if TINY else 100, "steps": steps, "runtime.lanes": count}
         for strategy in ("layerwise", "end_to_end"):
             case = f"{strategy}, {count or 'automatic'} lanes"
@@ -247,12 +252,13 @@ def lanes() -> None:
 def stages(batch: int = 512) -> None:
     """ViT-Tiny by strategy, stage, precision and lanes; the cases that tell most come first.
 
-    Programs of a few cases are compiled at once; nothing is timed meanwhile.
+    Programs of a few cases are compiled at once, during which only XLA times kernels, to choose among them.
     """
     steps, batch, numbers = (2, 4, (3, 1)) if TINY else (4, batch, (12, 3, 1))
-    clients = 2 * 2048 // batch if batch < 512 else 16  # the same for all numbers of lanes
+    clients = 2 * SAMPLES_AT_ONCE // batch if batch < 512 else 16  # the same for all numbers of lanes
     sides = [(count, PRECISIONS[0]) for count in (4, 16)] + [(4, p) for p in PRECISIONS[1:]]
-    sides += [(count, PRECISIONS[0]) for count in (1, 0)]  # 0: automatic
+    automatic = [0] * (SAMPLES_AT_ONCE // batch not in (4, 16))
+    sides += [(count, PRECISIONS[0]) for count in (1, *automatic)]
     cases = []
     for (count, precision), (strategy, remat) in itertools.product(
         sides[:1] if TINY else sides, (("layerwise", False), ("end_to_end", False), ("end_to_end", True))
@@ -283,7 +289,7 @@ def compiled(config: Config, wanted: dict[str, int]) -> Simulator | None:
 
 
 def rival() -> None:
-    """Sequential PyTorch with the frozen prefix shared by both views: eager, CUDA graphs, compiled."""
+    """Sequential PyTorch with the frozen prefix shared by both views: eager, compiled, compiled with CUDA graphs."""
     if not importlib.util.find_spec("torch"):
         note("PyTorch is not installed")
         return
@@ -291,10 +297,11 @@ def rival() -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     clients, steps = (2, 2) if TINY else (4, 4)
-    modes = {"eager": ""} if TINY else {"eager": "", "CUDA graphs": "reduce-overhead", "compiled": "default"}
-    batches = (4,) if TINY else (512, 64)
-    for batch, precision, (mode, compile_mode), strategy in itertools.product(
-        batches, PRECISIONS[:2], modes.items(), ("layerwise", "end_to_end")
+    modes = {"eager": "", "compiled, CUDA graphs": "reduce-overhead", "compiled": "default"}
+    first = itertools.product(["eager"], (512, 64), PRECISIONS[:2])  # in seconds; a compilation may take a minute
+    later = itertools.product(list(modes)[1:], (512, 64), PRECISIONS[:2])
+    for (mode, batch, precision), strategy in itertools.product(
+        [("eager", 4, PRECISIONS[0])] if TINY else [*first, *later], ("layerwise", "end_to_end")
     ):
         case = f"{strategy}, {precision}, batch {batch}, {mode}"
         if is_new(case):
@@ -302,13 +309,26 @@ def rival() -> None:
                 **VIT, strategy__name=strategy, batch=batch, steps=steps, clients=clients, runtime__precision=precision
             )
             with failures(case):  # also what torch.compile raises
-                seconds = seconds_of(rival_round(config, compile_mode, precision))
+                torch._dynamo.utils.counters.clear()
+                seconds = seconds_of(rival_round(config, modes[mode], precision))
+                skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+                more = {"not run as CUDA graphs": skipped} if skipped else {}
                 work = work_of(config, config.model.depth)
-                say(case, clients * steps / statistics.median(seconds), "client steps/s", runs=seconds, work=work)
+                say(
+                    case,
+                    clients * steps / statistics.median(seconds),
+                    "client steps/s",
+                    runs=seconds,
+                    work=work,
+                    **more,
+                )
 
 
 def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[], None]:
-    """A round of a config's last stage in PyTorch; ``torch.compile`` gets the whole loss, with its views."""
+    """A round of a config's last stage in PyTorch; ``torch.compile`` gets the whole loss, with its views.
+
+    In bfloat16, views and loss are in float32, as ours; the activations between products are in bfloat16, unlike ours.
+    """
     import torch
     from peers_torch import Model, simclr_loss, train_round, two_views
 
@@ -325,19 +345,18 @@ def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[
     state = [p.detach().clone() for p in model.trainable()]
 
     def loss_of(batch_images: Any) -> Any:
-        return simclr_loss(model(two_views(batch_images)), head.temperature)
+        views = two_views(batch_images)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            embeddings = model(views)
+        return simclr_loss(embeddings.float(), head.temperature)
 
     if compile_mode:
         torch._dynamo.reset()  # cases do not share what they compile, or recompile for each other's shapes
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on without compilation
         loss_of = torch.compile(loss_of, mode=compile_mode, dynamic=False)
 
-    def loss(batch_rows: Any) -> Any:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            return loss_of(images[batch_rows])
-
     def one_round() -> None:
-        train_round(model, state, list(rows), config.learning_rate, loss)
+        train_round(model, state, list(rows), config.learning_rate, lambda batch_rows: loss_of(images[batch_rows]))
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -357,7 +376,9 @@ def memory() -> None:
             config = make_config(**VIT, batch=4 if TINY else 512, strategy__name=name, runtime__remat=remat)
             step, arguments = step_and_arguments(config, stage_parts(config)[-1])
             lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
-            ledgers = program_memory(lowered.compile(COMPILER_OPTIONS.get(jax.default_backend())))
+            ledgers = math.nan
+            with failures(f"{case}, the ledger's program"):
+                ledgers = program_memory(lowered.compile(COMPILER_OPTIONS.get(jax.default_backend())))
             program = lowered.compile()
             held = sum(x.nbytes for x in jax.tree.leaves(arguments) if x.dtype != jax.random.key(0).dtype)
             before = device.memory_stats() or {}
@@ -366,9 +387,8 @@ def memory() -> None:
             peak = (after.get("peak_bytes_in_use", math.nan) - before.get("bytes_in_use", 0) + held) / GIB
             grew = after.get("peak_bytes_in_use", 0) > before.get("peak_bytes_in_use", 0)
             say(
-                case, ledgers / GIB, "GiB by the ledger",
-                **{"GiB of the program that runs": program_memory(program) / GIB,
-                   "measured GiB" if grew else "measured GiB, at most": peak},
+                case, program_memory(program) / GIB, "GiB of the program that runs",
+                **{"GiB by the ledger": ledgers / GIB, "measured GiB" if grew else "measured GiB, at most": peak},
             )  # fmt: skip
 
 
@@ -425,7 +445,7 @@ def kernels() -> None:
         **{"device ms a step": 1000 * total / steps},
     )  # fmt: skip
     for name, value in seconds.most_common(12):
-        say(name[:80], 100 * value / total, "% of the time on the device", launches=count[name])
+        say(name, 100 * value / total, "% of the time on the device", launches=count[name])
 
 
 def run_program(program: Any, arguments: Any) -> None:
@@ -458,7 +478,7 @@ def clients() -> None:
         }  # fmt: skip
         with failures(case):
             simulator = make_simulator(make_config(**sizes), [1])
-            seconds, _ = time_stage(simulator, simulator.run.stages[1], first=1)
+            seconds, _ = time_stage(simulator, simulator.run.stages[1])
             more = {"round s": statistics.median(seconds), "lanes": simulator.run.lanes, "runs": seconds}
             say(case, cohort / statistics.median(seconds), "clients/s", precision="tensorfloat32", **more)
 
@@ -483,7 +503,8 @@ def seeds() -> None:
                     jax.block_until_ready(simulator.run_rounds(stage, params, None, stage.first_round + 1).params)
 
             seconds = seconds_of(one_round)
-            say(case, count / statistics.median(seconds), "rounds/s of all runs", lanes=runs[0].lanes, runs=seconds)
+            more = {"lanes": runs[0].lanes, "precision": "float32", "runs": seconds}
+            say(case, count / statistics.median(seconds), "rounds/s of all runs", **more)
 
 
 def feed() -> None:
@@ -505,21 +526,14 @@ def resnet() -> None:
     sizes = {"model.name": "resnet18", "model.stem": "small"} | ({"model.width": 4, "model.depth": 2} if TINY else {})
     config = make_config(**sizes, strategy__name="end_to_end", batch=batch, steps=steps, clients=4, runtime__lanes=4,
                          runtime__precision="bfloat16")  # fmt: skip
-    for case, map_lanes in (("under vmap", jax.vmap), ("one after the other", one_by_one)):
-        with failures(case), mock.patch.object(rounds, "over_lanes", functools.partial(over_lanes, map_lanes)):
+    for case, vmapped in (("one after the other", False), ("under vmap", True)):
+
+        def over_lanes(f: Callable[..., Any], _: bool, *lanes: Tree, vmapped: bool = vmapped) -> Tree:
+            return jax.vmap(f)(*lanes) if vmapped else jax.lax.map(lambda lane: f(*lane), lanes)
+
+        with failures(case), mock.patch.object(rounds, "over_lanes", over_lanes):
             simulator = make_simulator(config)
             measure_stage(case, simulator, simulator.run.stages[0], steps=steps)
-
-
-def over_lanes(map_lanes: Callable[..., Any], f: Callable[..., Any], vmap_on_cpu: bool, *lanes: Tree) -> Tree:
-    """Stand in for ``rounds.over_lanes``."""
-    del vmap_on_cpu
-    return map_lanes(f)(*lanes)
-
-
-def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
-    """As ``jax.vmap``, but one after the other."""
-    return lambda *lanes: jax.lax.map(lambda lane: f(*lane), lanes)
 
 
 STEPS: dict[str, Callable[[], None]] = {

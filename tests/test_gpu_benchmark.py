@@ -43,6 +43,7 @@ def test_the_whole_benchmark_runs_in_small(tmp_path: Path) -> None:
     assert out.endswith((tmp_path / "gpu.md").read_text() + "\n")
     assert [(row["step"], row["case"]) for row in content["rows"]].count(("machine", "copy")) == 1
     assert len(content["runs"]) == 2
+    assert "machine" in content["completed"]
     allowed = {"rival: PyTorch is not installed"}
     assert {f"{note['step']}: {note['note']}" for note in content["notes"]} <= allowed
     assert {row["step"] for row in content["rows"]} >= {"parity", "lanes", "stages", "kernels", "clients", "resnet"}
@@ -52,12 +53,13 @@ def test_the_whole_benchmark_runs_in_small(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_round_on_the_accelerator_is_the_cpus_up_to_rounding(tmp_path: Path) -> None:
-    """In float32 at the highest precision; `pytest -m gpu` runs it."""
+    """In float32 at the highest precision; `pytest -m gpu -n 0 tests/test_gpu_benchmark.py` runs it."""
     run("--only", "parity", "--out", str(tmp_path), JAX_PLATFORMS="", XLA_FLAGS="")
     content = results(tmp_path)
     if any("JAX finds no accelerator" in note["note"] for note in content["notes"]):
         pytest.skip("JAX finds no accelerator")
     found = {row["case"]: row["value"] for row in content["rows"]}
     for strategy in ("layerwise", "end_to_end"):
+        assert {f"{strategy}, float32", f"{strategy}, the CPU with 1 lane"} <= set(found), content["notes"]
         # The floor is a guess until it has been measured: AdamW's first steps are near rate x sign of the gradient.
         assert found[f"{strategy}, float32"] < 10 * found[f"{strategy}, the CPU with 1 lane"] + 1e-3
