@@ -144,7 +144,7 @@ class Results:
 
     def _automatic_lanes(self) -> list[str]:
         """Lanes chosen automatically against the best number that was measured, for the same work."""
-        rows = [row for row in self.content["rows"] if "work" in row and "lanes" in row]
+        rows = [row for row in self.content["rows"] if row["step"] in ("lanes", "stages", "stages_64")]
         lines = ["", "| lanes chosen automatically | best measured | automatic / best |", "|---|---|---|"]
         for row in [row for row in rows if row["chosen"]]:
             same = [other for other in rows if [other["work"], other["remat"]] == [row["work"], row["remat"]]]

@@ -140,7 +140,8 @@ def key(overrides: dict[str, Any]) -> str:
 def config_of(overrides: dict[str, Any]) -> Any:
     from lwfedssl_jax.config import load, override, resolve
 
-    return resolve(override(load("quickstart"), overrides))
+    # The recorded runs had even stages; the quick start's first stage has got more since.
+    return resolve(override(load("quickstart"), {"strategy.first_stage_share": 0.0} | overrides))
 
 
 def run(names: list[str]) -> None:

@@ -105,7 +105,9 @@ class SweepOptions:
     sweep_name: tyro.conf.Positional[str]
     """SWEEP: a name from configs/sweeps, or a path to a Python file that defines `sweep`."""
     workdir: Annotated[Path | None, shown("DIR")] = None
-    """Where the sweep is stored; by default runs/sweeps/SWEEP."""
+    """Where the sweep is stored; by default runs/sweeps/SWEEP, with --base runs/sweeps/SWEEP-CONFIG."""
+    base: Annotated[str, shown("CONFIG")] = ""
+    """Name or file of a config to start from, instead of the sweep's own."""
     dry_run: bool = False
     """Only list the runs, their operations and the estimated time on this machine."""
     jobs: int = 1

@@ -25,7 +25,7 @@ def run_sweep(options: SweepOptions) -> None:
     devices.set_up_cpu()
     if not options.dry_run:
         jax.config.update("jax_platforms", "cpu")  # the accelerators are left to the workers
-    asked = load_sweep(options.sweep_name)
+    asked = load_sweep(options.sweep_name, base=options.base)
     path, runs = options.workdir or Path("runs") / "sweeps" / asked.name, asked.runs
     directory = SweepDirectory(path, asked)
     devices.set_up_cache(options.compilation_cache)
@@ -50,8 +50,8 @@ def run_sweep(options: SweepOptions) -> None:
                     directory.fail(run.directory, event["why"])
 
             request = {
-                "path": str(path), "sweep": options.sweep_name, "cache": options.compilation_cache,
-                "together": options.together,
+                "path": str(path), "sweep": options.sweep_name, "base": options.base,
+                "cache": options.compilation_cache, "together": options.together,
             }  # fmt: skip
             groups = {run.directory: program_config(run.config) for run in runs}
             Pool(request, groups, options.jobs, hear).run([run for run in runs if run.directory not in finished])

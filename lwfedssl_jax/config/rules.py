@@ -56,6 +56,24 @@ def layers_per_stage_exist(config: Config) -> str | None:
     return f"strategy.layers_per_stage: {layers} is more than model.depth; accepted: 1 to model.depth {depth}"
 
 
+def rounds_add_up(config: Config) -> str | None:
+    """The stages' rounds, if they are listed, add up, and nothing else says how long the first stage lasts."""
+    strategy, total = config.strategy, config.federation.rounds
+    if not strategy.rounds_per_stage:
+        return None
+    if strategy.first_stage_share:
+        return (
+            f"strategy.first_stage_share: {strategy.first_stage_share} is set together with strategy.rounds_per_stage "
+            f"{strategy.rounds_per_stage}; accepted: only one of them"
+        )
+    if (listed := sum(strategy.rounds_per_stage)) == total:
+        return None
+    return (
+        f"strategy.rounds_per_stage: {strategy.rounds_per_stage} adds up to {listed}; "
+        f"accepted: numbers that add up to federation.rounds {total}"
+    )
+
+
 def cohort_within_population(config: Config) -> str | None:
     """A round draws at most as many clients as the population has."""
     drawn, clients = config.federation.clients_per_round, config.partition.clients
@@ -106,6 +124,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     heads_divide_width,
     classes_have_examples,
     layers_per_stage_exist,
+    rounds_add_up,
     cohort_within_population,
     deadline_has_speeds,
     a_protocol_is_left,

@@ -112,6 +112,15 @@ class StrategyConfig:
     """layerwise (LW-FedSSL), progressive (Prog-FedSSL) or end_to_end (FedSSL)."""
     layers_per_stage: AtLeast1 = 1
     """Layers that each stage adds; the last stage adds those that are left. end_to_end has one stage of all layers."""
+    rounds_per_stage: tuple[AtLeast1, ...] = ()
+    """Rounds of each stage, which add up to federation.rounds; if stages of several layers replace those of the list,
+    their rounds are added up. Empty: as first_stage_share says."""
+    first_stage_share: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Share of the rounds that the first of several stages lasts; the others share the rest evenly, and each stage has
+    at least one round. 0: all stages evenly."""
+    pacing: Literal["fixed", "adaptive"] = "fixed"
+    """fixed: stages last as planned; adaptive: a stage ends when the clients' mean loss has almost stopped falling, and
+    the last stage has all rounds that are left."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class FederationConfig:
     """The rounds, who takes part in them, and what the server does with the clients' models."""
 
     rounds: AtLeast1 = 180
-    """Total number of rounds, spread evenly over the stages; the first stages take the remainder."""
+    """Total number of rounds; strategy.rounds_per_stage and strategy.first_stage_share divide them into stages."""
     local_epochs: AtLeast1 = 3
     """Passes of a client over its own images per round."""
     clients_per_round: AtLeast0 = 0

@@ -27,7 +27,7 @@ from lwfedssl_jax.costs.operations import (
 from lwfedssl_jax.costs.traffic import stage_bytes
 from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.programs import program_config
-from lwfedssl_jax.method.stages import STRATEGIES, make_stages
+from lwfedssl_jax.method.stages import STRATEGIES, make_stages, with_fitting_rounds
 from lwfedssl_jax.method.stateful_clients import make_client_start
 from lwfedssl_jax.method.task import make_task
 
@@ -134,10 +134,13 @@ def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config]
 
 
 def each_strategy(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
-    """Return the config by strategy, and why the other strategies cannot run with the rest of it (``checks.check``)."""
+    """Return the config by strategy, and why the other strategies cannot run with the rest of it (``checks.check``).
+
+    Where ``strategy.rounds_per_stage`` does not fit a strategy's stages, its rounds are spread evenly.
+    """
     configs, refused = {}, {}
     for name in STRATEGIES:
-        strategy_config = override(config, {"strategy.name": name})
+        strategy_config = with_fitting_rounds(override(config, {"strategy.name": name}))
         if len(STRATEGIES[name](config.model.depth, config.strategy.layers_per_stage)) == 1:
             # It has no layers to skip: compare with the strategy without depth dropout.
             strategy_config = override(strategy_config, {"additions.depth_dropout": 0.0})
@@ -194,11 +197,11 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
 
 
 def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], known: Known | None = None) -> int:
-    """Compute ``flops_executed`` of a run, with the layers that depth dropout actually skipped.
+    """Compute ``flops_executed`` of a run, with the rounds that its stages and the layers that its steps really had.
 
     Args:
       config: resolved.
-      rounds: lines of ``metrics.jsonl``, with ``layers_skipped``.
+      rounds: lines of ``metrics.jsonl``, with depth dropout with ``layers_skipped``.
       known: as for ``make_ledger``.
     """
     known = {} if known is None else known
@@ -209,7 +212,8 @@ def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], kno
     for all_layers, fewest in zip(never, always, strict=True):
         lines = [line for line in rounds if line["stage"] == all_layers["stage"]]
         skipped = np.mean([line["layers_skipped"] for line in lines if "layers_skipped" in line] or [0.0])
-        total += all_layers["flops_executed"] + skipped * (fewest["flops_executed"] - all_layers["flops_executed"])
+        planned = all_layers["flops_executed"] + skipped * (fewest["flops_executed"] - all_layers["flops_executed"])
+        total += planned * len(lines) / all_layers["rounds"]
     return round(total)
 
 

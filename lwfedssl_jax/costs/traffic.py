@@ -7,7 +7,7 @@ import numpy as np
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config
-from lwfedssl_jax.costs.operations import StagePart
+from lwfedssl_jax.costs.operations import StagePart, stage_parts
 from lwfedssl_jax.method import fedca
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.tree import Tree
@@ -58,6 +58,12 @@ def stage_bytes(config: Config, part: StagePart) -> StageBytes:
     extra_download += trainable * additions.has_base  # such a run has a single stage
     download = (everything if additions.refreshes_frozen else exchanged) + extra_download
     return StageBytes(download, exchanged + upload, everything + extra_download + exchanged + upload)
+
+
+def client_bytes(config: Config) -> int:
+    """Compute the bytes, both directions, of one client that takes part in all rounds of a (resolved) config."""
+    stages = [stage_bytes(config, part) for part in stage_parts(config)]
+    return sum(stage.download + stage.upload for stage in stages)
 
 
 class Traffic:

@@ -12,6 +12,7 @@ from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.experiment.ledgers import compiled_ledger
+from lwfedssl_jax.method.pacing import paced_stages
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.simulation.events import Event, Hear, Note
 from lwfedssl_jax.simulation.setup import Cache, Prepared, prepare
@@ -34,6 +35,7 @@ class ActiveRun:
       encode: computes the encoder's features; set by ``load``.
       done: how many rounds were finished when it was loaded.
       saved: the content of the checkpoint after these rounds, until training continues from it.
+      losses: of these rounds, until training continues from them.
       summary: the content of ``summary.json``, once the run is finished; empty without a work directory.
       error: why it ended early.
     """
@@ -45,6 +47,7 @@ class ActiveRun:
     encode: frozen.Encode = field(init=False)
     done: int = 0
     saved: Tree = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
     summary: dict[str, Any] | None = None
     error: Exception | None = None
 
@@ -83,12 +86,21 @@ class ActiveRun:
             interrupts.check()
         task, key = run.task, ("encode", program_config(self.config))
         self.encode = cache.get(key, lambda: frozen.make_encode(task.encoder, task.recipe, task.dtype))
-        self.prepared = run
         found, faults = self.workdir.restore() if self.workdir else (None, {})
         for rounds, why in faults.items():
             self.hear(Note(f"checkpoint {rounds} is damaged: {why}"))
         self.done = int(from_first(np.int32(found.rounds if found else 0)))
         self.saved = found.state if found else {}
+        self.losses = self._losses_so_far()
+        self.prepared = run._replace(stages=paced_stages(self.config, run.stages, self.losses))
+
+    def _losses_so_far(self) -> list[float]:
+        """Return the loss of each finished round, NaN if no client reported; the same in all processes."""
+        losses = np.full(self.config.federation.rounds, np.nan)
+        for line in self.workdir.metrics() if self.workdir else ():
+            if "event" not in line and line["loss"] is not None:
+                losses[line["round"] - 1] = line["loss"]
+        return [float(loss) for loss in from_first(losses)[: self.done]]
 
     def _on_fleet(self, run: Prepared, cache: Cache) -> Prepared:
         """Return the prepared run with its clients assigned to the devices of its fleet."""

@@ -59,7 +59,9 @@ def make_summary(
     measured: dict[str, Any] = {
         key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")
     }
-    if config.additions.depth_dropout:
+    stages = [line["stage"] for line in rounds]
+    measured["rounds_per_stage"] = [stages.count(stage.number) for stage in run.prepared.stages]
+    if config.additions.depth_dropout or config.strategy.pacing == "adaptive":
         measured["flops_executed"] = ledger.measured_operations(config, rounds, known)
     scope = {"clients": config.partition.clients, "scope": MEASURED}
     summary = {

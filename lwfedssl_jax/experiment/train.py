@@ -177,9 +177,9 @@ def simulate(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) ->
     done = runs[0].done
     left = [stage for stage in runs[0].prepared.stages if done < stage.last_round]
     simulator = Simulator([run.prepared for run in runs], left, hear, interrupts.check, cache)
-    params, state = simulator.resume(done, [run.saved for run in runs])
+    params, state = simulator.resume(done, [run.saved for run in runs], runs[0].losses)
     for run, prepared in zip(runs, simulator.runs, strict=True):
-        run.prepared, run.saved = prepared, {}
+        run.prepared, run.saved, run.losses = prepared, {}, []
     return simulator, Position(done, params, state, time.monotonic())
 
 
@@ -214,42 +214,47 @@ def run_rounds(simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Inte
     """
     try:
         with interrupts.held_back():
-            left = [stage for stage in simulator.run.stages if position.done < stage.last_round]
-            for stage in left:
-                run_stage(simulator, runs, interrupts, position, stage)
+            while position.done < simulator.run.stages[-1].last_round and any(run.is_active for run in runs):
+                run_stage(simulator, runs, interrupts, position)
     except KeyboardInterrupt:
         for number in [i for i, run in enumerate(runs) if run.is_active]:
             position.save(simulator, runs, number)
         raise
 
 
-def run_stage(
-    simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Interrupts, position: Position, stage: Stage
-) -> None:
-    """Run the remaining rounds of a stage, as long as any run is active."""
+def run_stage(simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Interrupts, position: Position) -> None:
+    """Run the remaining rounds of the next stage that is not finished, as long as any run is active."""
+    stage = next(stage for stage in simulator.run.stages if position.done < stage.last_round)
     for run in runs:
         run.hear(StageBegan(stage))
     if position.done == stage.first_round:
         position.state = None
     while position.done < stage.last_round and any(run.is_active for run in runs):
-        run_round(simulator, runs, position, stage)
+        stage = run_round(simulator, runs, position, stage)
         save_if_due(simulator, runs, position, stage)
         interrupts.check()
 
 
-def run_round(simulator: Simulator, runs: Sequence[ActiveRun], position: Position, stage: Stage) -> None:
-    """Run the next round; a run whose round is not finite ends with a checkpoint of the round before."""
+def run_round(simulator: Simulator, runs: Sequence[ActiveRun], position: Position, stage: Stage) -> Stage:
+    """Run the next round; a run whose round is not finite ends with a checkpoint of the round before.
+
+    Returns:
+      The stage, which may end with this round.
+    """
     result = simulator.run_rounds(stage, position.params, position.state, position.done + 1)
+    for run, prepared in zip(runs, simulator.runs, strict=True):
+        run.prepared = prepared
 
     def record_round(number: int) -> None:
         try:
-            record(runs[number], stage, result.outcomes[number], simulator.stack.select(number, result.params))
+            record(runs[number], result.stage, result.outcomes[number], simulator.stack.select(number, result.params))
         except FloatingPointError:
             position.save(simulator, runs, number)
             raise
 
     each_active(runs, record_round)
     position.done, position.params, position.state = position.done + 1, result.params, result.state
+    return result.stage
 
 
 def save_if_due(simulator: Simulator, runs: Sequence[ActiveRun], position: Position, stage: Stage) -> None:

@@ -4,7 +4,7 @@ from lwfedssl_jax.config import MODELS, Config, ConfigError, choose
 from lwfedssl_jax.data.partition import PARTITIONS
 from lwfedssl_jax.method import calibration, fedca, stateful_clients
 from lwfedssl_jax.method.aggregation import make_aggregator
-from lwfedssl_jax.method.stages import stage_depths
+from lwfedssl_jax.method.stages import stage_depths, stage_rounds
 from lwfedssl_jax.method.task import make_task
 
 
@@ -16,6 +16,7 @@ def check_method(config: Config) -> None:
     """
     make_task(config)
     stages = len(stage_depths(config))
+    stage_rounds(config, stages)
     choose("partition.kind", config.partition.kind, PARTITIONS)
     make_aggregator(config)
     stateful_clients.check_client_start(config)

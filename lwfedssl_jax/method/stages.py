@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.config import Config, ConfigError, choose
+from lwfedssl_jax.config import Config, ConfigError, choose, override
 from lwfedssl_jax.models.encoder import EVERY_STAGE
 from lwfedssl_jax.tree import Tree
 
@@ -89,18 +89,18 @@ def stage_depths(config: Config) -> list[tuple[int, int]]:
 
 
 def make_stages(config: Config, layers: Tree) -> list[Stage]:
-    """Make the stages of the config's strategy.
+    """Make the stages of the config's strategy; with ``strategy.pacing`` adaptive, as they are planned (``pacing.py``).
 
     Args:
       config: a resolved config.
       layers: each parameter's layer number (``Encoder.layers``), heads included.
 
     Raises:
-      ConfigError: see ``stage_depths``; a parameter's layer number is not among 1..L.
+      ConfigError: see ``stage_depths`` and ``stage_rounds``; a parameter's layer number is not among 1..L.
     """
     depths = stage_depths(config)
     _check_layers(layers, config.model.depth)
-    rounds_S = spread(config.federation.rounds, len(depths))
+    rounds_S = stage_rounds(config, len(depths))
     longest = max(last - frozen for frozen, last in depths)
     stages = []
     for s, (frozen_depth, last) in enumerate(depths):
@@ -123,6 +123,56 @@ def freeze(layers: Tree, frozen_depth: int, depth: int) -> tuple[Tree, Tree]:
     return frozen, trainable
 
 
+def stage_rounds(config: Config, stages: int) -> list[int]:
+    """Return how many rounds each of a number of stages has, of at most ``federation.rounds`` stages.
+
+    Raises:
+      ConfigError: ``strategy.rounds_per_stage`` does not fit the stages (``listed_rounds``).
+    """
+    rounds, strategy = config.federation.rounds, config.strategy
+    if strategy.rounds_per_stage:
+        if listed := listed_rounds(config, stages):
+            return listed
+        raise ConfigError(
+            f"strategy.rounds_per_stage: {strategy.rounds_per_stage} does not fit the {stages} stages of "
+            f"{strategy.name} with {strategy.layers_per_stage} of {config.model.depth} layers per stage; "
+            f"accepted: {stages} numbers, or () to use strategy.first_stage_share"
+        )
+    if strategy.first_stage_share and stages > 1:
+        first = min(max(round(strategy.first_stage_share * rounds), 1), rounds - (stages - 1))
+        return [first, *spread(rounds - first, stages - 1)]
+    return spread(rounds, stages)
+
+
+def listed_rounds(config: Config, stages: int) -> list[int]:
+    """Return ``strategy.rounds_per_stage`` for a number of stages, or an empty list if it does not fit them.
+
+    If the list is of stages of fewer layers, which divide ``strategy.layers_per_stage``, neighbours are added up.
+    """
+    listed, layers, depth = config.strategy.rounds_per_stage, config.strategy.layers_per_stage, config.model.depth
+    if len(listed) == stages:
+        return list(listed)
+    if stages == 1:
+        return [sum(listed)]
+    for fewer in range(1, layers):
+        if -(-depth // fewer) == len(listed) and layers % fewer == 0:
+            group = layers // fewer
+            added = [sum(listed[first : first + group]) for first in range(0, len(listed), group)]
+            return added if len(added) == stages else []
+    return []
+
+
+def rounds_fit(config: Config) -> bool:
+    """Return whether ``strategy.rounds_per_stage``, if it is set, fits the stages of the config's strategy."""
+    stages = len(STRATEGIES[config.strategy.name](config.model.depth, config.strategy.layers_per_stage))
+    return not config.strategy.rounds_per_stage or bool(listed_rounds(config, stages))
+
+
+def with_fitting_rounds(config: Config) -> Config:
+    """Return the config with ``strategy.rounds_per_stage`` left out if it does not fit the stages."""
+    return config if rounds_fit(config) else override(config, {"strategy.rounds_per_stage": ()})
+
+
 def spread(rounds: int, stages: int) -> list[int]:
     """Spread ``rounds`` over ``stages`` as evenly as possible; earlier stages take the remainder."""
     return [rounds // stages + (s < rounds % stages) for s in range(stages)]
@@ -137,9 +187,15 @@ def _check_layers(layers: Tree, depth: int) -> None:
             )
 
 
-Stages = tuple[tuple[int, int], ...]  # (frozen_depth, depth) of each
+Stages = tuple[tuple[int, int, int], ...]  # (frozen_depth, depth, rounds) of each
 
 
-def stages_of(config: Config, strategy: str, layers_per_stage: int) -> Stages:
-    """Return the stages of a strategy; options with equal stages are the same, except for ``runtime.remat``."""
-    return tuple(STRATEGIES[strategy](config.model.depth, layers_per_stage))
+def stages_of(config: Config) -> Stages:
+    """Return the stages of a config; options with equal stages are the same, except for ``runtime.remat``.
+
+    Raises:
+      ConfigError: see ``stage_depths`` and ``stage_rounds``.
+    """
+    depths = stage_depths(config)
+    rounds_S = stage_rounds(config, len(depths))
+    return tuple((frozen, depth, rounds) for (frozen, depth), rounds in zip(depths, rounds_S, strict=True))

@@ -53,10 +53,11 @@ def make_plan(config: Config, examples: float, results: Results = NO_RESULTS, no
     ledgers = ledgers_of(configs, memory=True, notify=notify)
     devices = device_classes(config)
     options = []
-    for (strategy, layers, remat), ledger in ledgers.items():
+    for option, ledger in ledgers.items():
+        strategy, layers, remat = option
         deadline = config.fleet.deadline_seconds
         parts = [fleet.participation(device, ledger["per_stage"], examples, deadline) for device in devices]
-        accuracy = results.found.get((stages_of(config, strategy, layers), remat))
+        accuracy = results.found.get((stages_of(configs[option]), remat))
         shares = shares_by_stage(devices, parts, len(ledger["per_stage"]))
         options.append(Option(strategy, layers, remat, ledger, parts, shares, accuracy))
     recommended, reason = recommend(config, devices, options, results.protocol)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lwfedssl_jax.analysis.settings import protocols
-from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, to_dict
+from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, override, to_dict
 from lwfedssl_jax.method.stages import STRATEGIES, Stages, stages_of
 
 FREE_SECTIONS = ("strategy", "runtime", "evaluation", "fleet")  # sections in which runs may differ from the config
@@ -66,10 +66,9 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
     chosen = protocol or known[0]
     values: dict[tuple[Stages, bool], dict[int, list[float]]] = {}
     for run in runs:
-        accuracy, strategy = run.get(f"accuracy.{chosen}"), run["strategy.name"]
-        if not isinstance(accuracy, float) or not math.isfinite(accuracy) or strategy not in STRATEGIES:
+        accuracy, stages = run.get(f"accuracy.{chosen}"), stages_of_run(config, run)
+        if not isinstance(accuracy, float) or not math.isfinite(accuracy) or not stages:
             continue
-        stages = stages_of(config, strategy, int(run["strategy.layers_per_stage"]))
         # On a fleet, runtime.remat decides which clients take part; otherwise it does not change accuracies.
         for remat in (bool(run["runtime.remat"]),) if on_fleet else (False, True):
             values.setdefault((stages, remat), {}).setdefault(run["runtime.seed"], []).append(accuracy)
@@ -78,6 +77,20 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
         for option, by_seed in values.items()
     }
     return Results(chosen, on_fleet, found)
+
+
+def stages_of_run(config: Config, run: Row) -> Stages:
+    """Return the stages of a run; none if this version cannot train it, or paces its stages unlike the config."""
+    if run["strategy.name"] not in STRATEGIES or run["strategy.pacing"] != config.strategy.pacing:
+        return ()
+    listed = tuple(int(number) for number in str(run["strategy.rounds_per_stage"]).split())
+    changes = {
+        "strategy.name": run["strategy.name"],
+        "strategy.layers_per_stage": int(run["strategy.layers_per_stage"]),
+        "strategy.first_stage_share": float(run["strategy.first_stage_share"]),
+        "strategy.rounds_per_stage": listed,
+    }
+    return stages_of(override(config, changes))
 
 
 def runs_like(config: Config, rows: Sequence[Row]) -> tuple[list[Row], bool]:

@@ -10,7 +10,7 @@ from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger, each_strategy
 from lwfedssl_jax.data import sources
-from lwfedssl_jax.method.stages import STRATEGIES, stages_of
+from lwfedssl_jax.method.stages import STRATEGIES
 from lwfedssl_jax.plan.measured import Measured
 
 
@@ -74,9 +74,9 @@ def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], di
     configs: dict[tuple[str, int, bool], Config] = {}
     refused: dict[str, str] = {}
     for strategy, remat in itertools.product(STRATEGIES, (False, True)):
-        seen = {stages_of(config, s, k) for s, k, _ in configs if s != strategy}
+        seen = {depths_of(config, s, k) for s, k, _ in configs if s != strategy}
         for number in numbers:
-            stages = stages_of(config, strategy, number)
+            stages = depths_of(config, strategy, number)
             if stages in seen:
                 continue
             seen.add(stages)
@@ -90,6 +90,11 @@ def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], di
     if not configs:
         raise ConfigError(next(iter(refused.values())))
     return configs, refused
+
+
+def depths_of(config: Config, strategy: str, layers_per_stage: int) -> tuple[tuple[int, int], ...]:
+    """Return ``(frozen_depth, depth)`` of each stage of an option."""
+    return tuple(STRATEGIES[strategy](config.model.depth, layers_per_stage))
 
 
 def shares_by_stage(devices: Sequence[DeviceClass], parts: Sequence[Participation], stages: int) -> list[float]:

@@ -18,11 +18,12 @@ from lwfedssl_jax.analysis.wording import (
     short_number,
     time_words,
 )
-from lwfedssl_jax.config import to_dict
+from lwfedssl_jax.config import override, to_dict
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger
+from lwfedssl_jax.method.stages import rounds_fit
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 
@@ -59,7 +60,11 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
     )
     if any(device.has_speed for device in plan.devices):
         columns += " Times: of a device that takes part in every round."
-    notes = [columns, *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items())]
+    notes = [
+        columns,
+        *_schedule_notes(plan),
+        *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
+    ]
     if plan.results.protocol:
         where = "on this fleet" if plan.results.on_fleet else "in which all clients take part throughout"
         several = spread and any(o.measured and len(o.measured.by_seed) > 1 for o in plan.options)
@@ -68,6 +73,23 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
             f"seeds, of runs {where}; blank if there are none."
         )
     return notes
+
+
+def _schedule_notes(plan: Plan) -> list[str]:
+    """State what the options assume about the rounds of their stages, where that is not what the config says."""
+    strategy, notes = plan.config.strategy, []
+    evenly = [option.name for option in plan.options if not option.remat and not _rounds_fit(plan, option)]
+    if evenly:
+        listed = " ".join(map(str, strategy.rounds_per_stage))
+        notes.append(f"strategy.rounds_per_stage {listed} does not fit, and rounds are even: {'; '.join(evenly)}.")
+    if strategy.pacing == "adaptive":
+        notes.append("strategy.pacing adaptive: costs are those of the planned rounds, which a run may change.")
+    return notes
+
+
+def _rounds_fit(plan: Plan, option: Option) -> bool:
+    changes = {"strategy.name": option.strategy, "strategy.layers_per_stage": option.layers_per_stage}
+    return rounds_fit(override(plan.config, changes))
 
 
 def _options_table(plan: Plan, *, energy: bool, spread: bool) -> Table:

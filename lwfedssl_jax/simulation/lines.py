@@ -29,6 +29,8 @@ class RoundLine(TypedDict):
       seconds: that the round took.
       layers_skipped: with depth dropout, the share of droppable layers that steps skipped.
       calibration_loss: with calibration, the mean loss of the server's steps.
+      loss_fall: with adaptive pacing, see ``pacing.loss_fall``; None after too few rounds of a stage.
+      stage_ends: with adaptive pacing, whether this is the stage's last round.
 
     A line also has the numbers that the aggregator measured, by the names it gave them.
     """
@@ -49,6 +51,8 @@ class RoundLine(TypedDict):
     seconds: NotRequired[float]  # of every line that is written
     layers_skipped: NotRequired[float]
     calibration_loss: NotRequired[float]
+    loss_fall: NotRequired[float | None]
+    stage_ends: NotRequired[bool]
 
 
 def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort) -> RoundLine:

@@ -153,9 +153,13 @@ def check_server_images(config: Config, size: int, limit: int) -> None:
 
 
 def can_stack(config: Config) -> bool:
-    """Return whether runs of a config can be stacked: the server does not train, and clients do not keep models."""
+    """Return whether runs of a config can be stacked.
+
+    The server does not train, clients do not keep models, and all runs have the same stages.
+    """
     server_trains = config.additions.calibration_steps or config.additions.base_steps
-    return not server_trains and config.federation.client_start == "global" and jax.process_count() == 1
+    same_stages = config.strategy.pacing == "fixed"
+    return not server_trains and same_stages and config.federation.client_start == "global" and jax.process_count() == 1
 
 
 def stack_size(config: Config) -> int:

@@ -1,6 +1,7 @@
 """The simulator, which runs the rounds of a prepared run on its devices."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from lwfedssl_jax.costs.traffic import make_traffic
 from lwfedssl_jax.method.aggregation import RoundContext
+from lwfedssl_jax.method.pacing import end_stage, loss_fall
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
@@ -47,11 +49,15 @@ class Outcome(NamedTuple):
 
 
 class RoundResult(NamedTuple):
-    """The global parameters and the state after a round (of all stacked runs), and the outcome of each run."""
+    """The global parameters and the state after a round (of all stacked runs), each outcome, and the stage.
+
+    The stage is as it was, or ends with the round.
+    """
 
     params: Tree
     state: RoundState
     outcomes: list[Outcome]
+    stage: Stage
 
 
 class Simulator:
@@ -87,8 +93,9 @@ class Simulator:
         self.runs = tuple(runs)
         self._hear, self._between_calls, self._cache = hear, between_calls, cache or Cache()
         # Steps per call; several processes must make the same calls.
-        self._pace = 1 if jax.process_count() == 1 else cohort.CALL_STEPS
+        self._call_steps = 1 if jax.process_count() == 1 else cohort.CALL_STEPS
         shapes = jax.eval_shape(lambda: initial_params(self.run))
+        self._losses: list[float] = []  # of all rounds so far, if stages depend on them
         self._traffic = [make_traffic(run.config, shapes, run.layers, len(run.clients)) for run in self.runs]
         self._set_up()
         while (needed := self._needed(stages)) > (limit := memory_limit(self.run.mesh)):
@@ -128,16 +135,20 @@ class Simulator:
         """Return the programs of a stage, compiled once for all stages of the same shapes."""
         return self._programs.of(stage)
 
-    def resume(self, rounds: int, saved: Sequence[Tree]) -> tuple[Tree, RoundState | None]:
+    def resume(
+        self, rounds: int, saved: Sequence[Tree], losses: Sequence[float] = ()
+    ) -> tuple[Tree, RoundState | None]:
         """Continue after ``rounds`` rounds.
 
         Args:
           rounds: how many are finished.
           saved: what ``state_to_save`` returned for each run; empty for a new run.
+          losses: of the finished rounds, with ``strategy.pacing`` adaptive; the stages must fit them (``pacing.py``).
 
         Returns:
           The parameters, on all devices, and the state, None at a stage's beginning.
         """
+        self._losses = list(losses)
         each = zip(self.runs, self._traffic, saved, strict=True)
         resumed = [resume_one(run, traffic, rounds, content) for run, traffic, content in each]
         params, states = self.stack.gather([params for params, _ in resumed]), [state for _, state in resumed]
@@ -187,8 +198,19 @@ class Simulator:
                 calibrated, lines[0]["calibration_loss"] = self._server.after_round(stage, params, number)
                 params = self.stack.place(from_first(calibrated))
         seconds = round((time.monotonic() - began) / len(self.runs), 4)
+        if self.run.config.strategy.pacing == "adaptive":
+            stage, pace = self._pace(stage, lines[0]["loss"])
+            lines[0] |= pace
         outcomes = [outcome(run, line | {"seconds": seconds}) for run, line in zip(self.runs, lines, strict=True)]
-        return RoundResult(params, state, outcomes)
+        return RoundResult(params, state, outcomes, stage)
+
+    def _pace(self, stage: Stage, loss: float | None) -> tuple[Stage, dict[str, Any]]:
+        """End a stage whose rounds no longer pay; return it as it is now, and what the round's line says about it."""
+        self._losses.append(math.nan if loss is None else loss)
+        pace = loss_fall(self.run.stages, self._losses)
+        self.runs = (self.run._replace(stages=end_stage(self.run.stages, self._losses)),)
+        stage = self.run.stages[stage.number - 1]
+        return stage, {"loss_fall": pace, "stage_ends": stage.last_round == len(self._losses)}
 
     def _begin(
         self,
@@ -233,7 +255,7 @@ class Simulator:
                 memory = recall(self.run.start.empty_memory, clients, host_schedule, self.run.mesh)
             first, call = 0, None
             while first < steps:
-                count = min(self._pace, steps - first)
+                count = min(self._call_steps, steps - first)
                 asked = time.monotonic()
                 work = Work(images, schedule, *self.stack.place((np.int32(first), np.int32(count))))
                 carry = run_steps(carry, memory, work)
@@ -242,7 +264,7 @@ class Simulator:
                 jax.block_until_ready(carry)
                 first, done = first + count, done + count
                 if jax.process_count() == 1:
-                    self._pace = max(1, int(count * SECONDS_PER_CALL / (time.monotonic() - asked)))
+                    self._call_steps = max(1, int(count * SECONDS_PER_CALL / (time.monotonic() - asked)))
                 self._hear(StepsDone(number, done, total))
                 self._between_calls()
             if self.run.keeps_clients:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from lwfedssl_jax.config import (
     resolve,
     run_file,
 )
+from lwfedssl_jax.costs.traffic import client_bytes
 from lwfedssl_jax.data.views import RECIPES
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.method.aggregation import AGGREGATORS
@@ -33,6 +35,8 @@ from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.models import ARCHITECTURES
 
 LONGEST_SLUG = 80  # largest number of characters of a setting in a directory's name
+SCHEDULE = ("strategy.rounds_per_stage", "strategy.first_stage_share", "strategy.pacing")
+NEEDS_STAGES: dict[str, Any] = {"strategy.rounds_per_stage": (), "additions.depth_dropout": 0.0}  # off where one stage
 TABLES: tuple[dict[str, Any], ...] = (TERMS, AGGREGATORS, OBJECTIVES, STRATEGIES, MODELS, ARCHITECTURES, RECIPES)
 
 
@@ -48,6 +52,8 @@ class Sweep:
       zip: fields that change together: the first values, the second ones, and so on.
       runs: individual settings.
       seeds: of each setting; means and differences are taken over them.
+      shallow_control: whether to train, for each setting of the strategy layerwise, also an encoder that has only the
+        layers of its first stage, end to end: for as many rounds, and for as many as have the same traffic.
     """
 
     base: str | Config = "quickstart"
@@ -55,6 +61,7 @@ class Sweep:
     zip: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     runs: Sequence[Mapping[str, Any]] = ({},)
     seeds: Sequence[int] = (0,)
+    shallow_control: bool = False
 
 
 class SweepRun(NamedTuple):
@@ -94,8 +101,13 @@ class SweepFile(NamedTuple):
     runs: list[SweepRun]
 
 
-def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
+def load_sweep(name: str, config_dir: Path = CONFIG_DIR, base: str = "") -> SweepFile:
     """Load the sweep ``config_dir/sweeps/NAME.py``, or that of a Python file.
+
+    Args:
+      name: of the sweep, or its file.
+      config_dir: that ``sweeps`` is in.
+      base: name or file of a config that replaces the sweep's own base.
 
     Raises:
       ConfigError: there is no such sweep, the file does not run or defines no ``sweep``, or a run is not valid.
@@ -108,6 +120,8 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR) -> SweepFile:
     if not isinstance(sweep, Sweep):
         found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
         raise ConfigError(f"SWEEP: {path} does not define `sweep`, {found}")
+    if base:
+        sweep, name = dataclasses.replace(sweep, base=base), f"{name}-{Path(base.removesuffix('.py')).name}"
     about = (module.__doc__ or "").strip().split("\n")[0]
     # A file that adds entries to the tables contains more than the configs of its runs.
     code = path.read_bytes() if tables != [dict(table) for table in TABLES] else b""
@@ -144,6 +158,8 @@ def make_runs(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
     base, base_code = load_base(sweep)
     code_digest = hashlib.sha256(code + base_code).hexdigest() if code + base_code else ""
     settings = list(make_settings(sweep))
+    if sweep.shallow_control:
+        settings += shallow_controls(base, settings)
     fields = dict.fromkeys(itertools.chain(*settings))
     varied = [name for name in fields if len({repr(setting.get(name)) for setting in settings}) > 1]
     runs: list[SweepRun] = []
@@ -193,6 +209,31 @@ def make_settings(sweep: Sweep) -> Iterator[dict[str, Any]]:
     combined = [dict(zip(sweep.product, values, strict=True)) for values in itertools.product(*sweep.product.values())]
     for own, row, values in itertools.product(sweep.runs, rows, combined):
         yield {**own, **row, **values}
+
+
+def shallow_controls(base: Config, settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the settings that ``Sweep.shallow_control`` adds, each once.
+
+    Raises:
+      ConfigError: a setting is not valid.
+    """
+    controls: dict[Config, dict[str, Any]] = {}
+    for setting in settings:
+        config = resolve(override(base, setting))
+        if config.strategy.name != "layerwise":
+            continue
+        layers = config.strategy.layers_per_stage
+        control = {name: value for name, value in setting.items() if name not in SCHEDULE}
+        control |= {"strategy.name": "end_to_end", "model.depth": layers}
+        without = override(base, control)
+        control |= {name: off for name, off in NEEDS_STAGES.items() if operator.attrgetter(name)(without) != off}
+        rounds, shallow = config.federation.rounds, resolve(override(base, control))
+        same_traffic = max(1, round(rounds * client_bytes(config) / client_bytes(shallow)))
+        controls.setdefault(shallow, control)
+        if same_traffic != rounds:
+            control = control | {"federation.rounds": same_traffic}
+            controls.setdefault(resolve(override(base, control)), control)
+    return list(controls.values())
 
 
 def check_types(sweep: Sweep) -> None:

@@ -44,7 +44,7 @@ def serve() -> None:
     devices.set_up_cache(request["cache"])
     import jax
 
-    by_directory = {run.directory: run for run in load_sweep(request["sweep"]).runs}
+    by_directory = {run.directory: run for run in load_sweep(request["sweep"], base=request["base"]).runs}
     shared = Cache()
     with contextlib.suppress(KeyboardInterrupt), Interrupts() as interrupts:
         units: queue.Queue[list[str] | None] = queue.Queue()

@@ -158,6 +158,34 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     assert lines(tmp_path / "run") == lines(whole)
 
 
+@pytest.mark.usefixtures("cheap_views")
+def test_adaptive_stages_are_the_same_after_an_interruption(tmp_path: Path) -> None:
+    config = small_config(
+        strategy__pacing="adaptive", federation__rounds=10, partition__kind="iid", evaluation__labels_per_class=()
+    )
+    cache = setup.Cache()
+    summary = train(config, tmp_path / "whole", cache=cache)
+    for number in (2, 5, 8):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", Interrupting(number), cache)
+    assert train(config, tmp_path / "run", cache=cache)["evaluation"] == summary["evaluation"]
+
+    def lines(path: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in WorkDir(path, config).metrics()]
+
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    rounds = [line for line in lines(tmp_path / "whole") if "event" not in line]
+    used = [sum(line["stage"] == stage for line in rounds) for stage in (1, 2, 3)]
+    measured = summary["resources"]["measured"]
+    assert measured["rounds_per_stage"] == used != [row["rounds"] for row in summary["resources"]["per_stage"]]
+    ends = [line["round"] for line in rounds if line["stage_ends"]]
+    assert ends == [sum(used[: stage + 1]) for stage in range(3)]
+    assert [line["round"] for line in lines(tmp_path / "whole") if line.get("protocol") == "knn"] == [0, *ends]
+    per_round = [row["flops_executed"] / row["rounds"] for row in summary["resources"]["per_stage"]]
+    assert measured["flops_executed"] == round(sum(n * each for n, each in zip(used, per_round, strict=True)))
+    assert measured["flops_executed"] != summary["resources"]["flops_executed"]
+
+
 def test_a_signal_that_a_callback_swallows_is_not_forgotten(tmp_path: Path) -> None:
     """As JAX's of the garbage collector do, where an exception is lost."""
 

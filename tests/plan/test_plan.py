@@ -11,7 +11,7 @@ from conftest import SMALL, known_traces, small_config
 from rich.console import Console
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, to_dict
+from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, override, to_dict
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet, operations
 from lwfedssl_jax.costs import ledger as ledger_module
@@ -172,8 +172,9 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
         row(config, 0.1, partition__beta=9.0),
         row(config, 0.1, fleet__devices="phone count=1 memory_gb=1"),
         row(config, 0.6, strategy__name="end_to_end"),
+        row(config, 0.1, strategy__pacing="adaptive"),
     ]
-    layers, whole = ((0, 1), (1, 2), (2, 3)), ((0, 3),)
+    layers, whole = ((0, 1, 1), (1, 2, 1), (2, 3, 1)), ((0, 3, 3),)  # with the rounds of each stage
     found = {layers: Measured({0: 0.5, 1: 0.7}), whole: Measured({0: 0.6})}
     assert found[layers].accuracy == pytest.approx(0.6)
     assert found[layers].std == pytest.approx(math.sqrt(0.02))
@@ -255,7 +256,12 @@ def test_the_table_fits_the_screen() -> None:
     devices = tuple(f"class{i} count={i} memory_gb=4 gflops=5 uplink_mbps=1 downlink_mbps=9 watts=3" for i in (1, 2, 3))
     config = small_config(fleet__devices=devices)
     reached = Measured({0: 0.5, 1: 0.7})
-    found = {(stages.stages_of(config, s, 1), r): reached for s in ("layerwise", "progressive") for r in (False, True)}
+    names = ("layerwise", "progressive")
+    found = {
+        (stages.stages_of(override(config, {"strategy.name": name})), remat): reached
+        for name in names
+        for remat in (False, True)
+    }
     made = make.make_plan(config, 9000, measured.Results("knn", False, found))
     for width, accuracy, energy in ((74, "60.0", False), (80, "60.0±14.1", False), (120, "60.0±14.1", True)):
         console = Console(width=width, record=True, file=io.StringIO())

@@ -313,7 +313,7 @@ def after_rounds(simulator: Simulator, stage: Stage, numbers: list[int]) -> tupl
     params, state = simulator.resume(0, [{}] * len(simulator.runs))
     lines = []
     for number in numbers:
-        params, state, outcomes = simulator.run_rounds(stage, params, state, number)
+        params, state, outcomes, _ = simulator.run_rounds(stage, params, state, number)
         lines.append([outcome.error or outcome.line for outcome in outcomes])
     return params, state, lines
 

@@ -15,8 +15,9 @@ from rich.console import Console
 
 import lwfedssl_jax.cli.sweep as sweep_command
 from lwfedssl_jax.cli import main
-from lwfedssl_jax.config import ConfigError, available
+from lwfedssl_jax.config import ConfigError, available, override
 from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.costs.traffic import client_bytes
 from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.sweep import Sweep, cores, pool
@@ -136,20 +137,48 @@ def test_a_sweep_in_a_subfolder_has_the_folder_in_its_name_and_directory(
     assert ("sweeps/paper/small", "One run.") in available(tmp_path / "configs")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep_command, "load_sweep", lambda name: load_sweep(name, tmp_path / "configs"))
+    monkeypatch.setattr(sweep_command, "load_sweep", lambda name, base: load_sweep(name, tmp_path / "configs", base))
     monkeypatch.setattr(sweep_command.Pool, "run", lambda self, runs: None)
     monkeypatch.setattr(sweep_command, "write_and_print_report", lambda directories, out: None)
     assert main(["sweep", "paper/small", "--compilation-cache", "off"]) == 0
     assert (tmp_path / "runs" / "sweeps" / "paper" / "small" / "sweep.json").is_file()
 
 
-def test_the_quickstarts_sweep_has_three_strategies_and_seeds() -> None:
+def test_the_quickstarts_sweep_has_three_strategies_a_shallow_control_and_seeds() -> None:
     name, about, _, runs = load_sweep("quickstart_sweep")
-    assert (name, len(runs)) == ("quickstart_sweep", 9)
+    assert (name, len(runs)) == ("quickstart_sweep", 12)
     assert "15 minutes" in about
-    assert {(run.label, run.seed) for run in runs} == {
-        (strategy, seed) for strategy in ("layerwise", "progressive", "end_to_end") for seed in (0, 1, 2)
-    }
+    labels = ("layerwise", "progressive", "end_to_end", "end_to_end, depth 1")  # whose traffic is that of layerwise
+    assert {(run.label, run.seed) for run in runs} == {(label, seed) for label in labels for seed in (0, 1, 2)}
+
+
+def test_a_shallow_control_has_the_first_stages_layers_and_the_rounds_or_the_traffic() -> None:
+    base = small_config(model__depth=4, federation__rounds=8, strategy__rounds_per_stage=(2, 2, 2, 2))
+    base = override(base, {"additions.depth_dropout": 0.2})
+    sweep = Sweep(
+        base,
+        runs=[{"strategy.name": "layerwise", "strategy.layers_per_stage": k} for k in (1, 2)]
+        + [{"strategy.name": "layerwise", "strategy.rounds_per_stage": (5, 1, 1, 1)}],
+        shallow_control=True,
+    )
+    configs = {run.label: run.config for run in make_runs(sweep)}
+    controls = [config for config in configs.values() if config.strategy.name == "end_to_end"]
+    assert {config.model.depth for config in controls} == {1, 2}
+    traffic = {label: client_bytes(config) for label, config in configs.items()}
+    (layers, *_), shallow = configs, [c for c in controls if c.model.depth == 1 and c.federation.rounds != 8]
+    per_round = client_bytes(shallow[0]) / shallow[0].federation.rounds
+    assert abs(client_bytes(shallow[0]) - traffic[layers]) <= per_round / 2
+    assert [c for c in controls if c.model.depth == 1 and c.federation.rounds == 8]
+
+
+def test_a_sweep_can_start_from_another_config(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"from lwfedssl_jax.config import Config, override\nconfig = override(Config(), {SMALL!r})\n")
+    found = load_sweep("strategies", base=str(file))
+    assert found.name == "strategies-mine"
+    assert {run.config.data.name for run in found.runs} == {"synthetic"}
+    with pytest.raises(ConfigError, match=r"SWEEP: base: 'mien' is not a config"):
+        load_sweep("strategies", base="mien")
 
 
 def test_runs_of_a_file_that_holds_more_than_configs_are_known_by_its_text(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""How long the first stage should last: four fixed schedules against ``strategy.pacing adaptive``, on three data sets.
+
+    python benchmarks/pacing.py                      # about half an hour on 2 cores
+    python benchmarks/pacing.py --only digits
+
+layerwise with SimCLR, a ViT of width 64 and depth 4, at equal rounds: digits; Fashion-MNIST (Debian's package
+dataset-fashion-mnist), 10 clients with 1,000 images each; and patches of scikit-image's pictures, which it needs, 10
+clients, the picture as the class, training and test patches from different parts of each.
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+from lwfedssl_jax.config import Config, load, override, resolve
+from lwfedssl_jax.experiment.train import train
+from lwfedssl_jax.simulation.setup import Cache
+from lwfedssl_jax.system import devices
+from lwfedssl_jax.workdir import WorkDir
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "even": {"strategy.first_stage_share": 0.0},
+    "first stage 40 %": {"strategy.first_stage_share": 0.4},
+    "first stage 62 %": {"strategy.first_stage_share": 0.62},
+    "first stage 80 %": {"strategy.first_stage_share": 0.8},
+    "adaptive": {"strategy.first_stage_share": 0.0, "strategy.pacing": "adaptive"},
+}
+COMMON: dict[str, Any] = {"model.depth": 4, "evaluation.labels_per_class": (5, 20)}
+SIZES: dict[str, dict[str, Any]] = {
+    "digits": {"federation.rounds": 16},
+    "fashion_mnist": {
+        "data.name": "fashion_mnist", "data.image_size": 28, "model.patch_size": 7, "partition.kind": "shared",
+        "partition.examples_per_client": 1000, "federation.rounds": 24, "federation.local_epochs": 1,
+        "optimizer.batch_size": 128, "optimizer.learning_rate": 0.008,
+    },
+    "pictures": {
+        "data.image_size": 32, "data.views": "natural", "model.patch_size": 8, "partition.kind": "iid",
+        "federation.rounds": 24, "federation.local_epochs": 2,
+    },
+}  # fmt: skip
+PICTURES = (
+    "astronaut", "brick", "camera", "cell", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
+    "immunohistochemistry", "moon", "page", "retina", "rocket", "text",
+)  # fmt: skip
+
+
+def main() -> None:
+    options = common.arguments(
+        __doc__ or "",
+        only={"nargs": "+", "choices": list(SIZES), "default": list(SIZES)},
+        seeds={"type": int, "default": 3},
+    )
+    devices.set_up_cpu()
+    devices.set_up_cache(None)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for data in options.only:
+            found: dict[str, dict[str, list[float]]] = {}
+            for schedule, changes in SCHEDULES.items():
+                runs = [
+                    run(make_config(data, folder, changes | {"runtime.seed": s}), folder) for s in range(options.seeds)
+                ]
+                lengths = " | ".join(" ".join(map(str, lengths)) for lengths in dict.fromkeys(r[1] for r in runs))
+                found[schedule] = {protocol: [r[0][protocol] for r in runs] for protocol in runs[0][0]}
+                means = {protocol: 100 * statistics.mean(values) for protocol, values in found[schedule].items()}
+                rows.append({"data": data, "schedule": schedule, "rounds per stage": lengths} | means)
+                print(rows[-1], flush=True)
+            best = {protocol: max(row[protocol] for row in rows if row["data"] == data
+                                  and row["schedule"] != "adaptive") for protocol in means}  # fmt: skip
+            rows[-1] |= {f"{protocol} - best fixed": rows[-1][protocol] - value for protocol, value in best.items()}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    common.publish(
+        "pacing", f"Means of {options.seeds} seeds, %", [{c: row.get(c, "") for c in columns} for row in rows]
+    )
+
+
+def make_config(data: str, folder: str, changes: dict[str, Any]) -> Config:
+    """The config of a run."""
+    if data == "pictures":
+        file = Path(folder) / "pictures.npz"
+        if not file.exists():
+            write_patches(file)
+        changes = changes | {"data.name": f"npz:{file}"}
+    return resolve(override(load("quickstart"), COMMON | SIZES[data] | changes))
+
+
+def run(config: Config, folder: str, cache: Cache | None = None) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Accuracy by protocol, and how many rounds each stage had."""
+    with tempfile.TemporaryDirectory(dir=folder) as path:
+        summary = train(config, WorkDir(Path(path) / "run", config), cache=cache)
+    accuracies = {protocol: result["accuracy"] for protocol, result in summary["evaluation"].items()}
+    return accuracies, tuple(summary["resources"]["measured"]["rounds_per_stage"])
+
+
+def write_patches(file: Path, size: int = 32, train_per_class: int = 150, test_per_class: int = 60) -> None:
+    """Cut patches at random places: for training from the left two thirds of a picture, for testing from the rest."""
+    from skimage import data
+
+    rng, parts = np.random.default_rng(0), {"train": train_per_class, "test": test_per_class}
+    arrays: dict[str, Any] = {"val_images": np.zeros((0, size, size, 3), np.uint8), "val_labels": np.zeros((0, 1), int)}
+    for part, count in parts.items():
+        patches = []
+        for name in PICTURES:
+            picture = np.asarray(getattr(data, name)())
+            picture = np.repeat(picture[..., None], 3, -1) if picture.ndim == 2 else picture[..., :3]
+            edge = 2 * picture.shape[1] // 3
+            picture = picture[:, :edge] if part == "train" else picture[:, edge:]
+            top, left = (rng.integers(0, n - size + 1, count) for n in picture.shape[:2])
+            patches += [picture[t : t + size, x : x + size] for t, x in zip(top, left, strict=True)]
+        arrays[f"{part}_images"] = np.stack(patches).astype(np.uint8)
+        arrays[f"{part}_labels"] = np.repeat(np.arange(len(PICTURES)), count)[:, None]
+    np.savez(file, **arrays)
+
+
+if __name__ == "__main__":
+    main()
