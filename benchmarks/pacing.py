@@ -59,11 +59,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for data in options.only:
-            found: dict[str, dict[str, list[float]]] = {}
+            cache, found = Cache(), dict[str, dict[str, list[float]]]()
             for schedule, changes in SCHEDULES.items():
-                runs = [
-                    run(make_config(data, folder, changes | {"runtime.seed": s}), folder) for s in range(options.seeds)
-                ]
+                configs = [make_config(data, folder, changes | {"runtime.seed": s}) for s in range(options.seeds)]
+                runs = [run(config, folder, cache) for config in configs]
                 lengths = " | ".join(" ".join(map(str, lengths)) for lengths in dict.fromkeys(r[1] for r in runs))
                 found[schedule] = {protocol: [r[0][protocol] for r in runs] for protocol in runs[0][0]}
                 means = {protocol: 100 * statistics.mean(values) for protocol, values in found[schedule].items()}
@@ -88,7 +87,7 @@ def make_config(data: str, folder: str, changes: dict[str, Any]) -> Config:
     return resolve(override(load("quickstart"), COMMON | SIZES[data] | changes))
 
 
-def run(config: Config, folder: str, cache: Cache | None = None) -> tuple[dict[str, float], tuple[int, ...]]:
+def run(config: Config, folder: str, cache: Cache) -> tuple[dict[str, float], tuple[int, ...]]:
     """Accuracy by protocol, and how many rounds each stage had."""
     with tempfile.TemporaryDirectory(dir=folder) as path:
         summary = train(config, WorkDir(Path(path) / "run", config), cache=cache)

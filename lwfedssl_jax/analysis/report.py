@@ -12,7 +12,7 @@ import pandas as pd
 from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import setting_plots, tables
 from lwfedssl_jax.analysis.headline import headline
-from lwfedssl_jax.analysis.results import SEED, STRATEGY, RunRecord, find_runs, frame, sweep_name
+from lwfedssl_jax.analysis.results import SEED, STRATEGY, RunRecord, find_runs, frame, sweep_base, sweep_name
 from lwfedssl_jax.analysis.setting_plots import Curve, Look
 from lwfedssl_jax.analysis.settings import Setting, group_by_setting, protocols
 from lwfedssl_jax.analysis.statistics import Difference, differences, over_seeds
@@ -24,6 +24,7 @@ from lwfedssl_jax.system.files import write_whole
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
+PACING = "When stages ended: the fall of the mean training loss, relative to the loss, and the threshold."
 SPENDING = "What a client spends under each strategy: over the rounds, and in total for other numbers of local epochs."
 LOCAL_OPTIONS = (  # options that depend on the machine or run; a command line that repeats a run omits them
     "--runtime.seed", "--workdir", "--compilation-cache", "--coordinator", "--processes", "--process",
@@ -98,6 +99,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "differences": {protocol_words(p): list(map(str, found)) for p, found in compared.items()},
         "costs": [_costs_figure(finished, settings, p, out) for p in names] if len(finished) > 1 else [],
         "curves": list(_curve_figures(members, settings, names, out) if settings else _first_curves(runs, out)),
+        "pacing": _pacing_figure(members),
         "share_panel": len(settings) <= len(STYLES),
         "spending": _spending_figure(members),
         "populations": populations[:SHOWN_POPULATIONS],
@@ -231,6 +233,14 @@ def _spending_figure(members: Members) -> Figure | None:
     return _picture(first.path / "plots" / "resources.png", SPENDING, SPENDING)
 
 
+def _pacing_figure(members: Members) -> Figure | None:
+    """The picture of adaptive pacing of the first run, if there is only one setting and it was paced."""
+    if len(members) != 1:
+        return None
+    ((first, *_),) = members.values()
+    return _picture(first.path / "plots" / "pacing.png", PACING, PACING)
+
+
 def _populations(runs: Sequence[RunRecord]) -> Iterator[Figure]:
     """The picture of each client's data, of the first run of each data set, partition and seed."""
     seen = set()
@@ -262,10 +272,10 @@ def _uri(kind: str, content: bytes) -> str:
 def commands(runs: Sequence[RunRecord], directories: Sequence[str | Path]) -> Iterator[str]:
     """Command lines that repeat the runs and write the page."""
     for directory in filter(sweep_name, map(Path, directories)):
-        name = sweep_name(directory)
-        if not (CONFIG_DIR / SWEEPS / f"{name}.py").is_file():
-            name = shlex.join([str(directory / "sweep.py"), "--workdir", str(directory)])
-        yield f"python run.py sweep {name}"
+        words, base = [sweep_name(directory)], sweep_base(directory)
+        if not (CONFIG_DIR / SWEEPS / f"{words[0]}.py").is_file():
+            words = [str(directory / "sweep.py"), "--workdir", str(directory)]
+        yield f"python run.py sweep {shlex.join([*words, *(['--base', base] if base else [])])}"
     seeds_by_command: dict[str, list[str]] = {}
     for run in runs:
         if run.about and not run.label:

@@ -133,6 +133,11 @@ def sweep_name(directory: Path) -> str:
     return str(_read_json(directory / "sweep.json").get("name", ""))
 
 
+def sweep_base(directory: Path) -> str:
+    """Return the config that ``--base`` named for the sweep stored in this directory, or an empty string."""
+    return str(_read_json(directory / "sweep.json").get("base", ""))
+
+
 def read_run(path: Path) -> RunRecord | None:
     """Read the run in a work directory; None if the directory contains none."""
     entries, summary = _read_json(path / "config.json"), _read_json(path / "summary.json")

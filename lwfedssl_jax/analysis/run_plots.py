@@ -93,6 +93,19 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
         style.save_figure(figure, workdir / "plots" / "accuracy.png")
 
 
+def plot_pacing(lines: list[dict[str, Any]], threshold: float, path: Path) -> None:
+    """Draw the signal of adaptive pacing over the rounds, and the threshold below which a stage ends."""
+    rounds = [line for line in lines if "event" not in line]
+    known = [line for line in rounds if line.get("loss_fall") is not None]
+    figure, axes = new_figure("Adaptive pacing")
+    axes.plot([line["round"] for line in known], [100 * line["loss_fall"] for line in known], **STYLES[0])
+    axes.axhline(100 * threshold, color="0.3", linestyle="--", label="below it, a stage ends")
+    mark_stages(axes, rounds)
+    axes.set(ylabel="fall of the loss in all rounds of the run\nat the present pace (%)")
+    figure.legend(loc="outside lower center")
+    style.save_figure(figure, path)
+
+
 def plot_evaluations(axes: Any, evaluations: Sequence[dict[str, Any]], traffic: Mapping[int, float]) -> None:
     """Draw the accuracies of one run against traffic (in MiB, by round), with one line per protocol."""
     for marker, protocol in zip("osD^v<>*", dict.fromkeys(line["protocol"] for line in evaluations), strict=False):

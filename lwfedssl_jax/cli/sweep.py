@@ -1,6 +1,5 @@
 """The command ``sweep``."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ def run_sweep(options: SweepOptions) -> None:
     if not options.dry_run:
         jax.config.update("jax_platforms", "cpu")  # the accelerators are left to the workers
     asked = load_sweep(options.sweep_name, base=options.base)
-    path, runs = options.workdir or Path("runs") / "sweeps" / asked.name, asked.runs
+    path, runs = options.workdir or asked.default_directory, asked.runs
     directory = SweepDirectory(path, asked)
     devices.set_up_cache(options.compilation_cache)
     finished = {run.directory for run in runs if directory.is_finished(run)}

@@ -11,6 +11,7 @@ from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.evaluations import log_fine_tuning
 from lwfedssl_jax.experiment.ledgers import known_traces, ledgers_of_run
+from lwfedssl_jax.method.pacing import LEAST_FALL
 from lwfedssl_jax.simulation.events import Finished, Note
 from lwfedssl_jax.simulation.setup import Cache
 from lwfedssl_jax.system.interrupts import Interrupts
@@ -35,6 +36,8 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
         plots = workdir.path / "plots"
         run_plots.plot_metrics(lines, workdir.path)
         run_plots.plot_distance(lines, plots / "client_distance.png")
+        if run.config.strategy.pacing == "adaptive":
+            run_plots.plot_pacing(lines, LEAST_FALL, plots / "pacing.png")
         run_plots.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     summary = make_summary(run, lines, strategies, known_traces(cache))
     workdir.write_json("summary.json", summary)

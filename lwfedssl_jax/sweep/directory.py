@@ -24,6 +24,7 @@ class SweepDirectory:
         self.path, self._source = path, sweep.source
         self._content: dict[str, Any] = {
             "name": sweep.name,
+            "base": sweep.base,
             "about": sweep.about,
             "runs": [
                 {"directory": r.directory, "overrides": r.overrides, "seed": r.seed, "label": r.label}

@@ -90,15 +90,23 @@ class SweepFile(NamedTuple):
     Attributes:
       name: its name below ``configs/sweeps``, such as ``paper/beta``; for a user's own file, the file's name without
         folder and ``.py``.
+      base: name or file of the config that replaces the sweep's own base, or an empty string.
       about: the first line of the file's docstring.
       source: the file's text.
       runs: see ``make_runs``.
     """
 
     name: str
+    base: str
     about: str
     source: str
     runs: list[SweepRun]
+
+    @property
+    def default_directory(self) -> Path:
+        """Where the sweep is stored unless the user names a directory."""
+        base = f"-{Path(self.base.removesuffix('.py')).name}" if self.base else ""
+        return Path("runs") / "sweeps" / f"{self.name}{base}"
 
 
 def load_sweep(name: str, config_dir: Path = CONFIG_DIR, base: str = "") -> SweepFile:
@@ -121,11 +129,11 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR, base: str = "") -> Swee
         found = f"found {type(sweep).__name__}; accepted: `sweep = Sweep(...)`"
         raise ConfigError(f"SWEEP: {path} does not define `sweep`, {found}")
     if base:
-        sweep, name = dataclasses.replace(sweep, base=base), f"{name}-{Path(base.removesuffix('.py')).name}"
+        sweep = dataclasses.replace(sweep, base=base)
     about = (module.__doc__ or "").strip().split("\n")[0]
     # A file that adds entries to the tables contains more than the configs of its runs.
     code = path.read_bytes() if tables != [dict(table) for table in TABLES] else b""
-    return SweepFile(name, about, path.read_text(), make_runs(sweep, code))
+    return SweepFile(name, base, about, path.read_text(), make_runs(sweep, code))
 
 
 def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:

@@ -177,6 +177,7 @@ def test_adaptive_stages_are_the_same_after_an_interruption(tmp_path: Path) -> N
     rounds = [line for line in lines(tmp_path / "whole") if "event" not in line]
     used = [sum(line["stage"] == stage for line in rounds) for stage in (1, 2, 3)]
     measured = summary["resources"]["measured"]
+    assert (tmp_path / "run" / "plots" / "pacing.png").stat().st_size > 5000
     assert measured["rounds_per_stage"] == used != [row["rounds"] for row in summary["resources"]["per_stage"]]
     ends = [line["round"] for line in rounds if line["stage_ends"]]
     assert ends == [sum(used[: stage + 1]) for stage in range(3)]

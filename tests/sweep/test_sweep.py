@@ -145,11 +145,11 @@ def test_a_sweep_in_a_subfolder_has_the_folder_in_its_name_and_directory(
 
 
 def test_the_quickstarts_sweep_has_three_strategies_a_shallow_control_and_seeds() -> None:
-    name, about, _, runs = load_sweep("quickstart_sweep")
-    assert (name, len(runs)) == ("quickstart_sweep", 12)
-    assert "15 minutes" in about
+    found = load_sweep("quickstart_sweep")
+    assert (found.name, len(found.runs)) == ("quickstart_sweep", 12)
+    assert "15 minutes" in found.about
     labels = ("layerwise", "progressive", "end_to_end", "end_to_end, depth 1")  # whose traffic is that of layerwise
-    assert {(run.label, run.seed) for run in runs} == {(label, seed) for label in labels for seed in (0, 1, 2)}
+    assert {(run.label, run.seed) for run in found.runs} == {(label, seed) for label in labels for seed in (0, 1, 2)}
 
 
 def test_a_shallow_control_has_the_first_stages_layers_and_the_rounds_or_the_traffic() -> None:
@@ -175,7 +175,8 @@ def test_a_sweep_can_start_from_another_config(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(f"from lwfedssl_jax.config import Config, override\nconfig = override(Config(), {SMALL!r})\n")
     found = load_sweep("strategies", base=str(file))
-    assert found.name == "strategies-mine"
+    assert found.name == "strategies"
+    assert found.default_directory == Path("runs/sweeps/strategies-mine")
     assert {run.config.data.name for run in found.runs} == {"synthetic"}
     with pytest.raises(ConfigError, match=r"SWEEP: base: 'mien' is not a config"):
         load_sweep("strategies", base="mien")
