@@ -12,7 +12,16 @@ import pandas as pd
 from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import setting_plots, tables
 from lwfedssl_jax.analysis.headline import headline
-from lwfedssl_jax.analysis.results import SEED, STRATEGY, RunRecord, find_runs, frame, sweep_base, sweep_name
+from lwfedssl_jax.analysis.results import (
+    FINGERPRINT,
+    SEED,
+    STRATEGY,
+    RunRecord,
+    find_runs,
+    frame,
+    sweep_base,
+    sweep_name,
+)
 from lwfedssl_jax.analysis.setting_plots import Curve, Look
 from lwfedssl_jax.analysis.settings import Setting, group_by_setting, protocols
 from lwfedssl_jax.analysis.statistics import Difference, differences, over_seeds
@@ -305,5 +314,6 @@ def _given_arguments(run: RunRecord) -> str:
 def _arguments(config: Mapping[str, Any]) -> str:
     """The quick start with the options that turn it into this config, except for the seed."""
     base = flat(to_dict(resolve(load(BASE))))
-    changes = {k: v if isinstance(v, list) else [v] for k, v in config.items() if k != SEED and base.get(k) != v}
+    given = {k: v for k, v in config.items() if k not in (SEED, FINGERPRINT) and base.get(k) != v}
+    changes = {k: v if isinstance(v, list) else [v] for k, v in given.items()}
     return " ".join([BASE, *(f"--{k.replace('_', '-')} {shlex.join(map(str, v))}" for k, v in changes.items())])

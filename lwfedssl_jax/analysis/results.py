@@ -14,6 +14,7 @@ from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
 
 SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
+FINGERPRINT = "data.fingerprint"  # of images, labels and clients, as one text; empty for runs older than fingerprints
 
 
 class RunRecord(NamedTuple):
@@ -144,8 +145,9 @@ def read_run(path: Path) -> RunRecord | None:
     config = entries.pop("config", None)
     try:
         known = flat(to_dict(from_dict(config)))  # with today's fields, even if the run is older than a field
-        fields = {name: _plain(value) for name, value in (known | flat(config)).items()}
-    except (AttributeError, TypeError):
+        data = {FINGERPRINT: " ".join(map(str, dict(entries.get("data") or {}).values()))}
+        fields = {name: _plain(value) for name, value in (known | flat(config) | data).items()}
+    except (AttributeError, TypeError, ValueError):
         if not (path / METRICS).is_file():
             return None  # another program's config.json
         return RunRecord(path, {}, {}, [], {}, "config.json is damaged", "")

@@ -79,6 +79,8 @@ class ActiveRun:
             self.workdir.take()
         check(self.config)
         run = prepare(self.config, hear=self.hear, cache=cache)
+        if self.workdir:
+            self.workdir.check_data(run.fingerprint)
         frozen.check_protocols(self.config.evaluation, run.dataset)
         interrupts.check()
         if self.config.fleet.devices:

@@ -18,7 +18,7 @@ from lwfedssl_jax.experiment.ledgers import round_operations
 from lwfedssl_jax.experiment.trackers import Tracking
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation.events import Event, Hear, Note, RoundDone, StageBegan, Started, ignore
-from lwfedssl_jax.simulation.setup import Cache
+from lwfedssl_jax.simulation.setup import Cache, load_data
 from lwfedssl_jax.simulation.simulator import Outcome, Simulator
 from lwfedssl_jax.simulation.state import RoundState
 from lwfedssl_jax.system.devices import from_all, from_first
@@ -73,6 +73,7 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
         check_same_config(run.config)
         finished = run.workdir.summary if run.workdir else None
         if from_first(np.array(finished is not None)):
+            check_finished(run, cache)
             run.summary = dict(finished or {})
     try:
         with Interrupts(lambda text: runs[0].hear(Note(text))) as interrupts, contextlib.ExitStack() as trackers:
@@ -86,6 +87,22 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
         for run in runs:
             if run.workdir:
                 run.workdir.close()
+
+
+def check_finished(run: ActiveRun, cache: Cache) -> None:
+    """Refuse data that a finished run was not trained on; if they are no longer there, a note says so.
+
+    Raises:
+      ConfigError: the data differ.
+    """
+    if not run.workdir:
+        return
+    try:
+        _, data = load_data(run.config.data, run.hear, cache)
+    except ConfigError as error:
+        run.hear(Note(f"this run is finished, and its data cannot be compared with those of today: {error}"))
+        return
+    run.workdir.check_data(data)
 
 
 def load_groups(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> list[list[ActiveRun]]:
@@ -188,7 +205,7 @@ def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
     prepared = run.prepared
     if not run.workdir:
         return
-    run.workdir.open(prepared.lanes, prepared.mesh.size)
+    run.workdir.open(prepared.lanes, prepared.mesh.size, prepared.fingerprint)
     with run.workdir.writing("plots"):
         run_plots.plot_clients(prepared.dataset.train_labels, prepared.clients, run.workdir.path)
     run.hear(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from lwfedssl_jax.analysis.results import FINGERPRINT
 from lwfedssl_jax.analysis.settings import protocols
 from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, override, to_dict
 from lwfedssl_jax.method.stages import STRATEGIES, Stages, stages_of
@@ -56,9 +57,16 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
       protocol: such as ``knn``; None for the one that a report begins with (``analysis.settings.protocols``).
 
     Raises:
-      ConfigError: no run is like the config (``runs_like``), or none of them was evaluated by the protocol.
+      ConfigError: no run is like the config (``runs_like``), none of those that are was evaluated by the protocol, or
+        they were trained on different data.
     """
     runs, on_fleet = runs_like(config, rows)
+    data = list(dict.fromkeys(str(run.get(FINGERPRINT, "")) for run in runs))
+    if len(data) > 1:
+        raise ConfigError(
+            f"--results: {len(runs)} runs like this config were trained on {len(data)} different data sets "
+            f"({FINGERPRINT}: {', '.join(repr(text) for text in data)}); accepted: runs on the same data"
+        )
     known = protocols(pd.DataFrame(runs))
     if not known or (protocol and protocol not in known):
         accepted = ", ".join(known) or "none"

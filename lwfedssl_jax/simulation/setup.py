@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from lwfedssl_jax.config import Config, ConfigError, DataConfig, override
 from lwfedssl_jax.costs.fleet import Fleet
 from lwfedssl_jax.data import sources
+from lwfedssl_jax.data.fingerprint import fingerprint
 from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.method.aggregation import Aggregator, make_aggregator
@@ -39,6 +40,7 @@ class Prepared(NamedTuple):
 
     config: Config
     dataset: Dataset
+    fingerprint: dict[str, str]
     clients: Population
     server_images: np.ndarray
     task: Task
@@ -112,7 +114,7 @@ def prepare(
     task, cache = make_task(config), cache or Cache()
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
-    dataset = cache.get_latest("data", config.data, functools.partial(load_data, config.data, hear))
+    dataset, data = load_data(config.data, hear, cache)
     labels, seed = dataset.train_labels, config.runtime.seed
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
     held_by_server = server_examples(config.partition, labels, seed)
@@ -120,6 +122,7 @@ def prepare(
     return Prepared(
         config=config,
         dataset=dataset,
+        fingerprint=data,
         clients=partition(config.partition, labels, seed, dataset.train_clients),
         server_images=dataset.train_images[held_by_server],
         task=task,
@@ -133,9 +136,19 @@ def prepare(
     )
 
 
-def load_data(config: DataConfig, hear: Hear) -> Dataset:
-    """Load the data set that a config names."""
-    return sources.find(config).load(config, lambda what: hear(Loading(what)), lambda text: hear(Note(text)))
+def load_data(config: DataConfig, hear: Hear, cache: Cache) -> tuple[Dataset, dict[str, str]]:
+    """Load the data set that a config names; return it and its fingerprint.
+
+    Raises:
+      ConfigError: it cannot be found or used.
+    """
+
+    def load() -> tuple[Dataset, dict[str, str]]:
+        source = sources.find(config)
+        dataset = source.load(config, lambda what: hear(Loading(what)), lambda text: hear(Note(text)))
+        return dataset, fingerprint(dataset)
+
+    return cache.get_latest("data", config, load)
 
 
 def check_server_images(config: Config, size: int, limit: int) -> None:

@@ -114,8 +114,33 @@ class WorkDir:
         self._write(METRICS, kept)
         return found, faults
 
-    def open(self, lanes: int, devices: int) -> None:
-        """Make the directory and write ``config.json``; a run that continues only updates ``lanes`` and ``devices``.
+    def check_data(self, data: Mapping[str, str]) -> None:
+        """Refuse data that are not those that the run in this directory was begun on.
+
+        Args:
+          data: their fingerprint.
+
+        Raises:
+          ConfigError: images, labels or clients differ.
+        """
+        file = self.path / "config.json"
+        begun_on = json.loads(file.read_text()).get("data") if file.exists() else None
+        # A run of an earlier version has no fingerprint.
+        differing = [name for name in {**begun_on, **data} if begun_on.get(name) != data.get(name)] if begun_on else []
+        if differing:
+            there, here = (" ".join(f"{k} {v.get(k, 'none')}" for k in differing) for v in (begun_on, data))
+            raise ConfigError(
+                f"--workdir: {self.path} contains a run that was begun on other data: data.name "
+                f"{self._config.data.name!r} had {there} there and has {here} now; accepted: the same data, or another "
+                "directory"
+            )
+
+    def open(self, lanes: int, devices: int, data: Mapping[str, str]) -> None:
+        """Make the directory and write ``config.json``; of a run that continues, all except its arguments stay.
+
+        Args:
+          lanes, devices: that are used.
+          data: the fingerprint of the data.
 
         Raises:
           ConfigError: the directory cannot be written, or another process uses it.
@@ -127,7 +152,7 @@ class WorkDir:
             if self._is_new and file.exists():
                 raise self._lock.in_use()
             entries = json.loads(file.read_text()) if file.exists() else self._describe()
-            self.write_json("config.json", entries | {"lanes": lanes, "devices": devices})
+            self.write_json("config.json", entries | {"data": dict(data), "lanes": lanes, "devices": devices})
         except OSError as error:
             raise ConfigError(
                 f"--workdir: {self.path} cannot be written ({error.strerror}); accepted: a directory you can write to"

@@ -93,6 +93,25 @@ def test_runs_of_a_sweep_keep_its_order_names_and_failures(tmp_path: Path) -> No
     assert results.load_results(tmp_path)["name"].tolist() == ["a", "earlier", "z"]
 
 
+def test_runs_on_different_data_are_different_settings(tmp_path: Path) -> None:
+    for number, (name, digest) in enumerate((("a", "11"), ("b", "11"), ("c", "22"), ("old", ""))):
+        write_run(tmp_path / name, {"knn": 0.5}, runtime__seed=number)
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        content |= {"data": {"images": digest, "labels": "33"}} if digest else {}
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    rows, settings = group_by_setting(results.load_results(tmp_path))
+    assert [setting.label for setting in settings] == ["fingerprint 11 33", "fingerprint 22 33", "fingerprint none"]
+    assert rows.groupby("setting").size().to_dict() == {
+        "fingerprint 11 33": 2,
+        "fingerprint 22 33": 1,
+        "fingerprint none": 1,
+    }
+    write_run(tmp_path / "wider", {"knn": 0.5}, model__width=96)
+    found = results.load_results(tmp_path)
+    some = found[found["name"].isin(["a", "wider"])]
+    assert [setting.values for setting in group_by_setting(some)[1]] == [{"model.width": 192}, {"model.width": 96}]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_a_directory_without_a_run_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()

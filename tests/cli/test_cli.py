@@ -232,7 +232,7 @@ def test_a_changed_config_file_is_another_run(tmp_path: Path) -> None:
     config = resolve(Config())
     paths = {directory.default_workdir("mine.py", config, code) for code in ("", "a", "b")}
     assert len(paths) == 3
-    WorkDir(tmp_path / "run", config, "a").open(1, 1)
+    WorkDir(tmp_path / "run", config, "a").open(1, 1, {})
     WorkDir(tmp_path / "run", config, "a")
     with pytest.raises(ConfigError, match=r"another config file, or of this one before it was changed; accepted: "):
         WorkDir(tmp_path / "run", config, "b")

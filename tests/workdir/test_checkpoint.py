@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_what_was_saved(saved: Path, tmp_path: Path, monkeypa
     assert checkpoint.saved_rounds(folder) == [2, 5, 6, 7]
 
     workdir = WorkDir(tmp_path / "run", small_config())
-    workdir.open(1, 1)
+    workdir.open(1, 1, {})
     no_space = OSError(errno.ENOSPC, "No space left on device")
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -165,7 +165,7 @@ def test_saves_after_damaged_ones_stay(saved: Path, tmp_path: Path) -> None:
 def started(path: Path, rounds: int = 2) -> None:
     """The directory of a run that was killed after some rounds."""
     workdir = WorkDir(path, small_config())
-    workdir.open(1, 1)
+    workdir.open(1, 1, {})
     for number in range(1, rounds + 1):
         workdir.append({"round": number})
         workdir.save(number, state(number), ())
@@ -199,7 +199,7 @@ def test_metrics_survive_cuts_and_damage_and_go_back_to_the_checkpoint(tmp_path:
 
 def test_lines_of_a_round_that_was_given_up_are_in_no_checkpoint(tmp_path: Path) -> None:
     workdir = WorkDir(tmp_path / "run", small_config())
-    workdir.open(1, 1)
+    workdir.open(1, 1, {})
     for number in (1, 2):
         workdir.append({"round": number})
     workdir.save(1, state(1), ())
@@ -240,18 +240,18 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_of_two_new_runs_in_one_directory_the_second_is_refused(tmp_path: Path) -> None:
     first, second, third = (WorkDir(tmp_path / "run", small_config()) for _ in range(3))
-    first.open(1, 1)
+    first.open(1, 1, {})
     with pytest.raises(ConfigError, match="is in use by another process"):
-        second.open(1, 1)
+        second.open(1, 1, {})
     first.append({"round": 1})
     first.close()
     with pytest.raises(ConfigError, match="is in use by another process"):
-        third.open(1, 1)
+        third.open(1, 1, {})
 
 
 def test_a_run_may_be_older_than_a_field_and_have_other_trackers(tmp_path: Path) -> None:
     workdir = WorkDir(tmp_path / "run", small_config())
-    workdir.open(1, 1)
+    workdir.open(1, 1, {})
     workdir.close()
     file = tmp_path / "run" / "config.json"
     content = json.loads(file.read_text())
@@ -270,6 +270,6 @@ def test_a_process_killed_before_its_config_was_written_leaves_an_empty_director
     (tmp_path / "run" / ".config.json.new").write_text("{")
     (tmp_path / "run" / ".lwfedssl-x").mkdir()
     workdir = WorkDir(tmp_path / "run", small_config())
-    workdir.open(1, 1)
+    workdir.open(1, 1, {})
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lanes"] == 1
     workdir.close()
