@@ -11,10 +11,11 @@ clients, the picture as the class, training and test patches from different part
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import numpy as np
+from scipy.stats import spearmanr
 
 from lwfedssl_jax.config import Config, load, override, resolve
 from lwfedssl_jax.experiment.train import train
@@ -48,6 +49,15 @@ PICTURES = (
 )  # fmt: skip
 
 
+class Outcome(NamedTuple):
+    """Accuracy by protocol, rounds of each stage, the loss of each round, and label-free metrics."""
+
+    accuracies: dict[str, float]
+    lengths: tuple[int, ...]
+    losses: list[float]
+    label_free: dict[str, float]
+
+
 def main() -> None:
     options = common.arguments(
         __doc__ or "",
@@ -56,25 +66,38 @@ def main() -> None:
     )
     devices.set_up_cpu()
     devices.set_up_cache(None)
-    rows: list[dict[str, Any]] = []
+    rows, outcomes = list[dict[str, Any]](), list[Any]()
     with tempfile.TemporaryDirectory() as folder:
         for data in options.only:
-            cache, found = Cache(), dict[str, dict[str, list[float]]]()
+            cache = Cache()
             for schedule, changes in SCHEDULES.items():
                 configs = [make_config(data, folder, changes | {"runtime.seed": s}) for s in range(options.seeds)]
                 runs = [run(config, folder, cache) for config in configs]
-                lengths = " | ".join(" ".join(map(str, lengths)) for lengths in dict.fromkeys(r[1] for r in runs))
-                found[schedule] = {protocol: [r[0][protocol] for r in runs] for protocol in runs[0][0]}
-                means = {protocol: 100 * statistics.mean(values) for protocol, values in found[schedule].items()}
+                outcomes += [(data, schedule, *outcome) for outcome in runs]
+                means = {p: 100 * statistics.mean(o.accuracies[p] for o in runs) for p in runs[0].accuracies}
+                lengths = " | ".join(" ".join(map(str, lengths)) for lengths in dict.fromkeys(o.lengths for o in runs))
                 rows.append({"data": data, "schedule": schedule, "rounds per stage": lengths} | means)
-                print(rows[-1], flush=True)
+                print(rows[-1], runs[0].losses, flush=True)
             best = {protocol: max(row[protocol] for row in rows if row["data"] == data
                                   and row["schedule"] != "adaptive") for protocol in means}  # fmt: skip
             rows[-1] |= {f"{protocol} - best fixed": rows[-1][protocol] - value for protocol, value in best.items()}
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    common.publish(
-        "pacing", f"Means of {options.seeds} seeds, %", [{c: row.get(c, "") for c in columns} for row in rows]
-    )
+    shown = [{column: row.get(column, "") for column in columns} for row in rows]
+    common.publish("pacing", f"Means of {options.seeds} seeds, %", shown, runs=outcomes, ranked=rank(outcomes))
+
+
+def rank(outcomes: list[Any]) -> list[dict[str, Any]]:
+    """How well each label-free metric, and the last loss, ranks the runs on one data set by a probe: Spearman's rho."""
+    rows = []
+    for data in dict.fromkeys(name for name, *_ in outcomes):
+        runs = [outcome for name, _, *outcome in outcomes if name == data]
+        for protocol in runs[0][0]:
+            accuracies = [accuracies[protocol] for accuracies, *_ in runs]
+            signals = {name: [metrics[name] for *_, metrics in runs] for name in runs[0][3]}
+            signals["last loss"] = [losses[-1] for _, _, losses, _ in runs]
+            rho = {name: float(spearmanr(values, accuracies).statistic) for name, values in signals.items()}
+            rows.append({"data": data, "protocol": protocol, "runs": len(runs)} | rho)
+    return rows
 
 
 def make_config(data: str, folder: str, changes: dict[str, Any]) -> Config:
@@ -87,12 +110,15 @@ def make_config(data: str, folder: str, changes: dict[str, Any]) -> Config:
     return resolve(override(load("quickstart"), COMMON | SIZES[data] | changes))
 
 
-def run(config: Config, folder: str, cache: Cache) -> tuple[dict[str, float], tuple[int, ...]]:
-    """Accuracy by protocol, and how many rounds each stage had."""
+def run(config: Config, folder: str, cache: Cache) -> Outcome:
+    """Train a run."""
     with tempfile.TemporaryDirectory(dir=folder) as path:
-        summary = train(config, WorkDir(Path(path) / "run", config), cache=cache)
+        workdir = WorkDir(Path(path) / "run", config)
+        summary = train(config, workdir, cache=cache)
+        losses = [round(line["loss"], 4) for line in workdir.metrics() if "event" not in line]
     accuracies = {protocol: result["accuracy"] for protocol, result in summary["evaluation"].items()}
-    return accuracies, tuple(summary["resources"]["measured"]["rounds_per_stage"])
+    lengths = tuple(summary["resources"]["measured"]["rounds_per_stage"])
+    return Outcome(accuracies, lengths, losses, summary["label_free"]["trained"])
 
 
 def write_patches(file: Path, size: int = 32, train_per_class: int = 150, test_per_class: int = 60) -> None:

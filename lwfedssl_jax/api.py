@@ -54,7 +54,7 @@ class Run:
         """
         lines = read_lines(self.directory)
         rounds = pd.DataFrame([line for line in lines if "event" not in line]).set_index("round")
-        evaluations = [line for line in lines if "event" in line and "baseline" not in line]
+        evaluations = [line for line in lines if "accuracy" in line and "baseline" not in line]
         accuracies = pd.DataFrame(
             {"round": line["round"], f"accuracy.{line['protocol']}": line["accuracy"]} for line in evaluations
         )

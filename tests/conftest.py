@@ -19,8 +19,9 @@ import pytest
 from lwfedssl_jax.config import Config, override, resolve
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.costs.operations import Known
+from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.data.views import Recipe
-from lwfedssl_jax.evaluation import frozen
+from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment import finish, ledgers
 from lwfedssl_jax.method import client, fedca
 from lwfedssl_jax.method.objectives import OBJECTIVES
@@ -81,13 +82,19 @@ TRACES = setup.Cache()
 
 @pytest.fixture(autouse=True)
 def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page that ends a run costs seconds, and ledgers minutes: those at the end are without peak memory, and all
-    share what they trace. Runs of a module's fixtures, made before this one, and those of processes have all of it.
+    """The page that ends a run and the views of label-free metrics cost seconds, and ledgers minutes: those at the end
+    are without peak memory, and all share what they trace. Runs of a module's fixtures, made before this one, and those
+    of processes have all of it.
     """
 
     def price(config: Config, *_: object) -> dict[str, ledger.Ledger]:
         return ledger.all_strategies(config, memory=False, known=known_traces())
 
+    def plain_images(dataset: Dataset, *_: object) -> np.ndarray:
+        images = dataset.test_images if len(dataset.test_images) else dataset.train_images
+        return np.stack([images[:20], images[:20], 255 - images[:20]])
+
+    monkeypatch.setattr(label_free, "images_with_views", plain_images)
     monkeypatch.setattr(finish, "write_report", lambda directories, out: None)
     monkeypatch.setattr(finish, "ledgers_of_run", price)
     for module in (finish, ledgers):

@@ -133,6 +133,7 @@ def _tables(
         "settings": tables.settings_table(runs, settings) if settings else None,
         "resources": tables.resources_table(runs, settings, ledgers) if settings else None,
         "significance": tables.differences_table(compared) if compared else None,
+        "label_free": tables.label_free_table(runs, settings) if settings else None,
         "fleet": tables.fleet_table(first_summaries),
     }
 
@@ -176,7 +177,9 @@ def _first_curves(runs: Sequence[RunRecord], out: Path) -> Iterator[Figure]:
     started = [run for run in runs if run.lines]
     settings = [Setting(run.path.name, str(run.config.get(STRATEGY, "")), "", {}) for run in started]
     members = {s.label: [run] for s, run in zip(settings, started, strict=True)}
-    names = list(dict.fromkeys(p for run in started for line in run.lines if (p := line.get("protocol"))))
+    names = list(
+        dict.fromkeys(p for run in started for line in run.lines if "accuracy" in line and (p := line["protocol"]))
+    )
     return _curve_figures(members, settings, names, out)
 
 

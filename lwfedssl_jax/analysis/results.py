@@ -177,7 +177,8 @@ def _is_usable(line: dict[str, Any]) -> bool:
     if not isinstance(line["round"], int):
         return False
     if "event" in line:
-        return isinstance(line.get("accuracy"), int | float) and isinstance(line.get("protocol"), str)
+        scored = isinstance(line.get("accuracy"), int | float) or "effective_rank" in line
+        return scored and isinstance(line.get("protocol"), str)
     return "stage" in line and isinstance(line.get("loss"), int | float | None)
 
 
@@ -236,6 +237,9 @@ def _summary_columns(run: RunRecord) -> dict[str, float]:
     for protocol, result in summary["evaluation"].items():
         found[f"accuracy.{protocol}"] = float(result["accuracy"])
         found[f"std.{protocol}"] = float(result.get("std", "nan"))
+    for which, metrics in summary.get("label_free", {}).items():
+        prefix = "" if which == "trained" else f"{which}."
+        found |= {f"{prefix}label_free.{name}": float(value) for name, value in metrics.items()}
     fleet.participation_rows(summary)  # raises if the entry is damaged
     for baseline, results in summary["baselines"].items():
         found |= {f"{baseline}.{protocol}": float(result["accuracy"]) for protocol, result in results.items()}

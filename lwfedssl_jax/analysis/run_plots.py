@@ -85,7 +85,7 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     axes.set(ylabel="mean loss per sample")
     style.save_figure(figure, workdir / "plots" / "loss.png")
 
-    evaluations = [line for line in lines if line.get("event") == "evaluation"]
+    evaluations = [line for line in lines if "accuracy" in line]
     if evaluations:
         figure, axes = new_figure("Accuracy against traffic")
         plot_evaluations(axes, evaluations, traffic_by_round(lines))

@@ -24,7 +24,14 @@ from lwfedssl_jax.analysis.wording import (
     protocol_words,
 )
 from lwfedssl_jax.costs import fleet
+from lwfedssl_jax.evaluation.label_free import LABEL_FREE
 
+LABEL_FREE_TITLES = {
+    "effective_rank": "effective rank",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+    "feature_std": "feature std",
+}
 BASELINES = {"untrained": "untrained", "scratch": "from scratch"}  # by the prefix of their columns
 
 
@@ -163,6 +170,34 @@ def resources_table(
         cells = {f"{titles[c]} ({u})": cost_words(row[c], ratios[c], divisor) for c, (divisor, u) in units.items()}
         words.append({label: name} | cells)
     return Table("resources", pd.DataFrame(words), pd.DataFrame([{label: k} | v for k, v in rows.items()]))
+
+
+def label_free_table(runs: pd.DataFrame, settings: Sequence[Setting]) -> Table | None:
+    """Make the table of metrics that need no labels, of the trained and of the untrained encoder; None without any.
+
+    Args:
+      runs, settings: as ``settings.group_by_setting`` returns them.
+    """
+    if not any(f"{LABEL_FREE}.{name}" in runs for name in LABEL_FREE_TITLES):
+        return None
+    words, numbers = [], []
+    for s in settings:
+        members = runs[runs["setting"] == s.label]
+        for encoder, prefix in (("trained", ""), ("untrained", "untrained.")):
+            row = {"setting": s.label, "encoder": encoder}
+            columns = {
+                name: members.get(f"{prefix}{LABEL_FREE}.{name}", pd.Series([nan])) for name in LABEL_FREE_TITLES
+            }
+            text = {LABEL_FREE_TITLES[name]: _mean_and_spread(values) for name, values in columns.items()}
+            words.append(row | text)
+            means = {name: values.mean() for name, values in columns.items()}
+            numbers.append(row | means | {f"{name} std": values.std() for name, values in columns.items()})
+    return Table(LABEL_FREE, pd.DataFrame(words), pd.DataFrame(numbers))
+
+
+def _mean_and_spread(values: pd.Series) -> str:
+    spread = f" ± {values.std():.2f}" if values.count() > 1 else ""
+    return f"{values.mean():.2f}{spread}" if values.count() else UNKNOWN
 
 
 def differences_table(differences: Sequence[Difference]) -> Table:

@@ -1,6 +1,7 @@
 """The state of one run, from its config to its summary."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs import fleet
-from lwfedssl_jax.evaluation import frozen
+from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.experiment.ledgers import compiled_ledger
 from lwfedssl_jax.method.pacing import paced_stages
@@ -55,6 +56,11 @@ class ActiveRun:
     def is_active(self) -> bool:
         """Whether the run has neither finished nor failed."""
         return self.summary is None and self.error is None
+
+    @functools.cached_property
+    def images_with_views(self) -> np.ndarray:
+        """Images and two views of each, for label-free metrics."""
+        return label_free.images_with_views(self.prepared.dataset, self.prepared.task.recipe, self.config.runtime.seed)
 
     @contextlib.contextmanager
     def catching(self) -> Iterator[None]:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
+import numpy as np
 
-from lwfedssl_jax.evaluation import finetune, frozen
+from lwfedssl_jax.evaluation import finetune, frozen, label_free
 from lwfedssl_jax.experiment.active import ActiveRun
-from lwfedssl_jax.simulation.events import Evaluated, FineTuning
+from lwfedssl_jax.simulation.events import Described, Evaluated, FineTuning, Note
 from lwfedssl_jax.simulation.setup import check_finite, initial_params
 from lwfedssl_jax.system.interrupts import Interrupts
 from lwfedssl_jax.tree import Tree
@@ -15,20 +16,44 @@ FINE_TUNE = "fine_tune"  # the protocol's name
 
 
 def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> None:
-    """Evaluate layers L1..L_depth by every protocol and write a line per protocol, unless no image has a label.
+    """Evaluate layers L1..L_depth and write a line per protocol; without labels, only the metrics that need none.
 
     Raises:
       FloatingPointError: a feature is not finite.
     """
     dataset = run.prepared.dataset
+    params = jax.device_get(params)  # on the mesh, every device would repeat the work
+    log_label_free(run, depth, number, params)
     if not len(dataset.labelled):
         return
-    params = jax.device_get(params)  # on the mesh, every device would repeat the work
     features = [run.encode(params, images, depth) for images in (dataset.train_images, dataset.test_images)]
     for x in features:
         check_finite(run.config, "the encoder's features are not finite", number, x)
     for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
         _write(run, {"round": number, "depth": depth, "protocol": protocol, **result})
+
+
+def log_label_free(run: ActiveRun, depth: int, number: int, params: Tree) -> None:
+    """Write a line with the label-free metrics of layers L1..L_depth; a note says if the features have collapsed.
+
+    Raises:
+      FloatingPointError: a feature is not finite.
+    """
+    if not run.workdir:
+        return
+    x = np.stack([run.encode(params, images, depth) for images in run.images_with_views])
+    check_finite(run.config, "the encoder's features are not finite", number, x)
+    found = label_free.label_free(x)
+    line = {"event": "evaluation", "round": number, "depth": depth, "protocol": label_free.LABEL_FREE, **found}
+    run.workdir.append(line)
+    run.hear(Described(line))
+    if number and found["effective_rank"] < label_free.COLLAPSED:
+        run.hear(
+            Note(
+                f"the encoder has collapsed after round {number}: its features have an effective rank of "
+                f"{found['effective_rank']:.2f}; a lower optimizer.learning_rate or another objective may help"
+            )
+        )
 
 
 def log_fine_tuning(run: ActiveRun, interrupts: Interrupts, params: Tree) -> None:

@@ -1,13 +1,14 @@
 """Writes the results of a finished run: encoder, summary, plots, report."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.analysis.report import write_report
 from lwfedssl_jax.costs import fleet, ledger
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.evaluation import export
+from lwfedssl_jax.evaluation.label_free import LABEL_FREE, LabelFree
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.evaluations import log_fine_tuning
 from lwfedssl_jax.experiment.ledgers import known_traces, ledgers_of_run
@@ -59,6 +60,7 @@ def make_summary(
     """
     config, rounds = run.config, [line for line in lines if "event" not in line]
     results = evaluations_by_round(lines)
+    without = label_free_by_round(lines)
     measured: dict[str, Any] = {
         key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")
     }
@@ -73,6 +75,7 @@ def make_summary(
         "rounds": len(rounds),
         "seconds": round(measured["seconds"], 2),
         "evaluation": results.get(len(rounds), {}),
+        "label_free": {"trained": without.get(len(rounds), {}), "untrained": without.get(0, {})},
         "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
         "resources": strategies[config.strategy.name] | {"measured": measured | scope},
         "strategies": strategies,
@@ -86,10 +89,17 @@ def evaluations_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int | str, 
     """Group evaluation results by round, or by the name of a baseline, and then by protocol."""
     results: dict[int | str, dict[str, Any]] = {}
     for line in lines:
-        if line.get("event") == "evaluation":
+        if "accuracy" in line:
             result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol", "baseline")}
             results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
     return results
+
+
+def label_free_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Return the label-free metrics by round."""
+    names = get_type_hints(LabelFree)
+    described = [line for line in lines if line.get("protocol") == LABEL_FREE]
+    return {line["round"]: {name: line[name] for name in names} for line in described}
 
 
 def write_run_report(workdir: WorkDir, run: ActiveRun) -> None:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from lwfedssl_jax.analysis.wording import clock, percent
 from lwfedssl_jax.simulation.events import (
     Compiling,
+    Described,
     Evaluated,
     Event,
     FineTuning,
@@ -67,6 +68,8 @@ class ConsoleProgress:
                 self._round(line)
             case Evaluated(line):
                 self._evaluation(line)
+            case Described(line):
+                self._description(line)
             case Loading(what) | FineTuning(what):
                 self._show(what)
             case Finished(summary):
@@ -109,6 +112,13 @@ class ConsoleProgress:
         where = f"round {line['round']}, depth {line['depth']}" if line["round"] else start
         self.say(f"  {where}: {line['protocol']} {percent(line['accuracy'])}")
 
+    def _description(self, line: dict[str, Any]) -> None:
+        where = f"round {line['round']}, depth {line['depth']}" if line["round"] else "untrained"
+        self.say(
+            f"  {where}: without labels: effective rank {line['effective_rank']:.1f}, alignment "
+            f"{line['alignment']:.2f}, uniformity {line['uniformity']:.2f}, feature std {line['feature_std']:.2f}"
+        )
+
     def _finished(self, summary: dict[str, Any]) -> None:
         """On a terminal, the command prints the summary."""
 
@@ -141,6 +151,9 @@ class NotebookProgress(ConsoleProgress):
 
     def _evaluation(self, line: dict[str, Any]) -> None:
         """Evaluations are not printed: a run has dozens of them."""
+
+    def _description(self, line: dict[str, Any]) -> None:
+        """Nor are these."""
 
     def _finished(self, summary: dict[str, Any]) -> None:
         self.say(f"{summary['rounds']} rounds in {summary['seconds']:.0f} s")

@@ -7,11 +7,12 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from lwfedssl_jax.analysis.style import traffic_by_round
 from lwfedssl_jax.config import Config, ConfigError, choose, flat, join_lists, to_dict
-from lwfedssl_jax.simulation.events import Evaluated, Event, Finished, Hear, Note, RoundDone, Started
+from lwfedssl_jax.evaluation.label_free import LABEL_FREE, LabelFree
+from lwfedssl_jax.simulation.events import Described, Evaluated, Event, Finished, Hear, Note, RoundDone, Started
 from lwfedssl_jax.workdir import WorkDir
 
 
@@ -164,7 +165,7 @@ class Tracking:
         match event:
             case Started():
                 self._open()
-            case RoundDone(line) | Evaluated(line):
+            case RoundDone(line) | Evaluated(line) | Described(line):
                 self._log(line)
             case Finished(summary):
                 self._summary = summary_values(summary) if self._trackers else None
@@ -200,6 +201,8 @@ class Tracking:
 
 def line_values(line: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a line of ``metrics.jsonl`` by their names in trackers."""
+    if line.get("protocol") == LABEL_FREE:
+        return {f"{LABEL_FREE}/{name}": line[name] for name in get_type_hints(LabelFree)}
     if "event" in line:
         return {f"{line.get('baseline', 'evaluation')}/{line['protocol']}": line["accuracy"]}
     return {f"round/{name}": value for name, value in line.items() if name != "round" and value is not None}

@@ -16,13 +16,12 @@ from lwfedssl_jax.method.stages import Stage
 LEAST_FALL = 0.4  # of the loss in all of a run's rounds, at the present pace: below it, a stage ends
 WINDOW_SHARE = 1 / 12  # of a run's rounds, over which the pace is measured
 LEAST_WINDOW = 3  # rounds
-LEAST_ROUNDS = 2  # of a stage
 
 
 def paced_stages(config: Config, stages: Sequence[Stage], losses: Sequence[float]) -> list[Stage]:
-    """Return the stages of a run after its first rounds: those that are over, and the longest that the others may last.
+    """Return the stages of a run after its first rounds: those that are over, and how long the others may last.
 
-    With ``strategy.pacing`` fixed, they last as planned.
+    A stage may last as long as each later one still gets a round. With ``strategy.pacing`` fixed, all last as planned.
 
     Args:
       config: resolved.
@@ -46,11 +45,11 @@ def end_stage(stages: Sequence[Stage], losses: Sequence[float]) -> list[Stage]:
     """
     done = len(losses)
     stage = next(stage for stage in stages if done <= stage.last_round)
-    rounds, pace = done - stage.first_round, loss_fall(stages, losses)
-    if pace is None or pace >= LEAST_FALL or rounds < _least_rounds(stages) or stage.number == len(stages):
+    pace = loss_fall(stages, losses)
+    if pace is None or pace >= LEAST_FALL or stage.number == len(stages):
         return list(stages)
     lengths = [s.rounds for s in stages[: stage.number - 1]]
-    return _share_what_is_left(stages, [*lengths, rounds])
+    return _share_what_is_left(stages, [*lengths, done - stage.first_round])
 
 
 def loss_fall(stages: Sequence[Stage], losses: Sequence[float]) -> float | None:
@@ -74,14 +73,8 @@ def loss_fall(stages: Sequence[Stage], losses: Sequence[float]) -> float | None:
 
 
 def _share_what_is_left(stages: Sequence[Stage], ended: Sequence[int]) -> list[Stage]:
-    """Give the stage that begins all rounds except for the least that the later ones need."""
-    total, later = stages[-1].last_round, len(stages) - len(ended) - 1
-    least = _least_rounds(stages)
-    longest = total - sum(ended) - later * least
-    lengths = [*ended, longest, *([least] * later)] if later >= 0 else list(ended)
+    """Give the stage that begins all rounds that are left except for one for each of the later stages."""
+    later = len(stages) - len(ended) - 1
+    lengths = [*ended, stages[-1].last_round - sum(ended) - later, *([1] * later)]
     firsts = [sum(lengths[:s]) for s in range(len(stages))]
     return [s._replace(first_round=first, rounds=n) for s, first, n in zip(stages, firsts, lengths, strict=True)]
-
-
-def _least_rounds(stages: Sequence[Stage]) -> int:
-    return min(LEAST_ROUNDS, stages[-1].last_round // len(stages))

@@ -80,13 +80,22 @@ class Evaluated(NamedTuple):
     line: dict[str, Any]
 
 
+class Described(NamedTuple):
+    """A line of ``metrics.jsonl`` with label-free metrics."""
+
+    line: dict[str, Any]
+
+
 class Finished(NamedTuple):
     """The run is finished and its summary is written."""
 
     summary: dict[str, Any]
 
 
-Event = Loading | Note | Started | Compiling | StageBegan | StepsDone | RoundDone | FineTuning | Evaluated | Finished
+Event = (
+    Loading | Note | Started | Compiling | StageBegan | StepsDone | RoundDone
+    | FineTuning | Evaluated | Described | Finished
+)  # fmt: skip
 Hear = Callable[[Event], None]
 
 

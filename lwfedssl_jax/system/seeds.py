@@ -8,6 +8,7 @@ The streams of a run's seed; what stands behind an arrow is folded into the key,
                                          -> a RoundTag
                 -> KeyTag.SERVER -> round -> step -> a ServerTag
                 -> KeyTag.BASE -> step -> a ServerTag
+                -> KeyTag.EVALUATION -> number of a batch's first image -> sample
                 -> KeyTag.FINE_TUNE -> 0 for the head, or epoch (from 1) -> step -> sample
     NumPy  seed -> RngTag.PARTITION, also -> client
                 -> RngTag.SAMPLING -> round
@@ -31,6 +32,7 @@ class KeyTag(enum.IntEnum):
     ROUND = 1
     SERVER = 2
     BASE = 3
+    EVALUATION = 4
     FINE_TUNE = 64
 
 

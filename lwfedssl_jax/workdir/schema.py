@@ -5,14 +5,15 @@ from typing import Any, NotRequired, TypedDict
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.evaluation.finetune import FineTuneResult
 from lwfedssl_jax.evaluation.frozen import EvaluationLine, KnnResult, ProbeResult, Scores
+from lwfedssl_jax.evaluation.label_free import LabelFree, LabelFreeLine
 from lwfedssl_jax.simulation.lines import RoundLine
 
 __all__ = [
-    "EvaluationLine", "FineTuneResult", "KnnResult", "Ledger", "MeasuredCost", "MetricsLine", "ProbeResult",
-    "RoundLine", "Scores", "Summary",
+    "EvaluationLine", "FineTuneResult", "KnnResult", "LabelFree", "LabelFreeLine", "Ledger", "MeasuredCost",
+    "MetricsLine", "ProbeResult", "RoundLine", "Scores", "Summary",
 ]  # fmt: skip
 
-MetricsLine = RoundLine | EvaluationLine
+MetricsLine = RoundLine | EvaluationLine | LabelFreeLine
 
 
 class MeasuredCost(TypedDict):
@@ -20,7 +21,8 @@ class MeasuredCost(TypedDict):
 
     Attributes:
       download_bytes, upload_bytes, seconds: of all clients in all rounds.
-      flops_executed: with depth dropout, multiply-adds per sample, as in the ledger.
+      rounds_per_stage: how many rounds each stage had.
+      flops_executed: with depth dropout or adaptive pacing, multiply-adds per sample, as in the ledger.
       clients: in the population.
       scope: the above in words.
     """
@@ -28,6 +30,7 @@ class MeasuredCost(TypedDict):
     download_bytes: int
     upload_bytes: int
     seconds: float
+    rounds_per_stage: list[int]
     flops_executed: NotRequired[int]
     clients: int
     scope: str
@@ -42,6 +45,7 @@ class Summary(TypedDict):
       seconds: time of the rounds.
       evaluation: the trained encoder's results by protocol, which have the fields of ``ProbeResult``, ``KnnResult`` or
         ``FineTuneResult``; empty if no image has a label.
+      label_free: metrics of the ``trained`` and of the ``untrained`` encoder that need no labels.
       baselines: results by protocol: ``untrained``, and with fine-tuning ``scratch``.
       resources: the ledger of the run's strategy, and ``measured``, a ``MeasuredCost``.
       strategies: the ledger of every strategy that can run with the config, by name.
@@ -53,6 +57,7 @@ class Summary(TypedDict):
     rounds: int
     seconds: float
     evaluation: dict[str, Scores]
+    label_free: dict[str, LabelFree]
     baselines: dict[str, dict[str, Scores]]
     resources: dict[str, Any]
     strategies: dict[str, Ledger]
