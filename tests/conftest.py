@@ -77,24 +77,26 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+def plain_images(dataset: Dataset, *_: object) -> np.ndarray:
+    """As ``label_free.images_with_views``, whose views are dear to compile."""
+    images = dataset.test_images if len(dataset.test_images) else dataset.train_images
+    return np.stack([images[:20], images[:20], 255 - images[:20]])
+
+
+REAL_IMAGES_WITH_VIEWS = label_free.images_with_views
+label_free.images_with_views = plain_images  # also for fixtures of modules
 TRACES = setup.Cache()
 
 
 @pytest.fixture(autouse=True)
 def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page that ends a run and the views of label-free metrics cost seconds, and ledgers minutes: those at the end
-    are without peak memory, and all share what they trace. Runs of a module's fixtures, made before this one, and those
-    of processes have all of it.
+    """The page that ends a run costs seconds, and ledgers minutes: those at the end are without peak memory, and all
+    share what they trace. Runs of a module's fixtures, made before this one, and those of processes have all of it.
     """
 
     def price(config: Config, *_: object) -> dict[str, ledger.Ledger]:
         return ledger.all_strategies(config, memory=False, known=known_traces())
 
-    def plain_images(dataset: Dataset, *_: object) -> np.ndarray:
-        images = dataset.test_images if len(dataset.test_images) else dataset.train_images
-        return np.stack([images[:20], images[:20], 255 - images[:20]])
-
-    monkeypatch.setattr(label_free, "images_with_views", plain_images)
     monkeypatch.setattr(finish, "write_report", lambda directories, out: None)
     monkeypatch.setattr(finish, "ledgers_of_run", price)
     for module in (finish, ledgers):

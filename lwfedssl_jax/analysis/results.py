@@ -45,8 +45,9 @@ def load_results(*directories: str | Path) -> pd.DataFrame:
     Returns:
       A frame with one row per run. Its columns are ``path``, ``name``, ``finished``, ``fault`` (why it is not
       finished), ``label`` (of its setting in a sweep), ``config_file`` (hash of the user's own config file); every
-      config field as ``section.field`` (a list as its values with spaces between); ``accuracy.PROTOCOL``,
-      ``std.PROTOCOL`` over its draws, ``untrained.PROTOCOL`` and ``scratch.PROTOCOL``, all in [0, 1];
+      config field as ``section.field`` (a list as its values with spaces between), and ``data.fingerprint``;
+      ``accuracy.PROTOCOL``, ``std.PROTOCOL`` over its draws, ``untrained.PROTOCOL`` and ``scratch.PROTOCOL``, all in
+      [0, 1]; ``label_free.effective_rank`` and so on, also as ``untrained.label_free.effective_rank``;
       ``traffic_bytes`` (per client, both directions, by the ledger), ``measured_bytes_per_client``,
       ``flops_paper_rule`` and ``flops_executed`` (multiply-adds per sample), ``peak_memory_bytes``, and the same
       four for end_to_end with this config as ``end_to_end.traffic_bytes`` and so on; ``rounds`` and ``seconds`` so
