@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import pandas as pd
 
 from lwfedssl_jax.analysis.wording import COSTS
 from lwfedssl_jax.config import ConfigError, flat, from_dict, join_lists, to_dict
+from lwfedssl_jax.config.protocols import protocol_on
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
 
@@ -47,7 +48,8 @@ def load_results(*directories: str | Path) -> pd.DataFrame:
       finished), ``label`` (of its setting in a sweep), ``config_file`` (hash of the user's own config file); every
       config field as ``section.field`` (a list as its values with spaces between), and ``data.fingerprint``;
       ``accuracy.PROTOCOL``, ``std.PROTOCOL`` over its draws, ``untrained.PROTOCOL`` and ``scratch.PROTOCOL``, all in
-      [0, 1]; ``label_free.effective_rank`` and so on, also as ``untrained.label_free.effective_rank``;
+      [0, 1], also on ``evaluation.data`` by ``PROTOCOL@NAME``; ``label_free.effective_rank`` and so on, also as
+      ``untrained.label_free.effective_rank``;
       ``traffic_bytes`` (per client, both directions, by the ledger), ``measured_bytes_per_client``,
       ``flops_paper_rule`` and ``flops_executed`` (multiply-adds per sample), ``peak_memory_bytes``, and the same
       four for end_to_end with this config as ``end_to_end.traffic_bytes`` and so on; ``rounds`` and ``seconds`` so
@@ -235,7 +237,7 @@ def _summary_columns(run: RunRecord) -> dict[str, float]:
         **ledger_costs(summary["resources"]),
         **ledgers.get(END_TO_END, {}),
     }
-    for protocol, result in summary["evaluation"].items():
+    for protocol, result in all_results(summary).items():
         found[f"accuracy.{protocol}"] = float(result["accuracy"])
         found[f"std.{protocol}"] = float(result.get("std", "nan"))
     for which, metrics in summary.get("label_free", {}).items():
@@ -245,6 +247,16 @@ def _summary_columns(run: RunRecord) -> dict[str, float]:
     for baseline, results in summary["baselines"].items():
         found |= {f"{baseline}.{protocol}": float(result["accuracy"]) for protocol, result in results.items()}
     return found
+
+
+def all_results(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trained encoder's results by protocol, those on ``evaluation.data`` by ``PROTOCOL@NAME``."""
+    on_others = {
+        protocol_on(protocol, name): result
+        for name, by_protocol in summary.get("transfer", {}).items()
+        for protocol, result in by_protocol.items()
+    }
+    return summary["evaluation"] | on_others
 
 
 def ledger_costs(ledger: dict[str, Any], prefix: str = "") -> dict[str, float]:

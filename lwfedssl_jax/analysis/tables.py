@@ -23,8 +23,8 @@ from lwfedssl_jax.analysis.wording import (
     number_or_unknown,
     protocol_words,
 )
+from lwfedssl_jax.config.protocols import LABEL_FREE
 from lwfedssl_jax.costs import fleet
-from lwfedssl_jax.evaluation.label_free import LABEL_FREE
 
 LABEL_FREE_TITLES = {
     "effective_rank": "effective rank",

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from lwfedssl_jax.analysis.results import all_results
 from lwfedssl_jax.analysis.wording import MIB, accuracy_words, protocol_words, settings_words
 from lwfedssl_jax.costs import fleet
 
@@ -23,14 +24,15 @@ def summary_tables(summary: dict[str, Any]) -> Group:
     accuracy.add_column("untrained %", justify="right")
     accuracy.add_column("trained %", justify="right")
     accuracy.add_column("settings")
-    for protocol, result in summary["evaluation"].items():
+    results = all_results(summary)
+    for protocol, result in results.items():
         baselines = summary["baselines"]
         if protocol in baselines["untrained"]:
             untrained = accuracy_words(baselines["untrained"][protocol])
         else:
             untrained = f"{accuracy_words(baselines['scratch'][protocol])} (scratch)"
         accuracy.add_row(protocol_words(protocol), untrained, accuracy_words(result), settings_words(result))
-    tables = [accuracy] if summary["evaluation"] else []
+    tables = [accuracy] if results else []
     tables.append(resource_table(summary["strategies"], summary["strategy"]))
     if "fleet" not in summary:
         return Group(*tables)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lwfedssl_jax.config.protocols import FINE_TUNE, ON
+
 MIB = 2**20
 UNKNOWN = "-"
 
@@ -25,7 +27,10 @@ UNITS: dict[str, list[tuple[float, float, str]]] = {
 
 def protocol_words(protocol: str) -> str:
     """The name of an evaluation protocol, such as "linear probe, 5 labels per class" for ``linear_probe_5``."""
-    if protocol == "fine_tune":
+    protocol, on, data = protocol.partition(ON)
+    if on:
+        return f"{protocol_words(protocol)}, on {data}"
+    if protocol == FINE_TUNE:
         return "fine-tuning"
     kind, _, labels = protocol.rpartition("_")
     return f"linear probe, {labels} labels{'' if labels == 'all' else ' per class'}" if kind else "kNN"

@@ -106,6 +106,16 @@ def a_protocol_is_left(config: Config) -> str | None:
     return "evaluation: every protocol is disabled; accepted: labels_per_class, neighbours or fine_tune_epochs above 0"
 
 
+def further_data_differ(config: Config) -> str | None:
+    """Data sets of evaluation.data are named once, and are not the data set of the clients."""
+    names = config.evaluation.data
+    for number, name in enumerate(names):
+        if name == config.data.name or name in names[:number]:
+            where = "is data.name" if name == config.data.name else "appears twice"
+            return f"evaluation.data: {name!r} {where}; accepted: other data sets, each once"
+    return None
+
+
 def warmup_ends(config: Config) -> str | None:
     """Fine-tuning, if enabled, lasts longer than its warm-up."""
     warmup, epochs = config.evaluation.fine_tune_warmup_epochs, config.evaluation.fine_tune_epochs
@@ -128,6 +138,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     cohort_within_population,
     deadline_has_speeds,
     a_protocol_is_left,
+    further_data_differ,
     warmup_ends,
 )
 

@@ -195,6 +195,12 @@ class EvaluationConfig:
     """kNN: neighbours that vote; 0: no kNN."""
     every: AtLeast0 = 0
     """Rounds between evaluations, in addition to those at the end of each stage; 0: only these."""
+    data: tuple[str, ...] = ()
+    """Further data sets, named as in data.name, on which the encoder is also evaluated by all protocols. It is never
+    trained on them, except in their own fine-tuning."""
+    data_when: Literal["end", "always"] = "end"
+    """When the encoder is evaluated on evaluation.data: end (untrained, and after the last round) or always (at each
+    evaluation)."""
     fine_tune_epochs: AtLeast0 = 0
     """Fine-tuning of the whole encoder with all labels after the last round: epochs (in the paper 40); 0: none."""
     fine_tune_warmup_epochs: AtLeast0 = 10

@@ -16,7 +16,7 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
 
     A data set without clients of its own has no entry ``clients``.
     """
-    parts = {
+    parts: dict[str, tuple[np.ndarray, ...]] = {
         "images": (dataset.train_images, dataset.test_images),
         "labels": (dataset.train_labels, dataset.test_labels),
     }

@@ -1,5 +1,6 @@
 """Data sets as uint8 arrays with a fixed train/test split."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -9,6 +10,8 @@ from lwfedssl_jax.config import ConfigError, DataConfig
 from lwfedssl_jax.data import cache, files, tfds
 from lwfedssl_jax.data.cache import Notify, Undecoded
 from lwfedssl_jax.system import seeds
+
+AT_ONCE = 4096  # images whose channels are changed at a time
 
 
 class Dataset(NamedTuple):
@@ -86,6 +89,39 @@ def find(config: DataConfig) -> Source:
         accepted = ", ".join(form for source in SOURCES.values() for form in source.forms)
         raise ConfigError(f"data.name: unknown {config.name!r}; accepted: {accepted}")
     return SOURCES[kind]
+
+
+def load_like(config: DataConfig, name: str, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
+    """Read another data set in the size and the channels of a config's images.
+
+    Args:
+      config: of the images that an encoder is trained on.
+      name: of the other data set, as in ``data.name``.
+      notify, note: as for ``Load``.
+
+    Raises:
+      ConfigError: it cannot be found or used.
+    """
+    other = dataclasses.replace(config, name=name, client_column="")
+    dataset, channels = find(other).load(other, notify, note), find(config).channels
+    return dataset._replace(
+        train_images=with_channels(dataset.train_images, channels),
+        test_images=with_channels(dataset.test_images, channels),
+        train_clients=None,
+    )
+
+
+def with_channels(images_NxHxWxC: np.ndarray, channels: int) -> np.ndarray:
+    """Turn uint8 images to gray (ITU-R 601, as Pillow) or RGB; images of that kind are returned as they are."""
+    if images_NxHxWxC.shape[-1] == channels:
+        return images_NxHxWxC
+    if channels == 3:
+        return np.repeat(images_NxHxWxC, 3, -1)
+    gray = np.empty((*images_NxHxWxC.shape[:-1], 1), np.uint8)
+    for first in range(0, len(gray), AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        gray[rows, ..., 0] = np.round(images_NxHxWxC[rows] @ np.array([0.299, 0.587, 0.114]))
+    return gray
 
 
 def decoded(channels: int, find: Callable[[DataConfig, Notify], Undecoded]) -> Load:

@@ -61,7 +61,8 @@ class EvaluationLine(Scores):
     Attributes:
       round: after which the encoder was evaluated; 0 is the untrained encoder.
       depth: number of layers, L1..L_depth, whose features were evaluated.
-      protocol: ``linear_probe_K``, ``linear_probe_all``, ``knn`` or ``fine_tune``.
+      protocol: ``linear_probe_K``, ``linear_probe_all``, ``knn`` or ``fine_tune``; on ``evaluation.data``,
+        with ``@NAME`` after it.
       baseline: ``scratch`` for fine-tuning of the untrained encoder.
     """
 

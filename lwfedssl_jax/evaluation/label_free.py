@@ -9,7 +9,6 @@ from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.data.views import Recipe, two_views
 from lwfedssl_jax.system import seeds
 
-LABEL_FREE = "label_free"  # the protocol's name
 MOST_IMAGES, MOST_BYTES = 2048, 2**26  # that are looked at; the bytes are those of all views
 BATCH = 256  # images whose views are made at once
 COLLAPSED = 2.0  # an effective rank below it: features differ in hardly more than their length

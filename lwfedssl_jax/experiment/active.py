@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from lwfedssl_jax.config import Config
+from lwfedssl_jax.config import Config, ConfigError, EvaluationConfig
 from lwfedssl_jax.costs import fleet
+from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.experiment.ledgers import compiled_ledger
 from lwfedssl_jax.method.pacing import paced_stages
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.simulation.events import Event, Hear, Note
-from lwfedssl_jax.simulation.setup import Cache, Prepared, prepare
+from lwfedssl_jax.simulation.setup import Cache, Prepared, load_evaluation_data, prepare
 from lwfedssl_jax.simulation.state import RoundState, state_to_save
 from lwfedssl_jax.system.devices import from_first
 from lwfedssl_jax.system.interrupts import Interrupts
@@ -33,6 +34,8 @@ class ActiveRun:
       workdir: belongs to this config; None in every process except the first of several.
       listeners: hear of progress.
       prepared: the config and what is derived from it, with the lanes that are used; set by ``load``.
+      datasets: on which the encoder is evaluated, by name; the clients' own is "". Set by ``load``.
+      fingerprint: of all of them; set by ``load``.
       encode: computes the encoder's features; set by ``load``.
       done: how many rounds were finished when it was loaded.
       saved: the content of the checkpoint after these rounds, until training continues from it.
@@ -45,6 +48,8 @@ class ActiveRun:
     workdir: WorkDir | None
     listeners: list[Hear] = field(default_factory=list)
     prepared: Prepared = field(init=False)
+    datasets: dict[str, Dataset] = field(init=False)
+    fingerprint: dict[str, str] = field(init=False)
     encode: frozen.Encode = field(init=False)
     done: int = 0
     saved: Tree = field(default_factory=dict)
@@ -85,9 +90,13 @@ class ActiveRun:
             self.workdir.take()
         check(self.config)
         run = prepare(self.config, hear=self.hear, cache=cache)
+        further = load_evaluation_data(self.config, self.hear, cache)
+        self.datasets = {"": run.dataset} | {name: dataset for name, (dataset, _) in further.items()}
+        self.fingerprint = run_fingerprint(run.fingerprint, {name: data for name, (_, data) in further.items()})
         if self.workdir:
-            self.workdir.check_data(run.fingerprint)
-        frozen.check_protocols(self.config.evaluation, run.dataset)
+            self.workdir.check_data(self.fingerprint)
+        for name, dataset in self.datasets.items():
+            check_evaluation(self.config.evaluation, name, dataset)
         interrupts.check()
         if self.config.fleet.devices:
             run = self._on_fleet(run, cache)
@@ -122,3 +131,20 @@ class ActiveRun:
         if self.workdir and rounds:
             ends = [stage.last_round for stage in self.prepared.stages]
             self.workdir.save(rounds, state_to_save(params, state), ends)
+
+
+def check_evaluation(config: EvaluationConfig, name: str, dataset: Dataset) -> None:
+    """Check that a data set allows the protocols (``frozen.check_protocols``).
+
+    Raises:
+      ConfigError: naming the data set, if it is one of ``evaluation.data``.
+    """
+    try:
+        frozen.check_protocols(config, dataset)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.data: {name!r}: {error}" if name else str(error)) from error
+
+
+def run_fingerprint(own: dict[str, str], further: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return the fingerprint of a run's data: of the clients' own data set and of those of ``evaluation.data``."""
+    return own | {name: " ".join(parts.values()) for name, parts in further.items()}

@@ -1,6 +1,9 @@
 """All checks of a config that need neither data nor compilation."""
 
-from lwfedssl_jax.config import Config
+import dataclasses
+
+from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.data import sources
 from lwfedssl_jax.experiment import trackers
 from lwfedssl_jax.method.checks import check_method
 
@@ -15,4 +18,9 @@ def check(config: Config) -> None:
       ConfigError: naming the field, the value and what is accepted.
     """
     check_method(config)
+    for name in config.evaluation.data:
+        try:
+            sources.find(dataclasses.replace(config.data, name=name))
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.data: {str(error).removeprefix('data.name: ')}") from None
     trackers.check_trackers(config)

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from lwfedssl_jax.config import Config
+from lwfedssl_jax.config.protocols import FINE_TUNE, LABEL_FREE, protocol_on
 from lwfedssl_jax.evaluation import finetune, frozen, label_free
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.simulation.events import Described, Evaluated, FineTuning, Note
 from lwfedssl_jax.simulation.setup import check_finite, initial_params
 from lwfedssl_jax.system.interrupts import Interrupts
 from lwfedssl_jax.tree import Tree
-
-FINE_TUNE = "fine_tune"  # the protocol's name
 
 
 def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> None:
@@ -21,16 +21,21 @@ def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
     Raises:
       FloatingPointError: a feature is not finite.
     """
-    dataset = run.prepared.dataset
     params = jax.device_get(params)  # on the mesh, every device would repeat the work
     log_label_free(run, depth, number, params)
-    if not len(dataset.labelled):
-        return
-    features = [run.encode(params, images, depth) for images in (dataset.train_images, dataset.test_images)]
-    for x in features:
-        check_finite(run.config, "the encoder's features are not finite", number, x)
-    for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
-        _write(run, {"round": number, "depth": depth, "protocol": protocol, **result})
+    for name, dataset in run.datasets.items():
+        if len(dataset.labelled) and (not name or _is_due(run.config, number)):
+            features = [run.encode(params, images, depth) for images in (dataset.train_images, dataset.test_images)]
+            for x in features:
+                check_finite(run.config, "the encoder's features are not finite", number, x)
+            for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
+                on = protocol_on(protocol, name)
+                _write(run, {"round": number, "depth": depth, "protocol": on, **result})
+
+
+def _is_due(config: Config, number: int) -> bool:
+    """Whether the encoder is evaluated on ``evaluation.data`` after a round."""
+    return config.evaluation.data_when == "always" or number in (0, config.federation.rounds)
 
 
 def log_label_free(run: ActiveRun, depth: int, number: int, params: Tree) -> None:
@@ -44,7 +49,7 @@ def log_label_free(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
     x = np.stack([run.encode(params, images, depth) for images in run.images_with_views])
     check_finite(run.config, "the encoder's features are not finite", number, x)
     found = label_free.label_free(x)
-    line = {"event": "evaluation", "round": number, "depth": depth, "protocol": label_free.LABEL_FREE, **found}
+    line = {"event": "evaluation", "round": number, "depth": depth, "protocol": LABEL_FREE, **found}
     run.workdir.append(line)
     run.hear(Described(line))
     if number and found["effective_rank"] < label_free.COLLAPSED:
@@ -63,26 +68,30 @@ def log_fine_tuning(run: ActiveRun, interrupts: Interrupts, params: Tree) -> Non
       FloatingPointError: the loss is not finite.
       KeyboardInterrupt: a signal arrived; checked at the start of each epoch.
     """
-    config, written = run.config, [line["round"] for line in _lines(run) if line.get("protocol") == FINE_TUNE]
-    if config.federation.rounds not in written:
-        result = _fine_tune(run, interrupts, params, "")
-        _write(run, {"round": config.federation.rounds, **result})
-    if 0 not in written:
-        result = _fine_tune(run, interrupts, initial_params(run.prepared), "from scratch: ")
-        _write(run, {"round": 0, "baseline": "scratch", **result})
+    config = run.config
+    for name in run.datasets:
+        protocol = protocol_on(FINE_TUNE, name)
+        written = [line["round"] for line in _lines(run) if line.get("protocol") == protocol]
+        if config.federation.rounds not in written:
+            result = _fine_tune(run, interrupts, params, name, "")
+            _write(run, {"round": config.federation.rounds, **result})
+        if 0 not in written:
+            result = _fine_tune(run, interrupts, initial_params(run.prepared), name, "from scratch: ")
+            _write(run, {"round": 0, "baseline": "scratch", **result})
 
 
-def _fine_tune(run: ActiveRun, interrupts: Interrupts, params: Tree, prefix: str) -> dict[str, Any]:
+def _fine_tune(run: ActiveRun, interrupts: Interrupts, params: Tree, name: str, prefix: str) -> dict[str, Any]:
     def notify(what: str) -> None:
         interrupts.check()
-        run.hear(FineTuning(prefix + what))
+        run.hear(FineTuning(f"{name}: {prefix}{what}" if name else prefix + what))
 
     host = jax.device_get(params)  # on the mesh, every device would repeat the work
     config, depth = run.config, run.config.model.depth
     job = finetune.FineTuneJob(
-        run.prepared.task, config.evaluation, run.prepared.dataset, host, depth, config.runtime.seed
+        run.prepared.task, config.evaluation, run.datasets[name], host, depth, config.runtime.seed
     )
-    return {"depth": depth, "protocol": FINE_TUNE, **finetune.fine_tune(job, run.encode, notify)}
+    protocol = protocol_on(FINE_TUNE, name)
+    return {"depth": depth, "protocol": protocol, **finetune.fine_tune(job, run.encode, notify)}
 
 
 def _lines(run: ActiveRun) -> list[dict[str, Any]]:

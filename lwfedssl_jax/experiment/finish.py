@@ -5,10 +5,11 @@ from typing import Any, get_type_hints
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.analysis.report import write_report
+from lwfedssl_jax.config.protocols import LABEL_FREE, ON
 from lwfedssl_jax.costs import fleet, ledger
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.evaluation import export
-from lwfedssl_jax.evaluation.label_free import LABEL_FREE, LabelFree
+from lwfedssl_jax.evaluation.label_free import LabelFree
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.evaluations import log_fine_tuning
 from lwfedssl_jax.experiment.ledgers import known_traces, ledgers_of_run
@@ -60,7 +61,7 @@ def make_summary(
     """
     config, rounds = run.config, [line for line in lines if "event" not in line]
     results = evaluations_by_round(lines)
-    without = label_free_by_round(lines)
+    without, trained = label_free_by_round(lines), results.get(len(rounds), {})
     measured: dict[str, Any] = {
         key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")
     }
@@ -74,7 +75,8 @@ def make_summary(
         "objective": config.objective.name,
         "rounds": len(rounds),
         "seconds": round(measured["seconds"], 2),
-        "evaluation": results.get(len(rounds), {}),
+        "evaluation": {name: result for name, result in trained.items() if ON not in name},
+        "transfer": transfer(trained),
         "label_free": {"trained": without.get(len(rounds), {}), "untrained": without.get(0, {})},
         "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
         "resources": strategies[config.strategy.name] | {"measured": measured | scope},
@@ -93,6 +95,16 @@ def evaluations_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int | str, 
             result = {k: v for k, v in line.items() if k not in ("event", "round", "protocol", "baseline")}
             results.setdefault(line.get("baseline", line["round"]), {})[line["protocol"]] = result
     return results
+
+
+def transfer(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the results on each data set of ``evaluation.data``, by its name and then by protocol."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        protocol, on, data = name.partition(ON)
+        if on:
+            found.setdefault(data, {})[protocol] = dict(result)
+    return found
 
 
 def label_free_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 from lwfedssl_jax.analysis.style import traffic_by_round
 from lwfedssl_jax.config import Config, ConfigError, choose, flat, join_lists, to_dict
-from lwfedssl_jax.evaluation.label_free import LABEL_FREE, LabelFree
+from lwfedssl_jax.config.protocols import LABEL_FREE
+from lwfedssl_jax.evaluation.label_free import LabelFree
 from lwfedssl_jax.simulation.events import Described, Evaluated, Event, Finished, Hear, Note, RoundDone, Started
 from lwfedssl_jax.workdir import WorkDir
 

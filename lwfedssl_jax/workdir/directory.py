@@ -124,10 +124,9 @@ class WorkDir:
           ConfigError: images, labels or clients differ.
         """
         file = self.path / "config.json"
-        begun_on = json.loads(file.read_text()).get("data") if file.exists() else None
-        # A run of an earlier version has no fingerprint.
-        differing = [name for name in {**begun_on, **data} if begun_on.get(name) != data.get(name)] if begun_on else []
-        if differing:
+        begun_on = (json.loads(file.read_text()) if file.exists() else {}).get("data") or {}
+        differing = [name for name in {**begun_on, **data} if begun_on.get(name) != data.get(name)]
+        if begun_on and differing:  # a run of an earlier version has no fingerprint
             there, here = (" ".join(f"{k} {v.get(k, 'none')}" for k in differing) for v in (begun_on, data))
             raise ConfigError(
                 f"--workdir: {self.path} contains a run that was begun on other data: data.name "

@@ -45,8 +45,10 @@ class Summary(TypedDict):
       seconds: time of the rounds.
       evaluation: the trained encoder's results by protocol, which have the fields of ``ProbeResult``, ``KnnResult`` or
         ``FineTuneResult``; empty if no image has a label.
+      transfer: the same on each data set of ``evaluation.data``, by its name.
       label_free: metrics of the ``trained`` and of the ``untrained`` encoder that need no labels.
-      baselines: results by protocol: ``untrained``, and with fine-tuning ``scratch``.
+      baselines: results by protocol, on ``evaluation.data`` by ``PROTOCOL@NAME``: ``untrained``, and with fine-tuning
+        ``scratch``.
       resources: the ledger of the run's strategy, and ``measured``, a ``MeasuredCost``.
       strategies: the ledger of every strategy that can run with the config, by name.
       fleet: with ``fleet.devices``, one entry per device class (``costs.fleet.summary``).
@@ -57,6 +59,7 @@ class Summary(TypedDict):
     rounds: int
     seconds: float
     evaluation: dict[str, Scores]
+    transfer: dict[str, dict[str, Scores]]
     label_free: dict[str, LabelFree]
     baselines: dict[str, dict[str, Scores]]
     resources: dict[str, Any]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from lwfedssl_jax.config import ConfigError, DataConfig
@@ -73,3 +74,15 @@ def test_unknown_source(name: str) -> None:
         f"data.name: unknown {name!r}; accepted: digits, synthetic, fashion_mnist, fashion_mnist:PATH, tfds:NAME, "
         "npz:PATH, folder:PATH"
     )
+
+
+def test_other_data_come_in_the_channels_of_the_clients() -> None:
+    colour = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    gray = sources.with_channels(colour, 1)
+    expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in colour])
+    assert np.abs(gray[..., 0].astype(int) - expected).max() <= 1
+    np.testing.assert_array_equal(sources.with_channels(gray, 3), np.concatenate([gray] * 3, -1))
+    assert sources.with_channels(colour, 3) is colour
+    like = sources.load_like(DataConfig("synthetic", image_size=10), "digits")
+    assert like.train_images.shape == (1437, 10, 10, 3)
+    assert sources.load_like(DataConfig("digits", image_size=10), "synthetic").test_images.shape == (500, 10, 10, 1)

@@ -1,0 +1,9 @@
+"""Names of evaluation protocols, as results have them."""
+
+FINE_TUNE, LABEL_FREE = "fine_tune", "label_free"
+ON = "@"  # between the name of a protocol and that of one of the data sets of evaluation.data
+
+
+def protocol_on(protocol: str, data: str) -> str:
+    """Return the name of a protocol on one of the data sets of ``evaluation.data``, or on the clients' own ("")."""
+    return f"{protocol}{ON}{data}" if data else protocol

@@ -1,0 +1,103 @@
+"""Evaluation on other data sets than the clients'."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import small_config
+from runs import train
+from safetensors.numpy import load_file
+
+from lwfedssl_jax import load_results
+from lwfedssl_jax.analysis import terminal
+from lwfedssl_jax.analysis.settings import group_by_setting
+from lwfedssl_jax.analysis.tables import settings_table
+from lwfedssl_jax.analysis.wording import protocol_words
+from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.experiment.checks import check
+from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.workdir import WorkDir
+
+FINE_TUNING: dict[str, Any] = {
+    "evaluation__fine_tune_epochs": 2,
+    "evaluation__fine_tune_warmup_epochs": 1,
+    "evaluation__fine_tune_batch_size": 64,
+}
+
+
+def scores_of(path: Path, config: Any) -> list[tuple[int, str]]:
+    return [
+        (line["round"], line["protocol"]) for line in WorkDir(path, config).metrics() if "@" in line.get("protocol", "")
+    ]
+
+
+@pytest.mark.usefixtures("cheap_views")
+def test_an_encoder_is_evaluated_on_other_data_and_not_trained_on_them(tmp_path: Path) -> None:
+    """Of other channels, sizes and labels."""
+    cache = setup.Cache()
+    plain = small_config(evaluation__labels_per_class=(5, 0), **FINE_TUNING)
+    config = small_config(evaluation__labels_per_class=(5, 0), evaluation__data=("digits",), **FINE_TUNING)
+    without, summary = train(plain, tmp_path / "plain", cache=cache), train(config, tmp_path / "both", cache=cache)
+    expected, found = (
+        load_file(tmp_path / "plain/encoder.safetensors"),
+        load_file(tmp_path / "both/encoder.safetensors"),
+    )
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert summary["evaluation"] == without["evaluation"]
+    assert without["transfer"] == {}
+    assert set(summary["transfer"]["digits"]) == set(summary["evaluation"])
+    assert summary["transfer"]["digits"]["linear_probe_all"]["accuracy"] > 0.3  # of ten classes
+    assert set(summary["baselines"]["untrained"]) >= {"knn", "knn@digits", "linear_probe_5@digits"}
+    assert set(summary["baselines"]["scratch"]) == {"fine_tune", "fine_tune@digits"}
+    scores = scores_of(tmp_path / "both", config)
+    assert {number for number, _ in scores} == {0, 3}
+    assert scores.count((3, "knn@digits")) == 1
+
+    rows, settings = group_by_setting(load_results(tmp_path / "both"))
+    assert rows["accuracy.knn@digits"].item() == summary["transfer"]["digits"]["knn"]["accuracy"]
+    words = settings_table(rows, settings).words
+    assert {"kNN (%)", "kNN, on digits (%)", "fine-tuning, on digits (%)"} <= set(words.columns)
+    assert terminal.summary_tables(summary)
+    assert protocol_words("linear_probe_5@npz:/a@b.npz") == "linear probe, 5 labels per class, on npz:/a@b.npz"
+
+
+@pytest.mark.usefixtures("cheap_views")
+def test_at_every_evaluation_on_request(tmp_path: Path) -> None:
+    config = small_config(evaluation__labels_per_class=(), evaluation__data=("digits",), evaluation__data_when="always")
+    train(config, tmp_path / "run")
+    assert scores_of(tmp_path / "run", config) == [(number, "knn@digits") for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("synthetic",), "evaluation.data: 'synthetic' is data.name; accepted: other data sets"),
+        (("digits", "digits"), "evaluation.data: 'digits' appears twice"),
+        (("digit",), r"evaluation.data: unknown 'digit'; accepted: digits, synthetic, .*"),
+        (("npz:/nowhere.npz",), r"evaluation.data: 'npz:/nowhere.npz' is not a file; accepted: "),
+    ],
+)
+def test_bad_names_are_refused_before_anything_is_written(names: tuple, message: str, tmp_path: Path) -> None:
+    def run() -> None:
+        config = small_config(evaluation__data=names)
+        check(config)
+        train(config, tmp_path / "run")
+
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_protocol_that_other_data_do_not_allow_names_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"{s}_images": rng.integers(0, 255, (30, 8, 8), dtype=np.uint8) for s in ("train", "test")}
+    np.savez(tmp_path / "small.npz", **arrays, **{f"{s}_labels": np.arange(30)[:, None] % 3 for s in ("train", "test")})
+    config = small_config(
+        evaluation__labels_per_class=(), evaluation__neighbours=55, evaluation__data=(f"npz:{tmp_path}/small.npz",)
+    )
+    with pytest.raises(
+        ConfigError, match=r"^evaluation.data: 'npz:.*': evaluation.neighbours: 55 .* accepted: 0 to 30"
+    ):
+        train(config, tmp_path / "run")
