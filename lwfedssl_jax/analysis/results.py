@@ -12,6 +12,7 @@ from lwfedssl_jax.analysis.wording import COSTS
 from lwfedssl_jax.config import ConfigError, flat, from_dict, join_lists, to_dict
 from lwfedssl_jax.config.protocols import protocol_on
 from lwfedssl_jax.costs import fleet
+from lwfedssl_jax.data.fingerprint import PARTS
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
 
 SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
@@ -148,9 +149,9 @@ def read_run(path: Path) -> RunRecord | None:
     config = entries.pop("config", None)
     try:
         known = flat(to_dict(from_dict(config)))  # with today's fields, even if the run is older than a field
-        data = {FINGERPRINT: " ".join(map(str, dict(entries.get("data") or {}).values()))}
+        data = {FINGERPRINT: own_fingerprint(entries.get("data"))}
         fields = {name: _plain(value) for name, value in (known | flat(config) | data).items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError):
         if not (path / METRICS).is_file():
             return None  # another program's config.json
         return RunRecord(path, {}, {}, [], {}, "config.json is damaged", "")
@@ -168,6 +169,12 @@ def read_run(path: Path) -> RunRecord | None:
     except (AttributeError, KeyError, TypeError, ValueError):
         return run._replace(summary={}, fault="summary.json is damaged")
     return run
+
+
+def own_fingerprint(data: Any) -> str:
+    """Return the fingerprint of the clients' own data set, as one text, from the ``data`` of ``config.json``."""
+    known = data if isinstance(data, dict) else {}
+    return " ".join(str(known[part]) for part in PARTS if part in known)
 
 
 def _plain(value: Any) -> Any:

@@ -33,13 +33,15 @@ def protocol_words(protocol: str) -> str:
     if protocol == FINE_TUNE:
         return "fine-tuning"
     kind, _, labels = protocol.rpartition("_")
-    return f"linear probe, {labels} labels{'' if labels == 'all' else ' per class'}" if kind else "kNN"
+    kinds = {FINE_TUNE: "fine-tuning", "linear_probe": "linear probe"}
+    return f"{kinds[kind]}, {labels} labels{'' if labels == 'all' else ' per class'}" if kind in kinds else "kNN"
 
 
 def settings_words(result: Mapping[str, Any]) -> str:
     """The settings of an evaluation, such as "k = 20, votes exp(cosine / 0.07)"."""
     if "epochs" in result:
-        return f"{result['epochs']} epochs of AdamW at {result['learning_rate']}, {result['views']}"
+        draws = f"mean of {result['draws']} draws, " if result.get("draws", 1) > 1 else ""
+        return f"{draws}{result['epochs']} epochs of AdamW at {result['learning_rate']}, {result['views']}"
     if "neighbours" in result:
         return f"k = {result['neighbours']}, {result['classifier']}"
     draws = f"mean of {result['draws']} draws, " if result["draws"] > 1 else ""

@@ -106,6 +106,13 @@ def a_protocol_is_left(config: Config) -> str | None:
     return "evaluation: every protocol is disabled; accepted: labels_per_class, neighbours or fine_tune_epochs above 0"
 
 
+def fine_tuning_has_labels(config: Config) -> str | None:
+    """Fine-tuning, if enabled, is done with some number of labels."""
+    if not config.evaluation.fine_tune_epochs or config.evaluation.fine_tune_labels_per_class:
+        return None
+    return "evaluation.fine_tune_labels_per_class: () has no number; accepted: such as (5, 0), or fine_tune_epochs 0"
+
+
 def further_data_differ(config: Config) -> str | None:
     """Data sets of evaluation.data are named once, and are not the data set of the clients."""
     names = config.evaluation.data
@@ -138,6 +145,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     cohort_within_population,
     deadline_has_speeds,
     a_protocol_is_left,
+    fine_tuning_has_labels,
     further_data_differ,
     warmup_ends,
 )

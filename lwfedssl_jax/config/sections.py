@@ -195,6 +195,9 @@ class EvaluationConfig:
     """kNN: neighbours that vote; 0: no kNN."""
     every: AtLeast0 = 0
     """Rounds between evaluations, in addition to those at the end of each stage; 0: only these."""
+    labelled_split: Literal["train", "val"] = "train"
+    """Whose labels linear probes, kNN and fine-tuning use: the images that the clients train on, or the validation
+    split of the data set (MedMNIST in the paper)."""
     data: tuple[str, ...] = ()
     """Further data sets, named as in data.name, on which the encoder is also evaluated by all protocols. It is never
     trained on them, except in their own fine-tuning."""
@@ -202,7 +205,10 @@ class EvaluationConfig:
     """When the encoder is evaluated on evaluation.data: end (untrained, and after the last round) or always (at each
     evaluation)."""
     fine_tune_epochs: AtLeast0 = 0
-    """Fine-tuning of the whole encoder with all labels after the last round: epochs (in the paper 40); 0: none."""
+    """Fine-tuning of the whole encoder after the last round: epochs (in the paper 40); 0: none."""
+    fine_tune_labels_per_class: tuple[AtLeast0, ...] = (0,)
+    """Fine-tuning, once for each number: labelled training images per class, in evaluation.draws random subsets; 0: all
+    images, once."""
     fine_tune_warmup_epochs: AtLeast0 = 10
     """Fine-tuning: epochs, of these, in which the learning rate rises; then it falls to 0 along a cosine."""
     fine_tune_learning_rate: Positive = 1e-3

@@ -20,7 +20,7 @@ from PIL import Image
 from lwfedssl_jax.config import ConfigError, DataConfig
 
 HASHES = "sha256.json"  # of an entry's arrays
-FORMAT = 1  # of an entry; with another number, all existing entries are unused
+FORMAT = 2  # of an entry; with another number, all existing entries are unused
 GROUP_SIZE, THREAD_BATCH = 1024, 32  # images that are decoded at a time, by all threads and by one
 CLASSES = 2**20  # at most; more would make heads of gigabytes
 MAX_NAMED = 3  # things that are wrong, which a message names; it counts the others
@@ -58,11 +58,12 @@ class Undecoded(NamedTuple):
 
     Attributes:
       version: plain data that changes when the content does.
-      splits: ``() -> (train, test)``; not called if they are in the cache.
+      splits: ``() -> {name: split}``, of ``train``, ``test`` and, if the data set has it, ``val``; not called if they
+        are in the cache.
     """
 
     version: Any
-    splits: Callable[[], tuple[Split, Split]]
+    splits: Callable[[], dict[str, Split]]
 
 
 def refuse(config: DataConfig, why: str, accepted: str) -> ConfigError:
@@ -98,9 +99,9 @@ def load_cached(
       note: hears what the user should know.
 
     Returns:
-      ``train_images, train_labels, test_images, test_labels``, and ``train_clients`` if examples have clients, which
-      are numbered in the order of their names. Images are uint8 NxHxWxC, mapped from the cache, or in memory if that
-      cannot be written.
+      ``train_images, train_labels, test_images, test_labels``, ``val_images, val_labels`` if there is a split ``val``,
+      and ``train_clients`` if examples have clients, which are numbered in the order of their names. Images are uint8
+      NxHxWxC, mapped from the cache, or in memory if that cannot be written.
 
     Raises:
       ConfigError: an image cannot be read, a test image has no label, or a label is too large.
@@ -121,14 +122,11 @@ def load_cached(
 
 
 def _decode_into(
-    entry: Path, config: DataConfig, splits: tuple[Split, Split], channels: int, notify: Notify, note: Notify
+    entry: Path, config: DataConfig, splits: dict[str, Split], channels: int, notify: Notify, note: Notify
 ) -> dict[str, np.ndarray]:
-    """Decode both splits into a new entry of the cache, or into memory if it cannot be written."""
+    """Decode all splits into a new entry of the cache, or into memory if it cannot be written."""
     size = config.image_size
-    shapes = {
-        f"{name}_images": (split.size, size, size, channels)
-        for name, split in zip(("train", "test"), splits, strict=True)
-    }
+    shapes = {f"{name}_images": (split.size, size, size, channels) for name, split in splits.items()}
     try:
         temporary = _make_temporary(entry)
     except OSError as error:
@@ -178,35 +176,38 @@ def _in_memory(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def _decode(
-    config: DataConfig, splits: tuple[Split, Split], images: Mapping[str, np.ndarray], notify: Notify
+    config: DataConfig, splits: dict[str, Split], images: Mapping[str, np.ndarray], notify: Notify
 ) -> dict[str, np.ndarray]:
     """Fill ``images`` and return all arrays.
 
     Raises:
       ConfigError: as ``load_cached``.
     """
-    train, test = splits
-    total = train.size + test.size
+    total, before = sum(split.size for split in splits.values()), 0
+    labels: dict[str, list[int]] = {}
+    clients: dict[str, list[int | str | None]] = {}
+    unreadable: list[str] = []
 
-    def report(done: int) -> None:
-        notify(f"decoding {done:,} of {total:,} images")
+    for name, split in splits.items():
 
-    train_labels, clients, unreadable = _decode_split(train, images["train_images"], report)
-    test_labels, _, more = _decode_split(test, images["test_images"], lambda done: report(train.size + done))
-    if unreadable := unreadable + more:
+        def report(done: int, before: int = before) -> None:
+            notify(f"decoding {before + done:,} of {total:,} images")
+
+        labels[name], clients[name], reasons = _decode_split(split, images[f"{name}_images"], report)
+        unreadable, before = unreadable + reasons, before + split.size
+    if unreadable:
         raise refuse(
             config,
             f"has {len(unreadable):,} of {total:,} images that cannot be read: {first_of(unreadable)}",
             "images that Pillow reads, 8 bits per channel",
         )
-    if unlabelled := sum(label < 0 for label in test_labels):
+    if unlabelled := sum(label < 0 for label in labels["test"]):
         raise refuse(config, f"has {unlabelled:,} test images without a label", "a label for each")
-    if (largest := max(train_labels + test_labels)) >= CLASSES:
+    if (largest := max(itertools.chain(*labels.values()))) >= CLASSES:
         raise refuse(config, f"has a label {largest}", f"labels from 0 to {CLASSES - 1}")
-    labels = {"train_labels": np.array(train_labels, np.int32), "test_labels": np.array(test_labels, np.int32)}
-    arrays = dict(images) | labels
-    if None not in clients:
-        arrays["train_clients"] = np.unique(np.array(clients), return_inverse=True)[1].astype(np.int32)
+    arrays = dict(images) | {f"{name}_labels": np.array(numbers, np.int32) for name, numbers in labels.items()}
+    if None not in clients["train"]:
+        arrays["train_clients"] = np.unique(np.array(clients["train"]), return_inverse=True)[1].astype(np.int32)
     return arrays
 
 
@@ -285,7 +286,7 @@ def _read_entry(entry: Path) -> dict[str, np.ndarray]:
     files = {file.stem: file for file in entry.glob("*.npy")}
     if not {"train_images", "train_labels", "test_images", "test_labels"} <= set(files):
         raise ValueError("arrays are missing")
-    mapped = {name: np.load(files[name], mmap_mode="r") for name in ("train_images", "test_images")}
+    mapped = {name: np.load(files[name], mmap_mode="r") for name in files if name.endswith("_images")}
     return {name: np.load(file) for name, file in files.items() if name not in mapped} | mapped
 
 

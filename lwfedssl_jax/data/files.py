@@ -46,6 +46,7 @@ def path_of(config: DataConfig) -> Path:
 def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     """Find the images of a folder by class; training images outside the class folders have no label.
 
+    Of several folders for testing, the first of ``TEST_FOLDERS`` is used, and the next one is the split ``val``.
     Without ``train/``, a fifth of each class is for testing. A flat folder, without classes, has no test images, and
     the encoder is not evaluated. With a file ``clients.csv`` (columns ``file``, relative to the folder, and
     ``client``), training images belong to clients.
@@ -61,11 +62,11 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     if (root / "train").is_dir():
         tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
         train = _find_images(config, root / "train", others)
-        test = _find_images(config, tests[0], others) if tests else []
+        test, val = ([*(_find_images(config, root, others) for root in tests[:2]), [], []])[:2]
         if not tests and any(file.label for file in train):
             raise refuse(config, "has a folder train but none for testing", f"{' or '.join(TEST_FOLDERS)} next to it")
     else:
-        train, test = _find_images(config, root, others), []
+        train, test, val = _find_images(config, root, others), [], []
     if others:
         note(f"{len(others):,} files of {root} do not have the suffix of an image and are left out: {first_of(others)}")
     if not train:
@@ -77,7 +78,7 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
         train, test = _hold_out(config, train)
     if classes and not (test and all(file.label for file in test)):
         raise refuse(config, "has test images without a class, or none", f"a class folder each, of {first_of(classes)}")
-    if unknown := sorted({str(file.label) for file in test} - set(classes)):
+    if unknown := sorted({str(file.label) for file in test + val} - set(classes)):
         raise refuse(config, f"has test images of classes without training images: {first_of(unknown)}", "the same")
     train = _assign_clients(config, root, train, test)
     number = {label: i for i, label in enumerate(classes)}
@@ -90,8 +91,9 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
     def make_split(files: list[File]) -> Split:
         return Split(len(files), files, read, lambda i: str(files[i].path))
 
-    version = [[(*stamp(file.path), file.label, file.client) for file in files] for files in (train, test)]
-    return Undecoded(version, lambda: (make_split(train), make_split(test)))
+    parts = {"train": train, "test": test} | ({"val": val} if val else {})
+    version = [[(*stamp(file.path), file.label, file.client) for file in files] for files in parts.values()]
+    return Undecoded(version, lambda: {name: make_split(files) for name, files in parts.items()})
 
 
 def _find_images(config: DataConfig, root: Path, others: list[str]) -> list[File]:
@@ -166,8 +168,8 @@ def _assign_clients(config: DataConfig, root: Path, train: list[File], test: lis
 def open_npz(config: DataConfig, note: Notify) -> Undecoded:
     """Find an npz file of MedMNIST's format (arXiv 2110.14795), gray or RGB.
 
-    ``val_*`` is for testing if there is no ``test_*``, and otherwise left out. Images are read one by one, so that
-    they may be larger than the memory.
+    ``val_*`` is for testing if there is no ``test_*``, and otherwise the split ``val``. Images are read one by one, so
+    that they may be larger than the memory.
 
     Raises:
       ConfigError: there is no such file, or it does not have this format.
@@ -176,12 +178,14 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
     if not os.path.isfile(path):
         raise refuse(config, "is not a file", f"npz:FILE, {NPZ_FORM}")
 
-    def splits() -> tuple[Split, Split]:
+    def splits() -> dict[str, Split]:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
-                test = "test" if "test_images" in names else "val"
-                return _npz_split(config, path, archive, "train"), _npz_split(config, path, archive, test)
+                arrays = {"train": "train", "test": "test" if "test_images" in names else "val"}
+                if {"test_images", "val_images"} <= names:
+                    arrays["val"] = "val"
+                return {name: _npz_split(config, path, archive, array) for name, array in arrays.items()}
         except ConfigError:
             raise
         except Exception as error:  # zipfile and NumPy raise many kinds if a byte is wrong
@@ -290,7 +294,8 @@ def open_fashion_mnist(config: DataConfig) -> Undecoded:
 
         return Split(len(labels), images, read, lambda i: f"{images_file}[{i}]")
 
-    return Undecoded([stamp(path) for pair in files for path in pair], lambda: (split(*files[0]), split(*files[1])))
+    version = [stamp(path) for pair in files for path in pair]
+    return Undecoded(version, lambda: {"train": split(*files[0]), "test": split(*files[1])})
 
 
 def _idx_file(config: DataConfig, folder: Path, name: str) -> Path:

@@ -9,10 +9,11 @@ from lwfedssl_jax.data.sources import Dataset
 
 AT_ONCE = 2**26  # bytes that are read from a mapped file at a time
 DIGITS = 16  # hexadecimal
+PARTS = ("images", "labels", "clients")
 
 
 def fingerprint(dataset: Dataset) -> dict[str, str]:
-    """Hash (SHA-256) a data set's images, labels and own clients, each with its shape; training before testing.
+    """Hash (SHA-256) a data set's images, labels and own clients, each with its shape: training, testing, validation.
 
     A data set without clients of its own has no entry ``clients``.
     """
@@ -20,6 +21,8 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
         "images": (dataset.train_images, dataset.test_images),
         "labels": (dataset.train_labels, dataset.test_labels),
     }
+    if dataset.val_images is not None and dataset.val_labels is not None:
+        parts = {"images": (*parts["images"], dataset.val_images), "labels": (*parts["labels"], dataset.val_labels)}
     if dataset.train_clients is not None:
         parts["clients"] = (dataset.train_clients,)
     return {name: _digest(arrays) for name, arrays in parts.items()}

@@ -22,6 +22,7 @@ class Dataset(NamedTuple):
 
     Attributes:
       train_clients: N int32, the data set's own client of each training image, from 0; None if it has no clients.
+      val_images, val_labels: its validation split, if it has one and another one for testing.
     """
 
     train_images: np.ndarray
@@ -29,6 +30,8 @@ class Dataset(NamedTuple):
     test_images: np.ndarray
     test_labels: np.ndarray
     train_clients: np.ndarray | None = None
+    val_images: np.ndarray | None = None
+    val_labels: np.ndarray | None = None
 
     @property
     def classes(self) -> int:
@@ -91,6 +94,19 @@ def find(config: DataConfig) -> Source:
     return SOURCES[kind]
 
 
+def with_labels_of(dataset: Dataset, split: str) -> Dataset:
+    """Return the data set with the images of a split, train or val, in place of those for training.
+
+    Raises:
+      ConfigError: the data set has no validation split.
+    """
+    if split == "train":
+        return dataset
+    if dataset.val_images is None or dataset.val_labels is None:
+        raise ConfigError(f"evaluation.labelled_split: {split} does not exist in this data set; accepted: train")
+    return dataset._replace(train_images=dataset.val_images, train_labels=dataset.val_labels, train_clients=None)
+
+
 def load_like(config: DataConfig, name: str, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
     """Read another data set in the size and the channels of a config's images.
 
@@ -107,6 +123,7 @@ def load_like(config: DataConfig, name: str, notify: Notify = ignore_text, note:
     return dataset._replace(
         train_images=with_channels(dataset.train_images, channels),
         test_images=with_channels(dataset.test_images, channels),
+        val_images=None if dataset.val_images is None else with_channels(dataset.val_images, channels),
         train_clients=None,
     )
 

@@ -46,7 +46,7 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
     The image is the data set's own input (``supervised_keys``), or its only ``Image`` or uint8 ``Tensor`` of rank 3;
     the label is its own target, or its only ``ClassLabel``, or else its only scalar integer whose name does not end in
     ``id``. Training images with a negative label have no label. The first split of ``test`` and ``validation`` that
-    has labels is for testing.
+    has labels is for testing; if that is ``test``, ``validation`` is the split ``val``.
 
     Raises:
       ConfigError: the data set is not installed and cannot be prepared; its features or splits do not show which is
@@ -68,11 +68,12 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
         raise refuse(config, f"has no {'split for testing' if 'train' in info.splits else 'split train'}, only "
                      f"{', '.join(sorted(info.splits))}", f"splits train and {' or '.join(TEST_SPLITS)}")  # fmt: skip
 
-    def splits() -> tuple[Split, Split]:
+    def splits() -> dict[str, Split]:
         try:
             tests = [_split(builder, name, chosen) for name in TEST_SPLITS if name in info.splits]
-            labelled = (s for s in tests if len(tests) == 1 or s.read(0, next(iter(s.items))).label >= 0)
-            return _split(builder, "train", chosen), next(labelled, tests[0])
+            labelled = [s for s in tests if len(tests) == 1 or s.read(0, next(iter(s.items))).label >= 0]
+            parts = zip(("test", "val"), labelled or tests[:1], strict=False)
+            return {"train": _split(builder, "train", chosen), **dict(parts)}
         except Exception as error:  # as above
             raise _explain(config, "cannot be read", error) from error
 

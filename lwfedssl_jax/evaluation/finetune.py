@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from lwfedssl_jax.config import EvaluationConfig
 from lwfedssl_jax.data.rand_augment import LARGEST_MAGNITUDE, MAGNITUDE, OPERATIONS_DRAWN, rand_augment
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.data.views import Recipe
-from lwfedssl_jax.evaluation.frozen import Encode, Scores, scores
+from lwfedssl_jax.evaluation.frozen import Encode, Scores, draw_labelled, mean_scores, scores
 from lwfedssl_jax.method import stages
 from lwfedssl_jax.method.task import Task
 from lwfedssl_jax.models.encoder import Encoder, with_its_products
@@ -25,8 +25,11 @@ HEAD_STD = 0.01  # of the head's first weights
 
 
 class FineTuneResult(Scores):
-    """The scores of fine-tuning and its settings."""
+    """Means over draws of the scores of fine-tuning, the standard deviation of its accuracy, and its settings."""
 
+    std: float
+    labels_per_class: int | Literal["all"]
+    draws: int
     epochs: int
     warmup_epochs: int
     learning_rate: float
@@ -63,6 +66,7 @@ class FineTuneJob(NamedTuple):
       params: from which the encoder starts.
       depth: number of layers that exist.
       seed: of the head, the batches and the views.
+      labels_per_class: labelled images of each class, in ``config.draws`` draws; 0 for all of them, once.
     """
 
     task: Task
@@ -71,10 +75,11 @@ class FineTuneJob(NamedTuple):
     params: Tree
     depth: int
     seed: int
+    labels_per_class: int = 0
 
 
 def fine_tune(job: FineTuneJob, encode: Encode, notify: Callable[[str], None] = lambda _: None) -> FineTuneResult:
-    """Train layers L1..L_depth and a linear head on all labelled images, and evaluate them on the test images.
+    """Train layers L1..L_depth and a linear head on labelled images, and evaluate them on the test images.
 
     Args:
       job: what is fine-tuned.
@@ -87,13 +92,19 @@ def fine_tune(job: FineTuneJob, encode: Encode, notify: Callable[[str], None] = 
     Raises:
       FloatingPointError: the loss is not finite.
     """
-    config, dataset = job.config, job.dataset
-    state = train_state(job, notify)
-    head = jax.device_get(state.weights["head"])
-    trained = {"encoder": state.weights["encoder"], "statistics": state.statistics}
-    logits_NxC = encode(trained, dataset.test_images, job.depth) @ head["kernel"] + head["bias"]
+    config, dataset, labels = job.config, job.dataset, job.labels_per_class
+    drawn = []
+    for draw in range(config.draws if labels else 1):
+        state = train_state(job, notify, draw)
+        head = jax.device_get(state.weights["head"])
+        trained = {"encoder": state.weights["encoder"], "statistics": state.statistics}
+        logits_NxC = encode(trained, dataset.test_images, job.depth) @ head["kernel"] + head["bias"]
+        drawn.append(scores(dataset.test_labels, logits_NxC.argmax(-1)))
     return {
-        **scores(dataset.test_labels, logits_NxC.argmax(-1)),
+        **mean_scores(drawn),
+        "std": float(np.std([found["accuracy"] for found in drawn])),
+        "labels_per_class": labels or "all",
+        "draws": len(drawn),
         "epochs": config.fine_tune_epochs,
         "warmup_epochs": config.fine_tune_warmup_epochs,
         "learning_rate": config.fine_tune_learning_rate,
@@ -103,10 +114,12 @@ def fine_tune(job: FineTuneJob, encode: Encode, notify: Callable[[str], None] = 
     }
 
 
-def train_state(job: FineTuneJob, notify: Callable[[str], None]) -> FineTuneState:
-    """Compute the state after all epochs, each with one RandAugment view of every image; see ``fine_tune``."""
-    task, config, dataset, params, depth, seed = job
+def train_state(job: FineTuneJob, notify: Callable[[str], None], draw: int = 0) -> FineTuneState:
+    """Compute the state after all epochs, each with one RandAugment view of every image of a draw (``fine_tune``)."""
+    task, config, dataset, params, depth, seed, labels = job
     labelled = dataset.labelled
+    labelled = labelled[draw_labelled(dataset.train_labels[labelled], labels, draw)]
+    prefix = f"{labels} labels per class, draw {draw + 1} of {config.draws}, " if labels else ""
     n = len(labelled)
     batch_size = min(config.fine_tune_batch_size, n)
     fixed = FineTuneSetup(task.encoder, task.recipe, np.dtype(task.dtype), config, -(-n // batch_size))
@@ -117,7 +130,7 @@ def train_state(job: FineTuneJob, notify: Callable[[str], None]) -> FineTuneStat
     width = jax.eval_shape(lambda p: task.encoder.trainable_forward(p, image, mask_1, depth, None)[0], start).shape[-1]
     state = _start(fixed, start, key, (width, dataset.classes))
     for epoch in range(config.fine_tune_epochs):
-        notify(f"fine-tuning, epoch {epoch + 1} of {config.fine_tune_epochs}")
+        notify(f"fine-tuning, {prefix}epoch {epoch + 1} of {config.fine_tune_epochs}")
         order = seeds.rng(seed, seeds.RngTag.FINE_TUNE, epoch).permutation(n)
         losses = []
         for step, first in enumerate(range(0, n, batch_size)):

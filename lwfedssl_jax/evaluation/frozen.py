@@ -102,10 +102,12 @@ def check_protocols(config: EvaluationConfig, dataset: Dataset) -> None:
             f"data.name: class {unknown[0]} has test images but no training images; accepted: the same classes in both"
         )
     fewest = int(sizes.min())
-    for labels in config.labels_per_class:
+    asked = [("labels_per_class", labels) for labels in config.labels_per_class]
+    asked += [("fine_tune_labels_per_class", n) for n in config.fine_tune_labels_per_class if config.fine_tune_epochs]
+    for field, labels in asked:
         if labels > fewest:
             raise ConfigError(
-                f"evaluation.labels_per_class: {labels} is more than the smallest class has; accepted: 0 to {fewest}"
+                f"evaluation.{field}: {labels} is more than the smallest class has; accepted: 0 to {fewest}"
             )
     if config.neighbours > len(labels_N):
         raise ConfigError(
@@ -220,7 +222,7 @@ def linear_probe(
     """Evaluate standardised features by logistic regression (multinomial, L2, C = 1); 0 labels per class means all."""
     drawn = []
     for draw in range(draws if labels_per_class else 1):
-        chosen = _draw(dataset.train_labels, labels_per_class, draw)
+        chosen = draw_labelled(dataset.train_labels, labels_per_class, draw)
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=PROBE_ITERATIONS))
         probe.fit(train_NxD[chosen], dataset.train_labels[chosen])
         drawn.append(scores(dataset.test_labels, probe.predict(test_NxD)))
@@ -247,7 +249,7 @@ def knn(dataset: Dataset, train_NxD: np.ndarray, test_NxD: np.ndarray, neighbour
     }
 
 
-def _draw(labels_N: np.ndarray, per_class: int, draw: int) -> np.ndarray:
+def draw_labelled(labels_N: np.ndarray, per_class: int, draw: int) -> np.ndarray:
     """Indices of a random draw of ``per_class`` images of each class; of all images for 0."""
     if not per_class:
         return np.arange(len(labels_N))

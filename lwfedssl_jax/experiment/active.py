@@ -10,7 +10,7 @@ import numpy as np
 
 from lwfedssl_jax.config import Config, ConfigError, EvaluationConfig
 from lwfedssl_jax.costs import fleet
-from lwfedssl_jax.data.sources import Dataset
+from lwfedssl_jax.data.sources import Dataset, with_labels_of
 from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.experiment.ledgers import compiled_ledger
@@ -91,12 +91,11 @@ class ActiveRun:
         check(self.config)
         run = prepare(self.config, hear=self.hear, cache=cache)
         further = load_evaluation_data(self.config, self.hear, cache)
-        self.datasets = {"": run.dataset} | {name: dataset for name, (dataset, _) in further.items()}
+        datasets = {"": run.dataset} | {name: dataset for name, (dataset, _) in further.items()}
+        self.datasets = {name: labelled(self.config.evaluation, name, found) for name, found in datasets.items()}
         self.fingerprint = run_fingerprint(run.fingerprint, {name: data for name, (_, data) in further.items()})
         if self.workdir:
             self.workdir.check_data(self.fingerprint)
-        for name, dataset in self.datasets.items():
-            check_evaluation(self.config.evaluation, name, dataset)
         interrupts.check()
         if self.config.fleet.devices:
             run = self._on_fleet(run, cache)
@@ -133,14 +132,17 @@ class ActiveRun:
             self.workdir.save(rounds, state_to_save(params, state), ends)
 
 
-def check_evaluation(config: EvaluationConfig, name: str, dataset: Dataset) -> None:
-    """Check that a data set allows the protocols (``frozen.check_protocols``).
+def labelled(config: EvaluationConfig, name: str, dataset: Dataset) -> Dataset:
+    """Return a data set with the labelled images that the protocols use as those for training.
 
     Raises:
-      ConfigError: naming the data set, if it is one of ``evaluation.data``.
+      ConfigError: the data set does not allow the protocols (``frozen.check_protocols``), or lacks the split; naming
+        the data set, if it is one of ``evaluation.data``.
     """
     try:
+        dataset = with_labels_of(dataset, config.labelled_split)
         frozen.check_protocols(config, dataset)
+        return dataset
     except ConfigError as error:
         raise ConfigError(f"evaluation.data: {name!r}: {error}" if name else str(error)) from error
 

@@ -1,5 +1,6 @@
 """Evaluates a run's encoder and writes each result as a line of ``metrics.jsonl``."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -69,29 +70,31 @@ def log_fine_tuning(run: ActiveRun, interrupts: Interrupts, params: Tree) -> Non
       KeyboardInterrupt: a signal arrived; checked at the start of each epoch.
     """
     config = run.config
-    for name in run.datasets:
-        protocol = protocol_on(FINE_TUNE, name)
+    for name, labels in itertools.product(run.datasets, config.evaluation.fine_tune_labels_per_class):
+        protocol = protocol_on(f"{FINE_TUNE}_{labels}" if labels else FINE_TUNE, name)
         written = [line["round"] for line in _lines(run) if line.get("protocol") == protocol]
         if config.federation.rounds not in written:
-            result = _fine_tune(run, interrupts, params, name, "")
-            _write(run, {"round": config.federation.rounds, **result})
+            result = _fine_tune(run, interrupts, params, (name, labels), "")
+            _write(run, {"round": config.federation.rounds, "protocol": protocol, **result})
         if 0 not in written:
-            result = _fine_tune(run, interrupts, initial_params(run.prepared), name, "from scratch: ")
-            _write(run, {"round": 0, "baseline": "scratch", **result})
+            result = _fine_tune(run, interrupts, initial_params(run.prepared), (name, labels), "from scratch: ")
+            _write(run, {"round": 0, "baseline": "scratch", "protocol": protocol, **result})
 
 
-def _fine_tune(run: ActiveRun, interrupts: Interrupts, params: Tree, name: str, prefix: str) -> dict[str, Any]:
+def _fine_tune(
+    run: ActiveRun, interrupts: Interrupts, params: Tree, on: tuple[str, int], prefix: str
+) -> dict[str, Any]:
+    """Fine-tune on one of the data sets with a number of labels per class."""
+    name, labels = on
+
     def notify(what: str) -> None:
         interrupts.check()
         run.hear(FineTuning(f"{name}: {prefix}{what}" if name else prefix + what))
 
     host = jax.device_get(params)  # on the mesh, every device would repeat the work
-    config, depth = run.config, run.config.model.depth
-    job = finetune.FineTuneJob(
-        run.prepared.task, config.evaluation, run.datasets[name], host, depth, config.runtime.seed
-    )
-    protocol = protocol_on(FINE_TUNE, name)
-    return {"depth": depth, "protocol": protocol, **finetune.fine_tune(job, run.encode, notify)}
+    evaluation, depth, seed = run.config.evaluation, run.config.model.depth, run.config.runtime.seed
+    job = finetune.FineTuneJob(run.prepared.task, evaluation, run.datasets[name], host, depth, seed, labels)
+    return {"depth": depth, **finetune.fine_tune(job, run.encode, notify)}
 
 
 def _lines(run: ActiveRun) -> list[dict[str, Any]]:

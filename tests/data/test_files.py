@@ -126,14 +126,26 @@ def test_npz_of_medmnist(tmp_path: Path, save: Callable[..., None], channels: tu
     data = load(f"npz:{tmp_path}/med.npz", 5)
     expected = np.broadcast_to(content["train_images"].reshape(9, 5, 5, -1), (9, 5, 5, 3))
     np.testing.assert_array_equal(data.train_images, expected)
-    assert data.test_images.shape == (6, 5, 5, 3)  # the validation images are in neither
+    assert data.test_images.shape == (6, 5, 5, 3)
+    expected = np.broadcast_to(content["val_images"].reshape(4, 5, 5, -1), (4, 5, 5, 3))
+    np.testing.assert_array_equal(data.val_images, expected)  # type: ignore[arg-type]
+    again = load(f"npz:{tmp_path}/med.npz", 5)  # from the cache
+    np.testing.assert_array_equal(again.val_labels, [0, 1, 2, 0])  # type: ignore[arg-type]
+    labelled = sources.with_labels_of(again, "val")
+    np.testing.assert_array_equal(labelled.train_images, expected)
+    assert labelled.train_labels.tolist() == [0, 1, 2, 0]
+    assert sources.with_labels_of(again, "train") is again
     assert data.test_labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.train_labels.dtype == np.int32
 
 
 def test_npz_without_test_images_is_tested_on_val(tmp_path: Path) -> None:
     np.savez(tmp_path / "med.npz", **arrays(test_images=None, test_labels=None))
-    assert len(load(f"npz:{tmp_path}/med.npz").test_images) == 4
+    data = load(f"npz:{tmp_path}/med.npz")
+    assert len(data.test_images) == 4
+    assert data.val_images is None
+    with pytest.raises(ConfigError, match=r"evaluation.labelled_split: val does not exist .*; accepted: train"):
+        sources.with_labels_of(data, "val")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +209,7 @@ def test_any_byte_of_an_npz_may_be_wrong(tmp_path: Path) -> None:
     for at in rng.choice([i for end in ends for i in range(end, min(end + 180, len(whole)))], 250):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ int(rng.integers(1, 256))]) + whole[at + 1 :])
         try:
-            for split in files.open_npz(config, sources.ignore_text).splits():
+            for split in files.open_npz(config, sources.ignore_text).splits().values():
                 assert len(list(split.items)) == split.size
         except ConfigError as error:
             seen.add((type(error.__cause__), "\n" in str(error)))

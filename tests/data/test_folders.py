@@ -28,7 +28,15 @@ def test_a_folder_by_class(folder: Path) -> None:
     assert data.train_clients is None
     assert "decoding 10 of 10 images" in seen
     (folder / "test").rename(folder / "val")
-    assert load(f"folder:{folder}").test_labels.tolist() == [0, 0, 1, 1]
+    without = load(f"folder:{folder}")
+    assert without.test_labels.tolist() == [0, 0, 1, 1]
+    assert without.val_labels is None
+    shutil.copytree(folder / "val", folder / "validation")
+    shutil.rmtree(folder / "validation" / "dog" / "inner")
+    shutil.copytree(folder / "val" / "dog" / "inner", folder / "validation" / "dog" / "other")
+    both = load(f"folder:{folder}")
+    assert both.val_labels is not None
+    assert both.val_labels.tolist() == [0, 0, 1, 1]
 
 
 def test_a_folder_without_a_split_gets_a_stratified_one_that_stays(tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ def test_tensors_and_integers_serve_and_test_labels_of_minus_one_do_not() -> Non
     assert data.train_images.shape == (11, 4, 4, 3)
     assert sorted(data.train_labels.tolist()) == [-1] * 5 + [0] * 3 + [1] * 3
     assert sorted(data.test_labels.tolist()) == [0, 0, 1, 1]
+    assert data.val_labels is None
+    prepare("Both", features, {"train": rows, "test": rows[:3], "validation": rows[:4]})
+    both = load("tfds:both")
+    assert sorted(both.test_labels.tolist()) == [0, 0, 1]
+    assert both.val_labels is not None
+    assert sorted(both.val_labels.tolist()) == [0, 0, 1, 1]
     prepare("LargeLabels", features, {"train": [*rows, {"x": pixels(0), "y": 2**40}], "test": rows})
     assert "has a label 1099511627776; accepted: labels from 0 to 1048575" in refused("tfds:large_labels")
     prepare("NoLabels", features, {"train": rows, "test": unlabelled})

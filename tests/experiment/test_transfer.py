@@ -23,6 +23,8 @@ FINE_TUNING: dict[str, Any] = {
     "evaluation__fine_tune_epochs": 2,
     "evaluation__fine_tune_warmup_epochs": 1,
     "evaluation__fine_tune_batch_size": 64,
+    "evaluation__fine_tune_labels_per_class": (4, 0),
+    "evaluation__draws": 2,
 }
 
 
@@ -50,7 +52,11 @@ def test_an_encoder_is_evaluated_on_other_data_and_not_trained_on_them(tmp_path:
     assert set(summary["transfer"]["digits"]) == set(summary["evaluation"])
     assert summary["transfer"]["digits"]["linear_probe_all"]["accuracy"] > 0.3  # of ten classes
     assert set(summary["baselines"]["untrained"]) >= {"knn", "knn@digits", "linear_probe_5@digits"}
-    assert set(summary["baselines"]["scratch"]) == {"fine_tune", "fine_tune@digits"}
+    names = ("fine_tune_4", "fine_tune", "fine_tune_4@digits", "fine_tune@digits")
+    assert set(summary["baselines"]["scratch"]) == set(names)
+    few, every = (summary["transfer"]["digits"][name] for name in names[:2])
+    assert (few["labels_per_class"], few["draws"], every["labels_per_class"], every["draws"]) == (4, 2, "all", 1)
+    assert few["std"] > every["std"] == 0
     scores = scores_of(tmp_path / "both", config)
     assert {number for number, _ in scores} == {0, 3}
     assert scores.count((3, "knn@digits")) == 1
@@ -58,7 +64,7 @@ def test_an_encoder_is_evaluated_on_other_data_and_not_trained_on_them(tmp_path:
     rows, settings = group_by_setting(load_results(tmp_path / "both"))
     assert rows["accuracy.knn@digits"].item() == summary["transfer"]["digits"]["knn"]["accuracy"]
     words = settings_table(rows, settings).words
-    assert {"kNN (%)", "kNN, on digits (%)", "fine-tuning, on digits (%)"} <= set(words.columns)
+    assert {"kNN (%)", "kNN, on digits (%)", "fine-tuning, 4 labels per class, on digits (%)"} <= set(words.columns)
     assert terminal.summary_tables(summary)
     assert protocol_words("linear_probe_5@npz:/a@b.npz") == "linear probe, 5 labels per class, on npz:/a@b.npz"
 
@@ -101,3 +107,21 @@ def test_a_protocol_that_other_data_do_not_allow_names_them(tmp_path: Path) -> N
         ConfigError, match=r"^evaluation.data: 'npz:.*': evaluation.neighbours: 55 .* accepted: 0 to 30"
     ):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("cheap_views", "cache_home")
+def test_labels_of_the_validation_split_are_used_instead(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"train": 60, "val": 12, "test": 15}
+    arrays = {f"{s}_images": rng.integers(0, 255, (n, 8, 8), dtype=np.uint8) for s, n in sizes.items()}
+    np.savez(tmp_path / "med.npz", **arrays, **{f"{s}_labels": np.arange(n)[:, None] % 3 for s, n in sizes.items()})
+    sizes_of = {"data__name": f"npz:{tmp_path}/med.npz", "evaluation__neighbours": 0, "federation__rounds": 3}
+    few = small_config(evaluation__labels_per_class=(5,), evaluation__labelled_split="val", **sizes_of)
+    with pytest.raises(ConfigError, match=r"^evaluation.labels_per_class: 5 is more than .*; accepted: 0 to 4"):
+        train(few, tmp_path / "few")
+    config = small_config(evaluation__labels_per_class=(0,), evaluation__labelled_split="val", **sizes_of)
+    other = small_config(evaluation__labels_per_class=(0,), **sizes_of)
+    cache = setup.Cache()
+    by_val, by_train = train(config, tmp_path / "val", cache=cache), train(other, tmp_path / "train", cache=cache)
+    assert by_val["label_free"] == by_train["label_free"]  # the same encoder
+    assert by_val["evaluation"] != by_train["evaluation"]
