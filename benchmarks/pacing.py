@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "fashion_mnist": {
         "data.name": "fashion_mnist", "data.image_size": 28, "model.patch_size": 7, "partition.kind": "shared",
         "partition.examples_per_client": 1000, "federation.rounds": 24, "federation.local_epochs": 1,
-        "optimizer.batch_size": 128, "optimizer.learning_rate": 0.008,
+        "optimizer.batch_size": 128, "optimizer.learning_rate": 0.008, "evaluation.neighbours": 0,
     },
     "pictures": {
         "data.image_size": 32, "data.views": "natural", "model.patch_size": 8, "partition.kind": "iid",
@@ -66,38 +66,42 @@ def main() -> None:
     )
     devices.set_up_cpu()
     devices.set_up_cache(None)
-    rows, outcomes = list[dict[str, Any]](), list[Any]()
     with tempfile.TemporaryDirectory() as folder:
         for data in options.only:
-            cache = Cache()
-            for schedule, changes in SCHEDULES.items():
-                configs = [make_config(data, folder, changes | {"runtime.seed": s}) for s in range(options.seeds)]
-                runs = [run(config, folder, cache) for config in configs]
-                outcomes += [(data, schedule, *outcome) for outcome in runs]
-                means = {p: 100 * statistics.mean(o.accuracies[p] for o in runs) for p in runs[0].accuracies}
-                lengths = " | ".join(" ".join(map(str, lengths)) for lengths in dict.fromkeys(o.lengths for o in runs))
-                rows.append({"data": data, "schedule": schedule, "rounds per stage": lengths} | means)
-                print(rows[-1], runs[0].losses, flush=True)
-            best = {protocol: max(row[protocol] for row in rows if row["data"] == data
-                                  and row["schedule"] != "adaptive") for protocol in means}  # fmt: skip
-            rows[-1] |= {f"{protocol} - best fixed": rows[-1][protocol] - value for protocol, value in best.items()}
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    shown = [{column: row.get(column, "") for column in columns} for row in rows]
-    common.publish("pacing", f"Means of {options.seeds} seeds, %", shown, runs=outcomes, ranked=rank(outcomes))
+            compare(data, folder, options.seeds)
 
 
-def rank(outcomes: list[Any]) -> list[dict[str, Any]]:
-    """How well each label-free metric, and the last loss, ranks the runs on one data set by a probe: Spearman's rho."""
-    rows = []
-    for data in dict.fromkeys(name for name, *_ in outcomes):
-        runs = [outcome for name, _, *outcome in outcomes if name == data]
-        for protocol in runs[0][0]:
-            accuracies = [accuracies[protocol] for accuracies, *_ in runs]
-            signals = {name: [metrics[name] for *_, metrics in runs] for name in runs[0][3]}
-            signals["last loss"] = [losses[-1] for _, _, losses, _ in runs]
-            rho = {name: float(spearmanr(values, accuracies).statistic) for name, values in signals.items()}
-            rows.append({"data": data, "protocol": protocol, "runs": len(runs)} | rho)
-    return rows
+def compare(data: str, folder: str, seeds: int) -> None:
+    """Train all runs on a data set, and publish them."""
+    rows, outcomes, cache = list[dict[str, Any]](), dict[str, list[Outcome]](), Cache()
+    for schedule, changes in SCHEDULES.items():
+        configs = [make_config(data, folder, changes | {"runtime.seed": seed}) for seed in range(seeds)]
+        outcomes[schedule] = runs = [run(config, folder, cache) for config in configs]
+        lengths = " | ".join(" ".join(map(str, lengths)) for lengths in dict.fromkeys(o.lengths for o in runs))
+        means = {p: 100 * statistics.mean(o.accuracies[p] for o in runs) for p in runs[0].accuracies}
+        rows.append({"schedule": schedule, "rounds per stage": lengths} | means)
+        print(rows[-1], runs[0].losses, flush=True)
+    for protocol in means:
+        best = max(row[protocol] for row in rows if row["schedule"] != "adaptive")
+        for row in rows:
+            row[f"{protocol} - best fixed"] = row[protocol] - best
+    all_runs = [outcome for runs in outcomes.values() for outcome in runs]
+    details = {schedule: [outcome._asdict() for outcome in runs] for schedule, runs in outcomes.items()}
+    common.publish(f"pacing_{data}", f"{data}: means of {seeds} seeds, %", rows, ranked=rank(all_runs), runs=details)
+
+
+def rank(runs: list[Outcome]) -> list[dict[str, Any]]:
+    """How well each label-free metric, and the last loss, ranks the runs by a protocol: Spearman's rho."""
+    signals = {name: [o.label_free[name] for o in runs] for name in runs[0].label_free}
+    signals["last loss"] = [o.losses[-1] for o in runs]
+    return [
+        {"protocol": protocol, "runs": len(runs)}
+        | {
+            name: float(spearmanr(values, [o.accuracies[protocol] for o in runs]).statistic)
+            for name, values in signals.items()
+        }
+        for protocol in runs[0].accuracies
+    ]
 
 
 def make_config(data: str, folder: str, changes: dict[str, Any]) -> Config:
