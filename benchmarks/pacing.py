@@ -130,7 +130,7 @@ def write_patches(file: Path, size: int = 32, train_per_class: int = 150, test_p
     from skimage import data
 
     rng, parts = np.random.default_rng(0), {"train": train_per_class, "test": test_per_class}
-    arrays: dict[str, Any] = {"val_images": np.zeros((0, size, size, 3), np.uint8), "val_labels": np.zeros((0, 1), int)}
+    arrays: dict[str, Any] = {}
     for part, count in parts.items():
         patches = []
         for name in PICTURES:

@@ -183,7 +183,7 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
             with zipfile.ZipFile(path) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
                 arrays = {"train": "train", "test": "test" if "test_images" in names else "val"}
-                if {"test_images", "val_images"} <= names:
+                if {"test_images", "val_images"} <= names and _has_images(archive, "val"):
                     arrays["val"] = "val"
                 return {name: _npz_split(config, path, archive, array) for name, array in arrays.items()}
         except ConfigError:
@@ -192,6 +192,12 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
             raise _unreadable(config, error) from error
 
     return Undecoded(stamp(path), splits)
+
+
+def _has_images(archive: zipfile.ZipFile, name: str) -> bool:
+    with archive.open(f"{name}_images.npy") as file:
+        shape, _ = _npy_header(file)
+    return bool(shape and shape[0])
 
 
 def _unreadable(config: DataConfig, error: Exception) -> ConfigError:

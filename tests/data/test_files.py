@@ -139,7 +139,10 @@ def test_npz_of_medmnist(tmp_path: Path, save: Callable[..., None], channels: tu
     assert data.train_labels.dtype == np.int32
 
 
-def test_npz_without_test_images_is_tested_on_val(tmp_path: Path) -> None:
+def test_npz_without_test_images_is_tested_on_val_and_an_empty_val_is_none(tmp_path: Path) -> None:
+    empty = {"val_images": np.zeros((0, 5, 5), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)}
+    np.savez(tmp_path / "empty.npz", **arrays(**empty))
+    assert load(f"npz:{tmp_path}/empty.npz").val_images is None
     np.savez(tmp_path / "med.npz", **arrays(test_images=None, test_labels=None))
     data = load(f"npz:{tmp_path}/med.npz")
     assert len(data.test_images) == 4
