@@ -19,7 +19,6 @@ import pytest
 from lwfedssl_jax.config import Config, override, resolve
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.costs.operations import Known
-from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment import finish, ledgers
@@ -77,14 +76,13 @@ def strict_numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def plain_images(dataset: Dataset, *_: object) -> np.ndarray:
-    """As ``label_free.images_with_views``, whose views are dear to compile."""
-    images = dataset.test_images if len(dataset.test_images) else dataset.train_images
-    return np.stack([images[:20], images[:20], 255 - images[:20]])
+def plain_views(images_NxHxWxC: np.ndarray, *_: object) -> np.ndarray:
+    """As ``label_free.views_of``, which is dear to compile."""
+    return np.stack([images_NxHxWxC, 255 - images_NxHxWxC])
 
 
-REAL_IMAGES_WITH_VIEWS = label_free.images_with_views
-label_free.images_with_views = plain_images  # also for fixtures of modules
+REAL_VIEWS_OF = label_free.views_of
+label_free.views_of = plain_views  # also for fixtures of modules
 TRACES = setup.Cache()
 
 

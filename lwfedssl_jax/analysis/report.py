@@ -33,6 +33,10 @@ from lwfedssl_jax.system.files import write_whole
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
+IMAGE_PICTURES = {
+    "views": "Images of some clients, each followed by two random views as the clients train on.",
+    "neighbours": "Test images (left), and the training images whose features are most similar.",
+}
 PACING = "When stages ended: the fall of the mean training loss, relative to the loss, and the threshold."
 SPENDING = "What a client spends under each strategy: over the rounds, and in total for other numbers of local epochs."
 LOCAL_OPTIONS = (  # options that depend on the machine or run; a command line that repeats a run omits them
@@ -111,6 +115,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "pacing": _pacing_figure(members),
         "share_panel": len(settings) <= len(STYLES),
         "spending": _spending_figure(members),
+        "pictures": _image_figures(members),
         "populations": populations[:SHOWN_POPULATIONS],
         "more_populations": len(populations[SHOWN_POPULATIONS:]),
         "differing": list(settings[0].values) if settings else [],
@@ -243,6 +248,15 @@ def _spending_figure(members: Members) -> Figure | None:
         return None
     ((first, *_),) = members.values()
     return _picture(first.path / "plots" / "resources.png", SPENDING, SPENDING)
+
+
+def _image_figures(members: Members) -> list[Figure]:
+    """The pictures of the data and of the encoder's neighbours of the first run, if there is only one setting."""
+    if len(members) != 1:
+        return []
+    ((first, *_),) = members.values()
+    found = [_picture(first.path / "plots" / f"{name}.png", text, text) for name, text in IMAGE_PICTURES.items()]
+    return [figure for figure in found if figure]
 
 
 def _pacing_figure(members: Members) -> Figure | None:

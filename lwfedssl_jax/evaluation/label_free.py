@@ -57,14 +57,19 @@ def images_with_views(dataset: Dataset, recipe: Recipe, seed: int) -> np.ndarray
     images = dataset.test_images if len(dataset.test_images) else dataset.train_images
     count = max(2, min(len(images), MOST_IMAGES, MOST_BYTES // (2 * images[0].nbytes)))
     chosen = np.asarray(images[np.linspace(0, len(images) - 1, count).astype(int)])
+    return np.concatenate([chosen[None], views_of(chosen, recipe, seed)])
+
+
+def views_of(images_NxHxWxC: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
+    """Return two random views of each uint8 image, ``2xNxHxWxC`` uint8; the same each time."""
     make = jax.jit(lambda key, batch: two_views(key, batch, recipe))
     views = []
-    for first in range(0, count, BATCH):
-        batch = chosen[first : first + BATCH]
+    for first in range(0, len(images_NxHxWxC), BATCH):
+        batch = images_NxHxWxC[first : first + BATCH]
         padded = np.pad(batch, [(0, BATCH - len(batch)), *[(0, 0)] * 3])
         made = jax.device_get(make(seeds.key(seed, seeds.KeyTag.EVALUATION, first), padded))[:, : len(batch)]
         views.append(np.round(255 * (made * recipe.std + recipe.mean)).clip(0, 255).astype(np.uint8))
-    return np.concatenate([chosen[None], np.concatenate(views, 1)])
+    return np.concatenate(views, 1)
 
 
 def label_free(features_3xNxD: np.ndarray) -> LabelFree:

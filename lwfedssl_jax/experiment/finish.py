@@ -10,6 +10,7 @@ from lwfedssl_jax.costs import fleet, ledger
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.evaluation.label_free import LabelFree
+from lwfedssl_jax.experiment import pictures
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.evaluations import log_fine_tuning
 from lwfedssl_jax.experiment.ledgers import known_traces, ledgers_of_run
@@ -37,6 +38,8 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
     with workdir.writing("plots"):
         plots = workdir.path / "plots"
         run_plots.plot_metrics(lines, workdir.path)
+        pictures.draw_views(run)
+        pictures.draw_neighbours(run, params)
         run_plots.plot_distance(lines, plots / "client_distance.png")
         if run.config.strategy.pacing == "adaptive":
             run_plots.plot_pacing(lines, LEAST_FALL, plots / "pacing.png")

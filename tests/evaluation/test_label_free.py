@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import REAL_IMAGES_WITH_VIEWS, small_config
+from conftest import REAL_VIEWS_OF, small_config
 
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.data.views import RECIPES
@@ -53,17 +53,18 @@ def test_views_are_those_of_training_the_same_each_time_and_of_few_images(monkey
     data = setup.prepare(small_config()).dataset
     recipe = RECIPES["digits"]
     monkeypatch.setattr(label_free, "BATCH", 8)
-    found = REAL_IMAGES_WITH_VIEWS(data, recipe, 0)
+    monkeypatch.setattr(label_free, "views_of", REAL_VIEWS_OF)
+    found = label_free.images_with_views(data, recipe, 0)
     assert found.shape == (3, len(data.test_images), 8, 8, 3)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found[0], data.test_images)
-    np.testing.assert_array_equal(REAL_IMAGES_WITH_VIEWS(data, recipe, 0), found)
+    np.testing.assert_array_equal(label_free.images_with_views(data, recipe, 0), found)
     first, second = found[1:].astype(float)
     assert np.abs(first - second).mean() > 5
-    assert (REAL_IMAGES_WITH_VIEWS(data, recipe, 1)[1] != found[1]).any()
+    assert (label_free.images_with_views(data, recipe, 1)[1] != found[1]).any()
     monkeypatch.setattr(label_free, "MOST_IMAGES", 5)
-    some = REAL_IMAGES_WITH_VIEWS(data, recipe, 0)[0]
+    some = label_free.images_with_views(data, recipe, 0)[0]
     np.testing.assert_array_equal(some, data.test_images[np.linspace(0, len(data.test_images) - 1, 5).astype(int)])
     flat = data._replace(test_images=data.test_images[:0], test_labels=data.test_labels[:0])
     assert isinstance(flat, Dataset)
-    np.testing.assert_array_equal(REAL_IMAGES_WITH_VIEWS(flat, recipe, 0)[0, 0], data.train_images[0])
+    np.testing.assert_array_equal(label_free.images_with_views(flat, recipe, 0)[0, 0], data.train_images[0])

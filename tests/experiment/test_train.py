@@ -49,7 +49,7 @@ def test_work_directory(finished: tuple[Config, Path]) -> None:
     assert written["config"]["federation"]["rounds"] == 5
     assert {"jax", "flax", "python"} <= set(written["versions"])
     assert written["device"].startswith("cpu")
-    for plot in ("clients", "loss", "accuracy", "client_distance", "resources"):
+    for plot in ("clients", "loss", "accuracy", "client_distance", "resources", "views", "neighbours"):
         assert (path / "plots" / f"{plot}.png").stat().st_size > 5000
     assert "linear probe" in (path / "report.html").read_text()
     summary = json.loads((path / "summary.json").read_text())

@@ -1,0 +1,53 @@
+"""Pictures of a run's data: images of clients with their views, and nearest neighbours of test images."""
+
+import jax
+import numpy as np
+
+from lwfedssl_jax.analysis import image_plots
+from lwfedssl_jax.evaluation import label_free
+from lwfedssl_jax.experiment.active import ActiveRun
+from lwfedssl_jax.tree import Tree
+
+CLIENTS, IMAGES = 4, 4  # that are shown
+TESTED, NEIGHBOURS, SEARCHED = 6, 7, 2048  # test images, neighbours of each, and training images among which they are
+
+
+def draw_views(run: ActiveRun) -> None:
+    """Draw images of the first clients that have enough, with two views of each."""
+    assert run.workdir
+    prepared = run.prepared
+    clients = [int(n) for n in np.flatnonzero(prepared.clients.sizes >= IMAGES)[:CLIENTS]]
+    if not clients:
+        return
+    rows = np.concatenate([np.sort(prepared.clients[n][:IMAGES]) for n in clients])
+    images = np.asarray(prepared.dataset.train_images[rows])
+    views = label_free.views_of(images, prepared.task.recipe, run.config.runtime.seed)
+    shape = len(clients), IMAGES, *images.shape[1:]
+    image_plots.plot_views(
+        images.reshape(shape), views.reshape(2, *shape), clients, run.workdir.path / "plots" / "views.png"
+    )
+
+
+def draw_neighbours(run: ActiveRun, params: Tree) -> None:
+    """Draw test images and the training images whose features are most similar (cosine), if there are test images."""
+    assert run.workdir
+    dataset, depth = run.prepared.dataset, run.config.model.depth
+    if not len(dataset.test_images) or len(dataset.train_images) < NEIGHBOURS:
+        return
+    train, test = (
+        np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+        for images, count in ((dataset.train_images, SEARCHED), (dataset.test_images, TESTED))
+    )
+    params = jax.device_get(params)
+    train_NxD, test_NxD = (
+        label_free.unit(run.encode(params, np.asarray(images[rows]), depth))
+        for images, rows in ((dataset.train_images, train), (dataset.test_images, test))
+    )
+    nearest_NxK = train[np.argsort(-(test_NxD @ train_NxD.T), axis=1, kind="stable")[:, :NEIGHBOURS]]
+    same_NxK = None
+    if len(dataset.labelled):
+        same_NxK = dataset.train_labels[nearest_NxK] == dataset.test_labels[test][:, None]
+    neighbours = np.stack([np.asarray(dataset.train_images[rows]) for rows in nearest_NxK])
+    image_plots.plot_neighbours(
+        np.asarray(dataset.test_images[test]), neighbours, same_NxK, run.workdir.path / "plots" / "neighbours.png"
+    )
