@@ -13,6 +13,7 @@ from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import setting_plots, tables
 from lwfedssl_jax.analysis.headline import headline
 from lwfedssl_jax.analysis.results import (
+    EVALUATION_FINGERPRINT,
     FINGERPRINT,
     SEED,
     STRATEGY,
@@ -37,6 +38,7 @@ IMAGE_PICTURES = {
     "views": "Images of some clients, each followed by two random views as the clients train on.",
     "neighbours": "Test images (left), and the training images whose features are most similar.",
 }
+FINGERPRINTS = (FINGERPRINT, EVALUATION_FINGERPRINT)
 PACING = "When stages ended: the fall of the mean training loss, relative to the loss, and the threshold."
 SPENDING = "What a client spends under each strategy: over the rounds, and in total for other numbers of local epochs."
 LOCAL_OPTIONS = (  # options that depend on the machine or run; a command line that repeats a run omits them
@@ -331,6 +333,6 @@ def _given_arguments(run: RunRecord) -> str:
 def _arguments(config: Mapping[str, Any]) -> str:
     """The quick start with the options that turn it into this config, except for the seed."""
     base = flat(to_dict(resolve(load(BASE))))
-    given = {k: v for k, v in config.items() if k not in (SEED, FINGERPRINT) and base.get(k) != v}
+    given = {k: v for k, v in config.items() if k not in (SEED, *FINGERPRINTS) and base.get(k) != v}
     changes = {k: v if isinstance(v, list) else [v] for k, v in given.items()}
     return " ".join([BASE, *(f"--{k.replace('_', '-')} {shlex.join(map(str, v))}" for k, v in changes.items())])

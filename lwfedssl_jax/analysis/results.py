@@ -16,7 +16,8 @@ from lwfedssl_jax.data.fingerprint import PARTS
 from lwfedssl_jax.workdir.metrics import METRICS, read_lines
 
 SEED, STRATEGY, END_TO_END = "runtime.seed", "strategy.name", "end_to_end"
-FINGERPRINT = "data.fingerprint"  # of images, labels and clients, as one text; empty for runs older than fingerprints
+# Fingerprints, as one text, of the clients' data set and of all evaluation.data; empty for runs older than them.
+FINGERPRINT, EVALUATION_FINGERPRINT = "data.fingerprint", "evaluation.fingerprint"
 
 
 class RunRecord(NamedTuple):
@@ -47,7 +48,8 @@ def load_results(*directories: str | Path) -> pd.DataFrame:
     Returns:
       A frame with one row per run. Its columns are ``path``, ``name``, ``finished``, ``fault`` (why it is not
       finished), ``label`` (of its setting in a sweep), ``config_file`` (hash of the user's own config file); every
-      config field as ``section.field`` (a list as its values with spaces between), and ``data.fingerprint``;
+      config field as ``section.field`` (a list as its values with spaces between), ``data.fingerprint`` and
+      ``evaluation.fingerprint``;
       ``accuracy.PROTOCOL``, ``std.PROTOCOL`` over its draws, ``untrained.PROTOCOL`` and ``scratch.PROTOCOL``, all in
       [0, 1], also on ``evaluation.data`` by ``PROTOCOL@NAME``; ``label_free.effective_rank`` and so on, also as
       ``untrained.label_free.effective_rank``;
@@ -149,8 +151,8 @@ def read_run(path: Path) -> RunRecord | None:
     config = entries.pop("config", None)
     try:
         known = flat(to_dict(from_dict(config)))  # with today's fields, even if the run is older than a field
-        data = {FINGERPRINT: own_fingerprint(entries.get("data"))}
-        fields = {name: _plain(value) for name, value in (known | flat(config) | data).items()}
+        fields = {name: _plain(value) for name, value in (known | flat(config)).items()}
+        fields |= fingerprints(entries.get("data"))
     except (AttributeError, TypeError):
         if not (path / METRICS).is_file():
             return None  # another program's config.json
@@ -171,10 +173,13 @@ def read_run(path: Path) -> RunRecord | None:
     return run
 
 
-def own_fingerprint(data: Any) -> str:
-    """Return the fingerprint of the clients' own data set, as one text, from the ``data`` of ``config.json``."""
-    known = data if isinstance(data, dict) else {}
-    return " ".join(str(known[part]) for part in PARTS if part in known)
+def fingerprints(data: Any) -> dict[str, str]:
+    """Return the two fingerprints of a run from the ``data`` of ``config.json``."""
+    known = {str(name): str(value) for name, value in data.items()} if isinstance(data, dict) else {}
+    return {
+        FINGERPRINT: " ".join(known[part] for part in PARTS if part in known),
+        EVALUATION_FINGERPRINT: " ".join(known[name] for name in sorted(known) if name not in PARTS),
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lwfedssl_jax.analysis.results import FINGERPRINT, SEED, STRATEGY
+from lwfedssl_jax.analysis.results import EVALUATION_FINGERPRINT, FINGERPRINT, SEED, STRATEGY
 from lwfedssl_jax.config import Config
 
 # Fields that a label gives first, and only by their value.
@@ -50,9 +50,10 @@ def group_by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[Setting]
     keys = [tuple(None if pd.isna(v) else v for v in row) for row in finished[fields].itertuples(index=False)]
     unique = list(dict.fromkeys(keys))
     values = {field: column for field, column in zip(fields, zip(*unique, strict=True), strict=False)}
-    by_config = zip(*(column for field, column in values.items() if field != FINGERPRINT), strict=True)
+    of_data = (FINGERPRINT, EVALUATION_FINGERPRINT)
+    by_config = zip(*(column for field, column in values.items() if field not in of_data), strict=True)
     if len(set(by_config)) == len(unique):  # the config alone tells the settings apart
-        values.pop(FINGERPRINT, None)
+        values = {field: column for field, column in values.items() if field not in of_data}
     settings = _make_settings(values, len(unique))
     given = [finished["label"][keys.index(key)] or s.label for key, s in zip(unique, settings, strict=True)]
     sweeps = {Path(path).parent for path, label in zip(finished["path"], finished["label"], strict=True) if label}

@@ -1,6 +1,7 @@
 """The style of all figures, and helpers to draw them."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,13 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def save_with_svg(figure: Any, folder: Path, name: str) -> bytes:
-    """Write ``NAME.png`` and ``NAME.svg``, and return the bytes of the latter, which equal figures share."""
+    """Write ``NAME.png`` and ``NAME.svg``, and return the bytes of the latter, which equal figures share.
+
+    What a file's name cannot have, such as the ``/`` of a data set, becomes ``-``.
+    """
     import matplotlib
 
+    name = re.sub(r"[^\w.@=-]+", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=150)
     with matplotlib.rc_context({"svg.hashsalt": name}):

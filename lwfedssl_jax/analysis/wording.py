@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lwfedssl_jax.config.protocols import FINE_TUNE, ON
+from lwfedssl_jax.config.protocols import FINE_TUNE, split_protocol
 
 MIB = 2**20
 UNKNOWN = "-"
@@ -27,8 +27,8 @@ UNITS: dict[str, list[tuple[float, float, str]]] = {
 
 def protocol_words(protocol: str) -> str:
     """The name of an evaluation protocol, such as "linear probe, 5 labels per class" for ``linear_probe_5``."""
-    protocol, on, data = protocol.partition(ON)
-    if on:
+    protocol, data = split_protocol(protocol)
+    if data:
         return f"{protocol_words(protocol)}, on {data}"
     if protocol == FINE_TUNE:
         return "fine-tuning"

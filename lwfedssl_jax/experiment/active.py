@@ -2,22 +2,22 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lwfedssl_jax.config import Config, ConfigError, EvaluationConfig
+from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.costs import fleet
-from lwfedssl_jax.data.sources import Dataset, with_labels_of
 from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment.checks import check
+from lwfedssl_jax.experiment.datasets import RunData, load_run_data
 from lwfedssl_jax.experiment.ledgers import compiled_ledger
 from lwfedssl_jax.method.pacing import paced_stages
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.simulation.events import Event, Hear, Note
-from lwfedssl_jax.simulation.setup import Cache, Prepared, load_evaluation_data, prepare
+from lwfedssl_jax.simulation.setup import Cache, Prepared, prepare
 from lwfedssl_jax.simulation.state import RoundState, state_to_save
 from lwfedssl_jax.system.devices import from_first
 from lwfedssl_jax.system.interrupts import Interrupts
@@ -34,8 +34,7 @@ class ActiveRun:
       workdir: belongs to this config; None in every process except the first of several.
       listeners: hear of progress.
       prepared: the config and what is derived from it, with the lanes that are used; set by ``load``.
-      datasets: on which the encoder is evaluated, by name; the clients' own is "". Set by ``load``.
-      fingerprint: of all of them; set by ``load``.
+      data: what the encoder is evaluated on; set by ``load``.
       encode: computes the encoder's features; set by ``load``.
       done: how many rounds were finished when it was loaded.
       saved: the content of the checkpoint after these rounds, until training continues from it.
@@ -48,8 +47,7 @@ class ActiveRun:
     workdir: WorkDir | None
     listeners: list[Hear] = field(default_factory=list)
     prepared: Prepared = field(init=False)
-    datasets: dict[str, Dataset] = field(init=False)
-    fingerprint: dict[str, str] = field(init=False)
+    data: RunData = field(init=False)
     encode: frozen.Encode = field(init=False)
     done: int = 0
     saved: Tree = field(default_factory=dict)
@@ -90,12 +88,8 @@ class ActiveRun:
             self.workdir.take()
         check(self.config)
         run = prepare(self.config, hear=self.hear, cache=cache)
-        further = load_evaluation_data(self.config, self.hear, cache)
-        datasets = {"": run.dataset} | {name: dataset for name, (dataset, _) in further.items()}
-        self.datasets = {name: labelled(self.config.evaluation, name, found) for name, found in datasets.items()}
-        self.fingerprint = run_fingerprint(run.fingerprint, {name: data for name, (_, data) in further.items()})
-        if self.workdir:
-            self.workdir.check_data(self.fingerprint)
+        self.data = load_run_data(self.config, self.hear, cache)
+        self.check_data(self.data.fingerprint)
         interrupts.check()
         if self.config.fleet.devices:
             run = self._on_fleet(run, cache)
@@ -109,6 +103,21 @@ class ActiveRun:
         self.saved = found.state if found else {}
         self.losses = self._losses_so_far()
         self.prepared = run._replace(stages=paced_stages(self.config, run.stages, self.losses))
+
+    def check_data(self, data: Mapping[str, str]) -> None:
+        """Refuse data that are not those that the run in the work directory was begun on.
+
+        Raises:
+          ConfigError: in all processes.
+        """
+        fault: ConfigError | None = None
+        try:
+            if self.workdir:
+                self.workdir.check_data(data)
+        except ConfigError as error:
+            fault = error
+        if from_first(np.array(fault is not None)):
+            raise fault or ConfigError("--workdir: it contains a run that was begun on other data; accepted: the same")
 
     def _losses_so_far(self) -> list[float]:
         """Return the loss of each finished round, NaN if no client reported; the same in all processes."""
@@ -130,23 +139,3 @@ class ActiveRun:
         if self.workdir and rounds:
             ends = [stage.last_round for stage in self.prepared.stages]
             self.workdir.save(rounds, state_to_save(params, state), ends)
-
-
-def labelled(config: EvaluationConfig, name: str, dataset: Dataset) -> Dataset:
-    """Return a data set with the labelled images that the protocols use as those for training.
-
-    Raises:
-      ConfigError: the data set does not allow the protocols (``frozen.check_protocols``), or lacks the split; naming
-        the data set, if it is one of ``evaluation.data``.
-    """
-    try:
-        dataset = with_labels_of(dataset, config.labelled_split)
-        frozen.check_protocols(config, dataset)
-        return dataset
-    except ConfigError as error:
-        raise ConfigError(f"evaluation.data: {name!r}: {error}" if name else str(error)) from error
-
-
-def run_fingerprint(own: dict[str, str], further: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return the fingerprint of a run's data: of the clients' own data set and of those of ``evaluation.data``."""
-    return own | {name: " ".join(parts.values()) for name, parts in further.items()}

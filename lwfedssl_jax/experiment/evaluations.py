@@ -24,7 +24,7 @@ def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
     """
     params = jax.device_get(params)  # on the mesh, every device would repeat the work
     log_label_free(run, depth, number, params)
-    for name, dataset in run.datasets.items():
+    for name, dataset in run.data.evaluated_on.items():
         if len(dataset.labelled) and (not name or _is_due(run.config, number)):
             features = [run.encode(params, images, depth) for images in (dataset.train_images, dataset.test_images)]
             for x in features:
@@ -70,7 +70,7 @@ def log_fine_tuning(run: ActiveRun, interrupts: Interrupts, params: Tree) -> Non
       KeyboardInterrupt: a signal arrived; checked at the start of each epoch.
     """
     config = run.config
-    for name, labels in itertools.product(run.datasets, config.evaluation.fine_tune_labels_per_class):
+    for name, labels in itertools.product(run.data.evaluated_on, config.evaluation.fine_tune_labels_per_class):
         protocol = protocol_on(f"{FINE_TUNE}_{labels}" if labels else FINE_TUNE, name)
         written = [line["round"] for line in _lines(run) if line.get("protocol") == protocol]
         if config.federation.rounds not in written:
@@ -93,7 +93,7 @@ def _fine_tune(
 
     host = jax.device_get(params)  # on the mesh, every device would repeat the work
     evaluation, depth, seed = run.config.evaluation, run.config.model.depth, run.config.runtime.seed
-    job = finetune.FineTuneJob(run.prepared.task, evaluation, run.datasets[name], host, depth, seed, labels)
+    job = finetune.FineTuneJob(run.prepared.task, evaluation, run.data.evaluated_on[name], host, depth, seed, labels)
     return {"depth": depth, **finetune.fine_tune(job, run.encode, notify)}
 
 

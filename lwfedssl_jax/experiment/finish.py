@@ -5,7 +5,7 @@ from typing import Any, get_type_hints
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.analysis.report import write_report
-from lwfedssl_jax.config.protocols import LABEL_FREE, ON
+from lwfedssl_jax.config.protocols import LABEL_FREE, split_protocol
 from lwfedssl_jax.costs import fleet, ledger
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.evaluation import export
@@ -78,7 +78,7 @@ def make_summary(
         "objective": config.objective.name,
         "rounds": len(rounds),
         "seconds": round(measured["seconds"], 2),
-        "evaluation": {name: result for name, result in trained.items() if ON not in name},
+        "evaluation": {name: result for name, result in trained.items() if not split_protocol(name)[1]},
         "transfer": transfer(trained),
         "label_free": {"trained": without.get(len(rounds), {}), "untrained": without.get(0, {})},
         "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
@@ -104,8 +104,8 @@ def transfer(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     """Return the results on each data set of ``evaluation.data``, by its name and then by protocol."""
     found: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
-        protocol, on, data = name.partition(ON)
-        if on:
+        protocol, data = split_protocol(name)
+        if data:
             found.setdefault(data, {})[protocol] = dict(result)
     return found
 

@@ -11,14 +11,15 @@ import numpy as np
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.experiment.active import ActiveRun, run_fingerprint
+from lwfedssl_jax.experiment.active import ActiveRun
+from lwfedssl_jax.experiment.datasets import load_run_data
 from lwfedssl_jax.experiment.evaluations import log_evaluation
 from lwfedssl_jax.experiment.finish import finish
 from lwfedssl_jax.experiment.ledgers import round_operations
 from lwfedssl_jax.experiment.trackers import Tracking
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation.events import Event, Hear, Note, RoundDone, StageBegan, Started, ignore
-from lwfedssl_jax.simulation.setup import Cache, load_data, load_evaluation_data
+from lwfedssl_jax.simulation.setup import Cache
 from lwfedssl_jax.simulation.simulator import Outcome, Simulator
 from lwfedssl_jax.simulation.state import RoundState
 from lwfedssl_jax.system.devices import from_all, from_first
@@ -73,8 +74,9 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
         check_same_config(run.config)
         finished = run.workdir.summary if run.workdir else None
         if from_first(np.array(finished is not None)):
-            check_finished(run, cache)
-            run.summary = dict(finished or {})
+            with run.catching():
+                check_finished(run, cache)
+                run.summary = dict(finished or {})
     try:
         with Interrupts(lambda text: runs[0].hear(Note(text))) as interrupts, contextlib.ExitStack() as trackers:
             for run in runs:
@@ -95,15 +97,15 @@ def check_finished(run: ActiveRun, cache: Cache) -> None:
     Raises:
       ConfigError: the data differ.
     """
-    if not run.workdir:
+    knows_data = bool(run.workdir and run.workdir.data)
+    if not from_first(np.array(knows_data)):  # of an earlier version
         return
     try:
-        _, own = load_data(run.config.data, run.hear, cache)
-        further = load_evaluation_data(run.config, run.hear, cache)
+        data = load_run_data(run.config, run.hear, cache).fingerprint
     except ConfigError as error:
         run.hear(Note(f"this run is finished, and its data cannot be compared with those of today: {error}"))
         return
-    run.workdir.check_data(run_fingerprint(own, {name: data for name, (_, data) in further.items()}))
+    run.check_data(data)
 
 
 def load_groups(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> list[list[ActiveRun]]:
@@ -206,7 +208,7 @@ def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
     prepared = run.prepared
     if not run.workdir:
         return
-    run.workdir.open(prepared.lanes, prepared.mesh.size, run.fingerprint)
+    run.workdir.open(prepared.lanes, prepared.mesh.size, run.data.fingerprint)
     with run.workdir.writing("plots"):
         run_plots.plot_clients(prepared.dataset.train_labels, prepared.clients, run.workdir.path)
     run.hear(

@@ -13,6 +13,7 @@ from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, override,
 from lwfedssl_jax.method.stages import STRATEGIES, Stages, stages_of
 
 FREE_SECTIONS = ("strategy", "runtime", "evaluation", "fleet")  # sections in which runs may differ from the config
+COMPARED = ("evaluation.labelled_split",)  # except for these fields: they change what a protocol's accuracy means
 
 Row = Mapping[str, Any]  # of ``analysis.results.load_results``
 
@@ -61,8 +62,8 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
         they were trained on different data.
     """
     runs, on_fleet = runs_like(config, rows)
-    data = list(dict.fromkeys(str(run.get(FINGERPRINT, "")) for run in runs))
-    if len(data) > 1:
+    data = list(dict.fromkeys(text for run in runs if (text := str(run.get(FINGERPRINT) or ""))))
+    if len(data) > 1:  # those of older runs are unknown
         raise ConfigError(
             f"--results: {len(runs)} runs like this config were trained on {len(data)} different data sets "
             f"({FINGERPRINT}: {', '.join(repr(text) for text in data)}); accepted: runs on the same data"
@@ -112,7 +113,7 @@ def runs_like(config: Config, rows: Sequence[Row]) -> tuple[list[Row], bool]:
     """
     finished = [row for row in rows if row["finished"]]
     wanted = join_lists(flat(to_dict(config)))
-    compared = [name for name in wanted if name.split(".")[0] not in FREE_SECTIONS]
+    compared = [name for name in wanted if name.split(".")[0] not in FREE_SECTIONS or name in COMPARED]
     differing = [[name for name in compared if row.get(name) != wanted[name]] for row in finished]
     similar = [row for row, names in zip(finished, differing, strict=True) if not names]
     fleet = [name for name in wanted if name.startswith("fleet.")]

@@ -151,24 +151,6 @@ def load_data(config: DataConfig, hear: Hear, cache: Cache) -> tuple[Dataset, di
     return cache.get_latest("data", config, load)
 
 
-def load_evaluation_data(config: Config, hear: Hear, cache: Cache) -> dict[str, tuple[Dataset, dict[str, str]]]:
-    """Load the data sets of ``evaluation.data``; return each, and its fingerprint, by its name.
-
-    Raises:
-      ConfigError: one cannot be found or used.
-    """
-
-    def load(name: str) -> tuple[Dataset, dict[str, str]]:
-        try:
-            dataset = sources.load_like(config.data, name, lambda s: hear(Loading(s)), lambda text: hear(Note(text)))
-        except ConfigError as error:
-            raise ConfigError(f"evaluation.data: {str(error).removeprefix('data.name: ')}") from error
-        return dataset, fingerprint(dataset)
-
-    names = config.evaluation.data
-    return {n: cache.get(("evaluation data", config.data, n), functools.partial(load, n)) for n in names}
-
-
 def check_server_images(config: Config, size: int, limit: int) -> None:
     """Refuse more images on the server than fit on a device with ``limit`` bytes.
 

@@ -114,6 +114,12 @@ class WorkDir:
         self._write(METRICS, kept)
         return found, faults
 
+    @property
+    def data(self) -> dict[str, str]:
+        """Fingerprint of the data that the run in this directory was begun on; empty for a new or an old one."""
+        file = self.path / "config.json"
+        return dict((json.loads(file.read_text()) if file.exists() else {}).get("data") or {})
+
     def check_data(self, data: Mapping[str, str]) -> None:
         """Refuse data that are not those that the run in this directory was begun on.
 
@@ -123,8 +129,7 @@ class WorkDir:
         Raises:
           ConfigError: images, labels or clients differ.
         """
-        file = self.path / "config.json"
-        begun_on = (json.loads(file.read_text()) if file.exists() else {}).get("data") or {}
+        begun_on = self.data
         differing = [name for name in {**begun_on, **data} if begun_on.get(name) != data.get(name)]
         if begun_on and differing:  # a run of an earlier version has no fingerprint
             there, here = (" ".join(f"{k} {v.get(k, 'none')}" for k in differing) for v in (begun_on, data))
@@ -150,8 +155,8 @@ class WorkDir:
             file = self.path / "config.json"
             if self._is_new and file.exists():
                 raise self._lock.in_use()
-            entries = json.loads(file.read_text()) if file.exists() else self._describe()
-            self.write_json("config.json", entries | {"data": dict(data), "lanes": lanes, "devices": devices})
+            entries = json.loads(file.read_text()) if file.exists() else self._describe() | {"data": dict(data)}
+            self.write_json("config.json", entries | {"lanes": lanes, "devices": devices})
         except OSError as error:
             raise ConfigError(
                 f"--workdir: {self.path} cannot be written ({error.strerror}); accepted: a directory you can write to"

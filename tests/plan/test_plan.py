@@ -192,6 +192,8 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
     before_fleets = row(config, 0.5, fleet__devices=math.nan, fleet__deadline_seconds=math.nan)
     assert measured.measured_accuracies(config, [before_fleets], "knn").found[layers, False] == Measured({0: 0.5})
     other = row(config, 0.5) | {"data.fingerprint": "22"}
+    assert measured.measured_accuracies(config, [*rows, other], "knn").found
+    rows[0] |= {"data.fingerprint": "11"}
     with pytest.raises(
         ConfigError, match=r"^--results: 5 runs .* trained on 2 different data sets .* '22'\); accepted"
     ):
