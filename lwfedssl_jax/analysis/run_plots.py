@@ -18,6 +18,7 @@ from lwfedssl_jax.analysis.style import (
     use_whole_numbers,
 )
 from lwfedssl_jax.analysis.wording import MIB, protocol_words
+from lwfedssl_jax.config.protocols import split_protocol
 
 SHOWN_CLIENTS = 200
 SHOWN_EPOCHS = 10
@@ -85,7 +86,7 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     axes.set(ylabel="mean loss per sample")
     style.save_figure(figure, workdir / "plots" / "loss.png")
 
-    evaluations = [line for line in lines if "accuracy" in line]
+    evaluations = [line for line in lines if "accuracy" in line and not split_protocol(line["protocol"])[1]]
     if evaluations:
         figure, axes = new_figure("Accuracy against traffic")
         plot_evaluations(axes, evaluations, traffic_by_round(lines))

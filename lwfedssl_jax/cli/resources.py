@@ -7,9 +7,10 @@ from rich.console import Console
 from lwfedssl_jax.analysis import run_plots, terminal
 from lwfedssl_jax.cli.options import ResourcesOptions, check_plot
 from lwfedssl_jax.cli.status import shown_status
-from lwfedssl_jax.config import resolve, to_dict
+from lwfedssl_jax.config import override, resolve, to_dict
 from lwfedssl_jax.costs import ledger, traffic
 from lwfedssl_jax.experiment.checks import check
+from lwfedssl_jax.method.stages import STRATEGIES, even_rounds, rounds_fit
 from lwfedssl_jax.system import devices
 
 
@@ -20,6 +21,8 @@ def run_resources(options: ResourcesOptions) -> None:
     devices.set_up_cache(options.compilation_cache)
     check(config)
     _, refused = ledger.each_strategy(config)
+    by_name = {name: override(config, {"strategy.name": name}) for name in STRATEGIES if name not in refused}
+    evenly = [name for name, strategy_config in by_name.items() if not rounds_fit(strategy_config)]
     with shown_status("tracing") as show:
         strategies = ledger.all_strategies(config, memory=options.memory, notify=lambda what: show(f"compiling {what}"))
     if options.plot:
@@ -35,5 +38,7 @@ def run_resources(options: ResourcesOptions) -> None:
     else:
         out = Console()
         out.print(terminal.resource_table(strategies))
+        if evenly:
+            out.print(even_rounds(config, evenly), markup=False)
         for name, why in refused.items():
             out.print(f"{name} cannot run with this config: {why}", markup=False)

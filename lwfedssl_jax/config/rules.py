@@ -57,14 +57,14 @@ def layers_per_stage_exist(config: Config) -> str | None:
 
 
 def rounds_add_up(config: Config) -> str | None:
-    """The stages' rounds, if they are listed, add up, and nothing else says how long the first stage lasts."""
+    """The stages' rounds, if they are listed, add up, and stages really last as long."""
     strategy, total = config.strategy, config.federation.rounds
     if not strategy.rounds_per_stage:
         return None
-    if strategy.first_stage_share:
+    if strategy.pacing == "adaptive":
         return (
-            f"strategy.first_stage_share: {strategy.first_stage_share} is set together with strategy.rounds_per_stage "
-            f"{strategy.rounds_per_stage}; accepted: only one of them"
+            f"strategy.pacing: adaptive does not use strategy.rounds_per_stage {strategy.rounds_per_stage}; "
+            "accepted: fixed, or strategy.rounds_per_stage ()"
         )
     if (listed := sum(strategy.rounds_per_stage)) == total:
         return None

@@ -117,10 +117,11 @@ class StrategyConfig:
     their rounds are added up. Empty: as first_stage_share says."""
     first_stage_share: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Share of the rounds that the first of several stages lasts; the others share the rest evenly, and each stage has
-    at least one round. 0: all stages evenly."""
+    at least one round. 0: all stages evenly. strategy.rounds_per_stage takes its place; with strategy.pacing adaptive,
+    it only plans costs."""
     pacing: Literal["fixed", "adaptive"] = "fixed"
-    """fixed: stages last as planned; adaptive: a stage ends when the clients' mean loss has almost stopped falling, and
-    the last stage has all rounds that are left."""
+    """fixed: stages last as long as the fields above say; adaptive: a stage ends when the clients' mean loss has almost
+    stopped falling, and the last stage has all rounds that are left."""
 
 
 @dataclass(frozen=True)

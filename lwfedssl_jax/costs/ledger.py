@@ -197,11 +197,11 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
 
 
 def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], known: Known | None = None) -> int:
-    """Compute ``flops_executed`` of a run, with the rounds that its stages and the layers that its steps really had.
+    """Compute ``flops_executed`` of a run with depth dropout, with the rounds and the layers that it really had.
 
     Args:
       config: resolved.
-      rounds: lines of ``metrics.jsonl``, with depth dropout with ``layers_skipped``.
+      rounds: lines of ``metrics.jsonl``, with ``layers_skipped``.
       known: as for ``make_ledger``.
     """
     known = {} if known is None else known

@@ -78,7 +78,10 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
         train, test = _hold_out(config, train)
     if classes and not (test and all(file.label for file in test)):
         raise refuse(config, "has test images without a class, or none", f"a class folder each, of {first_of(classes)}")
-    if unknown := sorted({str(file.label) for file in test + val} - set(classes)):
+    if val and not {file.label for file in val} <= set(classes):
+        note("the validation split is left out: it has images without a class, or of classes without training images")
+        val = []
+    if unknown := sorted({str(file.label) for file in test} - set(classes)):
         raise refuse(config, f"has test images of classes without training images: {first_of(unknown)}", "the same")
     train = _assign_clients(config, root, train, test)
     number = {label: i for i, label in enumerate(classes)}
@@ -183,9 +186,13 @@ def open_npz(config: DataConfig, note: Notify) -> Undecoded:
             with zipfile.ZipFile(path) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
                 arrays = {"train": "train", "test": "test" if "test_images" in names else "val"}
+                found = {name: _npz_split(config, path, archive, array) for name, array in arrays.items()}
                 if {"test_images", "val_images"} <= names and _has_images(archive, "val"):
-                    arrays["val"] = "val"
-                return {name: _npz_split(config, path, archive, array) for name, array in arrays.items()}
+                    try:
+                        found["val"] = _npz_split(config, path, archive, "val")
+                    except ConfigError as error:
+                        note(f"the validation split is left out: {error}")
+                return found
         except ConfigError:
             raise
         except Exception as error:  # zipfile and NumPy raise many kinds if a byte is wrong

@@ -1,5 +1,6 @@
 """What an encoder's features say without labels: how many directions they use, and how they place an image's views."""
 
+import functools
 from typing import Literal, TypedDict, final
 
 import jax
@@ -62,14 +63,20 @@ def images_with_views(dataset: Dataset, recipe: Recipe, seed: int) -> np.ndarray
 
 def views_of(images_NxHxWxC: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
     """Return two random views of each uint8 image, ``2xNxHxWxC`` uint8; the same each time."""
-    make = jax.jit(lambda key, batch: two_views(key, batch, recipe))
     views = []
     for first in range(0, len(images_NxHxWxC), BATCH):
         batch = images_NxHxWxC[first : first + BATCH]
         padded = np.pad(batch, [(0, BATCH - len(batch)), *[(0, 0)] * 3])
-        made = jax.device_get(make(seeds.key(seed, seeds.KeyTag.EVALUATION, first), padded))[:, : len(batch)]
+        made = jax.device_get(_two_views(seeds.key(seed, seeds.KeyTag.EVALUATION, first), padded, recipe))[
+            :, : len(batch)
+        ]
         views.append(np.round(255 * (made * recipe.std + recipe.mean)).clip(0, 255).astype(np.uint8))
     return np.concatenate(views, 1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _two_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe) -> jax.Array:
+    return two_views(key, images_BxHxWxC, recipe)
 
 
 def label_free(features_3xNxD: np.ndarray) -> LabelFree:

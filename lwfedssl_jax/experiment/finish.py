@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.analysis.report import write_report
+from lwfedssl_jax.config import override
 from lwfedssl_jax.config.protocols import LABEL_FREE, split_protocol
 from lwfedssl_jax.costs import fleet, ledger
 from lwfedssl_jax.costs.operations import Known
@@ -33,13 +34,15 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
     if run.config.evaluation.fine_tune_epochs:
         log_fine_tuning(run, interrupts, params)
     lines, strategies = workdir.metrics(), ledgers_of_run(run.config, run.hear, cache)
+    if run.config.strategy.pacing == "adaptive":
+        own = run.config.strategy.name
+        strategies = strategies | {own: ledger_of_rounds(run, strategies[own], known_traces(cache))}
     workdir.save_encoder(export.encoder_files(run.config, run.prepared.task, params))
     interrupts.check()
     with workdir.writing("plots"):
         plots = workdir.path / "plots"
         run_plots.plot_metrics(lines, workdir.path)
-        pictures.draw_views(run)
-        pictures.draw_neighbours(run, params)
+        pictures.draw(run, params)
         run_plots.plot_distance(lines, plots / "client_distance.png")
         if run.config.strategy.pacing == "adaptive":
             run_plots.plot_pacing(lines, LEAST_FALL, plots / "pacing.png")
@@ -68,9 +71,8 @@ def make_summary(
     measured: dict[str, Any] = {
         key: sum(line[key] for line in rounds) for key in ("download_bytes", "upload_bytes", "seconds")
     }
-    stages = [line["stage"] for line in rounds]
-    measured["rounds_per_stage"] = [stages.count(stage.number) for stage in run.prepared.stages]
-    if config.additions.depth_dropout or config.strategy.pacing == "adaptive":
+    measured["rounds_per_stage"] = rounds_per_stage(run)
+    if config.additions.depth_dropout:
         measured["flops_executed"] = ledger.measured_operations(config, rounds, known)
     scope = {"clients": config.partition.clients, "scope": MEASURED}
     summary = {
@@ -88,6 +90,21 @@ def make_summary(
     if run.prepared.fleet:
         summary["fleet"] = fleet.summary(run.prepared.fleet, run.prepared.clients.sizes)
     return summary
+
+
+def rounds_per_stage(run: ActiveRun) -> list[int]:
+    """Return how many rounds each stage of a finished run had."""
+    return [stage.rounds for stage in run.prepared.stages]
+
+
+def ledger_of_rounds(run: ActiveRun, planned: ledger.Ledger, known: Known) -> ledger.Ledger:
+    """Return the ledger of an adaptive run with the rounds that its stages had; ``planned`` has the peak memory."""
+    changes = {"strategy.pacing": "fixed", "strategy.rounds_per_stage": tuple(rounds_per_stage(run))}
+    used = ledger.make_ledger(override(run.config, changes), known)
+    for cost, plan in zip(used["per_stage"], planned["per_stage"], strict=True):
+        cost["peak_memory_bytes"] = plan["peak_memory_bytes"]
+    used["peak_memory_bytes"] = planned["peak_memory_bytes"]
+    return used
 
 
 def evaluations_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int | str, dict[str, Any]]:

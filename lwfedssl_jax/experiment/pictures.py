@@ -1,15 +1,29 @@
 """Pictures of a run's data: images of clients with their views, and nearest neighbours of test images."""
 
+import functools
+
 import jax
 import numpy as np
 
 from lwfedssl_jax.analysis import image_plots
 from lwfedssl_jax.evaluation import label_free
 from lwfedssl_jax.experiment.active import ActiveRun
+from lwfedssl_jax.simulation.events import Note
 from lwfedssl_jax.tree import Tree
 
 CLIENTS, IMAGES = 4, 4  # that are shown
 TESTED, NEIGHBOURS, SEARCHED = 6, 7, 2048  # test images, neighbours of each, and training images among which they are
+
+
+def draw(run: ActiveRun, params: Tree) -> None:
+    """Draw both pictures; if one fails, a note says so, since the run is complete without it."""
+    for draw_one in (draw_views, functools.partial(draw_neighbours, params=params)):
+        try:
+            draw_one(run)
+        except OSError:
+            raise
+        except Exception as error:
+            run.hear(Note(f"a picture of images cannot be drawn ({' '.join(str(error).split())})"))
 
 
 def draw_views(run: ActiveRun) -> None:
@@ -32,11 +46,12 @@ def draw_neighbours(run: ActiveRun, params: Tree) -> None:
     """Draw test images and the training images whose features are most similar (cosine), if there are test images."""
     assert run.workdir
     dataset, depth = run.prepared.dataset, run.config.model.depth
-    if not len(dataset.test_images) or len(dataset.train_images) < NEIGHBOURS:
+    searched = dataset.labelled if len(dataset.labelled) else np.arange(len(dataset.train_images))
+    if not len(dataset.test_images) or len(searched) < NEIGHBOURS:
         return
     train, test = (
-        np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-        for images, count in ((dataset.train_images, SEARCHED), (dataset.test_images, TESTED))
+        rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+        for rows, count in ((searched, SEARCHED), (np.arange(len(dataset.test_images)), TESTED))
     )
     params = jax.device_get(params)
     train_NxD, test_NxD = (

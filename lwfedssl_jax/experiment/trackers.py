@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from lwfedssl_jax.analysis.results import all_results
 from lwfedssl_jax.analysis.style import traffic_by_round
 from lwfedssl_jax.config import Config, ConfigError, choose, flat, join_lists, to_dict
 from lwfedssl_jax.config.protocols import LABEL_FREE
@@ -211,7 +212,7 @@ def line_values(line: dict[str, Any]) -> dict[str, float]:
 
 def summary_values(summary: dict[str, Any]) -> dict[str, float]:
     """Return the numbers by which runs are compared: accuracies, training time, and costs of one client."""
-    scores = {"accuracy": summary["evaluation"], **summary["baselines"]}
+    scores = {"accuracy": all_results(summary), **summary["baselines"]}
     accuracies = {
         f"{of}/{name}": result["accuracy"] for of, results in scores.items() for name, result in results.items()
     }

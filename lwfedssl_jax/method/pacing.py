@@ -67,9 +67,9 @@ def loss_fall(stages: Sequence[Stage], losses: Sequence[float]) -> float | None:
     y = np.array(losses[stage.first_round :][-window:], float)
     x = np.arange(len(y))[known := np.isfinite(y)]
     y = y[known]
-    if len(y) < LEAST_WINDOW or len(losses) - stage.first_round < window or y.mean() <= 0:
+    if len(y) < LEAST_WINDOW or len(losses) - stage.first_round < window or not y.mean():
         return None
-    return float(-np.polyfit(x, y, 1)[0] * total / y.mean())
+    return float(-np.polyfit(x, y, 1)[0] * total / abs(y.mean()))
 
 
 def _share_what_is_left(stages: Sequence[Stage], ended: Sequence[int]) -> list[Stage]:

@@ -1,7 +1,7 @@
 """Strategies as lists of stages: which layers exist, which are trained, for how many rounds."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -166,6 +166,12 @@ def rounds_fit(config: Config) -> bool:
     """Return whether ``strategy.rounds_per_stage``, if it is set, fits the stages of the config's strategy."""
     stages = len(STRATEGIES[config.strategy.name](config.model.depth, config.strategy.layers_per_stage))
     return not config.strategy.rounds_per_stage or bool(listed_rounds(config, stages))
+
+
+def even_rounds(config: Config, names: Sequence[str]) -> str:
+    """Return a sentence that names the options whose stages ``strategy.rounds_per_stage`` does not fit."""
+    listed = " ".join(map(str, config.strategy.rounds_per_stage))
+    return f"strategy.rounds_per_stage {listed} does not fit, and rounds are even: {'; '.join(names)}."
 
 
 def with_fitting_rounds(config: Config) -> Config:

@@ -23,7 +23,7 @@ from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger
-from lwfedssl_jax.method.stages import rounds_fit
+from lwfedssl_jax.method.stages import even_rounds, rounds_fit
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 
@@ -80,8 +80,7 @@ def _schedule_notes(plan: Plan) -> list[str]:
     strategy, notes = plan.config.strategy, []
     evenly = [option.name for option in plan.options if not option.remat and not _rounds_fit(plan, option)]
     if evenly:
-        listed = " ".join(map(str, strategy.rounds_per_stage))
-        notes.append(f"strategy.rounds_per_stage {listed} does not fit, and rounds are even: {'; '.join(evenly)}.")
+        notes.append(even_rounds(plan.config, evenly))
     if strategy.pacing == "adaptive":
         notes.append("strategy.pacing adaptive: costs are those of the planned rounds, which a run may change.")
     return notes

@@ -167,8 +167,8 @@ class Simulator:
           number: of the round, from 1.
 
         Returns:
-          The new global parameters (the old ones if no client reports), the new state, and each run's outcome. The
-          arguments are not changed.
+          The new global parameters (the old ones if no client reports), the new state, each run's outcome, and the
+          stage. The arguments are not changed; with ``strategy.pacing`` adaptive, the simulator's stages may be.
         """
         extras = self._extras  # before the clock starts: the base model's training is not part of a round
         began, program = time.monotonic(), self.program(stage)

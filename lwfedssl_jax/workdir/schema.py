@@ -22,7 +22,7 @@ class MeasuredCost(TypedDict):
     Attributes:
       download_bytes, upload_bytes, seconds: of all clients in all rounds.
       rounds_per_stage: how many rounds each stage had.
-      flops_executed: with depth dropout or adaptive pacing, multiply-adds per sample, as in the ledger.
+      flops_executed: with depth dropout, multiply-adds per sample, as in the ledger.
       clients: in the population.
       scope: the above in words.
     """
@@ -49,7 +49,8 @@ class Summary(TypedDict):
       label_free: metrics of the ``trained`` and of the ``untrained`` encoder that need no labels.
       baselines: results by protocol, on ``evaluation.data`` by ``PROTOCOL@NAME``: ``untrained``, and with fine-tuning
         ``scratch``.
-      resources: the ledger of the run's strategy, and ``measured``, a ``MeasuredCost``.
+      resources: the ledger of the run's strategy, with adaptive pacing with the rounds that its stages had; and
+        ``measured``, a ``MeasuredCost``.
       strategies: the ledger of every strategy that can run with the config, by name.
       fleet: with ``fleet.devices``, one entry per device class (``costs.fleet.summary``).
     """

@@ -23,7 +23,7 @@ def deep(layers: int, rounds: int, **changes: object) -> Config:
 
 
 def test_listed_rounds_are_of_each_stage() -> None:
-    config = deep(3, 9, strategy__rounds_per_stage=(6, 2, 1))
+    config = deep(3, 9, strategy__rounds_per_stage=(6, 2, 1), strategy__first_stage_share=0.1)
     assert lengths(config) == [6, 2, 1]
     assert [stage.first_round for stage in stages_of(config)] == [0, 6, 8]
     assert [row["rounds"] for row in make_ledger(config)["per_stage"]] == [6, 2, 1]
@@ -69,7 +69,10 @@ def test_a_list_that_does_not_fit_is_refused_and_other_strategies_are_even() -> 
     [
         ({"rounds_per_stage": (6, 2, 2)}, r"rounds_per_stage: \(6, 2, 2\) adds up to 10; accepted: .*rounds 9"),
         ({"rounds_per_stage": (9, 0, 0)}, r"rounds_per_stage: 0 is out of range; accepted: at least 1"),
-        ({"rounds_per_stage": (6, 2, 1), "first_stage_share": 0.5}, r"first_stage_share: 0.5 .* only one of them"),
+        (
+            {"rounds_per_stage": (6, 2, 1), "pacing": "adaptive"},
+            r"strategy.pacing: adaptive does not use .* \(6, 2, 1\)",
+        ),
         ({"first_stage_share": 1.0}, r"first_stage_share: 1.0 is out of range; accepted: at least 0 and below 1"),
         ({"pacing": "fast"}, r"strategy.pacing: unknown 'fast'; accepted: fixed, adaptive"),
     ],
@@ -131,7 +134,8 @@ def test_rounds_without_a_loss_tell_nothing() -> None:
     stages = stages_of(deep(1, 48))  # a window of four rounds
     assert loss_fall(stages, [3, math.nan, 1, 0.5]) == pytest.approx(loss_fall(stages, [3, 2, 1, 0.5]), rel=0.2)
     assert loss_fall(stages, [3, math.nan, math.nan, 1]) is None
-    assert loss_fall(stages, [-1.0] * 4) is None
+    assert loss_fall(stages, [0.0] * 4) is None
+    assert loss_fall(stages, [-1, -1.1, -1.2, -1.3]) == pytest.approx(48 * 0.1 / 1.15)
 
 
 def test_all_rounds_are_used_whatever_the_losses() -> None:
