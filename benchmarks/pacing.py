@@ -4,7 +4,7 @@
     python benchmarks/pacing.py --only digits
 
 layerwise with SimCLR, a ViT of width 64 and depth 4, at equal rounds: digits; Fashion-MNIST (Debian's package
-dataset-fashion-mnist), 10 clients with 1,000 images each; and patches of scikit-image's pictures, which it needs, 10
+dataset-fashion-mnist), 10 clients with 500 images each; and patches of scikit-image's pictures, which it needs, 10
 clients, the picture as the class, training and test patches from different parts of each.
 """
 
@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "digits": {"federation.rounds": 16},
     "fashion_mnist": {
         "data.name": "fashion_mnist", "data.image_size": 28, "model.patch_size": 7, "partition.kind": "shared",
-        "partition.examples_per_client": 1000, "federation.rounds": 24, "federation.local_epochs": 1,
+        "partition.examples_per_client": 500, "federation.rounds": 24, "federation.local_epochs": 1,
         "optimizer.batch_size": 128, "optimizer.learning_rate": 0.008, "evaluation.neighbours": 0,
     },
     "pictures": {
