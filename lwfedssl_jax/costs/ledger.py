@@ -197,7 +197,7 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
 
 
 def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], known: Known | None = None) -> int:
-    """Compute ``flops_executed`` of a run with depth dropout, with the rounds and the layers that it really had.
+    """Compute ``flops_executed`` of a run, with the layers that depth dropout actually skipped.
 
     Args:
       config: resolved.
@@ -212,8 +212,7 @@ def measured_operations(config: Config, rounds: Sequence[Mapping[str, Any]], kno
     for all_layers, fewest in zip(never, always, strict=True):
         lines = [line for line in rounds if line["stage"] == all_layers["stage"]]
         skipped = np.mean([line["layers_skipped"] for line in lines if "layers_skipped" in line] or [0.0])
-        planned = all_layers["flops_executed"] + skipped * (fewest["flops_executed"] - all_layers["flops_executed"])
-        total += planned * len(lines) / all_layers["rounds"]
+        total += all_layers["flops_executed"] + skipped * (fewest["flops_executed"] - all_layers["flops_executed"])
     return round(total)
 
 

@@ -1,5 +1,6 @@
 """Multiply-adds of one training sample, by the paper's rule and as executed, counted from shapes."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.config import MODELS, Config, override
+from lwfedssl_jax.config import MODELS, Config, StrategyConfig, override
 from lwfedssl_jax.method.calibration import all_trainable
 from lwfedssl_jax.method.client import client_init, client_step, embed
 from lwfedssl_jax.method.fedca import make_exchange
@@ -201,8 +202,8 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 
 
 def step_config(config: Config) -> Config:
-    """Return one representative of all configs with the same steps: the order of stages does not change a step."""
-    return override(ledger_config(config), {"strategy.name": "", "strategy.layers_per_stage": 1})
+    """Return one representative of all configs with the same steps, which stages and their rounds do not change."""
+    return dataclasses.replace(ledger_config(config), strategy=StrategyConfig(name=""))
 
 
 def traceable_step(config: Config, trainable: Tree, frozen: Tree) -> tuple[Callable[..., Any], tuple[Any, ...]]:

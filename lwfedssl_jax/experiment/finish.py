@@ -5,7 +5,7 @@ from typing import Any, get_type_hints
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.analysis.report import write_report
-from lwfedssl_jax.config import override
+from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.config.protocols import LABEL_FREE, split_protocol
 from lwfedssl_jax.costs import fleet, ledger
 from lwfedssl_jax.costs.operations import Known
@@ -73,7 +73,7 @@ def make_summary(
     }
     measured["rounds_per_stage"] = rounds_per_stage(run)
     if config.additions.depth_dropout:
-        measured["flops_executed"] = ledger.measured_operations(config, rounds, known)
+        measured["flops_executed"] = ledger.measured_operations(config_of_rounds(run), rounds, known)
     scope = {"clients": config.partition.clients, "scope": MEASURED}
     summary = {
         "strategy": config.strategy.name,
@@ -97,10 +97,17 @@ def rounds_per_stage(run: ActiveRun) -> list[int]:
     return [stage.rounds for stage in run.prepared.stages]
 
 
+def config_of_rounds(run: ActiveRun) -> Config:
+    """Return a finished run's config, with adaptive pacing with the rounds that its stages had as a fixed plan."""
+    if run.config.strategy.pacing == "fixed":
+        return run.config
+    changes = {"strategy.pacing": "fixed", "strategy.rounds_per_stage": tuple(rounds_per_stage(run))}
+    return override(run.config, changes)
+
+
 def ledger_of_rounds(run: ActiveRun, planned: ledger.Ledger, known: Known) -> ledger.Ledger:
     """Return the ledger of an adaptive run with the rounds that its stages had; ``planned`` has the peak memory."""
-    changes = {"strategy.pacing": "fixed", "strategy.rounds_per_stage": tuple(rounds_per_stage(run))}
-    used = ledger.make_ledger(override(run.config, changes), known)
+    used = ledger.make_ledger(config_of_rounds(run), known)
     for cost, plan in zip(used["per_stage"], planned["per_stage"], strict=True):
         cost["peak_memory_bytes"] = plan["peak_memory_bytes"]
     used["peak_memory_bytes"] = planned["peak_memory_bytes"]
