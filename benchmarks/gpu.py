@@ -9,6 +9,7 @@ been completed, unless ``--only`` names them, and rows that are there.
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -16,10 +17,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 HERE = Path(__file__).parent
-CACHE = Path.home() / ".cache" / "lwfedssl_jax"  # of compiled programs, as in a run
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lwfedssl_jax"  # of programs, as in a run
+NO_ACCELERATOR = 3  # exit code of a step
 
 
 class Step(NamedTuple):
@@ -49,14 +51,19 @@ STEPS = [
 def main() -> None:
     options = parse()
     if options.plan:
-        for number, step in enumerate(STEPS, 1):
-            print(f"{number:2} {step.name:<10} {step.seconds:4} s  {step.about}")
-        print(f"   in all     {sum(step.seconds for step in STEPS):4} s at most, cut off after {options.minutes:g} min")
+        so_far = itertools.accumulate(step.seconds for step in STEPS)
+        print("   step       at most  so far")
+        for number, (step, seconds) in enumerate(zip(STEPS, so_far, strict=True), 1):
+            print(f"{number:2} {step.name:<10} {step.seconds:5} s {seconds:5} s  {step.about}")
+        print(f"cut off after {options.minutes:g} min; `--keep` continues with what was not reached")
         return
     # A test of this script must not replace measurements.
     out = options.out or (Path(tempfile.mkdtemp()) if options.tiny else HERE / "results")
+    if out.exists() and not out.is_dir():
+        refuse(f"--out: {out} is not a folder; accepted: a folder")
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out, options.keep, options.tiny)
+    print(f"results: {out}", flush=True)
     end = time.monotonic() + 60 * options.minutes
     for step in STEPS:
         if step.name in options.only if options.only else step.name not in results.content["completed"]:
@@ -66,6 +73,14 @@ def main() -> None:
                 continue
             run_step(step, left if options.tiny else min(step.seconds, left), results, tiny=options.tiny)
     print(results.table())
+    if not results.measured:
+        sys.exit("nothing was measured")
+
+
+def refuse(why: str) -> NoReturn:
+    """End with a line about an option, before anything is written."""
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse() -> argparse.Namespace:
@@ -80,7 +95,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="folder of gpu.json and gpu.md; by default results, or a new one for --tiny"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.minutes <= 0:
+        refuse(f"--minutes: {options.minutes} is out of range; accepted: above 0")
+    return options
 
 
 class Results:
@@ -90,10 +108,15 @@ class Results:
         self._json, self._table, self._log = folder / "gpu.json", folder / "gpu.md", folder / "gpu.log"
         command = " ".join(["python", *sys.argv])
         self.content: dict[str, Any] = {"tiny": tiny, "runs": [], "rows": [], "notes": [], "completed": []}
-        if keep and self._json.exists():
-            self.content = json.loads(self._json.read_text())
+        if self._json.exists():
+            if not keep:
+                refuse(f"--out: {folder} has results; accepted: --keep to add to them, or another folder")
+            try:
+                self.content |= json.loads(self._json.read_text())
+            except (ValueError, TypeError) as error:
+                refuse(f"--keep: {self._json} cannot be read ({error}); accepted: what this script has written")
             if self.content["tiny"] != tiny:
-                sys.exit(
+                refuse(
                     f"--keep: {self._json} is of a run {'without' if tiny else 'with'} --tiny; accepted: another --out"
                 )
         self.content["runs"].append({"command": command, "date": datetime.date.today().isoformat()})
@@ -102,6 +125,11 @@ class Results:
     def measured(self) -> list[list[str]]:
         """Step and case of all rows."""
         return [[row["step"], row["case"]] for row in self.content["rows"]]
+
+    def check_device(self, device: str) -> None:
+        """Refuse to put measurements of two kinds of devices into one table."""
+        if self.content.setdefault("device", device) != device:
+            refuse(f"--keep: {self._json} is of {self.content['device']}, not of {device}; accepted: another --out")
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row: ``step``, ``case``, ``value``, ``unit``, and what else was measured."""
@@ -190,7 +218,9 @@ def run_step(step: Step, seconds: float, results: Results, *, tiny: bool) -> Non
     said: list[str] = []
     for line in process.stdout or ():
         message = read_message(line)
-        if "note" in message:
+        if "device" in message:
+            results.check_device(message["device"])
+        elif "note" in message:
             results.note(step.name, message["note"])
         elif "case" in message:
             results.add({"step": step.name} | message)
@@ -199,6 +229,8 @@ def run_step(step: Step, seconds: float, results: Results, *, tiny: bool) -> Non
             said.append(line.rstrip())
             results.log(step.name, said[-1])
     code, last = process.wait(), " | ".join(said[-3:])
+    if code == NO_ACCELERATOR:
+        sys.exit("JAX finds no accelerator; --tiny runs on any device")
     if code in (124, 137):
         results.note(step.name, f"cut off after {time.monotonic() - began:.0f} s ({last})")
     elif code:

@@ -52,7 +52,8 @@ PRECISIONS = ("bfloat16", "tensorfloat32", "float32")
 def main() -> None:
     set_up_cpu()
     if jax.default_backend() == "cpu" and not TINY:
-        sys.exit("JAX finds no accelerator")
+        sys.exit(3)  # gpu.NO_ACCELERATOR
+    print(json.dumps({"device": jax.devices()[0].device_kind}), flush=True)
     STEPS[REQUEST["step"]]()
 
 

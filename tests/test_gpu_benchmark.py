@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,25 @@ def test_the_plan_is_printed_without_jax() -> None:
     assert "stages" in out
 
 
+def test_bad_options_are_refused_in_a_line_and_harm_no_results(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "cut").mkdir()
+    kept = json.dumps({"tiny": False, "runs": [], "rows": [], "notes": [], "completed": [], "device": "H100"})
+    (tmp_path / "full" / "gpu.json").write_text(kept)
+    (tmp_path / "cut" / "gpu.json").write_text(kept[:20])
+    for arguments, message in (
+        (["--out", str(tmp_path / "full")], "error: --out: .* has results; accepted: --keep"),
+        (["--tiny", "--keep", "--out", str(tmp_path / "full")], "error: --keep: .* is of a run without --tiny"),
+        (["--keep", "--out", str(tmp_path / "cut")], "error: --keep: .* cannot be read"),
+        (["--out", str(tmp_path / "full" / "gpu.json")], "error: --out: .* is not a folder"),
+        (["--minutes", "-1"], "error: --minutes: -1.0 is out of range; accepted: above 0"),
+    ):
+        done = subprocess.run([sys.executable, str(SCRIPT), *arguments], text=True, capture_output=True, check=False)
+        assert done.returncode == 2
+        assert re.match(message, done.stderr)
+    assert (tmp_path / "full" / "gpu.json").read_text() == kept
+
+
 def test_the_whole_benchmark_runs_in_small(tmp_path: Path) -> None:
     """Without the packages that it must not need."""
     blocked = tmp_path / "blocked"
@@ -54,10 +74,13 @@ def test_the_whole_benchmark_runs_in_small(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_round_on_the_accelerator_is_the_cpus_up_to_rounding(tmp_path: Path) -> None:
     """In float32 at the highest precision; `pytest -m gpu -n 0 tests/test_gpu_benchmark.py` runs it."""
-    run("--only", "parity", "--out", str(tmp_path), JAX_PLATFORMS="", XLA_FLAGS="")
-    content = results(tmp_path)
-    if any("JAX finds no accelerator" in note["note"] for note in content["notes"]):
+    command = [sys.executable, str(SCRIPT), "--only", "parity", "--out", str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "", "XLA_FLAGS": ""}
+    done = subprocess.run(command, text=True, capture_output=True, env=environment, check=False)
+    if "JAX finds no accelerator" in done.stderr:
+        assert not (tmp_path / "gpu.json").exists()
         pytest.skip("JAX finds no accelerator")
+    content = results(tmp_path)
     found = {row["case"]: row["value"] for row in content["rows"]}
     for strategy in ("layerwise", "end_to_end"):
         assert {f"{strategy}, float32", f"{strategy}, the CPU with 1 lane"} <= set(found), content["notes"]

@@ -22,6 +22,7 @@ from lwfedssl_jax.config.protocols import split_protocol
 
 SHOWN_CLIENTS = 200
 SHOWN_EPOCHS = 10
+LONG_LABEL = 36  # characters; two longer ones do not fit beside each other
 
 
 def plot_clients(labels_N: np.ndarray, clients: Sequence[np.ndarray], workdir: Path) -> None:
@@ -90,19 +91,24 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     if evaluations:
         figure, axes = new_figure("Accuracy against traffic")
         plot_evaluations(axes, evaluations, traffic_by_round(lines))
-        figure.legend(loc="outside lower center", ncols=2)
+        longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
+        figure.legend(loc="outside lower center", ncols=2 if longest < LONG_LABEL else 1)
         style.save_figure(figure, workdir / "plots" / "accuracy.png")
 
 
 def plot_pacing(lines: list[dict[str, Any]], threshold: float, path: Path) -> None:
     """Draw the signal of adaptive pacing over the rounds, and the threshold below which a stage ends."""
     rounds = [line for line in lines if "event" not in line]
-    known = [line for line in rounds if line.get("loss_fall") is not None]
     figure, axes = new_figure("Adaptive pacing")
-    axes.plot([line["round"] for line in known], [100 * line["loss_fall"] for line in known], **STYLES[0])
-    axes.axhline(100 * threshold, color="0.3", linestyle="--", label="below it, a stage ends")
+    for _, stage in itertools.groupby(rounds, lambda line: line["stage"]):
+        known = [line for line in stage if line.get("loss_fall") is not None]
+        axes.plot([line["round"] for line in known], [100 * line["loss_fall"] for line in known], **STYLES[0])
+    axes.axhline(
+        100 * threshold, color="0.3", linestyle="--", label="below it, a stage ends; the last one has the rest"
+    )
     mark_stages(axes, rounds)
-    axes.set(ylabel="fall of the loss in all rounds of the run\nat the present pace (%)")
+    axes.set(ylabel="how much the loss would fall\nif the whole run went on at this pace (%)")
+    use_whole_numbers(axes.xaxis)
     figure.legend(loc="outside lower center")
     style.save_figure(figure, path)
 

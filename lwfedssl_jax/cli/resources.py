@@ -10,7 +10,7 @@ from lwfedssl_jax.cli.status import shown_status
 from lwfedssl_jax.config import override, resolve, to_dict
 from lwfedssl_jax.costs import ledger, traffic
 from lwfedssl_jax.experiment.checks import check
-from lwfedssl_jax.method.stages import STRATEGIES, even_rounds, rounds_fit
+from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, STRATEGIES, even_rounds, rounds_fit
 from lwfedssl_jax.system import devices
 
 
@@ -38,6 +38,8 @@ def run_resources(options: ResourcesOptions) -> None:
     else:
         out = Console()
         out.print(terminal.resource_table(strategies))
+        if config.strategy.pacing == "adaptive":
+            out.print(ADAPTIVE_COSTS, markup=False)
         if evenly:
             out.print(even_rounds(config, evenly), markup=False)
         for name, why in refused.items():

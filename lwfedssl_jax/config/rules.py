@@ -106,11 +106,28 @@ def a_protocol_is_left(config: Config) -> str | None:
     return "evaluation: every protocol is disabled; accepted: labels_per_class, neighbours or fine_tune_epochs above 0"
 
 
+def labels_are_different(config: Config) -> str | None:
+    """Numbers of labels are listed once."""
+    for field in ("labels_per_class", "fine_tune_labels_per_class"):
+        numbers = getattr(config.evaluation, field)
+        if twice := [number for i, number in enumerate(numbers) if number in numbers[:i]]:
+            return f"evaluation.{field}: {twice[0]} appears twice in {numbers}; accepted: each number once"
+    return None
+
+
 def fine_tuning_has_labels(config: Config) -> str | None:
-    """Fine-tuning, if enabled, is done with some number of labels."""
-    if not config.evaluation.fine_tune_epochs or config.evaluation.fine_tune_labels_per_class:
+    """Fine-tuning, if enabled, is done with some number of labels, and otherwise with none that are asked for."""
+    evaluation = config.evaluation
+    labels, usual = evaluation.fine_tune_labels_per_class, type(evaluation)().fine_tune_labels_per_class
+    if evaluation.fine_tune_epochs:
+        accepted = "such as (5, 0), or fine_tune_epochs 0"
+        return None if labels else f"evaluation.fine_tune_labels_per_class: () has no number; accepted: {accepted}"
+    if labels == usual:
         return None
-    return "evaluation.fine_tune_labels_per_class: () has no number; accepted: such as (5, 0), or fine_tune_epochs 0"
+    return (
+        f"evaluation.fine_tune_labels_per_class: {labels} is set, and evaluation.fine_tune_epochs is 0; "
+        "accepted: fine_tune_epochs above 0 with it"
+    )
 
 
 def further_data_differ(config: Config) -> str | None:
@@ -145,6 +162,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     cohort_within_population,
     deadline_has_speeds,
     a_protocol_is_left,
+    labels_are_different,
     fine_tuning_has_labels,
     further_data_differ,
     warmup_ends,

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from typing import NamedTuple
 
-from lwfedssl_jax.config import Config, ConfigError, EvaluationConfig
+from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.fingerprint import fingerprint
 from lwfedssl_jax.data.sources import Dataset
@@ -39,13 +39,16 @@ def load_run_data(config: Config, hear: Hear, cache: Cache) -> RunData:
     for number, name in enumerate(config.evaluation.data):
         load = functools.partial(_load_further, config, name, hear)
         key = config.data, name
-        evaluated_on[name], digests[name] = cache.get_latest(f"evaluation data {number}", key, load)
+        evaluated_on[name], found = cache.get_latest(f"evaluation data {number}", key, load)
+        if found in (as_text(data), *digests.values()):
+            raise ConfigError(f"evaluation.data: {name!r} has the images and labels of another one; accepted: others")
+        digests[name] = found
     together = hashlib.sha256(repr(sorted(digests.items())).encode()).digest()
     if len(set(from_all(int.from_bytes(together[:7], "big")))) > 1:
         raise ConfigError(
             "data.name: the processes of this run found different data; accepted: the same on all machines"
         )
-    allowed = {name: _labelled(config.evaluation, name, dataset) for name, dataset in evaluated_on.items()}
+    allowed = {name: _labelled(config, name, dataset) for name, dataset in evaluated_on.items()}
     return RunData(allowed, digests)
 
 
@@ -55,10 +58,15 @@ def _load_further(config: Config, name: str, hear: Hear) -> tuple[Dataset, str]:
         dataset = sources.load_like(config.data, name, lambda s: hear(Loading(s)), lambda text: hear(Note(text)))
     except ConfigError as error:
         raise ConfigError(f"evaluation.data: {str(error).removeprefix('data.name: ')}") from error
-    return dataset, " ".join(fingerprint(dataset).values())
+    return dataset, as_text(fingerprint(dataset))
 
 
-def _labelled(config: EvaluationConfig, name: str, dataset: Dataset) -> Dataset:
+def as_text(data: dict[str, str]) -> str:
+    """Return a fingerprint as one text."""
+    return " ".join(f"{part} {digest}" for part, digest in data.items())
+
+
+def _labelled(config: Config, name: str, dataset: Dataset) -> Dataset:
     """Return a data set with the labelled images that the protocols use as those for training.
 
     Raises:
@@ -66,10 +74,11 @@ def _labelled(config: EvaluationConfig, name: str, dataset: Dataset) -> Dataset:
         the data set, if it is one of ``evaluation.data``.
     """
     try:
-        dataset = sources.with_labels_of(dataset, config.labelled_split)
-        frozen.check_protocols(config, dataset)
+        dataset = sources.with_labels_of(dataset, config.evaluation.labelled_split)
+        frozen.check_protocols(config.evaluation, dataset)
     except ConfigError as error:
-        raise ConfigError(f"evaluation.data: {name!r}: {error}" if name else str(error)) from error
+        where = f"evaluation.data: {name!r}" if name else f"data.name: {config.data.name!r}"
+        raise ConfigError(f"{where}: {error}" if name or "labelled_split" in str(error) else str(error)) from error
     if name and not len(dataset.labelled):
         raise ConfigError(f"evaluation.data: {name!r} has no labelled images; accepted: data sets with labels")
     return dataset

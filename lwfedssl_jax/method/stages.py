@@ -168,6 +168,9 @@ def rounds_fit(config: Config) -> bool:
     return not config.strategy.rounds_per_stage or bool(listed_rounds(config, stages))
 
 
+ADAPTIVE_COSTS = "strategy.pacing adaptive: costs are those of the planned rounds, which a run may change."
+
+
 def even_rounds(config: Config, names: Sequence[str]) -> str:
     """Return a sentence that names the options whose stages ``strategy.rounds_per_stage`` does not fit."""
     listed = " ".join(map(str, config.strategy.rounds_per_stage))

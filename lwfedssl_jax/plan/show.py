@@ -23,7 +23,7 @@ from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger
-from lwfedssl_jax.method.stages import even_rounds, rounds_fit
+from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, even_rounds, rounds_fit
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 
@@ -82,7 +82,7 @@ def _schedule_notes(plan: Plan) -> list[str]:
     if evenly:
         notes.append(even_rounds(plan.config, evenly))
     if strategy.pacing == "adaptive":
-        notes.append("strategy.pacing adaptive: costs are those of the planned rounds, which a run may change.")
+        notes.append(ADAPTIVE_COSTS)
     return notes
 
 

@@ -132,11 +132,16 @@ class WorkDir:
         begun_on = self.data
         differing = [name for name in {**begun_on, **data} if begun_on.get(name) != data.get(name)]
         if begun_on and differing:  # a run of an earlier version has no fingerprint
-            there, here = (" ".join(f"{k} {v.get(k, 'none')}" for k in differing) for v in (begun_on, data))
+            further = [name for name in differing if name in self._config.evaluation.data]
+            own = [name for name in differing if name not in further]
+            what = f"data.name {self._config.data.name!r}" if own else f"evaluation.data {further[0]!r}"
+            there, here = (
+                " ".join(f"{k} {v.get(k, 'none')}" for k in own) if own else v.get(further[0], "none")
+                for v in (begun_on, data)
+            )
             raise ConfigError(
-                f"--workdir: {self.path} contains a run that was begun on other data: data.name "
-                f"{self._config.data.name!r} had {there} there and has {here} now; accepted: the same data, or another "
-                "directory"
+                f"--workdir: {self.path} contains a run that was begun on other data: {what} had {there} there and has "
+                f"{here} now; accepted: the same data, or another directory"
             )
 
     def open(self, lanes: int, devices: int, data: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Evaluation on other data sets than the clients'."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from lwfedssl_jax.analysis import terminal
 from lwfedssl_jax.analysis.settings import group_by_setting
 from lwfedssl_jax.analysis.tables import settings_table
 from lwfedssl_jax.analysis.wording import protocol_words
-from lwfedssl_jax.config import ConfigError
+from lwfedssl_jax.config import ConfigError, to_dict
 from lwfedssl_jax.experiment.checks import check
+from lwfedssl_jax.experiment.datasets import load_run_data
 from lwfedssl_jax.simulation import setup
+from lwfedssl_jax.simulation.events import ignore
 from lwfedssl_jax.workdir import WorkDir
 
 FINE_TUNING: dict[str, Any] = {
@@ -125,3 +128,44 @@ def test_labels_of_the_validation_split_are_used_instead(tmp_path: Path) -> None
     by_val, by_train = train(config, tmp_path / "val", cache=cache), train(other, tmp_path / "train", cache=cache)
     assert by_val["label_free"] == by_train["label_free"]  # the same encoder
     assert by_val["evaluation"] != by_train["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"labels_per_class": (5, 5)},
+            r"evaluation.labels_per_class: 5 appears twice in \(5, 5\); accepted: each number",
+        ),
+        (
+            {"fine_tune_labels_per_class": (5,)},
+            r"fine_tune_labels_per_class: \(5,\) is set, and .*epochs is 0; accepted",
+        ),
+        ({"fine_tune_epochs": 20, "fine_tune_labels_per_class": ()}, r"fine_tune_labels_per_class: \(\) has no number"),
+    ],
+)
+def test_numbers_of_labels_that_do_nothing_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_config(**{f"evaluation__{name}": value for name, value in changes.items()})
+
+
+@pytest.mark.usefixtures("cache_home")
+def test_the_same_images_under_two_names_are_refused_and_changed_ones_are_named(tmp_path: Path) -> None:
+    def write(seed: int) -> None:
+        images = np.random.default_rng(seed).integers(0, 255, (30, 8, 8), dtype=np.uint8)
+        labels = np.arange(30)[:, None] % 3
+        np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+
+    write(0)
+    names = (f"npz:{tmp_path}/a.npz", f"npz:{tmp_path}/../{tmp_path.name}/a.npz")
+    twice = small_config(evaluation__labels_per_class=(), evaluation__data=names)
+    with pytest.raises(ConfigError, match=r"^evaluation.data: '.*' has the images and labels of another one; accepted"):
+        train(twice, tmp_path / "run")
+    once = small_config(evaluation__data=names[:1])
+    (tmp_path / "run").mkdir()
+    about = {"config": to_dict(once), "data": load_run_data(once, ignore, setup.Cache()).fingerprint}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    write(1)
+    message = r"begun on other data: evaluation.data 'npz:.*' had images \w+ labels \w+ there and has images \w+ labels"
+    with pytest.raises(ConfigError, match=message):
+        WorkDir(tmp_path / "run", once).check_data(load_run_data(once, ignore, setup.Cache()).fingerprint)
