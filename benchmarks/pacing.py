@@ -8,6 +8,7 @@ dataset-fashion-mnist), 10 clients with 500 images each; and patches of scikit-i
 clients, the picture as the class, training and test patches from different parts of each.
 """
 
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -63,20 +64,33 @@ def main() -> None:
         __doc__ or "",
         only={"nargs": "+", "choices": list(SIZES), "default": list(SIZES)},
         seeds={"type": int, "default": 3},
+        schedules={
+            "nargs": "+",
+            "choices": list(SCHEDULES),
+            "default": list(SCHEDULES),
+            "help": "those to train; the others are taken from the results that are there",
+        },
     )
     devices.set_up_cpu()
     devices.set_up_cache(None)
     with tempfile.TemporaryDirectory() as folder:
         for data in options.only:
-            compare(data, folder, options.seeds)
+            compare(data, folder, options.seeds, options.schedules)
 
 
-def compare(data: str, folder: str, seeds: int) -> None:
-    """Train all runs on a data set, and publish them."""
+def compare(data: str, folder: str, seeds: int, schedules: list[str]) -> None:
+    """Train the runs of some schedules on a data set, and publish all."""
+    file = common.RESULTS / f"pacing_{data}.json"
+    known = json.loads(file.read_text())["runs"] if len(schedules) < len(SCHEDULES) else {}
     rows, outcomes, cache = list[dict[str, Any]](), dict[str, list[Outcome]](), Cache()
     for schedule, changes in SCHEDULES.items():
         configs = [make_config(data, folder, changes | {"runtime.seed": seed}) for seed in range(seeds)]
-        outcomes[schedule] = runs = [run(config, folder, cache) for config in configs]
+        runs = (
+            [run(config, folder, cache) for config in configs]
+            if schedule in schedules
+            else ([Outcome(**o | {"lengths": tuple(o["lengths"])}) for o in known[schedule]])
+        )
+        outcomes[schedule] = runs
         lengths = " | ".join(" ".join(map(str, lengths)) for lengths in dict.fromkeys(o.lengths for o in runs))
         means = {p: 100 * statistics.mean(o.accuracies[p] for o in runs) for p in runs[0].accuracies}
         rows.append({"schedule": schedule, "rounds per stage": lengths} | means)

@@ -13,9 +13,9 @@ import numpy as np
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.method.stages import Stage
 
-LEAST_FALL = 0.4  # of the loss in all of a run's rounds, at the present pace: below it, a stage ends
-WINDOW_SHARE = 1 / 12  # of a run's rounds, over which the pace is measured
-LEAST_WINDOW = 3  # rounds
+LEAST_FALL = 0.2  # of the loss in all of a run's rounds, at the present pace: below it, a stage ends
+WINDOW_SHARE = 1 / 2  # of the rounds of an even stage, over which the pace is measured
+LEAST_WINDOW = 4  # rounds
 
 
 def paced_stages(config: Config, stages: Sequence[Stage], losses: Sequence[float]) -> list[Stage]:
@@ -62,12 +62,12 @@ def loss_fall(stages: Sequence[Stage], losses: Sequence[float]) -> float | None:
       The share, or None if the stage has had too few rounds in which clients reported.
     """
     total = stages[-1].last_round
-    window = max(LEAST_WINDOW, math.ceil(total * WINDOW_SHARE))
+    window = max(LEAST_WINDOW, math.ceil(total / len(stages) * WINDOW_SHARE))
     stage = next(stage for stage in stages if len(losses) <= stage.last_round)
     y = np.array(losses[stage.first_round :][-window:], float)
     x = np.arange(len(y))[known := np.isfinite(y)]
     y = y[known]
-    if len(y) < LEAST_WINDOW or len(losses) - stage.first_round < window or not y.mean():
+    if len(y) < LEAST_WINDOW // 2 or len(losses) - stage.first_round < window or not y.mean():
         return None
     return float(-np.polyfit(x, y, 1)[0] * total / abs(y.mean()))
 

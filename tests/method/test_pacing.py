@@ -113,29 +113,30 @@ def test_a_stage_goes_on_while_the_loss_falls_and_later_ones_get_what_is_left() 
     falling = 4 * np.exp(-0.1 * np.arange(24))  # by 2.4 times its size in 24 rounds at this pace
     assert adaptive_lengths(falling) == [21, 1, 1, 1]
     flat = np.full(24, 2.0)
-    assert adaptive_lengths(flat) == [3, 3, 3, 15]
+    assert adaptive_lengths(flat) == [4, 4, 4, 12]
     stops = np.concatenate([falling[:10], np.full(14, falling[9])])
     first, second, third, last = adaptive_lengths(stops)
-    assert 10 < first < 14
-    assert (second, third, last) == (3, 3, 24 - first - 6)
+    assert 10 < first < 15
+    assert (second, third, last) == (4, 4, 24 - first - 8)
 
 
 def test_the_pace_is_relative_to_the_loss_and_to_all_rounds() -> None:
     stages = stages_of(deep(1, 24))
-    losses = 5 - 0.05 * np.arange(8)
-    assert loss_fall(stages, losses) == pytest.approx(0.05 * 24 / np.mean(losses[-3:]))
+    losses = 5 - 0.05 * np.arange(16)
+    window = losses[-12:]  # half of the only stage
+    assert loss_fall(stages, losses) == pytest.approx(0.05 * 24 / np.mean(window))
     assert loss_fall(stages, 10 * losses) == pytest.approx(loss_fall(stages, losses))
     assert loss_fall(stages, losses[:2]) is None
-    finer = 5 - 0.025 * np.arange(16)  # the same run in rounds of half the work
+    finer = 5 - 0.025 * np.arange(32)  # the same run in rounds of half the work
     assert loss_fall(stages_of(deep(1, 48)), finer) == pytest.approx(loss_fall(stages, losses), rel=0.02)
 
 
 def test_rounds_without_a_loss_tell_nothing() -> None:
-    stages = stages_of(deep(1, 48))  # a window of four rounds
+    stages = stages_of(deep(3, 24))  # a window of four rounds
     assert loss_fall(stages, [3, math.nan, 1, 0.5]) == pytest.approx(loss_fall(stages, [3, 2, 1, 0.5]), rel=0.2)
-    assert loss_fall(stages, [3, math.nan, math.nan, 1]) is None
+    assert loss_fall(stages, [3, math.nan, math.nan, math.nan]) is None
     assert loss_fall(stages, [0.0] * 4) is None
-    assert loss_fall(stages, [-1, -1.1, -1.2, -1.3]) == pytest.approx(48 * 0.1 / 1.15)
+    assert loss_fall(stages, [-1, -1.1, -1.2, -1.3]) == pytest.approx(24 * 0.1 / 1.15)
 
 
 def test_all_rounds_are_used_whatever_the_losses() -> None:
