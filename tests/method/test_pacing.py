@@ -101,10 +101,11 @@ def test_the_first_stage_has_its_share_and_every_stage_a_round(
 def adaptive_lengths(losses: Sequence[float], layers: int = 4) -> list[int]:
     """After all rounds, one stage after the other as the losses arrive."""
     config = deep(layers, len(losses), strategy__pacing="adaptive")
-    stages = paced_stages(config, stages_of(config), [])
+    planned = stages_of(config)
+    stages = paced_stages(config, planned, [])
     for number in range(1, len(losses) + 1):
         stages = end_stage(stages, losses[:number])
-        continued = paced_stages(config, stages_of(config), losses[:number])
+        continued = paced_stages(config, planned, losses[:number])
         assert [(s.first_round, s.rounds) for s in stages] == [(s.first_round, s.rounds) for s in continued]
     return [stage.rounds for stage in stages]
 
