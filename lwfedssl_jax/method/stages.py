@@ -178,8 +178,9 @@ def even_rounds(config: Config, names: Sequence[str]) -> str:
 
 
 def with_fitting_rounds(config: Config) -> Config:
-    """Return the config with ``strategy.rounds_per_stage`` left out if it does not fit the stages."""
-    return config if rounds_fit(config) else override(config, {"strategy.rounds_per_stage": ()})
+    """Return the config with even stages if ``strategy.rounds_per_stage`` does not fit them."""
+    even = {"strategy.rounds_per_stage": (), "strategy.first_stage_share": 0.0}
+    return config if rounds_fit(config) else override(config, even)
 
 
 def spread(rounds: int, stages: int) -> list[int]:

@@ -52,7 +52,8 @@ def test_neighbours_are_added_up_for_stages_of_several_layers(listed: tuple, k: 
 
 
 def test_a_list_that_does_not_fit_is_refused_and_other_strategies_are_even() -> None:
-    config = deep(6, 21, strategy__rounds_per_stage=(6, 7, 8), strategy__layers_per_stage=3)
+    listed = {"strategy__rounds_per_stage": (6, 7, 8), "strategy__first_stage_share": 0.8}
+    config = deep(6, 21, **listed, strategy__layers_per_stage=3)
     message = r"strategy.rounds_per_stage: \(6, 7, 8\) does not fit the 2 stages of layerwise .*; accepted: 2 numbers"
     with pytest.raises(ConfigError, match=message):
         check_method(config)
