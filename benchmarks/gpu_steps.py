@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu import NO_ACCELERATOR
 
 from lwfedssl_jax.config import Config, override, resolve
 from lwfedssl_jax.costs.memory import COMPILER_OPTIONS, step_and_arguments
@@ -52,7 +53,7 @@ PRECISIONS = ("bfloat16", "tensorfloat32", "float32")
 def main() -> None:
     set_up_cpu()
     if jax.default_backend() == "cpu" and not TINY:
-        sys.exit(3)  # gpu.NO_ACCELERATOR
+        sys.exit(NO_ACCELERATOR)
     print(json.dumps({"device": jax.devices()[0].device_kind}), flush=True)
     STEPS[REQUEST["step"]]()
 
