@@ -1,7 +1,7 @@
 """ViT-Tiny with MoCo-v3 on MedMNIST, LW-FedSSL: 64x64 images, 10 clients, Dirichlet beta 5, batch 128.
 
 A setting of arXiv 2401.11647, with PathMNIST: the clients own the training images, the encoder is fine-tuned on the
-validation images and judged on the test images. Figures: docs/paper_figures.md.
+validation images and evaluated on the test images. Figures: docs/paper_figures.md.
 
     python run.py resources paper/vit_tiny_mocov3_medmnist
     python run.py train paper/vit_tiny_mocov3_medmnist

@@ -2,7 +2,7 @@
 
 The signal is one that a server has anyway: the mean training loss that the clients report. Other work freezes layers
 by how far their averaged weights still move: effective movement (ProFL, arXiv 2404.13349), block perturbation
-(SmartFreeze, arXiv 2408.09101). On digits, effective movement fell alike whether a stage still learnt or not.
+(SmartFreeze, arXiv 2408.09101).
 """
 
 import math
