@@ -1,5 +1,6 @@
 """Evaluation on other data sets than the clients'."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small_config
+from rich.console import Console
 from runs import train
 from safetensors.numpy import load_file
 
@@ -61,7 +63,10 @@ def test_an_encoder_is_evaluated_on_other_data_and_not_trained_on_them(tmp_path:
     rows, settings = group_by_setting(load_results(tmp_path / "both"))
     assert rows["accuracy.knn@digits"].item() == summary["transfer"]["digits"]["knn"]["accuracy"]
     assert {"kNN (%)", "kNN, on digits (%)"} <= set(settings_table(rows, settings).words.columns)
-    assert terminal.summary_tables(summary)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(terminal.summary_tables(summary))
+    row = next(line for line in console.export_text().splitlines() if "kNN, on digits" in line)
+    assert f"{100 * summary['transfer']['digits']['knn']['accuracy']:.1f}" in row
     assert protocol_words("linear_probe_5@npz:/a@b.npz") == "linear probe, 5 labels per class, on npz:/a@b.npz"
     assert protocol_words("fine_tune_4@digits") == "fine-tuning, 4 labels per class, on digits"
 
