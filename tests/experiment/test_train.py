@@ -190,42 +190,6 @@ def test_adaptive_stages_are_the_same_after_an_interruption(tmp_path: Path) -> N
     assert summary["strategies"]["layerwise"] == {k: v for k, v in summary["resources"].items() if k != "measured"}
 
 
-@pytest.mark.usefixtures("cheap_views", "cache_home")
-def test_changed_data_are_refused_on_a_run_that_was_begun_or_finished(tmp_path: Path) -> None:
-    def write(images: int) -> None:
-        rng = np.random.default_rng(images)
-        parts = {
-            f"{split}_{name}": rng.integers(0, high, (count, *shape)).astype(np.uint8)
-            for split, count in (("train", images), ("test", 12))
-            for name, high, shape in (("images", 256, (8, 8, 3)), ("labels", 3, (1,)))
-        }
-        np.savez(tmp_path / "mine.npz", **parts)
-
-    config = small_config(data__name=f"npz:{tmp_path / 'mine.npz'}", partition__kind="iid", evaluation__neighbours=3,
-                          evaluation__labels_per_class=())  # fmt: skip
-    path, cache = tmp_path / "run", setup.Cache()
-    refused = r"begun on other data: data.name 'npz:.*' had images \w+ labels \w+ there and has images \w+ labels"
-    write(48)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, path, Interrupting(1), cache)
-    written = (path / "config.json").read_bytes()
-    write(60)
-    with pytest.raises(ConfigError, match=refused):
-        train(config, path)
-    assert (path / "config.json").read_bytes() == written
-    write(48)
-    summary = train(config, path, cache=cache)
-    assert train(config, path) == summary
-    write(60)
-    with pytest.raises(ConfigError, match=refused):
-        train(config, path)
-    (tmp_path / "mine.npz").unlink()
-    heard: list[events.Event] = []
-    assert train(config, path, heard.append) == summary
-    (note,) = [event.text for event in heard if isinstance(event, events.Note)]
-    assert "cannot be compared" in note
-
-
 def test_a_signal_that_a_callback_swallows_is_not_forgotten(tmp_path: Path) -> None:
     """As JAX's of the garbage collector do, where an exception is lost."""
 
