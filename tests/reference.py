@@ -3,8 +3,8 @@
 Nothing here is shared, masked, packed or padded: every client holds the whole model and a
 whole target model, differentiates all of it, and then forgets the gradients of what is
 frozen; batches hold real samples only. The fast round must equal it. What both use: the
-modules' own ``apply`` (tested by themselves against NumPy), the views, and the client's order
-of batches.
+modules' own ``apply`` (tested by themselves against NumPy), the views, and the hashes that order a
+client's examples.
 """
 
 import functools
@@ -21,7 +21,7 @@ from lwfedssl_jax.data.views import two_views
 from lwfedssl_jax.method.task import Task
 from lwfedssl_jax.models.heads import MLP
 from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm
-from lwfedssl_jax.simulation.packing import batches
+from lwfedssl_jax.system import seeds
 
 Params = dict[str, Any]
 
@@ -117,6 +117,17 @@ def adamw(config: Config) -> optax.GradientTransformation:
     return optax.adamw(config.learning_rate, weight_decay=config.optimizer.weight_decay)
 
 
+def batches(config: Config, task: Task, examples: int, number: int, client: int) -> list[np.ndarray]:
+    """A client's batches in a round, of all epochs; one that is too short to learn from is left out."""
+    found = []
+    for epoch in range(config.federation.local_epochs):
+        hashes = [seeds.hashes(config.runtime.seed, seeds.RngTag.BATCHES, number, client, epoch, i) for i in range(examples)]
+        order = np.argsort(hashes)
+        size = config.optimizer.batch_size
+        found += [order[first : first + size] for first in range(0, examples, size)]
+    return [batch for batch in found if len(batch) >= task.objective.fewest]
+
+
 def train_client(
     config: Config,
     task: Task,
@@ -125,22 +136,22 @@ def train_client(
     depth: int,
     droppable: int,
     images: np.ndarray,
-    rng: Any,
-    key: Any,
-) -> tuple[Params, list[float]]:
-    """One client's round; ``trainable`` is True where the stage trains; ``droppable`` first layers may be skipped."""
+    number: int,
+    client: int,
+) -> tuple[Params, list[tuple[float, int]]]:
+    """One client's round, and each step's loss and samples; ``trainable`` is True where the stage trains; ``droppable`` first layers may be skipped."""
     state = (params, params, adamw(config).init(params))
-    rows, counts = batches(np.arange(len(images)), config.optimizer.batch_size, config.federation.local_epochs, rng)
+    key = seeds.key(config.runtime.seed, seeds.KeyTag.ROUND, number, client)
     losses = []
-    for step, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        batch = jnp.asarray(images[row[:count]])
+    for step, row in enumerate(batches(config, task, len(images), number, client)):
+        batch = jnp.asarray(images[row])
         step_key = jax.random.fold_in(key, step)
         views = two_views(step_key, batch, task.recipe, task.dtype)
         u = jax.random.uniform(jax.random.fold_in(step_key, 2**32 - 1), (config.model.depth,), jnp.float32)
         layer = np.arange(config.model.depth)
         layers = (layer < depth) & ((layer >= droppable) | (np.asarray(u) >= config.additions.depth_dropout))
         state, loss = local_step(config, layers, state, params, trainable, views)
-        losses.append(float(loss) * int(count))
+        losses.append((float(loss), len(row)))
     return state[0], losses
 
 
@@ -155,12 +166,13 @@ def train_round(
     number: int,
 ) -> tuple[Params, float]:
     """The global model after a round of the clients that reported, and the mean loss of a sample."""
-    seed = config.runtime.seed
     trained, sizes, losses = [], [], []
     for client, images in client_images.items():
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), number), client)
-        rng = np.random.default_rng([seed, 2, number, client])
-        model, client_losses = train_client(config, task, params, trainable, depth, droppable, images, rng, key)
+        if len(images) < task.objective.fewest:
+            continue
+        model, client_losses = train_client(
+            config, task, params, trainable, depth, droppable, images, number, client
+        )
         trained.append(model)
         sizes.append(len(images))
         losses += client_losses
@@ -169,4 +181,4 @@ def train_round(
     average = jax.tree.map(
         lambda *xs: sum(n * np.asarray(x) for n, x in zip(sizes, xs, strict=True)) / sum(sizes), *trained
     )
-    return average, sum(losses) / (sum(sizes) * config.federation.local_epochs)
+    return average, sum(loss * n for loss, n in losses) / sum(n for _, n in losses)

@@ -15,7 +15,7 @@ from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import program, setup
 from lwfedssl_jax.simulation.simulator import Simulator
 
-SIZES = [8, 1, 5, 4]  # unequal, one sample, a short last batch, exactly one batch
+SIZES = [8, 2, 6, 5]  # unequal, two samples, a short last batch, one too short to learn from
 
 
 def prepare(config: Config, devices: int = 1) -> setup.Prepared:

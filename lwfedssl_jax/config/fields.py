@@ -31,6 +31,7 @@ AtLeast0 = Annotated[int, Range(0, LARGEST)]
 Size = Annotated[int, Range(1, 2**20)]  # products of larger ones crash the compiler
 SizeOr0 = Annotated[int, Range(0, 2**20)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+OwnSeed = Annotated[int, Range(-1, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]

@@ -12,6 +12,7 @@ from lwfedssl_jax.config.fields import (
     AtLeast1,
     Fraction,
     NonNegative,
+    OwnSeed,
     Positive,
     Range,
     Seed,
@@ -148,8 +149,8 @@ class FederationConfig:
     """What a client starts a round from: global (the global model), or a mix of it with a model that the client keeps
     between rounds, by fedu or fedema."""
     divergence: NonNegative = 0.0
-    """fedu only: distance below which a client takes the global predictor, 0: 0.4; fedema only: the autoscaler's tau,
-    0: 0.7."""
+    """fedu only: how far a client's last training may have moved its encoder for it to take the global predictor, 0:
+    0.4; fedema only: the autoscaler's tau, 0: 0.7."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the simulation runs; except for seed and precision, this changes results by float rounding only."""
+    """How the simulation runs; except for seeds and precision, this changes results by float rounding only."""
 
     seed: Seed = 0
-    """Seed of all random numbers."""
+    """Seed of all random numbers, except for those that have a seed of their own."""
+    partition_seed: OwnSeed = -1
+    """Seed of the partition: which images the server and each client have, and which client runs on which device; -1:
+    runtime.seed."""
+    init_seed: OwnSeed = -1
+    """Seed of the initial weights; -1: runtime.seed."""
     lanes: AtLeast0 = 0
     """Clients that are trained side by side on all devices together, rounded up to a multiple of the number of devices;
     0: chosen by device."""
@@ -279,6 +285,16 @@ class Config:
     def cohort_size(self) -> int:
         """Number K of clients drawn per round."""
         return self.federation.clients_per_round or self.partition.clients
+
+    @property
+    def partition_seed(self) -> int:
+        """Seed of the partition."""
+        return self.runtime.seed if self.runtime.partition_seed < 0 else self.runtime.partition_seed
+
+    @property
+    def init_seed(self) -> int:
+        """Seed of the initial weights."""
+        return self.runtime.seed if self.runtime.init_seed < 0 else self.runtime.init_seed
 
     @property
     def learning_rate(self) -> float:

@@ -146,7 +146,7 @@ def fleet_of_clients(config: Config, per_stage: Sequence[StageCost], examples_N:
       ConfigError: there is a stage in which no client with examples can take part.
     """
     devices, deadline = device_classes(config), config.fleet.deadline_seconds
-    fleet = make_fleet(devices, per_stage, examples_N, deadline, config.runtime.seed)
+    fleet = make_fleet(devices, per_stage, examples_N, deadline, config.partition_seed)
     for cost in per_stage:
         if not (fleet.can[cost["stage"]] & (examples_N > 0)).any():
             most = max(device.memory_gb for device in devices)

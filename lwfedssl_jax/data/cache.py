@@ -20,7 +20,7 @@ from PIL import Image
 from lwfedssl_jax.config import ConfigError, DataConfig
 
 HASHES = "sha256.json"  # of an entry's arrays
-FORMAT = 2  # of an entry; with another number, all existing entries are unused
+FORMAT = 3  # of an entry; with another number, all existing entries are unused
 GROUP_SIZE, THREAD_BATCH = 1024, 32  # images that are decoded at a time, by all threads and by one
 CLASSES = 2**20  # at most; more would make heads of gigabytes
 MAX_NAMED = 3  # things that are wrong, which a message names; it counts the others

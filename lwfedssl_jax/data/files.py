@@ -128,7 +128,7 @@ def _hold_out(config: DataConfig, files: list[File]) -> tuple[list[File], list[F
         images = list(members)
         if len(images) < 2:
             raise refuse(config, f"has one image of class {label}", "two, one of them for testing, or a folder test")
-        order = seeds.fixed_rng().permutation(len(images))
+        order = seeds.fixed_rng(seeds.RngTag.TEST_SPLIT).permutation(len(images))
         held_out = max(1, round(TEST_SHARE * len(images)))
         test += [images[i] for i in np.sort(order[:held_out])]
         train += [images[i] for i in np.sort(order[held_out:])]

@@ -13,22 +13,26 @@ from lwfedssl_jax.config import ConfigError, PartitionConfig, choose
 from lwfedssl_jax.system import seeds
 
 
+# ``(clients_Mx1, positions_MxB) -> examples_MxB``: indices of the examples that clients have at positions.
+Examples = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 class Population(Sequence[np.ndarray]):
     """The clients: ``population[i]`` are client i's example indices.
 
     Attributes:
       sizes: N, the number of examples of each client.
+      at: the examples of any clients at any positions, 0 to the client's size - 1.
     """
 
-    def __init__(self, sizes_N: np.ndarray, examples: Callable[[int], np.ndarray]) -> None:
-        self.sizes = sizes_N
-        self._examples = examples
+    def __init__(self, sizes_N: np.ndarray, at: Examples) -> None:
+        self.sizes, self.at = sizes_N, at
 
     @classmethod
     def disjoint(cls, order: np.ndarray, sizes_N: np.ndarray) -> "Population":
         """Each client owns the next ``sizes_N[i]`` entries of ``order``."""
-        ends = np.cumsum(sizes_N)
-        return cls(sizes_N, lambda i: order[ends[i] - sizes_N[i] : ends[i]])
+        starts = np.cumsum(sizes_N) - sizes_N
+        return cls(sizes_N, lambda clients, positions: order[starts[clients] + positions])
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -36,7 +40,7 @@ class Population(Sequence[np.ndarray]):
     def __getitem__(self, i):  # type: ignore[no-untyped-def]  # single clients only
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._examples(i)
+        return self.at(np.array([[i]]), np.arange(self.sizes[i])[None])[0]
 
 
 def partition(
@@ -80,7 +84,7 @@ def partition(
         by_N = by_N[rest]
     _check_counts(config, by_N, f" apart from the server's {len(held)}" if len(held) else "")
     clients = distribute(config, by_N, seed)
-    return Population(clients.sizes, lambda i: rest[clients[i]]) if len(held) else clients
+    return Population(clients.sizes, lambda i, at: rest[clients.at(i, at)]) if len(held) else clients
 
 
 def _check_counts(config: PartitionConfig, by_N: np.ndarray, apart: str) -> None:
@@ -222,11 +226,9 @@ def shared(config: PartitionConfig, labels_N: np.ndarray, seed: int) -> Populati
     """
     spread = np.exp(config.size_sigma * seeds.rng(seed, seeds.RngTag.PARTITION).standard_normal(config.clients))
     sizes = np.clip(np.round(config.examples_per_client * spread), 1, len(labels_N)).astype(np.int32)
-
-    def examples(i: int) -> np.ndarray:
-        return seeds.rng(seed, seeds.RngTag.PARTITION, i).choice(len(labels_N), sizes[i], replace=False)
-
-    return Population(sizes, examples)
+    return Population(
+        sizes, lambda i, at: seeds.permuted(seeds.hashes(seed, seeds.RngTag.SHARED, i), at, len(labels_N))
+    )
 
 
 PARTITIONS = {

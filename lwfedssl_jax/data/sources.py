@@ -176,7 +176,7 @@ def load_synthetic(config: DataConfig, notify: Notify = ignore_text, note: Notif
     The same config gives the same images, whatever the run's seed. Patterns differ in shape, not in colour or
     orientation, and stay in the middle of the image, so that the ``digits`` views leave the classes recognisable.
     """
-    rng = seeds.fixed_rng()
+    rng = seeds.fixed_rng(seeds.RngTag.SYNTHETIC)
     n, classes, size = config.synthetic_examples, config.synthetic_classes, config.image_size
     coarse = rng.integers(0, 256, (classes, 5, 5, 1), dtype=np.uint8)
     patterns = resize(coarse, size)[..., 0].astype(np.float32) / 255

@@ -253,7 +253,7 @@ def draw_labelled(labels_N: np.ndarray, per_class: int, draw: int) -> np.ndarray
     """Indices of a random draw of ``per_class`` images of each class; of all images for 0."""
     if not per_class:
         return np.arange(len(labels_N))
-    rng = seeds.fixed_rng(draw)
+    rng = seeds.fixed_rng(seeds.RngTag.LABELLED, draw)
     return np.concatenate(
         [rng.choice(np.flatnonzero(labels_N == c), per_class, replace=False) for c in np.unique(labels_N)]
     )

@@ -89,25 +89,26 @@ def fedadam(config: Config) -> Aggregator:
 
 
 def ldawa(config: Config) -> Aggregator:
-    """L-DAWA: weights clients by their cosine similarity to the global model (Rehman et al., 2023, arXiv 2307.07393).
+    """L-DAWA: scales parameters by their cosine to the global ones (Rehman et al., 2023, arXiv 2307.07393, alg. 1).
 
-    ``w = sum(n_i * c_i * w_i) / sum(n_i * c_i)``, c the cosine of ``w_i`` and the global ``w``, separately for
-    each parameter (each layer of a stacked one); a negative cosine counts as 0, and c is 1 where either is zero.
-    Where all c are 0, and for running averages of batch normalisation, it is the weighted mean.
+    ``w = sum(c_i * w_i) / K`` over the K clients, c_i the cosine of ``w_i`` and the global ``w``, separately for each
+    parameter (each layer of a stacked one); c is 1 where either is zero. The first ``LDAWA_WARM_UP`` rounds of a stage,
+    and running averages of batch normalisation, have the weighted mean.
     """
     del config
 
     def cosine(sent: jax.Array, trained: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         product = (sent * trained).sum(axes, keepdims=True)
         norms = jnp.sqrt(jnp.square(sent).sum(axes, keepdims=True) * jnp.square(trained).sum(axes, keepdims=True))
-        return jnp.where(norms > 0, jnp.maximum(product, 0) / jnp.where(norms > 0, norms, 1), 1)
+        return jnp.where(norms > 0, product / jnp.where(norms > 0, norms, 1), 1)
 
     def add(context: RoundContext, broadcast: Broadcast, trained: Tree, examples: jax.Array) -> Tree:
-        del context
+        del context, examples
 
         def leaf(present: jax.Array, s: jax.Array, t: jax.Array) -> dict[str, jax.Array]:
-            weight = examples.astype(s.dtype) * cosine(s, t, tuple(range(present.ndim, s.ndim)))
-            return {"weighted": weight * t, "weight": weight}
+            axes = tuple(range(present.ndim, s.ndim))
+            has = jnp.expand_dims(present, axes).astype(s.dtype)
+            return {"scaled": has * cosine(s, t, axes) * t, "clients": has}
 
         return jax.tree.map(leaf, *map(weights_of, (broadcast.present, broadcast.trainable, trained)))
 
@@ -117,11 +118,15 @@ def ldawa(config: Config) -> Aggregator:
         del context, broadcast
 
         def leaf(mean: jax.Array, s: dict[str, jax.Array]) -> jax.Array:
-            return jnp.where(s["weight"] > 0, s["weighted"] / jnp.where(s["weight"] > 0, s["weight"], 1), mean)
+            is_mean = (state < LDAWA_WARM_UP) | (s["clients"] == 0)
+            return jnp.where(is_mean, mean, s["scaled"] / jnp.maximum(s["clients"], 1))
 
-        return state, mean | jax.tree.map(leaf, weights_of(mean), summed), {}
+        return state + 1, mean | jax.tree.map(leaf, weights_of(mean), summed), {}
 
-    return WEIGHTED_MEAN._replace(add=add, finish=finish)
+    return Aggregator(lambda broadcast: jnp.zeros((), jnp.int32), add, finish)
+
+
+LDAWA_WARM_UP = 3  # of the authors' code
 
 
 AGGREGATORS: dict[str, Callable[[Config], Aggregator]] = {

@@ -14,7 +14,12 @@ def check_method(config: Config) -> None:
     Raises:
       ConfigError: naming the field, the value and what is accepted.
     """
-    make_task(config)
+    fewest, batch_size = make_task(config).objective.fewest, config.optimizer.batch_size
+    if batch_size < fewest:
+        raise ConfigError(
+            f"optimizer.batch_size: {batch_size} is fewer than the {fewest} samples that objective.name "
+            f"{config.objective.name} learns from; accepted: at least {fewest}"
+        )
     stages = len(stage_depths(config))
     stage_rounds(config, stages)
     choose("partition.kind", config.partition.kind, PARTITIONS)

@@ -26,12 +26,12 @@ class ClientStart(NamedTuple):
     """How a client's state begins in a round.
 
     Attributes:
-      begin: ``(task, broadcast, memory) -> state``; ``memory`` is None if only the state's shapes matter.
+      begin: ``(task, broadcast, memory, round) -> state``; ``memory`` is None if only the state's shapes matter.
       empty_memory: what a client keeps between rounds before it first takes part, zeros on the host; None where
         clients keep nothing.
     """
 
-    begin: Callable[[Task, Broadcast, Tree], ClientState]
+    begin: Callable[[Task, Broadcast, Tree, jax.Array], ClientState]
     empty_memory: Tree = None
 
 
@@ -42,7 +42,7 @@ def client_init(task: Task, trainable: Tree) -> ClientState:
 
 
 # The unchanged global model, with no state kept between rounds.
-FROM_BROADCAST = ClientStart(lambda task, broadcast, memory: client_init(task, broadcast.trainable))
+FROM_BROADCAST = ClientStart(lambda task, broadcast, memory, number: client_init(task, broadcast.trainable))
 
 
 @with_its_products

@@ -27,6 +27,8 @@ class Objective(NamedTuple):
       has_prediction: the online branch ends in a prediction head.
       paper_views: number of forward passes per sample that the paper's FLOPs rule counts.
       loss_with_negatives: ``loss`` with additional ``negatives`` for every anchor; None for objectives without any.
+      fewest: real samples that a batch needs to learn from. Of a single one there is no negative, and the heads' batch
+        normalisation makes 0 of it.
     """
 
     loss: Callable[[jax.Array, jax.Array, jax.Array, ArrayLike], jax.Array]
@@ -34,6 +36,7 @@ class Objective(NamedTuple):
     has_prediction: bool
     paper_views: int
     loss_with_negatives: Callable[[jax.Array, jax.Array, jax.Array, ArrayLike, Negatives], jax.Array] | None = None
+    fewest: int = 2
 
 
 def simclr_loss(

@@ -20,6 +20,8 @@ FREE_FIELDS = (
     "optimizer.learning_rate",
     "optimizer.weight_decay",
     "runtime.seed",
+    "runtime.partition_seed",
+    "runtime.init_seed",
     "runtime.trackers",
 )
 

@@ -25,60 +25,81 @@ class Memory(NamedTuple):
 
     Attributes:
       known: False before its first round; all other fields are then ignored.
+      round: number of its last round.
       trainable: its own model after local training.
       target: its target branch.
+      moved: how far its training moved the encoder (``distance``).
       scale: FedEMA's lambda; 0 until it is set.
     """
 
     known: jax.Array
+    round: jax.Array
     trainable: Tree
     target: Tree
+    moved: jax.Array
     scale: jax.Array
 
 
-# ``(broadcast, memory, divergence) -> (trainable, scale)`` of a client that has a memory.
-StartRule = Callable[[Broadcast, Memory, float], tuple[Tree, jax.Array]]
+class Kept(NamedTuple):
+    """What a client holds in a round for its memory: the round, the encoder that it began with, and the scale."""
+
+    round: jax.Array
+    began_with: Tree
+    scale: jax.Array
+
+
+# ``(broadcast, memory, divergence, round) -> (trainable, target, scale)`` of a client that has a memory.
+StartRule = Callable[[Broadcast, Memory, float, jax.Array], tuple[Tree, Tree, jax.Array]]
 
 FEDU_DIVERGENCE, FEDEMA_DIVERGENCE = 0.4, 0.7  # values of the papers
 
 
-def distance(present: Tree, a: Tree, b: Tree) -> jax.Array:
-    """Compute the mean of ``||a_l - b_l||`` over the encoders' weight matrices, layer by layer for stacked ones.
+def distance(rows: Tree, a: Tree, b: Tree) -> jax.Array:
+    """Compute the mean of ``||a_l - b_l||`` over an encoder's weight matrices, layer by layer for stacked ones.
 
-    The papers write ``||a - b||``; their thresholds are for this mean, which their code computes.
+    Args:
+      rows: the encoder's part of ``Stage.rows``, which says what is stacked.
+      a, b: weights of the encoder.
     """
 
-    def norms(p: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        if x.ndim - p.ndim < 2:  # biases, gains
+    def norms(row: np.ndarray, x: jax.Array, y: jax.Array) -> jax.Array:
+        if x.ndim - row.ndim < 2:  # biases, gains
             return jnp.zeros(0, x.dtype)
-        return jnp.sqrt(jnp.square(x - y).sum(tuple(range(p.ndim, x.ndim)))).ravel()
+        return jnp.sqrt(jnp.square(x - y).sum(tuple(range(row.ndim, x.ndim)))).ravel()
 
-    by_leaf = jax.tree.map(norms, present["encoder"], a["encoder"], b["encoder"])
-    return jnp.concatenate(jax.tree.leaves(by_leaf)).mean()
+    return jnp.concatenate(jax.tree.leaves(jax.tree.map(norms, rows, a, b))).mean()
 
 
-def fedu(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
+def fedu(
+    broadcast: Broadcast, memory: Memory, divergence: float, number: jax.Array
+) -> tuple[Tree, Tree, jax.Array]:
     """FedU's divergence-aware predictor update (Zhuang et al., 2021, arXiv 2108.06492).
 
-    A client takes the global predictor only if its encoder is nearer than ``divergence`` to the
-    global one (``distance``); it always takes the rest of the global model.
+    A client takes the global predictor only if its last training moved its encoder by less than ``divergence``
+    (``Memory.moved``); it always takes the rest of the global model, and keeps its target branch.
     """
-    near = distance(broadcast.present, broadcast.trainable, memory.trainable) < (divergence or FEDU_DIVERGENCE)
+    del number
+    near = memory.moved < (divergence or FEDU_DIVERGENCE)
     prediction = tree.where(near, broadcast.trainable["prediction"], memory.trainable["prediction"])
-    return broadcast.trainable | {"prediction": prediction}, memory.scale
+    return broadcast.trainable | {"prediction": prediction}, memory.target, memory.scale
 
 
-def fedema(broadcast: Broadcast, memory: Memory, divergence: float) -> tuple[Tree, jax.Array]:
-    """FedEMA (Zhuang et al., 2022, arXiv 2204.04385, eq. 3 to 6).
+def fedema(
+    broadcast: Broadcast, memory: Memory, divergence: float, number: jax.Array
+) -> tuple[Tree, Tree, jax.Array]:
+    """FedEMA (Zhuang et al., 2022, arXiv 2204.04385, eq. 3 to 6), as in the authors' code.
 
-    ``w <- mu * w_local + (1 - mu) * w_global`` with ``mu = min(lambda * ||w_global - w_local||, 1)``; the
-    autoscaler sets ``lambda = tau / ||w_global - w_local||`` when the client takes part for the second time.
+    ``w <- mu * w_local + (1 - mu) * w_global`` with ``mu = min(lambda * d, 1)``, where the client's last training moved
+    its encoder by d (``Memory.moved``); the autoscaler sets ``lambda = tau / d`` by its first training. A client that
+    did not take part in the round before begins with the global model in both branches.
     """
-    apart = distance(broadcast.present, broadcast.trainable, memory.trainable)
-    first = jnp.where(apart > 0, (divergence or FEDEMA_DIVERGENCE) / jnp.where(apart > 0, apart, 1), 0)
+    first = jnp.where(memory.moved > 0, (divergence or FEDEMA_DIVERGENCE) / jnp.where(memory.moved > 0, memory.moved, 1), 0)
     scale = jnp.where(memory.scale > 0, memory.scale, first)
-    mu = jnp.minimum(scale * apart, 1)
-    return tree.ema(memory.trainable, broadcast.trainable, mu), scale
+    mixed = tree.ema(memory.trainable, broadcast.trainable, jnp.minimum(scale * memory.moved, 1))
+    received = {name: broadcast.trainable[name] for name in memory.target}
+    continues = memory.round + 1 == number
+    trainable, target = tree.where(continues, (mixed, memory.target), (broadcast.trainable, received))
+    return trainable, target, scale
 
 
 STARTS: dict[str, StartRule | None] = {"global": None, "fedu": fedu, "fedema": fedema}
@@ -115,31 +136,34 @@ def make_client_start(config: Config, task: Task, stage: Stage) -> ClientStart:
     if rule is None:
         return FROM_BROADCAST
 
-    def begin(task: Task, broadcast: Broadcast, memory: Memory | None) -> ClientState:
-        fresh = fresh_client(task, broadcast.trainable)
+    def begin(task: Task, broadcast: Broadcast, memory: Memory | None, number: jax.Array) -> ClientState:
+        fresh = fresh_client(task, broadcast.trainable, number)
         if memory is None:
             return fresh
-        trainable, scale = rule(broadcast, memory, divergence)
-        own = client_init(task, trainable)._replace(target=memory.target, kept=scale)
-        return tree.where(memory.known, own, fresh)
+        trainable, target, scale = rule(broadcast, memory, divergence, number)
+        kept = Kept(number, trainable["encoder"], scale)
+        return tree.where(memory.known, client_init(task, trainable)._replace(target=target, kept=kept), fresh)
 
     return ClientStart(begin, empty_memory(task, stage))
 
 
-def fresh_client(task: Task, trainable: Tree) -> ClientState:
-    """The state of a client that takes part for the first time."""
-    return client_init(task, trainable)._replace(kept=jnp.zeros(()))
+def fresh_client(task: Task, trainable: Tree, number: jax.Array) -> ClientState:
+    """The state of a client that takes part for the first time, in a round by its number."""
+    return client_init(task, trainable)._replace(kept=Kept(number, trainable["encoder"], jnp.zeros(())))
 
 
-def to_memory(client: ClientState) -> Memory:
-    """Return the part of the clients' states that they keep after a round; leaves may have a leading lane axis W."""
-    return Memory(jnp.ones(client.kept.shape, bool), client.trainable, client.target, client.kept)
+def to_memory(stage: Stage, client: ClientState) -> Memory:
+    """Return what a client keeps after a round of the run's single stage."""
+    kept = client.kept
+    moved = distance(stage.rows["encoder"], kept.began_with, client.trainable["encoder"])
+    return Memory(jnp.ones((), bool), kept.round, client.trainable, client.target, moved, kept.scale)
 
 
 def empty_memory(task: Task, stage: Stage) -> Memory:
     """The memory of a client before its first round: zeros, on the host."""
 
     def shapes() -> Memory:
-        return to_memory(fresh_client(task, tree.take(init_params(task, jax.random.key(0)), stage.rows)))
+        trainable = tree.take(init_params(task, jax.random.key(0)), stage.rows)
+        return to_memory(stage, fresh_client(task, trainable, jnp.zeros((), jnp.int32)))
 
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(shapes))

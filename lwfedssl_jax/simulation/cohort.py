@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lwfedssl_jax.simulation.packing import CohortData, Layout, PackedRound, pack_round
+from lwfedssl_jax.simulation.packing import Draw, Layout, PackedRound, pack_round
 from lwfedssl_jax.simulation.setup import Prepared
 from lwfedssl_jax.system import seeds
 
@@ -20,7 +20,7 @@ def eligible_clients(run: Prepared, number: int) -> np.ndarray:
 
 
 class Cohort(NamedTuple):
-    """The clients of a round, by number and in order: those drawn that have data, and those of these that report."""
+    """The clients of a round, by number and in order: those drawn that have enough data, and of these, who report."""
 
     drawn: list[int]
     reporting: list[int]
@@ -32,7 +32,7 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
     clients = eligible_clients(run, number)
     drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
     stays = rng.random(len(drawn)) >= run.config.federation.dropout
-    has_data = run.clients.sizes[drawn] > 0
+    has_data = run.clients.sizes[drawn] >= run.task.objective.fewest
     return Cohort(drawn[has_data].tolist(), drawn[has_data & stays].tolist())
 
 
@@ -41,6 +41,12 @@ def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound |
     if not clients:
         return None
     optimizer, federation = run.config.optimizer, run.config.federation
-    layout = Layout(run.lanes, optimizer.batch_size, federation.local_epochs, CALL_STEPS, run.keeps_clients)
-    data = CohortData(clients, run.clients, run.clients.sizes[clients].tolist())
-    return pack_round(data, layout, (run.config.runtime.seed, seeds.RngTag.BATCHES, number))
+    layout = Layout(
+        lanes=run.lanes,
+        batch_size=optimizer.batch_size,
+        fewest=run.task.objective.fewest,
+        epochs=federation.local_epochs,
+        call_steps=CALL_STEPS,
+        one_per_call=run.keeps_clients,
+    )
+    return pack_round(clients, run.clients, layout, Draw(run.config.runtime.seed, number))

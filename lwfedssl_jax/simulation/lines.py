@@ -23,6 +23,7 @@ class RoundLine(TypedDict):
       left_out: number of clients whose update was not finite.
       cannot_afford: number of clients in the population whose device cannot train the stage.
       examples: number that the reporting clients trained on, counted once per local epoch.
+      examples_left_out: number of theirs in batches of fewer samples than the objective can learn from.
       steps: optimizer steps of all clients.
       download_bytes, upload_bytes: of all clients.
       lane_utilisation: share of the lanes' steps that trained a client, 0 to 1.
@@ -44,6 +45,7 @@ class RoundLine(TypedDict):
     left_out: int
     cannot_afford: int
     examples: int
+    examples_left_out: int
     steps: int
     download_bytes: int
     upload_bytes: int
@@ -68,6 +70,7 @@ def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohor
         "left_out": 0,
         "cannot_afford": int((~run.fleet.can[stage.number]).sum()) if run.fleet else 0,
         "examples": 0,
+        "examples_left_out": 0,
         "steps": 0,
         "download_bytes": traffic.download(stage, cohort.drawn),
         "upload_bytes": reporting * traffic.upload(stage),
@@ -80,11 +83,13 @@ def trained_fields(
 ) -> dict[str, Any]:
     """Return what a round's training adds to its line; ``measured`` is as ``finish_round`` returns it."""
     reporting = cohort.reporting
+    examples = int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs
     line = {
         "left_out": int(measured["left_out"]),
         "loss": float(measured["loss"]),
         "client_distance": float(measured["client_distance"]) if len(reporting) > 1 else 0.0,
-        "examples": int(run.clients.sizes[reporting].sum()) * run.config.federation.local_epochs,
+        "examples": work.samples,
+        "examples_left_out": examples - work.samples,
         "steps": work.steps,
         "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
         **{name: float(value) for name, value in measured["aggregator"].items()},

@@ -1,9 +1,12 @@
 """Moves the models that clients keep between rounds between the host and the lanes."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.stateful_clients import Memory, to_memory
 from lwfedssl_jax.simulation.lanes import placer
 from lwfedssl_jax.simulation.packing import Schedule
@@ -21,9 +24,10 @@ def recall(empty: Memory, clients: Memories, schedule: Schedule, mesh: Mesh) -> 
     return jax.tree.map(lambda *leaves: put(np.stack(leaves)), *lanes)
 
 
-def remember(clients: Memories, carry: Carry, schedule: Schedule) -> None:
+def remember(clients: Memories, carry: Carry, schedule: Schedule, stage: Stage) -> None:
     """Store the finite models of the clients that a call has finished, at most one per lane."""
-    lanes, losses = jax.device_get((to_memory(carry.client), carry.loss))
+    memory_of = jax.vmap(functools.partial(to_memory, stage))
+    lanes, losses = jax.device_get((memory_of(carry.client), carry.loss))
     for lane in np.flatnonzero(schedule.weight.max(axis=0)):
         memory = jax.tree.map(lambda x, lane=lane: np.array(x[lane]), lanes)
         if all(np.isfinite(x).all() for x in jax.tree.leaves((memory, losses[lane]))):

@@ -1,18 +1,22 @@
 """Schedules clients in lanes: which client runs in which lane at which step, longest clients first.
 
 Clients of a cohort have different amounts of data. Padding each to the longest would waste most
-of the work; instead, W lanes each work through a queue of clients, one client after the other. A
-client's batches are drawn when its turn comes, so memory grows with the lanes and not
-with the cohort.
+of the work; instead, W lanes each work through a queue of clients, one client after the other.
+
+Every batch of every client can be drawn by itself: an epoch's order is that of hashes of (seed, round, client, epoch,
+position). So a call's batches are drawn together when it is made, and memory grows with the lanes and not with the
+cohort.
 """
 
-import functools
 import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from lwfedssl_jax.data.partition import Population
+from lwfedssl_jax.system import seeds
 
 
 class Schedule(NamedTuple):
@@ -40,27 +44,11 @@ def queues(steps_K: Sequence[int], lanes: int) -> list[list[int]]:
     """Return the clients (positions in ``steps_K``) of each lane; the longest goes next to the emptiest lane."""
     heap = [(0, lane) for lane in range(lanes)]
     result: list[list[int]] = [[] for _ in range(lanes)]
-    for i in sorted(range(len(steps_K)), key=lambda i: -steps_K[i]):
-        load, lane = heapq.heappop(heap)
+    for i in np.argsort(-np.asarray(steps_K), kind="stable").tolist():
+        load, lane = heap[0]
         result[lane].append(i)
-        heapq.heappush(heap, (load + steps_K[i], lane))
+        heapq.heapreplace(heap, (load + steps_K[i], lane))
     return result
-
-
-def batches(
-    examples_n: np.ndarray, batch_size: int, epochs: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a client's batches: indices TxB and real samples T, T = epochs * ceil(n / batch_size).
-
-    Each epoch is a fresh permutation; its last batch may be short and is padded with the
-    client's own examples.
-    """
-    per_epoch = -(-len(examples_n) // batch_size)
-    padding = per_epoch * batch_size - len(examples_n)
-    rows = [np.pad(rng.permutation(examples_n), (0, padding), mode="wrap") for _ in range(epochs)]
-    counts = np.full((epochs, per_epoch), batch_size)
-    counts[:, -1] -= padding
-    return np.stack(rows).reshape(-1, batch_size), counts.reshape(-1)
 
 
 class PackedRound(NamedTuple):
@@ -69,27 +57,22 @@ class PackedRound(NamedTuple):
     Attributes:
       length: steps of the longest lane.
       steps: steps of all clients.
+      samples: that these train on, in all epochs together.
       calls: the schedule in pieces of one shape, each with the number of its steps to run;
         generated one by one, and only once.
     """
 
     length: int
     steps: int
+    samples: int
     calls: Iterator[tuple[Schedule, int]]
 
 
-class CohortData(NamedTuple):
-    """The data to be packed: that of the K clients that report, each with at least one example.
+class Draw(NamedTuple):
+    """What the order of a client's examples depends on, in addition to the client and the epoch."""
 
-    Attributes:
-      clients: their numbers.
-      examples: client i's example indices are ``examples[i]``.
-      sizes_K: the number of examples that each of ``clients`` has.
-    """
-
-    clients: Sequence[int]
-    examples: Sequence[np.ndarray]
-    sizes_K: Sequence[int]
+    seed: int
+    round: int
 
 
 class Layout(NamedTuple):
@@ -98,6 +81,7 @@ class Layout(NamedTuple):
     Attributes:
       lanes: W.
       batch_size: B.
+      fewest: a batch with fewer samples is left out, as is a client with fewer examples.
       epochs: E.
       call_steps: C, steps per call.
       one_per_call: a lane begins a client only at a call's first step, so that the state before and
@@ -106,77 +90,139 @@ class Layout(NamedTuple):
 
     lanes: int
     batch_size: int
+    fewest: int
     epochs: int
     call_steps: int
     one_per_call: bool = False
 
 
-def pack_round(cohort: CohortData, layout: Layout, seed: tuple[int, ...]) -> PackedRound:
-    """Pack a cohort into lanes.
+class Queue(NamedTuple):
+    """Clients that follow each other in a lane, with the entries of an array each.
+
+    Attributes:
+      client: number.
+      size: n, the number of its examples.
+      per_epoch: batches of an epoch.
+      steps: T, batches of all epochs.
+      start: when its first step is, counted in steps.
+    """
+
+    client: np.ndarray
+    size: np.ndarray
+    per_epoch: np.ndarray
+    steps: np.ndarray
+    start: np.ndarray
+
+
+def make_queue(client_K: np.ndarray, size_K: np.ndarray, layout: Layout) -> Queue:
+    """Lay out clients one after the other; with ``one_per_call``, each begins with a call."""
+    full, rest = np.divmod(size_K, layout.batch_size)
+    per_epoch = full + (rest >= layout.fewest)
+    steps = layout.epochs * per_epoch
+    time = -(-steps // layout.call_steps) * layout.call_steps if layout.one_per_call else steps
+    return Queue(client_K, size_K, per_epoch, steps, np.cumsum(time) - time)
+
+
+def pack_round(clients: Sequence[int], population: Population, layout: Layout, draw: Draw) -> PackedRound:
+    """Pack the clients that report into lanes.
 
     Args:
-      cohort: the clients that report.
+      clients: their numbers; each has at least ``layout.fewest`` examples.
+      population: of all clients.
       layout: how they are packed.
-      seed: of the round; a client's batches depend only on this and on the client.
+      draw: of the round; a client's batches depend only on this, on its number and on its number of examples.
     """
-    steps_K = [layout.epochs * -(-n // layout.batch_size) for n in cohort.sizes_K]
-    lanes = queues(steps_K, layout.lanes)
-    lengths = call_lengths(steps_K, lanes, layout)
-    clients = [map(functools.partial(client_schedule, cohort, layout, seed), lane) for lane in lanes]
-    return PackedRound(sum(lengths), sum(steps_K), pack_calls(clients, lengths, layout))
+    client_K = np.asarray(clients)
+    size_K = population.sizes[client_K].astype(np.int64)
+    every = make_queue(client_K, size_K, layout)
+    lanes = [make_queue(client_K[i], size_K[i], layout) for i in queues(every.steps.tolist(), layout.lanes)]
+    lengths = call_lengths([lane.steps.tolist() for lane in lanes], layout)
+    samples = layout.epochs * int(np.minimum(size_K, every.per_epoch * layout.batch_size).sum())
+    calls = ((make_call(lanes, population, layout, draw, number), length) for number, length in enumerate(lengths))
+    return PackedRound(sum(lengths), int(every.steps.sum()), samples, calls)
 
 
-def call_lengths(steps_K: Sequence[int], lanes: Sequence[Sequence[int]], layout: Layout) -> list[int]:
-    """Return how many steps of each call are to be run."""
+def call_lengths(steps: Sequence[Sequence[int]], layout: Layout) -> list[int]:
+    """Return how many steps of each call are to be run; ``steps`` are those of each lane's clients."""
     size = layout.call_steps
     if layout.one_per_call:
-        pieces = [[min(size, steps_K[i] - c) for i in lane for c in range(0, steps_K[i], size)] for lane in lanes]
+        pieces = [[min(size, t - c) for t in lane for c in range(0, t, size)] for lane in steps]
         return [max(together) for together in itertools.zip_longest(*pieces, fillvalue=0)]
-    longest = max(sum(steps_K[i] for i in lane) for lane in lanes)
+    longest = max(map(sum, steps))
     return [min(size, longest - start) for start in range(0, longest, size)]
 
 
-def client_schedule(cohort: CohortData, layout: Layout, seed: tuple[int, ...], i: int) -> Schedule:
-    """Make the schedule of the T steps of the cohort's i-th client, without a lane axis."""
-    client = cohort.clients[i]
-    rng = np.random.default_rng([*seed, client])
-    rows, real = batches(cohort.examples[client], layout.batch_size, layout.epochs, rng)
-    weight = np.zeros(len(real), np.float32)
-    weight[-1] = cohort.sizes_K[i]
-    ones = np.ones(len(real), np.int32)
-    return Schedule(rows, real, client * ones, np.arange(len(real)), weight, ones > 0)
+def make_call(
+    lanes: Sequence[Queue], population: Population, layout: Layout, draw: Draw, number: int
+) -> Schedule:
+    """Make the schedule of a round's call by its number, from 0."""
+    schedule = idle_schedule(layout.call_steps, layout.lanes, layout.batch_size)
+    time = number * layout.call_steps + np.arange(layout.call_steps)
+    found = [steps_at(queue, time) for queue in lanes if len(queue.client)]
+    used = [w for w, queue in enumerate(lanes) if len(queue.client)]
+    w = np.repeat(used, [len(c) for c, _, _ in found])
+    c, step = (np.concatenate(parts) for parts in list(zip(*found, strict=True))[:2])
+    client, size, per_epoch, steps, _ = (np.concatenate(parts) for parts in zip(*(q for _, _, q in found), strict=True))
+    epoch, batch = np.divmod(step, per_epoch)
+    schedule.examples[c, w] = batch_examples(population, draw, Batches(client, size, epoch, batch), layout.batch_size)
+    schedule.real[c, w] = np.minimum(layout.batch_size, size - batch * layout.batch_size)
+    schedule.client[c, w] = client
+    schedule.step[c, w] = step
+    schedule.weight[c, w] = np.where(step == steps - 1, size, 0)
+    schedule.busy[c, w] = True
+    return schedule
 
 
-def pack_calls(
-    clients: Sequence[Iterator[Schedule]], lengths: Sequence[int], layout: Layout
-) -> Iterator[tuple[Schedule, int]]:
-    """Generate the calls of a round, each with the number of its steps to run.
+def steps_at(queue: Queue, time_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, Queue]:
+    """Return when a lane is busy (positions in ``time_C``), with which step of which client."""
+    i = np.searchsorted(queue.start, time_C, side="right") - 1
+    step = time_C - queue.start[i]
+    busy = np.flatnonzero(step < queue.steps[i])
+    return busy, step[busy], Queue(*(values[i[busy]] for values in queue))
 
-    Args:
-      clients: schedules of each lane's clients, one after the other; made when their turn comes.
-      lengths: of the calls.
-      layout: how clients are packed.
+
+class Batches(NamedTuple):
+    """Batches of clients, with the entries of an array each: M of them, those of an epoch one after the other.
+
+    Attributes:
+      client: number.
+      size: n, the number of its examples.
+      epoch: from 0.
+      batch: number in its epoch, from 0.
     """
-    current = [next(lane, None) for lane in clients]
-    for length in lengths:
-        schedule = idle_schedule(layout.call_steps, layout.lanes, layout.batch_size)
-        for w, lane in enumerate(clients):
-            current[w] = fill_lane(schedule, w, current[w], lane, layout)
-        yield schedule, length
+
+    client: np.ndarray
+    size: np.ndarray
+    epoch: np.ndarray
+    batch: np.ndarray
 
 
-def fill_lane(
-    schedule: Schedule, w: int, client: Schedule | None, waiting: Iterator[Schedule], layout: Layout
-) -> Schedule | None:
-    """Write a lane's part of a call; returns what is left of the client that the lane is at, or the next client."""
-    c = 0
-    while client is not None and c < (1 if layout.one_per_call else layout.call_steps):
-        count = min(layout.call_steps - c, len(client.busy))
-        for array, values in zip(schedule, client, strict=True):
-            array[c : c + count, w] = values[:count]
-        c += count
-        client = Schedule(*(values[count:] for values in client)) if count < len(client.busy) else next(waiting, None)
-    return client
+def batch_examples(population: Population, draw: Draw, batches: Batches, batch_size: int) -> np.ndarray:
+    """Return the examples of each of M batches, MxB; a short batch is filled with other examples of its client."""
+    position_MxB = (batches.batch[:, None] * batch_size + np.arange(batch_size)) % batches.size[:, None]
+    begins = np.ones(len(batches.client), bool)
+    begins[1:] = (np.diff(batches.client) != 0) | (np.diff(batches.epoch) != 0)
+    row_M, bits_M = np.cumsum(begins) - 1, np.frexp(batches.size - 1)[1]
+    bits_R, row_of = bits_M[begins], np.zeros(begins.sum(), int)
+    for bits in np.unique(bits_R):  # rows of one sort have one length, up to a factor of 2
+        rows, here = np.flatnonzero(bits_R == bits), bits_M == bits
+        row_of[rows] = np.arange(len(rows))
+        first = np.flatnonzero(begins)[rows]
+        order = epoch_orders(draw, batches.client[first], batches.epoch[first], batches.size[first], int(bits))
+        position_MxB[here] = order[row_of[row_M[here]][:, None], position_MxB[here]]
+    return population.at(batches.client[:, None], position_MxB)
+
+
+def epoch_orders(draw: Draw, client_R: np.ndarray, epoch_R: np.ndarray, size_R: np.ndarray, bits: int) -> np.ndarray:
+    """Return random orders of the positions of R clients' epochs, each in a row of ``2**bits``, first those below n."""
+    position = np.arange(2**bits, dtype=np.uint64)
+    low = np.uint64(2**bits - 1)
+    hashes = seeds.hashes(
+        draw.seed, seeds.RngTag.BATCHES, draw.round, client_R[:, None], epoch_R[:, None], position
+    )
+    keys = np.where(position < size_R[:, None], (hashes & ~low) | position, np.uint64(2**64 - 1))
+    keys.sort(axis=1)
+    return (keys & low).astype(np.int64)
 
 
 def side_by_side(rounds: Sequence[Iterator[tuple[Schedule, int]]], idle: Schedule) -> Iterator[tuple[Schedule, int]]:

@@ -150,8 +150,8 @@ def squared_distance(a: Tree, b: Tree) -> jax.Array:
 
 def start_round(method: Method, broadcast: Broadcast, lanes: int) -> Carry:
     """Make the state of an empty round."""
-    client = method.start.begin(method.task, broadcast, None)
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    client = method.start.begin(method.task, broadcast, None, none)
     update = Update(broadcast.trainable, zero, zero, none, method.exchange.nothing(broadcast))
     context = RoundContext(none, jax.random.key(0), method.task.hyper)
     total = jax.eval_shape(functools.partial(contribution, method.aggregator), context, broadcast, update)
@@ -221,7 +221,7 @@ def lane_step(
 ) -> Carry:
     """Run one step of the client that a lane is training; after its last step, add its update to the lane's sums."""
     task = method.task
-    state = tree.where(row.step == 0, method.start.begin(task, broadcast, memory), lane.client)
+    state = tree.where(row.step == 0, method.start.begin(task, broadcast, memory, context.number), lane.client)
     client_key = jax.random.fold_in(context.key, row.client)
     mask_B = jnp.arange(row.examples.shape[-1]) < row.real
     batch = Batch(pool_NxHxWxC[row.examples], mask_B, jax.random.fold_in(client_key, row.step))

@@ -115,15 +115,17 @@ def prepare(
     layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
     stages = make_stages(config, layers)
     dataset, data = load_data(config.data, hear, cache)
-    labels, seed = dataset.train_labels, config.runtime.seed
+    labels, seed = dataset.train_labels, config.partition_seed
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
+    clients = partition(config.partition, labels, seed, dataset.train_clients)
+    hear_short_batches(config, clients.sizes, task.objective.fewest, hear)
     held_by_server = server_examples(config.partition, labels, seed)
     check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
     return Prepared(
         config=config,
         dataset=dataset,
         fingerprint=data,
-        clients=partition(config.partition, labels, seed, dataset.train_clients),
+        clients=clients,
         server_images=dataset.train_images[held_by_server],
         task=task,
         layers=layers,
@@ -149,6 +151,28 @@ def load_data(config: DataConfig, hear: Hear, cache: Cache) -> tuple[Dataset, di
         return dataset, fingerprint(dataset)
 
     return cache.get_latest("data", config, load)
+
+
+def hear_short_batches(config: Config, sizes_N: np.ndarray, fewest: int, hear: Hear) -> None:
+    """Tell how many clients have a last batch, or images, of fewer than the objective learns from: it is left out.
+
+    Raises:
+      ConfigError: no client has enough images.
+    """
+    few, batch_size = sizes_N < fewest, config.optimizer.batch_size
+    if few.all():
+        raise ConfigError(
+            f"partition.clients: none of {len(sizes_N)} clients has the {fewest} images that objective.name "
+            f"{config.objective.name} learns from; accepted: fewer clients, or more images"
+        )
+    if none := int((few & (sizes_N > 0)).sum()):
+        hear(Note(f"{none} of {len(sizes_N)} clients have fewer than {fewest} images, and do not train"))
+    rest = sizes_N % batch_size
+    if short := int(((0 < rest) & (rest < fewest) & ~few).sum()):
+        hear(Note(
+            f"{short} of {len(sizes_N)} clients leave out the last batch of an epoch, which has fewer than {fewest} images "
+            f"(optimizer.batch_size {batch_size}); each epoch leaves out other images"
+        ))  # fmt: skip
 
 
 def check_server_images(config: Config, size: int, limit: int) -> None:
@@ -220,5 +244,5 @@ def not_finite(config: Config, what: str, number: int) -> FloatingPointError:
 
 def initial_params(run: Prepared) -> Tree:
     """Initialise the parameters of all layers from the seed; a layer keeps them until its stage begins."""
-    key = seeds.key(run.config.runtime.seed, seeds.KeyTag.INIT)
+    key = seeds.key(run.config.init_seed, seeds.KeyTag.INIT)
     return jax.jit(functools.partial(init_params, run.task))(key)

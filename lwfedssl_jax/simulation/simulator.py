@@ -268,7 +268,7 @@ class Simulator:
                 self._hear(StepsDone(number, done, total))
                 self._between_calls()
             if self.run.keeps_clients:
-                remember(clients, carry, host_schedule)
+                remember(clients, carry, host_schedule, self.run.stages[0])
         return carry
 
     def _calls(self, works: Sequence[PackedRound | None]) -> Iterator[tuple[Schedule, int]]:

@@ -20,7 +20,7 @@ from lwfedssl_jax.simulation import events, setup
 from lwfedssl_jax.workdir import WorkDir
 
 CONFIG = small_config(
-    data__synthetic_examples=100,
+    data__synthetic_examples=200,
     evaluation__fine_tune_epochs=20,
     evaluation__fine_tune_warmup_epochs=2,
     evaluation__fine_tune_learning_rate=1e-2,

@@ -24,10 +24,10 @@ def evaluate(x: np.ndarray) -> dict:
     return frozen.evaluate(EvaluationConfig(labels_per_class=(5, 0), neighbours=10), DATA, x[:200], x[200:])
 
 
-def test_separable_features_score_one_and_noise_scores_chance() -> None:
+def test_separable_features_score_near_one_and_noise_scores_chance() -> None:
     good, bad = evaluate(features(20.0)), evaluate(features(0.0))
     assert list(good) == ["linear_probe_5", "linear_probe_all", "knn"]
-    assert all(result["accuracy"] == 1.0 for result in good.values())
+    assert all(result["accuracy"] >= 0.99 for result in good.values())
     assert all(abs(result["accuracy"] - 1 / 3) < 0.12 for result in bad.values())
 
 

@@ -21,7 +21,7 @@ from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import client_init, client_step, embed
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.simulation import cohort, setup
-from lwfedssl_jax.simulation.packing import batches
+
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.simulation.state import state_to_save
 from lwfedssl_jax.system import seeds

@@ -15,6 +15,7 @@ from runs import Interrupting, train
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import ConfigError, override
 from lwfedssl_jax.data.partition import Population
+from lwfedssl_jax.method import aggregation
 from lwfedssl_jax.method.aggregation import AGGREGATORS, WEIGHTED_MEAN
 from lwfedssl_jax.method.stateful_clients import make_client_start
 from lwfedssl_jax.simulation import cohort, setup
@@ -93,7 +94,9 @@ def test_server_optimizers_equal_their_formulas(name: str) -> None:
         assert np.abs(change).max() > 1e-3
 
 
-def test_ldawa_weighs_every_parameter_of_every_layer_by_its_cosine() -> None:
+def test_ldawa_scales_every_parameter_of_every_layer_by_its_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in algorithm 1 of its paper: a sum over clients, divided by their number."""
+    monkeypatch.setattr(aggregation, "LDAWA_WARM_UP", 0)
     run = prepare(small_config(strategy__name="progressive", objective__name="simclr", federation__aggregator="ldawa"))
     (before, after, _), (clients, _) = two_rounds(run)
     rows = run.stages[0].rows
@@ -104,18 +107,27 @@ def test_ldawa_weighs_every_parameter_of_every_layer_by_its_cosine() -> None:
         "plain": lambda p: p["projection"]["Dense_0"]["kernel"],
     }
     for name, part in kernels.items():
-        total, weights = 0.0, 0.0
-        for model, n in clients:
+        total = 0.0
+        for model, _ in clients:
             w, g = part(model), part(sent)
             norms = np.linalg.norm(w) * np.linalg.norm(g)
-            cosine = max(float((w * g).sum() / norms), 0) if norms else 1.0
-            total, weights = total + n * cosine * w, weights + n * cosine
-        np.testing.assert_allclose(part(after), total / weights, atol=1e-6, err_msg=name)
+            total = total + (float((w * g).sum() / norms) if norms else 1.0) * w
+        np.testing.assert_allclose(part(after), total / len(SIZES), atol=1e-6, err_msg=name)
         if name != "stacked bias":
             assert np.abs(part(after) - part(mean(clients))).max() > 1e-7
     np.testing.assert_array_equal(
         after["encoder"]["blocks"]["qkv"]["kernel"][1:], before["encoder"]["blocks"]["qkv"]["kernel"][1:]
     )
+
+
+def test_ldawa_begins_with_plain_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregation, "LDAWA_WARM_UP", 1)
+    run = prepare(small_config(strategy__name="progressive", objective__name="simclr", federation__aggregator="ldawa"))
+    (_, first, second), (one, two) = two_rounds(run)
+    rows = run.stages[0].rows
+    chex.assert_trees_all_close(tree.take(first, rows), mean(one), rtol=0, atol=1e-6)
+    kernel = [p["projection"]["Dense_0"]["kernel"] for p in (second, mean(two))]
+    assert np.linalg.norm(kernel[0]) < np.linalg.norm(kernel[1]) - 1e-4
 
 
 def test_every_aggregator_runs_and_has_a_name() -> None:
@@ -134,15 +146,17 @@ def apart_of(a: Tree, b: Tree) -> float:
 
 
 @pytest.mark.parametrize("name", ["fedu", "fedema"])
-def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds two and three without local updates: a client's model after the round is the one it began with."""
+def test_clients_begin_from_their_own_model_as_the_authors_code_has_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later rounds without local updates: a client's model after the round is the one it began with."""
     config = small_config(
         strategy__name="end_to_end",
         objective__name="byol",
         federation__client_start=name,
         runtime__lanes=2,
     )
-    sizes = [12, 1, 5, 3]  # one lane is idle at the end
+    sizes = [12, 2, 6, 3]  # one lane is idle at the end
     run = prepare(config)._replace(clients=Population.disjoint(np.arange(sum(sizes)), np.array(sizes)))
     monkeypatch.setattr(cohort, "CALL_STEPS", 3)
     simulator = Simulator([run])
@@ -154,29 +168,40 @@ def test_clients_begin_from_their_own_model_as_the_papers_say(name: str, monkeyp
     models = [(own[c].trainable, sizes[c]) for c in own]
     chex.assert_trees_all_close(mean(models), jax.device_get(after), rtol=0, atol=1e-6)
 
-    apart = {c: apart_of(jax.device_get(after), own[c].trainable) for c in own}
-    divergence = 0.0 if name == "fedema" else float(np.median(list(apart.values())))
+    began = jax.device_get(tree.take(params, run.stages[0].rows))
+    moved = {c: apart_of(began, own[c].trainable) for c in own}
+    for c, memory in own.items():
+        assert (memory.moved, memory.round) == (pytest.approx(moved[c], rel=1e-4), 1)
+    divergence = 0.6 * min(moved.values()) if name == "fedema" else float(np.median(list(moved.values())))
     adamw = run.task.optimizer(run.task.hyper)
     no_update = lambda _: adamw._replace(update=lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), s))  # noqa: E731
     start = make_client_start(override(config, {"federation.divergence": divergence}), run.task, run.stages[0])
     still = Simulator([run._replace(task=run.task._replace(optimizer=no_update), start=start)])
-    branches = set()
-    for number, grown in ((2, 1.0), (3, 1.1)):
-        received = jax.tree.map(lambda x, by=grown: by * x, jax.device_get(after))
-        before = {c: (memory, apart_of(received, memory.trainable)) for c, memory in state.clients.items()}
-        _, state, _ = run_round(still, run.stages[0], still.stack.place(received), state, number)
-        for c, (memory, apart_now) in before.items():
+    received, branches = jax.tree.map(lambda x: 1.1 * x, jax.device_get(after)), set()
+    for number in (2, 4):  # nobody takes part in round 3
+        _, after_round, _ = run_round(still, run.stages[0], still.stack.place(received), state, number)
+        for c, memory in state.clients.items():
+            target = memory.target
             if name == "fedema":
-                mu = min(0.7 / apart[c] * apart_now, 1)  # the scale of the second round, kept
-                expected = tree.ema(memory.trainable, received, mu)
-                assert state.clients[c].scale == pytest.approx(0.7 / apart[c], rel=1e-4)
-                branches.add(mu == 1)
+                mu = min(divergence / moved[c] * memory.moved, 1)
+                expected = tree.ema(memory.trainable, received, mu) if number == 2 else received
+                target = memory.target if number == 2 else {k: received[k] for k in target}
+                assert after_round.clients[c].scale == pytest.approx(divergence / moved[c], rel=1e-4)
+                branches.add(mu > 0)
             else:
-                near = apart_now < divergence
+                near = memory.moved < divergence
                 expected = received | {"prediction": (received if near else memory.trainable)["prediction"]}
                 branches.add(near)
-            chex.assert_trees_all_close(state.clients[c].trainable, expected, rtol=0, atol=1e-5)
-    assert branches == {True, False}
+            chex.assert_trees_all_close(after_round.clients[c].trainable, expected, rtol=0, atol=1e-5)
+            m = run.config.objective.momentum  # the target follows what the client began with
+            steps = -(-sizes[c] // 4) * run.config.federation.local_epochs
+            online = {k: expected[k] for k in target}
+            followed = jax.tree.map(lambda t, o, n=steps: o + m**n * (t - o), target, online)
+            chex.assert_trees_all_close(after_round.clients[c].target, followed, rtol=0, atol=1e-5)
+            assert after_round.clients[c].moved == pytest.approx(0, abs=1e-6)
+        if number == 2:
+            state = after_round._replace(clients={c: m._replace(round=np.int32(2)) for c, m in state.clients.items()})
+    assert branches == ({True, False} if name == "fedu" else {True})
 
 
 def test_only_clients_that_took_part_are_kept_and_a_resumed_run_has_them(tmp_path: Path) -> None:

@@ -234,13 +234,13 @@ def test_frozen_parameters_have_no_optimizer_state() -> None:
 
 
 def test_clients_whose_update_is_not_finite_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those with a batch of a single sample, here; the round is then that of the others."""
+    """Those with a batch of two samples, here; the round is then that of the others."""
     config = small_config(strategy__name="end_to_end", objective__name="byol", federation__client_start="fedema")
     run = prepare(config)
     whole = run.task.objective
 
     def loss(online: jax.Array, target: jax.Array, mask_B: jax.Array, temperature: float) -> jax.Array:
-        return whole.loss(online, target, mask_B, temperature) * jnp.where(mask_B.sum() == 1, jnp.nan, 1)
+        return whole.loss(online, target, mask_B, temperature) * jnp.where(mask_B.sum() == 2, jnp.nan, 1)
 
     run = run._replace(task=run.task._replace(objective=whole._replace(loss=loss)))
     params = setup.initial_params(run)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.simulation import events, feed, setup
 from lwfedssl_jax.simulation import simulator as simulator_module
 from lwfedssl_jax.simulation.cohort import draw_cohort, pack_cohort
+from lwfedssl_jax.simulation.events import Note
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.system import devices
 
@@ -64,7 +66,8 @@ def test_lanes_default_to_what_the_device_suggests_within_the_cohort() -> None:
 
 
 def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> None:
-    run = setup.prepare(small_config(partition__clients=20, federation__clients_per_round=10, federation__dropout=0.3))
+    changes = {"partition__kind": "iid", "federation__clients_per_round": 10, "federation__dropout": 0.3}
+    run = setup.prepare(small_config(partition__clients=20, **changes))
     drawn = [draw_cohort(run, number) for number in range(200)]
     assert all(len(set(cohort)) == 10 and set(reporting) <= set(cohort) for cohort, reporting in drawn)
     assert np.mean([len(reporting) for _, reporting in drawn]) == pytest.approx(7, abs=0.4)
@@ -72,11 +75,26 @@ def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> N
     assert drawn[3] == draw_cohort(run, 3)
 
 
-def test_clients_without_data_are_never_drawn() -> None:
-    run = setup.prepare(small_config(partition__clients=80, partition__kind="iid", partition__allow_empty=True))
+@pytest.mark.parametrize(("kind", "clients"), [("iid", 40), ("quantity", 30)])
+def test_clients_with_too_little_data_never_take_part_and_a_note_counts_them(kind: str, clients: int) -> None:
+    """An objective learns nothing from one image."""
+    heard: list[Any] = []
+    run = setup.prepare(
+        small_config(partition__clients=clients, partition__kind=kind, partition__allow_empty=True), hear=heard.append
+    )
     cohort, reporting = draw_cohort(run, 1)
-    assert cohort == reporting
-    assert len(reporting) == 60
+    assert cohort == reporting == np.flatnonzero(run.clients.sizes >= 2).tolist()
+    assert 0 < len(reporting) < clients
+    one = int((run.clients.sizes == 1).sum())
+    texts = [event.text for event in heard if isinstance(event, Note)]
+    assert f"{one} of {clients} clients have fewer than 2 images, and do not train" in texts
+    short = int((run.clients.sizes % run.config.optimizer.batch_size == 1).sum()) - one
+    assert any(text.startswith(f"{short} of {clients} clients leave out") for text in texts) == (short > 0)
+
+
+def test_data_of_which_no_client_has_enough_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"partition.clients: none of 60 clients has the 2 images that objective.name"):
+        setup.prepare(small_config(partition__clients=60))
 
 
 @pytest.mark.usefixtures("cache_home")
