@@ -210,7 +210,7 @@ def largest_difference(work: str, simulator: Any) -> float:
     import torch
 
     from lwfedssl_jax import tree
-    from lwfedssl_jax.method.client import embed
+    from lwfedssl_jax.method.pretext import embed
     from lwfedssl_jax.simulation import setup
 
     run = simulator.run

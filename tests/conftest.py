@@ -22,7 +22,7 @@ from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment import finish, ledgers
-from lwfedssl_jax.method import client, fedca
+from lwfedssl_jax.method import fedca, pretext
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import STRATEGIES, Stage
 from lwfedssl_jax.method.terms import TERMS
@@ -103,8 +103,8 @@ def cheap_endings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def known_traces() -> Known:
     """What ledgers of this process have traced, for those that may share it."""
-    entries = tuple(tuple(table.values()) for table in (STRATEGIES, OBJECTIVES, TERMS))
-    return TRACES.get((client.two_views, entries), dict)
+    entries = tuple(id(entry) for table in (STRATEGIES, OBJECTIVES, TERMS) for entry in table.values())
+    return TRACES.get((pretext.two_views, entries), dict)
 
 
 SMALL: dict[str, Any] = {
@@ -185,7 +185,7 @@ def noisy_views(key: jax.Array, images_BxHxWxC: jax.Array, recipe: Recipe, dtype
 @pytest.fixture
 def cheap_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds, here and in the reference, with ``noisy_views``: the real ones are tested by themselves, and in runs."""
-    for module in (client, fedca, reference):
+    for module in (pretext, fedca, reference):
         monkeypatch.setattr(module, "two_views", noisy_views)
 
 

@@ -19,6 +19,7 @@ import optax
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.data.views import two_views
 from lwfedssl_jax.method.task import Task
+from lwfedssl_jax.models.decoder import Decoder, DecoderSize
 from lwfedssl_jax.models.heads import MLP
 from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm
 from lwfedssl_jax.system import seeds
@@ -28,13 +29,21 @@ Params = dict[str, Any]
 
 def encode(config: Config, params: Params, images: jax.Array, layers: jax.Array) -> jax.Array:
     """``images -> features`` of the layers that are True in ``layers``."""
-    types: Any = {"dtype": images.dtype, "param_dtype": images.dtype}
-    x = Embedding(config.model.patch_size, config.model.width, **types).apply({"params": params["embedding"]}, images)
+    x = embedding(config, images.dtype).apply({"params": params["embedding"]}, images)
+    return run_layers(config, params, x, layers).mean(axis=1)
+
+
+def embedding(config: Config, dtype: Any) -> Embedding:
+    patches = (config.data.image_size // config.model.patch_size) ** 2
+    return Embedding(config.model.patch_size, config.model.width, dtype, dtype, patches)
+
+
+def run_layers(config: Config, params: Params, x: jax.Array, layers: jax.Array) -> jax.Array:
+    types: Any = {"dtype": x.dtype, "param_dtype": x.dtype}
     for layer in range(config.model.depth):
         block = jax.tree.map(lambda p, i=layer: p[i], params["blocks"])
         x = jnp.where(layers[layer], Block(config.model.heads, **types).apply({"params": block}, x), x)
-    x = LayerNorm(images.dtype).apply({"params": params["norm"]}, x)
-    return x.mean(axis=1)
+    return LayerNorm(x.dtype).apply({"params": params["norm"]}, x)
 
 
 def head(config: Config, params: Params, layers: int, x: jax.Array) -> jax.Array:
@@ -55,8 +64,16 @@ def contrast(anchors: jax.Array, others: jax.Array, positives: jax.Array, temper
 
 
 def loss_of(
-    config: Config, layers: jax.Array, online: Params, target: Params, start: Params, views: jax.Array
+    config: Config,
+    layers: jax.Array,
+    online: Params,
+    target: Params,
+    start: Params,
+    views: jax.Array,
+    visible: jax.Array,
 ) -> jax.Array:
+    if config.objective.name == "mae":
+        return mae_loss(config, layers, online, views[0], visible)
     loss = ssl_loss(config, layers, online, target, views)
     for name, weight in (text.split("=") for text in config.additions.terms):
         if name == "proximal":
@@ -77,12 +94,41 @@ def ssl_loss(config: Config, layers: jax.Array, online: Params, target: Params, 
         every = unit(jnp.concatenate(z))
         partners = (jnp.arange(2 * n) + n) % (2 * n)
         return contrast(every, every, partners, t)
+    if name == "vicreg":
+        return vicreg_loss(*z)
     q = [unit(head(config, online["prediction"], 2, one)) for one in z]
     k = [unit(one) for one in project(config, layers, target, views)]
     if name == "byol":
         return sum((2 - 2 * (q[a] * k[1 - a]).sum(axis=1)).mean() for a in (0, 1))
     assert name == "mocov3", f"no naive loss for {name}"
     return sum(contrast(q[a], k[1 - a], jnp.arange(n), t) for a in (0, 1))
+
+
+def vicreg_loss(z1: jax.Array, z2: jax.Array) -> jax.Array:
+    loss = 25 * ((z1 - z2) ** 2).mean()
+    for z in (z1, z2):
+        covariance = jnp.cov(z.T)
+        spread = jnp.sqrt(jnp.diag(covariance) + 1e-4)
+        loss += 25 * jnp.maximum(1 - spread, 0).mean()
+        loss += ((covariance - jnp.diag(jnp.diag(covariance))) ** 2).sum() / z.shape[1]
+    return loss
+
+
+def mae_loss(config: Config, layers: jax.Array, model: Params, images: jax.Array, visible: jax.Array) -> jax.Array:
+    """All patches are embedded here, of which those that are ``visible`` (BxV) go on."""
+    p, (b, h, w, c) = config.model.patch_size, images.shape
+    corners = [(y, x) for y in range(0, h, p) for x in range(0, w, p)]
+    patches = jnp.stack([images[:, y : y + p, x : x + p].reshape(b, -1) for y, x in corners], axis=1)
+    spread = jnp.sqrt(patches.var(axis=2, keepdims=True) + 1e-6)
+    goal = (patches - patches.mean(axis=2, keepdims=True)) / spread
+    tokens = embedding(config, images.dtype).apply({"params": model["encoder"]["embedding"]}, images)
+    tokens = jnp.stack([one[at] for one, at in zip(tokens, visible, strict=True)])
+    tokens = run_layers(config, model["encoder"], tokens, layers)
+    size = DecoderSize(len(corners), p * p * c, config.model.width, 1, config.model.heads)
+    found = Decoder(size, images.dtype, images.dtype).apply({"params": model["decoder"]}, tokens, visible)
+    error = ((found - goal) ** 2).mean(axis=2)
+    hidden = jnp.stack([jnp.ones(len(corners)).at[at].set(0) for at in visible])
+    return (error * hidden).sum() / hidden.sum()
 
 
 def project(config: Config, layers: jax.Array, model: Params, views: jax.Array) -> list[jax.Array]:
@@ -102,9 +148,10 @@ def local_step(
     start: Params,
     trainable: Params,
     views: jax.Array,
+    visible: jax.Array,
 ) -> tuple[tuple[Params, Params, Any], jax.Array]:
     online, target, opt_state = state
-    loss, grads = jax.value_and_grad(loss_of, argnums=2)(config, layers, online, target, start, views)
+    loss, grads = jax.value_and_grad(loss_of, argnums=2)(config, layers, online, target, start, views, visible)
     updates, opt_state = adamw(config).update(grads, opt_state, online)
     moved = optax.apply_updates(online, updates)
     online = jax.tree.map(lambda new, old, m: jnp.where(m, new, old), moved, start, trainable)
@@ -121,11 +168,28 @@ def batches(config: Config, task: Task, examples: int, number: int, client: int)
     """A client's batches in a round, of all epochs; one that is too short to learn from is left out."""
     found = []
     for epoch in range(config.federation.local_epochs):
-        hashes = [seeds.hashes(config.runtime.seed, seeds.RngTag.BATCHES, number, client, epoch, i) for i in range(examples)]
-        order = np.argsort(hashes)
+        path = number, client, epoch
+        order = np.argsort([seeds.hashes(config.runtime.seed, seeds.RngTag.BATCHES, *path, i) for i in range(examples)])
         size = config.optimizer.batch_size
         found += [order[first : first + size] for first in range(0, examples, size)]
     return [batch for batch in found if len(batch) >= task.objective.fewest]
+
+
+def visible_patches(config: Config, key: jax.Array, samples: int) -> np.ndarray:
+    """Of each image a quarter of the patches, in order."""
+    patches = (config.data.image_size // config.model.patch_size) ** 2
+    keys = [jax.random.fold_in(jax.random.fold_in(key, 2**32 - 6), i) for i in range(samples)]
+    return np.array([np.sort(jax.random.permutation(k, patches)[: patches // 4]) for k in keys])
+
+
+def held_layers(config: Config, key: jax.Array, droppable: int) -> np.ndarray:
+    """The layers that a client has in a round: all but ``rate * droppable``, rounded down or up at random."""
+    held = np.ones(config.model.depth, bool)
+    if config.additions.depth_dropout_per == "round":
+        u = np.asarray(jax.random.uniform(jax.random.fold_in(key, 2**32 - 5), (len(held) + 1,), jnp.float32))
+        skipped = int(config.additions.depth_dropout * droppable + u[-1])
+        held[np.argsort(u[:droppable])[:skipped]] = False
+    return held
 
 
 def train_client(
@@ -138,21 +202,26 @@ def train_client(
     images: np.ndarray,
     number: int,
     client: int,
-) -> tuple[Params, list[tuple[float, int]]]:
-    """One client's round, and each step's loss and samples; ``trainable`` is True where the stage trains; ``droppable`` first layers may be skipped."""
+) -> tuple[Params, list[tuple[float, int]], np.ndarray]:
+    """One client's round: its model, each step's loss and samples, and the layers that it has.
+
+    ``trainable`` is True where the stage trains, and the ``droppable`` first layers may be skipped.
+    """
     state = (params, params, adamw(config).init(params))
     key = seeds.key(config.runtime.seed, seeds.KeyTag.ROUND, number, client)
-    losses = []
+    layer, losses = np.arange(config.model.depth), []
+    held = runs = held_layers(config, key, droppable)
     for step, row in enumerate(batches(config, task, len(images), number, client)):
         batch = jnp.asarray(images[row])
         step_key = jax.random.fold_in(key, step)
         views = two_views(step_key, batch, task.recipe, task.dtype)
-        u = jax.random.uniform(jax.random.fold_in(step_key, 2**32 - 1), (config.model.depth,), jnp.float32)
-        layer = np.arange(config.model.depth)
-        layers = (layer < depth) & ((layer >= droppable) | (np.asarray(u) >= config.additions.depth_dropout))
-        state, loss = local_step(config, layers, state, params, trainable, views)
+        visible = visible_patches(config, step_key, len(batch))
+        if config.additions.depth_dropout_per == "step":
+            u = jax.random.uniform(jax.random.fold_in(step_key, 2**32 - 1), (config.model.depth,), jnp.float32)
+            runs = (layer >= droppable) | (np.asarray(u) >= config.additions.depth_dropout)
+        state, loss = local_step(config, (layer < depth) & runs, state, params, trainable, views, visible)
         losses.append((float(loss), len(row)))
-    return state[0], losses
+    return state[0], losses, held
 
 
 def train_round(
@@ -166,13 +235,14 @@ def train_round(
     number: int,
 ) -> tuple[Params, float]:
     """The global model after a round of the clients that reported, and the mean loss of a sample."""
-    trained, sizes, losses = [], [], []
+    trained, sizes, losses, held = [], [], [], []
     for client, images in client_images.items():
         if len(images) < task.objective.fewest:
             continue
-        model, client_losses = train_client(
+        model, client_losses, layers = train_client(
             config, task, params, trainable, depth, droppable, images, number, client
         )
+        held.append(layers)
         trained.append(model)
         sizes.append(len(images))
         losses += client_losses
@@ -181,4 +251,13 @@ def train_round(
     average = jax.tree.map(
         lambda *xs: sum(n * np.asarray(x) for n, x in zip(sizes, xs, strict=True)) / sum(sizes), *trained
     )
+    for layer in range(config.model.depth):
+        having = [i for i, layers in enumerate(held) if layers[layer]]
+
+        def mean(sent: jax.Array, *xs: jax.Array, layer: int = layer, having: list[int] = having) -> np.ndarray:
+            models = [sizes[i] * np.asarray(xs[i][layer]) for i in having]
+            return sum(models) / sum(sizes[i] for i in having) if having else np.asarray(sent[layer])
+
+        own = jax.tree.map(mean, params["encoder"]["blocks"], *[m["encoder"]["blocks"] for m in trained])
+        jax.tree.map(lambda whole, row, at=layer: whole.__setitem__(at, row), average["encoder"]["blocks"], own)
     return average, sum(loss * n for loss, n in losses) / sum(n for _, n in losses)

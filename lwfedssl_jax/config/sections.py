@@ -93,7 +93,10 @@ class ObjectiveConfig:
     """The self-supervised objective and its projection and prediction heads."""
 
     name: str = "mocov3"
-    """simclr, byol or mocov3."""
+    """simclr, byol, mocov3, vicreg or mae (masked autoencoding; vit only)."""
+    options: tuple[str, ...] = ()
+    """Options that an objective has of its own, each as NAME=VALUE; vicreg: invariance, variance, covariance; mae:
+    mask_ratio, normalised_pixels, decoder_depth, decoder_width, decoder_heads."""
     temperature: Positive = 0.05
     """Softmax temperature of simclr and mocov3; byol does not use it."""
     momentum: Fraction = 0.99
@@ -158,7 +161,10 @@ class AdditionsConfig:
     """Additions to the training in each stage; all off by default."""
 
     depth_dropout: Fraction = 0.0
-    """Probability that a training step skips a layer that an earlier stage has trained (Guo et al., 2023)."""
+    """Probability that a layer that an earlier stage has trained is skipped (Guo et al., 2023)."""
+    depth_dropout_per: Literal["step", "round"] = "step"
+    """depth_dropout only: step: each training step skips other layers; round: a client does without a layer for a whole
+    round, and does not download, hold, train or upload it."""
     terms: tuple[str, ...] = ()
     """Further terms of the local loss, each as NAME=WEIGHT: proximal (FedProx), alignment (to the representations of
     the global model) or base (FedCA: to those of a base model that the server has trained)."""
@@ -166,8 +172,8 @@ class AdditionsConfig:
     """Steps per round in which the server trains all layers so far, on its own images (partition.server_share), after
     it has averaged the clients' models."""
     dictionary: AtLeast0 = 0
-    """FedCA: embeddings that each client uploads per round; the next round's clients get all of them as further
-    negatives. 0: none."""
+    """FedCA: of how many of its images, at most, each client uploads the embeddings per round; the next round's clients
+    get all of them as further negatives. 0: none."""
     base_steps: AtLeast0 = 0
     """FedCA: steps in which the server trains the base model of the term base on its own images, before the first
     round."""

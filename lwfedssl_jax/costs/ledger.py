@@ -17,7 +17,10 @@ from lwfedssl_jax.costs.memory import Notice, lower_step, peak_memory
 from lwfedssl_jax.costs.operations import (
     Known,
     StagePart,
+    alignment_operations,
+    embedding_operations,
     executed_operations,
+    held_part,
     operations_per_sample,
     paper_operations,
     param_shapes,
@@ -124,7 +127,10 @@ def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config]
     """Set ``peak_memory_bytes`` in ledgers and their stages; compiles one client's step of each stage."""
     # Configs that differ only in numbers become equal, so that they find one compiled program in the cache.
     plain = {name: program_config(config) for name, config in configs.items()}
-    steps = {name: [lower_step(c, part, known) for part in stage_parts(c)] for name, c in plain.items()}
+    steps = {
+        name: [lower_step(c, held_part(configs[name], part), known) for part in stage_parts(c)]
+        for name, c in plain.items()
+    }
     peaks = peak_memory([program for lowered in steps.values() for program, _ in lowered], notify)
     for name, ledger in ledgers.items():
         stage_peaks = [peaks[program.as_text()] + further_rows for program, further_rows in steps[name]]
@@ -181,6 +187,8 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
     by_rule = operations_per_sample(config, part, paper_operations, known)
     executed = operations_per_sample(config, part, executed_operations, known)
     not_recomputed = operations_per_sample(plain, part, executed_operations, known)
+    by_rule += alignment_operations(config, part, known)
+    embedding_by_rule, embedding = embedding_operations(config, part, known)
     return {
         "stage": stage.number,
         "rounds": stage.rounds,
@@ -188,8 +196,8 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
         "trainable_parameters": tree.size(part.trainable),
         "download_bytes": traffic.download,
         "upload_bytes": traffic.upload,
-        "flops_paper_rule": round(samples * by_rule),
-        "flops_executed": round(samples * executed),
+        "flops_paper_rule": round(samples * by_rule + stage.rounds * embedding_by_rule),
+        "flops_executed": round(samples * executed + stage.rounds * embedding),
         "flops_recomputed": round(samples * (executed - not_recomputed)),
         "server_flops_executed": server_operations(config, part, known),
         "peak_memory_bytes": None,

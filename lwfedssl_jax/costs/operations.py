@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import MODELS, Config, StrategyConfig, override
+from lwfedssl_jax.method import terms
 from lwfedssl_jax.method.calibration import all_trainable
-from lwfedssl_jax.method.client import client_init, client_step, embed
-from lwfedssl_jax.method.fedca import make_exchange
+from lwfedssl_jax.method.client import client_init, client_step
+from lwfedssl_jax.method.depth_dropout import fewest_skipped
+from lwfedssl_jax.method.fedca import embed_images, make_exchange
+from lwfedssl_jax.method.pretext import Seen, pretext_of
 from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.method.stages import Stage, make_stages
 from lwfedssl_jax.method.task import Broadcast, ClientState, init_params, make_task, param_layers
@@ -64,6 +68,22 @@ def split_params(params: Tree, stage: Stage) -> StagePart:
     return StagePart(stage, take(stage.trainable), take(stage.frozen))
 
 
+def held_part(config: Config, part: StagePart) -> StagePart:
+    """Return the shapes of what a client holds at most: without the layers that depth dropout always takes away."""
+    count = fewest_skipped(config, part.stage)
+    frozen = min(count, part.stage.frozen_depth)
+
+    def fewer(mask: np.ndarray, x: jax.ShapeDtypeStruct | None, rows: int) -> jax.ShapeDtypeStruct | None:
+        return (
+            jax.ShapeDtypeStruct((x.shape[0] - rows, *x.shape[1:]), x.dtype) if np.ndim(mask) and x is not None else x
+        )
+
+    return part._replace(
+        trainable=jax.tree.map(lambda m, x: fewer(m, x, count - frozen), part.stage.trainable, part.trainable),
+        frozen=jax.tree.map(lambda m, x: fewer(m, x, frozen), part.stage.frozen, part.frozen),
+    )
+
+
 def operations_per_sample(config: Config, part: StagePart, rule: Rule, known: Known) -> float:
     """Compute the multiply-adds of one training sample in a stage by ``rule``, as their mean under depth dropout.
 
@@ -107,20 +127,30 @@ def count_layers(config: Config, part: StagePart, rule: Rule, known: Known) -> f
 
 def paper_operations(config: Config, part: StagePart) -> float:
     """Count the multiply-adds of one training sample by the paper's rule (see ``StageCost`` in ledger.py)."""
+    frozen_once, trainable_once = paper_passes(config, part)
+    return make_task(config).objective.paper_views * (frozen_once + 3 * trainable_once)
+
+
+def paper_passes(config: Config, part: StagePart) -> tuple[int, int]:
+    """Count one view's forward pass through the frozen and the trainable part, layer norms at 5 per element."""
     task = make_task(config)
-    image = jax.ShapeDtypeStruct((1, *task.image_shape), task.dtype)
-    frozen_depth, depth = part.stage.frozen_depth, part.stage.trainable_depth
+    pretext, frozen_depth, depth = pretext_of(task), part.stage.frozen_depth, part.stage.trainable_depth
 
-    def frozen_forward(frozen: Tree, image: jax.Array) -> jax.Array:
-        return task.encoder.frozen_forward(frozen, image, frozen_depth, None)
+    def see(key: jax.Array, images: jax.Array) -> Seen:
+        seen = pretext.see(task, key, images)
+        return seen._replace(x=jax.tree.map(lambda x: x[:1], seen.x))  # one view
 
-    def online(trainable: Tree, x: jax.Array) -> jax.Array:
-        return embed(task, trainable, x, jnp.ones(1, bool), (depth, None), list(task.heads))[0][-1]
+    def frozen_forward(frozen: Tree, seen: Seen) -> Seen:
+        return seen._replace(x=task.encoder.frozen_forward(frozen, seen.x, frozen_depth, None))
 
-    x = jax.eval_shape(frozen_forward, part.frozen, image)
-    frozen_once = count(jax.make_jaxpr(frozen_forward)(part.frozen, image), LAYER_NORM_OPERATIONS)
-    trainable_once = count(jax.make_jaxpr(online)(part.trainable, x), LAYER_NORM_OPERATIONS)
-    return task.objective.paper_views * (frozen_once + 3 * trainable_once)
+    def online(trainable: Tree, seen: Seen) -> Any:
+        return pretext.online(task, trainable, seen, jnp.ones(1, bool), (depth, None))[0]
+
+    image = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.uint8)
+    seen = jax.eval_shape(see, jax.eval_shape(lambda: jax.random.key(0)), image)
+    after = jax.eval_shape(frozen_forward, part.frozen, seen)
+    frozen_once = count(jax.make_jaxpr(frozen_forward)(part.frozen, seen), LAYER_NORM_OPERATIONS)
+    return frozen_once, count(jax.make_jaxpr(online)(part.trainable, after), LAYER_NORM_OPERATIONS)
 
 
 def executed_operations(config: Config, part: StagePart) -> float:
@@ -136,6 +166,55 @@ def executed_operations(config: Config, part: StagePart) -> float:
         return step(state, broadcast._replace(depth=depth, frozen_depth=frozen_depth), *data)
 
     return count(jax.make_jaxpr(with_loops_of_known_length)(state, broadcast, *data)) / config.optimizer.batch_size
+
+
+def embedding_operations(config: Config, part: StagePart, known: Known) -> tuple[float, float]:
+    """Count a sample's part of FedCA's pass over a client's images after its last step, per round.
+
+    Returns:
+      Multiply-adds by the paper's rule, which counts as many views as for training, and as executed, of one view; 0
+      without a dictionary.
+    """
+    if not config.additions.dictionary:
+        return 0, 0
+    by_rule, executed = (
+        operations_per_sample(config, part, rule, known) for rule in (paper_forward, executed_embedding)
+    )
+    return by_rule, executed
+
+
+def paper_forward(config: Config, part: StagePart) -> float:
+    """Count the forward passes of one training sample by the paper's rule."""
+    return make_task(config).objective.paper_views * sum(paper_passes(config, part))
+
+
+def executed_embedding(config: Config, part: StagePart) -> float:
+    """Count the multiply-adds of the traced embedding of a batch, per sample."""
+    _, (_, broadcast, *data) = traceable_step(config, part.trainable, part.frozen)
+    depth, frozen_depth = part.stage.trainable_depth, part.stage.frozen_depth
+
+    def embed_batch(broadcast: Broadcast, images: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
+        routes = (depth, None), (frozen_depth, None)
+        return embed_images(make_task(config), broadcast, broadcast.trainable, images, mask, key, routes)
+
+    return count(jax.make_jaxpr(embed_batch)(broadcast, *data)) / config.optimizer.batch_size
+
+
+def alignment_operations(config: Config, part: StagePart, known: Known) -> float:
+    """Count representation alignment by the paper's rule, per sample: two forward passes of each layer trained before.
+
+    The paper states only its sums, which this gives; it does not state the rule (METHOD of docs/deviations.md).
+    """
+    aligned = any(term is terms.alignment for term, _ in terms.terms_of(config))
+    if not aligned or not MODELS[config.model.name].equal_layers:
+        return 0
+    plain = override(config, {"additions.terms": ()})
+    first, second = (
+        count_layers(plain, part._replace(stage=part.stage._replace(depth=depth, frozen_depth=0)), paper_forward, known)
+        for depth in (1, 2)
+    )
+    one_layer = (second - first) / make_task(config).objective.paper_views
+    return 2 * part.stage.trained_before * one_layer
 
 
 def server_operations(config: Config, part: StagePart, known: Known) -> int:

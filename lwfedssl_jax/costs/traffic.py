@@ -9,6 +9,7 @@ from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs.operations import StagePart, stage_parts
 from lwfedssl_jax.method import fedca
+from lwfedssl_jax.method.depth_dropout import PER_ROUND
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.tree import Tree
 
@@ -35,7 +36,7 @@ class StageBytes(NamedTuple):
 
     Attributes:
       download, upload: of a client that has the frozen layers, unless calibration changes them.
-      worst_case: both directions, of a client that downloads all frozen layers in every round.
+      worst_case: both directions, of a client that downloads all frozen layers that it holds in every round.
     """
 
     download: int
@@ -50,14 +51,28 @@ def traffic_additions(config: Config) -> TrafficAdditions:
 
 
 def stage_bytes(config: Config, part: StagePart) -> StageBytes:
-    """Compute the traffic of one client in a stage, from the shapes of its parameters."""
+    """Compute the traffic of one client in a stage, from the shapes of its parameters; with depth dropout, its mean."""
     additions, rounds = traffic_additions(config), part.stage.rounds
-    trainable = BYTES_PER_PARAMETER * tree.size(part.trainable)
-    exchanged, everything = rounds * trainable, rounds * (trainable + BYTES_PER_PARAMETER * tree.size(part.frozen))
+    trainable, frozen = (BYTES_PER_PARAMETER * (tree.size(x) - skipped_size(config, part, x)) for x in part[1:])
+    exchanged, everything = round(rounds * trainable), round(rounds * (trainable + frozen))
     extra_download, upload = (rounds * n for n in additions.dictionary)
-    extra_download += trainable * additions.has_base  # such a run has a single stage
+    extra_download += round(trainable) * additions.has_base  # such a run has a single stage
     download = (everything if additions.refreshes_frozen else exchanged) + extra_download
     return StageBytes(download, exchanged + upload, everything + extra_download + exchanged + upload)
+
+
+def skipped_size(config: Config, part: StagePart, params: Tree) -> float:
+    """Return how many of a stage's trainable or frozen parameters a client does without on average: depth dropout."""
+    if config.additions.depth_dropout_per != PER_ROUND:
+        return 0
+    is_frozen = params is part.frozen
+    mask, stage = part.stage.frozen if is_frozen else part.stage.trainable, part.stage
+    droppable = min(stage.trained_before, stage.frozen_depth)
+    droppable = droppable if is_frozen else stage.trained_before - droppable
+    rows = stage.frozen_depth if is_frozen else stage.trainable_depth
+    leaves = zip(jax.tree.leaves(mask), jax.tree.leaves(params, is_leaf=lambda x: x is None), strict=True)
+    stacked = sum(tree.size(x) for m, x in leaves if np.ndim(m) and x is not None)
+    return config.additions.depth_dropout * droppable * stacked / max(rows, 1)
 
 
 def client_bytes(config: Config) -> int:
@@ -71,7 +86,8 @@ class Traffic:
 
     A drawn client downloads what the stage trains, and the frozen layers that it does not have: all of them when it
     joins, those finished since its last round when it returns, the last stage's when a stage begins. With calibration
-    frozen layers change every round, and all are downloaded.
+    frozen layers change every round, and all are downloaded. Layers that depth dropout takes from a client for a round
+    are neither downloaded nor uploaded.
 
     Args:
       params: all parameters, or their shapes.
@@ -81,37 +97,61 @@ class Traffic:
     """
 
     def __init__(self, params: Tree, layers: Tree, clients: int, additions: TrafficAdditions) -> None:
-        self._layers = np.concatenate([np.ravel(n) for n in jax.tree.leaves(layers)])
-        sizes = zip(jax.tree.leaves(params), jax.tree.leaves(layers), strict=True)
-        self._bytes = np.concatenate(
-            [np.full(n.size, np.prod(x.shape, dtype=np.int64) * x.dtype.itemsize // n.size) for x, n in sizes]
+        numbers = jax.tree.leaves(layers)
+        each = zip(jax.tree.leaves(params), numbers, strict=True)
+        self._row_bytes = np.concatenate(
+            [np.full(n.size, np.prod(x.shape, dtype=np.int64) * x.dtype.itemsize // n.size) for x, n in each]
         )
-        self._known_layers = np.zeros(clients, np.int32)  # leading layers that a client has in their final form
+        # A layer is two parts: what is stacked with other layers, which depth dropout can skip, and the rest.
+        part_of_row = np.concatenate([2 * np.ravel(n) + (n.ndim > 0) for n in numbers])
+        self._layer_of_part = np.arange(max(0, *part_of_row) // 2 * 2 + 2) // 2
+        of_layers = part_of_row >= 2
+        self._part_bytes = np.bincount(
+            part_of_row[of_layers], self._row_bytes[of_layers], len(self._layer_of_part)
+        ).astype(np.int64)
+        self._has = np.zeros((clients, len(self._layer_of_part)), bool)  # parts that a client has in their final form
         self._has_base = np.full(clients, not additions.has_base)
         self._additions = additions
 
     def exchanged(self, stage: Stage) -> int:
-        """Return the bytes that a client trains, and so downloads and uploads in every round."""
+        """Return the bytes that a client trains, and so downloads and uploads in every round, if it skips no layer."""
         trainable = np.concatenate([np.ravel(m) for m in jax.tree.leaves(stage.trainable)])
-        return int(self._bytes[trainable].sum())
+        return int(self._row_bytes[trainable].sum())
 
-    def upload(self, stage: Stage) -> int:
-        """Return the bytes that a client uploads in a round."""
-        return self.exchanged(stage) + self._additions.dictionary[1]
+    def upload(self, stage: Stage, clients: list[int], held: np.ndarray | None = None) -> int:
+        """Return the bytes that the round's reporting clients upload together; ``held`` is as for ``download``."""
+        return len(clients) * self.exchanged(stage) - int(self._skipped(stage, self._holds(clients, held)).sum())
 
-    def download(self, stage: Stage, cohort: list[int]) -> int:
-        """Return the bytes that a round's drawn clients download together, and record that they have them."""
-        known = self._known_layers[cohort]
-        known = np.zeros_like(known) if self._additions.refreshes_frozen else known
-        self._known_layers[cohort] = stage.frozen_depth
-        missing = np.array([self._frozen_bytes(stage, first) for first in range(stage.frozen_depth + 1)])
-        models = len(cohort) + int((~self._has_base[cohort]).sum())
-        self._has_base[cohort] = True
-        frozen = int(missing[np.minimum(known, stage.frozen_depth)].sum())
-        return models * self.exchanged(stage) + frozen + len(cohort) * self._additions.dictionary[0]
+    def download(self, stage: Stage, clients: list[int], held: np.ndarray | None = None) -> int:
+        """Return the bytes that a round's drawn clients download together, and record that they have them.
 
-    def _frozen_bytes(self, stage: Stage, after: int) -> int:
-        return int(self._bytes[(self._layers > after) & (self._layers <= stage.frozen_depth)].sum())
+        Args:
+          stage: that the round is in.
+          clients: K, their numbers.
+          held: KxL, which layers each holds in this round; None: all.
+        """
+        holds = self._holds(clients, held)
+        frozen = (self._layer_of_part > 0) & (self._layer_of_part <= stage.frozen_depth)
+        self._has[:, ~frozen] = False
+        has = np.zeros_like(holds) if self._additions.refreshes_frozen else self._has[clients]
+        missing = holds & ~has & frozen
+        self._has[clients] |= missing
+        models = len(clients) + int((~self._has_base[clients]).sum())
+        self._has_base[clients] = True
+        skipped = int(self._skipped(stage, holds).sum())
+        return models * self.exchanged(stage) - skipped + int((missing @ self._part_bytes).sum())
+
+    def _holds(self, clients: list[int], held: np.ndarray | None) -> np.ndarray:
+        """Which parts clients hold, one row each."""
+        holds = np.ones((len(clients), len(self._layer_of_part)), bool)
+        if held is not None:
+            holds[:, 3::2] = held
+        return holds
+
+    def _skipped(self, stage: Stage, holds: np.ndarray) -> np.ndarray:
+        """The bytes of each client's trainable layers that it does without."""
+        trained = (self._layer_of_part > stage.frozen_depth) & (self._layer_of_part <= stage.depth)
+        return (~holds & trained) @ self._part_bytes
 
 
 def make_traffic(config: Config, params: Tree, layers: Tree, clients: int) -> Traffic:

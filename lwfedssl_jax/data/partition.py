@@ -12,7 +12,6 @@ import numpy as np
 from lwfedssl_jax.config import ConfigError, PartitionConfig, choose
 from lwfedssl_jax.system import seeds
 
-
 # ``(clients_Mx1, positions_MxB) -> examples_MxB``: indices of the examples that clients have at positions.
 Examples = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

@@ -77,7 +77,7 @@ def calibrate(task: Task, batch_size: int, steps: int, work: ServerWork) -> tupl
       The parameters and the mean loss.
     """
     params, rows, images = work.params, work.rows, jnp.asarray(work.images_NxHxWxC)
-    task = task._replace(terms=(), drops_layers=False, hyper=work.hyper._replace(weights=()))
+    task = task._replace(terms=(), drops_layers="", hyper=work.hyper._replace(weights=()))
     none = jnp.int32(0)
     nothing = jax.tree.map(lambda _: None, params)
     depth = jnp.asarray(work.depth)

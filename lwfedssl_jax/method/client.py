@@ -1,11 +1,11 @@
 """Local training: what one client does with one batch.
 
 Only the stage's trainable part is differentiated, optimised and averaged into the target.
-The frozen part is run forward once per view, for both branches, because the target's frozen
-layers always equal the online ones.
+The frozen part is run forward once, for both branches, because the target's frozen layers always
+equal the online ones. What the encoder sees, and what is compared, depends on the objective (pretext.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.data.views import standardise, two_views
+from lwfedssl_jax.data.views import standardise
 from lwfedssl_jax.method.depth_dropout import routes
+from lwfedssl_jax.method.pretext import Seen, embed, pretext_of
 from lwfedssl_jax.method.task import Broadcast, ClientState, Route, Task, weights_of
 from lwfedssl_jax.method.terms import Local
 from lwfedssl_jax.models.encoder import with_its_products
@@ -47,7 +48,13 @@ FROM_BROADCAST = ClientStart(lambda task, broadcast, memory, number: client_init
 
 @with_its_products
 def client_step(
-    task: Task, state: ClientState, broadcast: Broadcast, images_BxHxWxC: jax.Array, mask_B: jax.Array, key: jax.Array
+    task: Task,
+    state: ClientState,
+    broadcast: Broadcast,
+    images_BxHxWxC: jax.Array,
+    mask_B: jax.Array,
+    key: jax.Array,
+    skipped_L: jax.Array | None = None,
 ) -> tuple[ClientState, jax.Array]:
     """Take one optimizer step on one batch, then update the target's moving average.
 
@@ -58,19 +65,20 @@ def client_step(
       images_BxHxWxC: uint8.
       mask_B: True for real samples, at least one.
       key: draws the views.
+      skipped_L: which of the encoder's layers the step skips (depth dropout); None: none.
 
     Returns:
       The new state and the batch's loss.
     """
     chex.assert_shape(images_BxHxWxC, (len(mask_B), *task.image_shape))
     chex.assert_type([images_BxHxWxC, mask_B], [jnp.uint8, bool])
-    views = two_views(key, images_BxHxWxC, task.recipe, task.dtype)
-    route, frozen_route = routes(task, broadcast, key)
-    x = task.encoder.frozen_forward(broadcast.frozen, views.reshape(-1, *views.shape[2:]), *frozen_route)
-    x = jax.lax.stop_gradient(x)
+    pretext, (route, frozen_route) = pretext_of(task), routes(broadcast, skipped_L)
+    seen = pretext.see(task, key, images_BxHxWxC)
+    x = task.encoder.frozen_forward(broadcast.frozen, seen.x, *frozen_route)
+    seen = seen._replace(x=jax.lax.stop_gradient(x))
     weights = weights_of(state.trainable)
     gradient = jax.value_and_grad(_loss, argnums=1, has_aux=True)
-    (loss, statistics), grads = gradient(task, weights, state, broadcast, Step(x, mask_B, route, key))
+    (loss, statistics), grads = gradient(task, weights, state, broadcast, Step(seen, mask_B, route, key))
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, weights)
     updates, opt_state = task.optimizer(task.hyper).update(grads, state.opt_state, weights)
     updates = jax.tree.map(_keep_present, weights_of(broadcast.present), updates)
@@ -88,41 +96,40 @@ class Step(NamedTuple):
     """The inputs to the loss of one step.
 
     Attributes:
-      x: the frozen layers' output for both views, one after the other in its first axis.
+      seen: of the batch, after the frozen layers.
       mask_B: True for real samples.
       route: which trainable layers run.
       key: of the step.
     """
 
-    x: jax.Array
+    seen: Seen
     mask_B: jax.Array
     route: Route
     key: jax.Array
 
 
 def _loss(task: Task, weights: Tree, state: ClientState, broadcast: Broadcast, step: Step) -> tuple[jax.Array, Tree]:
-    x, mask_B, route, key = step
-    statistics = {"statistics": state.trainable["statistics"]}
-    outputs, new_statistics = embed(task, weights | statistics, x, mask_B, route, list(task.heads))
-    projection, online = outputs[0], outputs[-1]
+    seen, mask_B, route, key = step
+    pretext, statistics = pretext_of(task), {"statistics": state.trainable["statistics"]}
+    outputs, new_statistics = pretext.online(task, weights | statistics, seen, mask_B, route)
+    target = pretext.online(task, state.target | statistics, seen, mask_B, route)[0] if state.target else None
+    loss = pretext.loss(task, broadcast, outputs, target, seen, mask_B)
+    received = weights_of(broadcast.trainable)
 
-    def project(weights: Tree) -> jax.Array:
-        return embed(task, weights | statistics, x, mask_B, route, ["projection"])[0][0]
+    def received_projection() -> jax.Array:
+        return embed(task, received | statistics, seen.x, mask_B, route, ["projection"])[0][0]
 
     def project_images(model: Tree, images_PxHxWxC: jax.Array) -> jax.Array:
         plain = standardise(images_PxHxWxC, task.recipe).astype(task.dtype)
         real = jnp.ones(len(plain), bool)
         return embed(task, statistics | model, plain, real, route, ["projection"])[0][0][0]
 
-    goal = jax.lax.stop_gradient(project(state.target)) if state.target else online
-    loss = _objective_loss(task, broadcast, online, goal, mask_B)
-    received = weights_of(broadcast.trainable)
     local = Local(
         weights=weights,
         received=received,
         present=weights_of(broadcast.present),
-        projection=projection,
-        received_projection=lambda: project(received),
+        projection=outputs.get("projection"),
+        received_projection=received_projection,
         mask=mask_B,
         extras=broadcast.extras,
         project_images=project_images,
@@ -131,34 +138,3 @@ def _loss(task: Task, weights: Tree, state: ClientState, broadcast: Broadcast, s
     for term, weight in zip(task.terms, task.hyper.weights, strict=True):
         loss += weight * term(local)
     return loss, new_statistics
-
-
-def _objective_loss(
-    task: Task, broadcast: Broadcast, online_2xBxD: jax.Array, goal_2xBxD: jax.Array, mask_B: jax.Array
-) -> jax.Array:
-    """Compute the objective, with additional negatives if the server has sent a dictionary of them."""
-    chex.assert_equal_shape([online_2xBxD, goal_2xBxD])
-    extras, with_negatives = broadcast.extras, task.objective.loss_with_negatives
-    if with_negatives and "dictionary" in extras:
-        negatives = extras["dictionary"], extras["filled"]
-        return with_negatives(online_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature, negatives)
-    return task.objective.loss(online_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature)
-
-
-@with_its_products
-def embed(
-    task: Task, trainable: Tree, x: jax.Array, mask_B: jax.Array, route: Route, heads: Sequence[str]
-) -> tuple[list[jax.Array], Tree]:
-    """Pass all views (one after the other in ``x``'s first axis) through encoder and heads.
-
-    Returns:
-      ``z_VxBxO`` after each head, each view with its own batch statistics there, and the
-      encoder's running averages after this batch.
-    """
-    z_BxD, statistics = task.encoder.trainable_forward(trainable, x, mask_B, *route)
-    z = z_BxD.reshape(-1, len(mask_B), task.encoder.feature_dim)
-    outputs = []
-    for name in heads:
-        z = jax.vmap(task.heads[name].apply, in_axes=(None, 0, None))(trainable[name], z, mask_B)
-        outputs.append(z)
-    return outputs, statistics

@@ -1,44 +1,119 @@
-"""Depth dropout: which layers a step runs (Guo et al., 2023)."""
-
-import functools
+"""Depth dropout: which layers a step, or a client in a round, runs (Guo et al., 2023)."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from lwfedssl_jax.config import MODELS, Config, ConfigError
+from lwfedssl_jax.method.stages import Stage, stage_depths
 from lwfedssl_jax.method.task import Broadcast, Route, Task
 from lwfedssl_jax.models.encoder import Depth
 from lwfedssl_jax.system import seeds
 
+PER_STEP, PER_ROUND = "step", "round"
 
-def kept_layers(
-    key: jax.Array, rate: ArrayLike, droppable: Depth, first: Depth, depth: Depth, layers: int
-) -> tuple[jax.Array, jax.Array]:
-    """Draw which of ``depth`` layers the forward passes of a step run (Guo et al., 2023).
+
+def check_depth_dropout(config: Config) -> None:
+    """Refuse depth dropout where there is nothing to skip, or layers are not equal.
+
+    Raises:
+      ConfigError: there is a single stage, or the model's layers differ.
+    """
+    rate = config.additions.depth_dropout
+    if rate and len(stage_depths(config)) == 1:
+        raise ConfigError(
+            f"additions.depth_dropout: {rate} skips layers that an earlier stage has trained, and strategy.name "
+            f"{config.strategy.name} with strategy.layers_per_stage {config.strategy.layers_per_stage} has one stage; "
+            "accepted: 0.0, or more stages"
+        )
+    if rate and not MODELS[config.model.name].equal_layers:
+        raise ConfigError(
+            f"additions.depth_dropout: {rate} needs equal layers (ModelSize.equal_layers), which {config.model.name} "
+            "does not have; accepted: 0.0, or a vit"
+        )
+
+
+def skipped_by_step(key: jax.Array, rate: ArrayLike, droppable: Depth, layers: int) -> jax.Array:
+    """Draw which of L ``layers`` a step skips: each of the first ``droppable`` ones with probability ``rate``.
 
     Args:
       key: of the step.
       rate: probability that a layer is skipped.
       droppable: how many of the encoder's first layers can be skipped.
-      first: number of the encoder's layers before these.
-      depth: number of these layers.
       layers: L.
+    """
+    u_L = jax.random.uniform(jax.random.fold_in(key, seeds.StepTag.DEPTH_DROPOUT), (layers,), jnp.float32)
+    return (u_L < rate) & (jnp.arange(layers) < droppable)
+
+
+def skipped_by_round(key: jax.Array, rate: ArrayLike, droppable: Depth, layers: int) -> jax.Array:
+    """Draw which of L ``layers`` a client does without in a round: each with probability ``rate``.
+
+    Their number is ``rate * droppable``, rounded down or up at random, so that it is known in advance what a device
+    needs. The arguments are as for ``skipped_by_step``, but for ``key``, which is the client's.
+    """
+    u = jax.random.uniform(jax.random.fold_in(key, seeds.ClientTag.DEPTH_DROPOUT), (layers + 1,), jnp.float32)
+    number = jnp.floor(jnp.asarray(rate, jnp.float32) * jnp.asarray(droppable, jnp.float32) + u[layers]).astype(
+        jnp.int32
+    )
+    u_L = jnp.where(jnp.arange(layers) < droppable, u[:layers], 2)
+    return (jnp.argsort(jnp.argsort(u_L)) < number) & (u_L < 2)
+
+
+def skipped_layers(task: Task, broadcast: Broadcast, client_key: jax.Array, step_key: jax.Array) -> jax.Array | None:
+    """Return which of the encoder's L layers a client's step skips, or None without depth dropout."""
+    rate, droppable = task.hyper.depth_dropout, broadcast.droppable
+    if task.drops_layers == PER_ROUND:
+        return skipped_by_round(client_key, rate, droppable, task.layers)
+    return skipped_by_step(step_key, rate, droppable, task.layers) if task.drops_layers else None
+
+
+def kept_layers(skipped_L: jax.Array, first: Depth, depth: Depth) -> tuple[jax.Array, jax.Array]:
+    """Return which of ``depth`` layers after the ``first`` ones are not skipped.
 
     Returns:
-      Numbers of the layers that run, counted from ``first``, in order and before all others; how
-      many they are.
+      Their numbers, counted from ``first``, in order and before all others; how many they are.
     """
-    skipped_L = jax.random.uniform(jax.random.fold_in(key, seeds.StepTag.DEPTH_DROPOUT), (layers,), jnp.float32) < rate
-    number_L = jnp.arange(layers) + first
-    runs_L = (number_L < first + depth) & ~(jnp.take(skipped_L, number_L, mode="clip") & (number_L < droppable))
+    number_L = jnp.arange(len(skipped_L)) + first
+    runs_L = (number_L < first + depth) & ~jnp.take(skipped_L, number_L, mode="clip")
     return jnp.argsort(~runs_L, stable=True).astype(jnp.int32), runs_L.sum(dtype=jnp.int32)
 
 
-def routes(task: Task, broadcast: Broadcast, key: jax.Array) -> tuple[Route, Route]:
-    """Return which trainable and which frozen layers a step runs: all, or those that depth dropout keeps."""
-    if not task.drops_layers:
+def routes(broadcast: Broadcast, skipped_L: jax.Array | None) -> tuple[Route, Route]:
+    """Return which trainable and which frozen layers run: all, or those that are not skipped."""
+    if skipped_L is None:
         return (broadcast.depth, None), (broadcast.frozen_depth, None)
-    kept = functools.partial(kept_layers, key, task.hyper.depth_dropout, broadcast.droppable, layers=task.layers)
-    order, count = kept(broadcast.frozen_depth, broadcast.depth)
-    frozen_order, frozen_count = kept(0, broadcast.frozen_depth)
+    order, count = kept_layers(skipped_L, broadcast.frozen_depth, broadcast.depth)
+    frozen_order, frozen_count = kept_layers(skipped_L, 0, broadcast.frozen_depth)
     return (count, order), (frozen_count, frozen_order)
+
+
+def without_layers(broadcast: Broadcast, skipped_L: jax.Array) -> Broadcast:
+    """Return the broadcast as a client sees it that does without layers: their rows are idle."""
+
+    def leaf(present: jax.Array) -> jax.Array:
+        if not present.ndim:
+            return present
+        number = broadcast.frozen_depth + jnp.arange(len(present))
+        return present & ~jnp.take(skipped_L, number, mode="clip")
+
+    return broadcast._replace(present=jax.tree.map(leaf, broadcast.present))
+
+
+def held_layers(config: Config, stage: Stage, number: int, clients: list[int]) -> np.ndarray | None:
+    """Return which layers the clients of a round hold, KxL, if depth dropout is drawn by round, else None."""
+    additions, layers = config.additions, config.model.depth
+    if not additions.depth_dropout or additions.depth_dropout_per != PER_ROUND:
+        return None
+    key = seeds.key(config.runtime.seed, seeds.KeyTag.ROUND, number)
+    client_keys = jax.vmap(lambda client: jax.random.fold_in(key, client))(np.array(clients, np.uint32))
+    rate = np.float32(additions.depth_dropout)
+    return ~np.asarray(jax.vmap(lambda key: skipped_by_round(key, rate, stage.trained_before, layers))(client_keys))
+
+
+def fewest_skipped(config: Config, stage: Stage) -> int:
+    """Return how many layers every client does without in a stage, at least."""
+    if config.additions.depth_dropout_per != PER_ROUND:
+        return 0
+    return int(np.float32(config.additions.depth_dropout) * np.float32(stage.trained_before))

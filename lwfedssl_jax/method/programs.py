@@ -4,7 +4,7 @@ import dataclasses
 import operator
 from typing import Any
 
-from lwfedssl_jax.config import Config, EvaluationConfig, FleetConfig, override
+from lwfedssl_jax.config import AdditionsConfig, Config, EvaluationConfig, FleetConfig, override
 
 # Fields that programs take as arguments or never see: batches, cohorts and evaluation are handled on the host.
 FREE_FIELDS = (
@@ -36,6 +36,8 @@ def program_config(config: Config) -> Config:
     free: dict[str, Any] = {name: operator.attrgetter(name)(Config()) for name in FREE_FIELDS}
     free["additions.terms"] = tuple(f"{name}=1" for name, _, weight in named if float(weight))
     free["additions.depth_dropout"] = 0.5 if config.additions.depth_dropout else 0.0
+    if not config.additions.depth_dropout:
+        free["additions.depth_dropout_per"] = AdditionsConfig().depth_dropout_per
     return dataclasses.replace(override(config, free), evaluation=EvaluationConfig(), fleet=FleetConfig())
 
 

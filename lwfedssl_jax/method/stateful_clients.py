@@ -70,9 +70,7 @@ def distance(rows: Tree, a: Tree, b: Tree) -> jax.Array:
     return jnp.concatenate(jax.tree.leaves(jax.tree.map(norms, rows, a, b))).mean()
 
 
-def fedu(
-    broadcast: Broadcast, memory: Memory, divergence: float, number: jax.Array
-) -> tuple[Tree, Tree, jax.Array]:
+def fedu(broadcast: Broadcast, memory: Memory, divergence: float, number: jax.Array) -> tuple[Tree, Tree, jax.Array]:
     """FedU's divergence-aware predictor update (Zhuang et al., 2021, arXiv 2108.06492).
 
     A client takes the global predictor only if its last training moved its encoder by less than ``divergence``
@@ -84,16 +82,16 @@ def fedu(
     return broadcast.trainable | {"prediction": prediction}, memory.target, memory.scale
 
 
-def fedema(
-    broadcast: Broadcast, memory: Memory, divergence: float, number: jax.Array
-) -> tuple[Tree, Tree, jax.Array]:
+def fedema(broadcast: Broadcast, memory: Memory, divergence: float, number: jax.Array) -> tuple[Tree, Tree, jax.Array]:
     """FedEMA (Zhuang et al., 2022, arXiv 2204.04385, eq. 3 to 6), as in the authors' code.
 
     ``w <- mu * w_local + (1 - mu) * w_global`` with ``mu = min(lambda * d, 1)``, where the client's last training moved
     its encoder by d (``Memory.moved``); the autoscaler sets ``lambda = tau / d`` by its first training. A client that
     did not take part in the round before begins with the global model in both branches.
     """
-    first = jnp.where(memory.moved > 0, (divergence or FEDEMA_DIVERGENCE) / jnp.where(memory.moved > 0, memory.moved, 1), 0)
+    first = jnp.where(
+        memory.moved > 0, (divergence or FEDEMA_DIVERGENCE) / jnp.where(memory.moved > 0, memory.moved, 1), 0
+    )
     scale = jnp.where(memory.scale > 0, memory.scale, first)
     mixed = tree.ema(memory.trainable, broadcast.trainable, jnp.minimum(scale * memory.moved, 1))
     received = {name: broadcast.trainable[name] for name in memory.target}

@@ -1,7 +1,7 @@
 """The static part of local training: all that it needs in addition to parameters and data, made from a config."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from lwfedssl_jax.config import MODELS, Config, ModelConfig, choose
+from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig, choose
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.views import RECIPES, Recipe
-from lwfedssl_jax.method.objectives import OBJECTIVES, Objective
+from lwfedssl_jax.method.objectives import OBJECTIVES, Objective, options_of
 from lwfedssl_jax.method.terms import Term, terms_of
 from lwfedssl_jax.models import ARCHITECTURES
+from lwfedssl_jax.models.decoder import DecoderSize, decoder_head
 from lwfedssl_jax.models.dense import PRODUCTS, factor_type
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import Head, mlp_head
@@ -42,7 +43,8 @@ class Task(NamedTuple):
     """Everything that local training needs in addition to parameters and data; all except ``hyper`` is static.
 
     Parameters are ``{"encoder": F, "statistics": F's running averages, "projection": H, "prediction": Q}``,
-    Q only if the objective has one.
+    Q only if the objective has one, and ``"decoder"`` in place of both if the objective hides patches. ``options`` are
+    the objective's.
     """
 
     encoder: Encoder
@@ -53,8 +55,9 @@ class Task(NamedTuple):
     dtype: DTypeLike
     image_shape: tuple[int, int, int]
     layers: int
-    drops_layers: bool
+    drops_layers: Literal["", "step", "round"]
     terms: tuple[Term, ...]
+    options: dict[str, float]
     vmap_on_cpu: bool
     hyper: Hyper
 
@@ -110,23 +113,21 @@ def make_task(config: Config) -> Task:
     dtype = factor_type(config.runtime.precision)
     image_shape = (config.data.image_size, config.data.image_size, source.channels)
     objective = choose("objective.name", config.objective.name, OBJECTIVES)
-    hidden, output = config.objective.hidden_dim, config.objective.output_dim
     encoder = make_encoder(config.model, image_shape, config.runtime.precision, remat=config.runtime.remat)
     terms = terms_of(config)
-    heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
-    if objective.has_prediction:
-        heads["prediction"] = mlp_head(2, output, hidden, output, dtype)
+    options = options_of(config)
     return Task(
         encoder=encoder,
-        heads=heads,
+        heads=make_heads(config, objective, encoder, options, image_shape),
         objective=objective,
         optimizer=lambda hyper: optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay),
         recipe=recipe,
         dtype=np.promote_types(dtype, jnp.float32),
         image_shape=image_shape,
         layers=config.model.depth,
-        drops_layers=bool(config.additions.depth_dropout),
+        drops_layers=config.additions.depth_dropout_per if config.additions.depth_dropout else "",
         terms=tuple(term for term, _ in terms),
+        options=options,
         vmap_on_cpu=config.cpu_lanes > 1,
         hyper=Hyper(
             learning_rate=config.learning_rate,
@@ -137,6 +138,38 @@ def make_task(config: Config) -> Task:
             weights=tuple(weight for _, weight in terms),
         ),
     )
+
+
+def make_heads(
+    config: Config, objective: Objective, encoder: Encoder, options: dict[str, float], image_shape: tuple[int, int, int]
+) -> dict[str, Head]:
+    """Make the heads that clients train and exchange in every stage: projection and prediction, or a decoder.
+
+    Raises:
+      ConfigError: a decoder's heads do not divide its width.
+    """
+    hidden, output = config.objective.hidden_dim, config.objective.output_dim
+    dtype = factor_type(config.runtime.precision)
+    if objective.hides_patches and encoder.patch_size:
+        height, width, channels = image_shape
+        numbers = encoder.patch_size**2
+        size = DecoderSize(
+            patches=height * width // numbers,
+            numbers=numbers * channels,
+            width=int(options["decoder_width"]) or encoder.feature_dim,
+            depth=int(options["decoder_depth"]),
+            heads=int(options["decoder_heads"]) or config.model.heads,
+        )
+        if size.width % size.heads:
+            raise ConfigError(
+                f"objective.options: decoder_heads={size.heads} does not divide decoder_width={size.width}; "
+                "accepted: a divisor of the width"
+            )
+        return {"decoder": decoder_head(size, encoder.feature_dim, dtype)}
+    heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
+    if objective.has_prediction:
+        heads["prediction"] = mlp_head(2, output, hidden, output, dtype)
+    return heads
 
 
 def make_encoder(

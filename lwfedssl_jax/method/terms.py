@@ -1,7 +1,7 @@
 """Additional terms of the local loss."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class Local(NamedTuple):
       weights: what is being trained.
       received: the same, as the server sent it.
       present: for each leaf, which rows are not idle (``tree.present``).
-      projection: 2xBxO, the projection head's output for both views.
+      projection: 2xBxO, the projection head's output for both views; None for an objective without one.
       received_projection: gives the same from the received weights, for one more forward pass.
       mask: B, True for real samples.
       extras: what the server sent in addition to the model (``Exchange``).
@@ -33,7 +33,7 @@ class Local(NamedTuple):
     weights: Tree
     received: Tree
     present: Tree
-    projection: jax.Array
+    projection: Any
     received_projection: Callable[[], jax.Array]
     mask: jax.Array
     extras: Tree

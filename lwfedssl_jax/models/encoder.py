@@ -15,6 +15,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 Depth = int | jax.Array  # number of leading layers that run
 
 
+class Patches(NamedTuple):
+    """Some patches of each image, which an encoder with tokens can have in place of whole images.
+
+    Attributes:
+      values: BxVxF, the numbers of V patches.
+      positions: BxV, their numbers in the whole image, row by row.
+    """
+
+    values: jax.Array
+    positions: jax.Array
+
+
 class Encoder(NamedTuple):
     """Pure functions of an encoder F.
 
@@ -34,6 +46,9 @@ class Encoder(NamedTuple):
         ``depth`` trainable layers: ``features_VBxD``, and the part's running averages after this batch,
         of which only the samples that ``mask_B`` names count.
       feature_dim: D.
+      patch_size: of an encoder of tokens, one for each patch, which then has ``trainable_tokens`` and takes ``Patches``
+        too; else 0.
+      trainable_tokens: as ``trainable_forward``, but with ``tokens_VBxPxD``, whose mean the features are.
       products: how products of float32 factors are computed, as JAX names it (``jax.default_matmul_precision``).
 
     A depth may be traced, and be another for each that is batched by ``vmap``. ``order``, if not
@@ -42,9 +57,11 @@ class Encoder(NamedTuple):
 
     init: Callable[[jax.Array], Tree]
     layers: Callable[[Tree], Tree]
-    frozen_forward: Callable[[Tree, jax.Array, Depth, jax.Array | None], jax.Array]
+    frozen_forward: Callable[[Tree, Any, Depth, jax.Array | None], Any]
     trainable_forward: Callable[[Tree, jax.Array, jax.Array, Depth, jax.Array | None], tuple[jax.Array, Tree]]
     feature_dim: int
+    patch_size: int = 0
+    trainable_tokens: Callable[[Tree, Any, jax.Array, Depth, jax.Array | None], tuple[jax.Array, Tree]] | None = None
     products: str = "highest"
 
 

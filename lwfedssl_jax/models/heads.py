@@ -14,7 +14,10 @@ from lwfedssl_jax.tree import Tree
 
 
 class Head(NamedTuple):
-    """Pure functions of a head: ``init(key) -> params``, ``apply(params, x_BxD, mask_B) -> z_BxO``."""
+    """Pure functions of a head: ``init(key) -> params``, ``apply(params, x_BxD, mask_B) -> z_BxO``.
+
+    A decoder takes tokens and their positions instead (decoder.py).
+    """
 
     init: Callable[[jax.Array], Tree]
     apply: Callable[[Tree, jax.Array, jax.Array], jax.Array]

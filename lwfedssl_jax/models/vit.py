@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from lwfedssl_jax.config import ModelConfig
 from lwfedssl_jax.models.dense import XAVIER, Dense, contract
-from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
+from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder, Patches
 from lwfedssl_jax.models.loops import chunk_samples, dynamic_scan, in_chunks, row
 from lwfedssl_jax.tree import Tree
 
@@ -43,25 +43,36 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias)
 
 
+def patches_of(images_BxHxWxC: jax.Array, patch_size: int) -> jax.Array:
+    """Cut images into square patches, row by row: BxPxF, F numbers of each."""
+    b, h, w, c = images_BxHxWxC.shape
+    p = patch_size
+    x = images_BxHxWxC.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, -1, p * p * c)
+
+
 class Embedding(nn.Module):
-    """Images to tokens: patch embedding as reshape and matrix product, plus positions."""
+    """Images, or some of their patches, to tokens: patch embedding as reshape and matrix product, plus positions."""
 
     patch_size: int
     width: int
     dtype: DTypeLike
     param_dtype: DTypeLike
 
+    patches: int
+
     @nn.compact
-    def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
-        b, h, w, c = images_BxHxWxC.shape
-        p = self.patch_size
-        x = images_BxHxWxC.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(-1, p * p * c)
+    def __call__(self, images: jax.Array | Patches) -> jax.Array:
         position_PxD = self.param(
-            "position", nn.initializers.normal(0.02), (h * w // p**2, self.width), self.param_dtype
+            "position", nn.initializers.normal(0.02), (self.patches, self.width), self.param_dtype
         )
+        if isinstance(images, Patches):
+            values_BxVxF, position = images.values, position_PxD[images.positions]
+        else:
+            values_BxVxF, position = patches_of(images, self.patch_size), position_PxD[None]
         dense = Dense(self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=XAVIER, name="patch")
-        return dense(x).reshape(b, -1, self.width) + position_PxD[None]
+        b, v, f = values_BxVxF.shape
+        return dense(values_BxVxF.reshape(b * v, f)).reshape(b, v, self.width) + position
 
 
 class Block(nn.Module):
@@ -121,14 +132,16 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
     """
     wide = np.promote_types(dtype, jnp.float32)
     tokens = image_shape[0] * image_shape[1] // config.patch_size**2
-    embedding = Embedding(config.patch_size, config.width, dtype, wide)
+    embedding = Embedding(config.patch_size, config.width, dtype, wide, tokens)
     block, norm = Block(config.heads, dtype, wide), LayerNorm(wide)
     policy = None if remat else jax.checkpoint_policies.dots_saveable
     run_block = jax.checkpoint(functools.partial(_apply, block), policy=policy)
     chunk = chunk_samples(tokens * 4 * config.width)
     run_blocks = dynamic_scan(lambda params, x: in_chunks(functools.partial(run_block, params), x, chunk))
 
-    def frozen_forward(frozen: Tree, images: jax.Array, depth: Depth, order: jax.Array | None = None) -> jax.Array:
+    def frozen_forward(
+        frozen: Tree, images: jax.Array | Patches, depth: Depth, order: jax.Array | None = None
+    ) -> jax.Array | Patches:
         weights = frozen["encoder"]
         if not jax.tree.leaves(weights):
             return images
@@ -138,8 +151,8 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
 
         return in_chunks(run_layers, _apply(embedding, weights["embedding"], images), chunk)
 
-    def trainable_forward(
-        trainable: Tree, x: jax.Array, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
+    def trainable_tokens(
+        trainable: Tree, x: Any, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
     ) -> tuple[jax.Array, Tree]:
         del mask_B  # samples do not see each other
         weights = trainable["encoder"]
@@ -147,10 +160,24 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
             x = _apply(embedding, weights["embedding"], x)
         if jax.tree.leaves(weights["blocks"]):
             x = run_blocks(weights["blocks"], x, depth, order)
-        return _apply(norm, weights["norm"], x).mean(axis=1), {}
+        return _apply(norm, weights["norm"], x), {}
+
+    def trainable_forward(
+        trainable: Tree, x: Any, mask_B: jax.Array, depth: Depth, order: jax.Array | None = None
+    ) -> tuple[jax.Array, Tree]:
+        tokens, statistics = trainable_tokens(trainable, x, mask_B, depth, order)
+        return tokens.mean(axis=1), statistics
 
     init = functools.partial(init_vit, Vit(embedding, block, norm), config.depth, image_shape)
-    return Encoder(init, functools.partial(vit_layers, config.depth), frozen_forward, trainable_forward, config.width)
+    return Encoder(
+        init=init,
+        layers=functools.partial(vit_layers, config.depth),
+        frozen_forward=frozen_forward,
+        trainable_forward=trainable_forward,
+        feature_dim=config.width,
+        patch_size=config.patch_size,
+        trainable_tokens=trainable_tokens,
+    )
 
 
 def init_vit(modules: Vit, depth: int, image_shape: tuple[int, int, int], key: jax.Array) -> Tree:
@@ -178,5 +205,5 @@ def vit_layers(depth: int, params: Tree) -> Tree:
     return {"encoder": weights, "statistics": {}}
 
 
-def _apply(module: nn.Module, params: Tree, x: jax.Array) -> jax.Array:
+def _apply(module: nn.Module, params: Tree, x: Any) -> jax.Array:
     return cast(jax.Array, module.apply({"params": params}, x))

@@ -36,17 +36,23 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
     return Cohort(drawn[has_data].tolist(), drawn[has_data & stays].tolist())
 
 
+def layout_of(run: Prepared) -> Layout:
+    """Return how clients are packed into the run's lanes."""
+    return Layout(
+        lanes=run.lanes,
+        batch_size=run.config.optimizer.batch_size,
+        fewest=run.task.objective.fewest,
+        epochs=run.config.federation.local_epochs,
+        call_steps=CALL_STEPS,
+        one_per_call=run.keeps_clients or run.exchange.embeddings > 0,
+    )
+
+
+def draw_of(run: Prepared, number: int) -> Draw:
+    """Return what the order of the examples depends on in a round."""
+    return Draw(run.config.runtime.seed, number)
+
+
 def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound | None:
     """Pack the work of a round's clients into the run's lanes; return None if there are no clients."""
-    if not clients:
-        return None
-    optimizer, federation = run.config.optimizer, run.config.federation
-    layout = Layout(
-        lanes=run.lanes,
-        batch_size=optimizer.batch_size,
-        fewest=run.task.objective.fewest,
-        epochs=federation.local_epochs,
-        call_steps=CALL_STEPS,
-        one_per_call=run.keeps_clients,
-    )
-    return pack_round(clients, run.clients, layout, Draw(run.config.runtime.seed, number))
+    return pack_round(clients, run.clients, layout_of(run), draw_of(run, number)) if clients else None

@@ -2,11 +2,15 @@
 
 from typing import Any, NotRequired, TypedDict, final
 
-from lwfedssl_jax.costs.traffic import Traffic
+import numpy as np
+
+from lwfedssl_jax.costs.traffic import BYTES_PER_PARAMETER, Traffic
+from lwfedssl_jax.method.depth_dropout import held_layers
 from lwfedssl_jax.method.stages import Stage
-from lwfedssl_jax.simulation.cohort import Cohort
-from lwfedssl_jax.simulation.packing import PackedRound
+from lwfedssl_jax.simulation.cohort import Cohort, layout_of
+from lwfedssl_jax.simulation.packing import PackedRound, embedded
 from lwfedssl_jax.simulation.setup import Prepared
+from lwfedssl_jax.tree import Tree
 
 
 @final
@@ -57,9 +61,13 @@ class RoundLine(TypedDict):
     stage_ends: NotRequired[bool]
 
 
-def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort) -> RoundLine:
-    """Return the line of a round in which no client reports, without its seconds."""
+def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort, exchange: Tree) -> RoundLine:
+    """Return the line of a round in which no client reports, without its seconds; ``exchange`` is as it begins."""
     reporting = len(cohort.reporting)
+    drawn, reports = (held_layers(run.config, stage, number, clients) for clients in cohort)
+    embedding = run.config.objective.output_dim * BYTES_PER_PARAMETER
+    known = int(np.count_nonzero(exchange["filled"])) if exchange else 0
+    new = embedded(run.clients.sizes[cohort.reporting], layout_of(run), run.exchange.embeddings)
     return {
         "round": number,
         "stage": stage.number,
@@ -72,8 +80,8 @@ def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohor
         "examples": 0,
         "examples_left_out": 0,
         "steps": 0,
-        "download_bytes": traffic.download(stage, cohort.drawn),
-        "upload_bytes": reporting * traffic.upload(stage),
+        "download_bytes": traffic.download(stage, cohort.drawn, drawn) + len(cohort.drawn) * known * embedding,
+        "upload_bytes": traffic.upload(stage, cohort.reporting, reports) + int(new.sum()) * embedding,
         "lane_utilisation": 0.0,
     }
 

@@ -152,9 +152,7 @@ def call_lengths(steps: Sequence[Sequence[int]], layout: Layout) -> list[int]:
     return [min(size, longest - start) for start in range(0, longest, size)]
 
 
-def make_call(
-    lanes: Sequence[Queue], population: Population, layout: Layout, draw: Draw, number: int
-) -> Schedule:
+def make_call(lanes: Sequence[Queue], population: Population, layout: Layout, draw: Draw, number: int) -> Schedule:
     """Make the schedule of a round's call by its number, from 0."""
     schedule = idle_schedule(layout.call_steps, layout.lanes, layout.batch_size)
     time = number * layout.call_steps + np.arange(layout.call_steps)
@@ -217,12 +215,51 @@ def epoch_orders(draw: Draw, client_R: np.ndarray, epoch_R: np.ndarray, size_R: 
     """Return random orders of the positions of R clients' epochs, each in a row of ``2**bits``, first those below n."""
     position = np.arange(2**bits, dtype=np.uint64)
     low = np.uint64(2**bits - 1)
-    hashes = seeds.hashes(
-        draw.seed, seeds.RngTag.BATCHES, draw.round, client_R[:, None], epoch_R[:, None], position
-    )
+    hashes = seeds.hashes(draw.seed, seeds.RngTag.BATCHES, draw.round, client_R[:, None], epoch_R[:, None], position)
     keys = np.where(position < size_R[:, None], (hashes & ~low) | position, np.uint64(2**64 - 1))
     keys.sort(axis=1)
     return (keys & low).astype(np.int64)
+
+
+def pack_embeddings(
+    client_W: Sequence[int | None], population: Population, layout: Layout, draw: Draw, most: int
+) -> Iterator[tuple[Schedule, int]]:
+    """Generate the calls in which clients embed images after their last step, each with the number of its rows.
+
+    A client's are the first ``most`` images of one more epoch; their rows have the numbers of further steps.
+
+    Args:
+      client_W: each lane's client, or None.
+      population, layout, draw: as for ``pack_round``.
+      most: images per client.
+    """
+    used = [w for w, client in enumerate(client_W) if client is not None]
+    clients = np.array([client for client in client_W if client is not None])
+    every = make_queue(clients, population.sizes[clients].astype(np.int64), layout._replace(epochs=1))
+    images = np.minimum(every.size, most)
+    rows = np.minimum(every.per_epoch, -(-images // layout.batch_size))
+    for first in range(0, int(rows.max()), layout.call_steps):
+        schedule = idle_schedule(layout.call_steps, layout.lanes, layout.batch_size)
+        count = np.clip(rows - first, 0, layout.call_steps)
+        c = np.concatenate([np.arange(n) for n in count])
+        w, client, size, per_epoch, of = (
+            np.repeat(values, count) for values in (used, clients, every.size, every.per_epoch, images)
+        )
+        batch, last = c + first, np.full_like(size, layout.epochs)
+        schedule.examples[c, w] = batch_examples(
+            population, draw, Batches(client, size, last, batch), layout.batch_size
+        )
+        schedule.real[c, w] = np.minimum(layout.batch_size, of - batch * layout.batch_size)
+        schedule.client[c, w] = client
+        schedule.step[c, w] = layout.epochs * per_epoch + batch
+        schedule.busy[c, w] = True
+        yield schedule, int(count.max())
+
+
+def embedded(sizes_K: np.ndarray, layout: Layout, most: int) -> np.ndarray:
+    """Return of how many images each client uploads the embeddings (``pack_embeddings``)."""
+    per_epoch = make_queue(np.arange(len(sizes_K)), sizes_K.astype(np.int64), layout._replace(epochs=1)).per_epoch
+    return np.minimum(np.minimum(sizes_K, most), per_epoch * layout.batch_size)
 
 
 def side_by_side(rounds: Sequence[Iterator[tuple[Schedule, int]]], idle: Schedule) -> Iterator[tuple[Schedule, int]]:

@@ -26,6 +26,7 @@ from lwfedssl_jax.simulation.rounds import (
     Carry,
     Method,
     Work,
+    embed_row,
     finish_round,
     run_steps,
     start_round,
@@ -47,11 +48,13 @@ class Program(NamedTuple):
       start: ``(params, rows, depths, extras) -> (broadcast, empty carry)``.
       steps: ``(carry, broadcast, memory, work, context) -> carry``; a context's key is key data.
       finish: ``(before, broadcast, carry, context) -> After``.
+      embed: ``(the lanes' trainable parts, broadcast, work, context) -> embeddings``, if clients upload any.
     """
 
     start: jax.stages.Compiled
     steps: jax.stages.Compiled
     finish: jax.stages.Compiled
+    embed: jax.stages.Compiled | None = None
 
 
 class Before(NamedTuple):
@@ -67,7 +70,6 @@ class After(NamedTuple):
 
     params: Tree
     state: Tree
-    exchange: Tree
     measured: dict[str, Tree]
 
 
@@ -123,10 +125,14 @@ def train_stage(
 def finish_stage(method: Method, before: Before, broadcast: Broadcast, carry: Carry, context: RoundContext) -> After:
     """Put the round's average into the parameters, if any client's update is used."""
     end = finish_round(method, _with_key(context), before.state, broadcast, carry)
-    new = tree.put(before.params, before.rows, end.trainable), end.state, end.exchange
-    old = before.params, before.state, {name: broadcast.extras[name] for name in end.exchange}
-    params, state, exchange = tree.where(carry.total.examples.sum() > 0, new, old)
-    return After(params, state, exchange, end.measured)
+    new = tree.put(before.params, before.rows, end.trainable), end.state
+    params, state = tree.where(carry.total.examples.sum() > 0, new, (before.params, before.state))
+    return After(params, state, end.measured)
+
+
+def embed_stage(method: Method, trainable: Tree, broadcast: Broadcast, work: Work, context: RoundContext) -> jax.Array:
+    """Call ``embed_row`` with a context whose key is key data."""
+    return embed_row(method, trainable, broadcast, work, _with_key(context))
 
 
 def _with_key(context: RoundContext) -> RoundContext:
@@ -179,8 +185,12 @@ def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[j
     work = Work(images, stack.abstract(schedule, schedule_lanes), number, number)
 
     everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, lanes)
-    return [
+    programs = [
         jax.jit(start, out_shardings=(everywhere, by_lane)).trace(params, rows, depths, extras),
         jax.jit(steps, donate_argnums=0).trace(carry, broadcast, memory, work, context),
         jax.jit(finish, out_shardings=everywhere).trace(Before(params, rows, state), broadcast, carry, context),
     ]
+    if method.exchange.embeddings:  # such runs are not stacked
+        embed = jax.jit(functools.partial(embed_stage, method), out_shardings=everywhere)
+        programs.append(embed.trace(carry.client.trainable, broadcast, work, context))
+    return programs

@@ -17,8 +17,9 @@ from jax.sharding import Mesh, PartitionSpec
 from lwfedssl_jax import tree
 from lwfedssl_jax.method.aggregation import Aggregator, RoundContext
 from lwfedssl_jax.method.client import ClientStart, client_step
-from lwfedssl_jax.method.depth_dropout import routes
-from lwfedssl_jax.method.exchange import Batch, Exchange
+from lwfedssl_jax.method.depth_dropout import PER_ROUND, routes, skipped_layers, without_layers
+from lwfedssl_jax.method.exchange import Exchange
+from lwfedssl_jax.method.fedca import embed_images
 from lwfedssl_jax.method.task import Broadcast, ClientState, Task, weights_of
 from lwfedssl_jax.simulation.packing import Schedule
 from lwfedssl_jax.system import seeds
@@ -91,7 +92,8 @@ class Total(NamedTuple):
       squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
       loss, samples: loss summed over real samples, and their number.
       summed: the aggregator's contributions.
-      uploaded: the uploads of the method's additional exchange.
+      having: with depth dropout by round, for each trainable leaf the sum of n_i over the clients that have it, row by
+        row; else empty.
     """
 
     examples: jax.Array
@@ -100,7 +102,7 @@ class Total(NamedTuple):
     loss: jax.Array
     samples: jax.Array
     summed: Tree
-    uploaded: Tree
+    having: Tree
 
 
 class Update(NamedTuple):
@@ -110,35 +112,58 @@ class Update(NamedTuple):
       trained: its trainable part.
       examples: n_i, float32.
       loss, samples: its loss summed over real samples, and their number.
-      uploaded: for the method's additional exchange.
     """
 
     trained: Tree
     examples: jax.Array
     loss: jax.Array
     samples: jax.Array
-    uploaded: Tree
 
 
-def contribution(aggregator: Aggregator, context: RoundContext, broadcast: Broadcast, update: Update) -> Total:
-    """Return what one client adds to the round's sums."""
+def contribution(method: Method, context: RoundContext, broadcast: Broadcast, update: Update) -> Total:
+    """Return what one client adds to the round's sums; of ``broadcast``, what it does not have is not present."""
     trained, examples = update.trained, update.examples
     chex.assert_trees_all_equal_shapes_and_dtypes(trained, broadcast.trainable)
+    weighted, having = jax.tree.map(lambda x: examples.astype(x.dtype) * x, trained), ()
+    if method.task.drops_layers == PER_ROUND:
+        having = jax.tree.map(lambda present: examples * present.astype(examples.dtype), broadcast.present)
+        weighted = jax.tree.map(lambda n, x: per_row(n, x) * x, having, trained)
     return Total(
         examples=examples,
-        weighted=jax.tree.map(lambda x: examples.astype(x.dtype) * x, trained),
+        weighted=weighted,
         squares=examples * squared_distance(trained, broadcast.trainable),
         loss=update.loss,
         samples=update.samples,
-        summed=aggregator.add(context, broadcast, trained, examples),
-        uploaded=update.uploaded,
+        summed=method.aggregator.add(context, broadcast, trained, examples),
+        having=having,
     )
+
+
+def per_row(numbers: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Return numbers, one or one for each row of a leaf, so that they can be multiplied with it."""
+    return jnp.expand_dims(numbers, tuple(range(numbers.ndim, leaf.ndim))).astype(leaf.dtype)
+
+
+def mean_of(total: Total, broadcast: Broadcast, examples: jax.Array) -> tuple[Tree, Tree]:
+    """Return the weighted mean over the clients that have a weight, and the same with what was sent for the others."""
+    if not jax.tree.leaves(total.having):
+        mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), total.weighted)
+        return mean, mean
+
+    def mean_of_those(n: jax.Array, x: jax.Array, sent: jax.Array) -> jax.Array:
+        return jnp.where(per_row(n, x) > 0, x / jnp.maximum(per_row(n, x), 1), sent)
+
+    def mean_of_all(n: jax.Array, x: jax.Array, sent: jax.Array) -> jax.Array:
+        return (x + per_row(examples - n, x) * sent) / examples.astype(x.dtype)
+
+    trees = total.having, total.weighted, broadcast.trainable
+    return jax.tree.map(mean_of_those, *trees), jax.tree.map(mean_of_all, *trees)
 
 
 def is_finite(total: Total) -> jax.Array:
     """Return whether everything that a client adds is finite; its weights are if the squares of their change are."""
     statistics = {k: v for k, v in total.weighted.items() if k == "statistics"}
-    leaves = jax.tree.leaves((total.squares, total.loss, statistics, total.uploaded))
+    leaves = jax.tree.leaves((total.squares, total.loss, statistics))
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
@@ -152,9 +177,9 @@ def start_round(method: Method, broadcast: Broadcast, lanes: int) -> Carry:
     """Make the state of an empty round."""
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     client = method.start.begin(method.task, broadcast, None, none)
-    update = Update(broadcast.trainable, zero, zero, none, method.exchange.nothing(broadcast))
+    update = Update(broadcast.trainable, zero, zero, none)
     context = RoundContext(none, jax.random.key(0), method.task.hyper)
-    total = jax.eval_shape(functools.partial(contribution, method.aggregator), context, broadcast, update)
+    total = jax.eval_shape(functools.partial(contribution, method), context, broadcast, update)
     zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), total)
 
     def in_lanes(x: jax.Array) -> jax.Array:
@@ -224,28 +249,69 @@ def lane_step(
     state = tree.where(row.step == 0, method.start.begin(task, broadcast, memory, context.number), lane.client)
     client_key = jax.random.fold_in(context.key, row.client)
     mask_B = jnp.arange(row.examples.shape[-1]) < row.real
-    batch = Batch(pool_NxHxWxC[row.examples], mask_B, jax.random.fold_in(client_key, row.step))
-    state, loss = client_step(task, state, broadcast, *batch)
+    key = jax.random.fold_in(client_key, row.step)
+    skipped_L = skipped_layers(task, broadcast, client_key, key)
+    if skipped_L is not None and task.drops_layers == PER_ROUND:
+        broadcast = without_layers(broadcast, skipped_L)
+    state, loss = client_step(task, state, broadcast, pool_NxHxWxC[row.examples], mask_B, key, skipped_L)
     if memory is not None:  # what a client keeps is read from its lane after the call
         state = tree.where(row.busy, state, lane.client)
-    client, weight = jnp.asarray(row.client), jnp.asarray(row.weight)
-    uploaded = method.exchange.upload(task, broadcast, state.trainable, batch, client, weight > 0)
+    weight = jnp.asarray(row.weight)
     real = jnp.where(row.busy, row.real, 0)
     loss = jnp.where(real > 0, loss.astype(jnp.float32) * real.astype(jnp.float32), 0)
     loss = jnp.where(row.step == 0, 0, lane.loss) + loss
     samples = jnp.where(row.step == 0, 0, lane.samples) + real
     own_context = context._replace(key=jax.random.fold_in(client_key, seeds.ClientTag.CONTRIBUTION))
-    update = Update(state.trainable, weight, loss, samples, uploaded)
-    added = contribution(method.aggregator, own_context, broadcast, update)
+    update = Update(state.trainable, weight, loss, samples)
+    added = contribution(method, own_context, broadcast, update)
     # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
     finished, good = weight > 0, is_finite(added)
     total = tree.where(finished & good, jax.tree.map(jnp.add, lane.total, added), lane.total)
     left_out = lane.left_out + (finished & ~good).astype(jnp.int32)
-    layers = sum(count for count, _ in routes(task, broadcast, batch.key))
+    layers = sum(count for count, _ in routes(broadcast, skipped_L))
     return Carry(state, loss, samples, total, left_out, lane.layers + jnp.where(row.busy, layers, 0))
 
 
-def over_lanes(f: Callable[..., Carry], vmap_on_cpu: bool, *lanes: Tree) -> Carry:
+def embed_row(method: Method, trainable: Tree, broadcast: Broadcast, work: Work, context: RoundContext) -> jax.Array:
+    """Embed images of the clients that lanes have finished, by the schedule's row ``work.first``.
+
+    Args:
+      method: static.
+      trainable: of the clients, with a leading lane axis.
+      broadcast, context: of the round.
+      work: images and rows (``pack_embeddings``).
+
+    Returns:
+      Embeddings WxBxO, of which those of real images count.
+    """
+
+    def on_device(trainable: Tree, broadcast: Broadcast, work: Work, context: RoundContext) -> jax.Array:
+        task = method.task._replace(hyper=context.hyper)
+        images, row = work.images_GxNxHxWxC, jax.tree.map(lambda x: x[work.first], work.schedule)
+
+        def in_lane(trained: Tree, row: Schedule, pool: jax.Array) -> jax.Array:
+            client_key = jax.random.fold_in(context.key, row.client)
+            key = jax.random.fold_in(client_key, row.step)
+            skipped_L = skipped_layers(task, broadcast, client_key, key)
+            mask_B = jnp.arange(row.examples.shape[-1]) < row.real
+            of_client = routes(broadcast, skipped_L if task.drops_layers == PER_ROUND else None)
+            return embed_images(task, broadcast, trained, pool[row.examples], mask_B, key, of_client)
+
+        if len(images) == 1:
+            return over_lanes(lambda trained, row: in_lane(trained, row, images[0]), task.vmap_on_cpu, trainable, row)
+        return over_lanes(in_lane, task.vmap_on_cpu, trainable, row, images)
+
+    pool = ALL if len(work.images_GxNxHxWxC) == 1 else BY_LANE
+    return jax.shard_map(
+        on_device,
+        mesh=method.mesh,
+        in_specs=(BY_LANE, ALL, Work._make((pool, SCHEDULE_BY_LANE, ALL, ALL)), ALL),
+        out_specs=BY_LANE,
+        check_vma=False,
+    )(trainable, broadcast, work, context)
+
+
+def over_lanes(f: Callable[..., Tree], vmap_on_cpu: bool, *lanes: Tree) -> Tree:
     """Apply ``f`` to every lane of this device: by ``vmap``, except on a CPU, where lanes run one after the other.
 
     On a CPU, a product with different weights for every lane is slower than one product per lane.
@@ -267,25 +333,23 @@ class RoundEnd(NamedTuple):
       measured: ``loss``, the mean over samples; ``client_distance``, the clients' weighted root mean squared distance
         from their mean; ``left_out``, how many clients are in neither because their updates are not finite;
         ``layers``, run in all steps; and ``aggregator``, what the aggregator measured.
-      exchange: the state of the method's additional exchange.
     """
 
     state: Tree
     trainable: Tree
     measured: dict[str, Tree]
-    exchange: Tree
 
 
 def finish_round(method: Method, context: RoundContext, state: Tree, broadcast: Broadcast, carry: Carry) -> RoundEnd:
     """Finish the round on the server."""
     total = jax.tree.map(lambda x: x.sum(0), carry.total)
     examples = jnp.maximum(total.examples, 1)
-    mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), total.weighted)
+    mean, everyone = mean_of(total, broadcast, examples)
     context = context._replace(key=jax.random.fold_in(context.key, seeds.RoundTag.FINISH))
     state, trainable, found = method.aggregator.finish(context, state, broadcast, mean, total.summed)
     chex.assert_trees_all_equal_shapes_and_dtypes(trainable, broadcast.trainable)
     # The variance by its first two moments, both around the weights that were sent, near which all clients are.
-    variance = total.squares / examples - squared_distance(mean, broadcast.trainable)
+    variance = total.squares / examples - squared_distance(everyone, broadcast.trainable)
     measured = {
         "loss": total.loss / jnp.maximum(total.samples, 1).astype(total.loss.dtype),
         "client_distance": jnp.sqrt(jnp.maximum(variance, 0)),
@@ -293,4 +357,4 @@ def finish_round(method: Method, context: RoundContext, state: Tree, broadcast: 
         "layers": carry.layers.sum(),
         "aggregator": found,
     }
-    return RoundEnd(state, trainable, measured, method.exchange.finish(total.uploaded))
+    return RoundEnd(state, trainable, measured)

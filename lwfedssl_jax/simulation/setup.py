@@ -168,11 +168,11 @@ def hear_short_batches(config: Config, sizes_N: np.ndarray, fewest: int, hear: H
     if none := int((few & (sizes_N > 0)).sum()):
         hear(Note(f"{none} of {len(sizes_N)} clients have fewer than {fewest} images, and do not train"))
     rest = sizes_N % batch_size
-    if short := int(((0 < rest) & (rest < fewest) & ~few).sum()):
-        hear(Note(
-            f"{short} of {len(sizes_N)} clients leave out the last batch of an epoch, which has fewer than {fewest} images "
-            f"(optimizer.batch_size {batch_size}); each epoch leaves out other images"
-        ))  # fmt: skip
+    if short := int(((rest > 0) & (rest < fewest) & ~few).sum()):
+        text = (
+            f"{short} of {len(sizes_N)} clients leave out the last batch of each epoch, of fewer than {fewest} images"
+        )
+        hear(Note(f"{text} (optimizer.batch_size {batch_size}); each epoch leaves out other images"))
 
 
 def check_server_images(config: Config, size: int, limit: int) -> None:
@@ -192,11 +192,11 @@ def check_server_images(config: Config, size: int, limit: int) -> None:
 def can_stack(config: Config) -> bool:
     """Return whether runs of a config can be stacked.
 
-    The server does not train, clients do not keep models, and all runs have the same stages.
+    The server does not train, clients do not keep models or upload embeddings, and all runs have the same stages.
     """
-    server_trains = config.additions.calibration_steps or config.additions.base_steps
+    more = config.additions.calibration_steps or config.additions.base_steps or config.additions.dictionary
     same_stages = config.strategy.pacing == "fixed"
-    return not server_trains and same_stages and config.federation.client_start == "global" and jax.process_count() == 1
+    return not more and same_stages and config.federation.client_start == "global" and jax.process_count() == 1
 
 
 def stack_size(config: Config) -> int:

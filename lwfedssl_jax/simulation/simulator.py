@@ -15,6 +15,7 @@ from lwfedssl_jax.method.pacing import end_stage, loss_fall
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
+from lwfedssl_jax.simulation.dictionary import Dictionary
 from lwfedssl_jax.simulation.events import Hear, StepsDone, ignore
 from lwfedssl_jax.simulation.feed import Feed, resident, streamed
 from lwfedssl_jax.simulation.lanes import placer
@@ -154,8 +155,8 @@ class Simulator:
         params, states = self.stack.gather([params for params, _ in resumed]), [state for _, state in resumed]
         if (first := states[0]) is None:
             return params, None
-        server, exchange = self.stack.gather([(state.server, state.exchange) for state in states if state])
-        return params, RoundState(server, first.clients, exchange)
+        server = self.stack.gather([state.server for state in states if state])
+        return params, RoundState(server, first.clients, first.exchange)
 
     def run_rounds(self, stage: Stage, params: Tree, state: RoundState | None, number: int) -> RoundResult:
         """Run one round of each run: draw the cohort, train the clients that report, aggregate their parameters.
@@ -173,27 +174,39 @@ class Simulator:
         extras = self._extras  # before the clock starts: the base model's training is not part of a round
         began, program = time.monotonic(), self.program(stage)
         drawn = [cohort.draw_cohort(run, number) for run in self.runs]
-        pairs = zip(self.runs, drawn, strict=True)
-        extras = extras | self.stack.gather([run.exchange.for_cohort(clients.drawn) for run, clients in pairs])
         broadcast, carry, state = self._begin(program, stage, params, state, extras)
         per_run = list(zip(self.runs, self._traffic, drawn, strict=True))
-        lines = [dict[str, Any](empty_line(run, stage, number, traffic, clients)) for run, traffic, clients in per_run]
+        lines = [
+            dict[str, Any](empty_line(run, stage, number, traffic, clients, state.exchange))
+            for run, traffic, clients in per_run
+        ]
         works = [cohort.pack_cohort(run, clients.reporting, number) for run, _, clients in per_run]
         if any(works):
             context = self._context(number)
+
+            clients = state.clients
+            dictionary = Dictionary(self.run, drawn[0].drawn, number) if self.run.exchange.embeddings else None
 
             def steps(carry: Carry, memory: Tree, work: Work) -> Carry:
                 after: Carry = program.steps(carry, broadcast, memory, work, context)
                 return after
 
-            carry = self._train(steps, carry, state.clients, works, number)
+            def keep(carry: Carry, schedule: Schedule) -> None:
+                if self.run.keeps_clients:
+                    remember(clients, carry, schedule, stage)
+                if dictionary:
+                    dictionary.add(program, self._feed, carry, broadcast, schedule, context)
+
+            carry = self._train(steps, keep, carry, clients, works, number)
             before = Before(params, self.stack.place(stage.rows), state.server)
             after = program.finish(before, broadcast, carry, context)
-            params, state = after.params, state._replace(server=after.state, exchange=after.exchange)
+            params, state = after.params, state._replace(server=after.state)
             for i, work in enumerate(works):
                 if work:
                     measured = jax.device_get(self.stack.select(i, after.measured))
                     lines[i] |= trained_fields(self.runs[i], stage, work, drawn[i], measured)
+            if dictionary and lines[0]["left_out"] < lines[0]["clients"]:
+                state = state._replace(exchange=dictionary.state)
             if self._server.calibrates and lines[0]["left_out"] < lines[0]["clients"]:
                 calibrated, lines[0]["calibration_loss"] = self._server.after_round(stage, params, number)
                 params = self.stack.place(from_first(calibrated))
@@ -221,9 +234,9 @@ class Simulator:
         extras: Tree,
     ) -> tuple[Broadcast, Carry, RoundState]:
         """The round's broadcast, the empty round, and the state, of which this round may change ``clients``."""
-        exchange = state.exchange if state else self.stack.gather([run.exchange.start() for run in self.runs])
+        exchange = state.exchange if state else self.run.exchange.start()
         rows, depths = self.stack.place(stage.rows), self.stack.place(stage.depths)
-        broadcast, carry = program.start(params, rows, depths, extras | exchange)
+        broadcast, carry = program.start(params, rows, depths, extras | self.stack.place(exchange))
         if state:
             return broadcast, carry, state._replace(clients=dict(state.clients))
         server = self.stack.vmap(self.run.aggregator.init, (BROADCAST_BY_RUN,))(broadcast)
@@ -237,12 +250,13 @@ class Simulator:
     def _train(
         self,
         run_steps: Callable[[Carry, Tree, Work], Carry],
+        keep: Callable[[Carry, Schedule], None],
         carry: Carry,
         clients: Memories,
         works: Sequence[PackedRound | None],
         number: int,
     ) -> Carry:
-        """Run the round's local training, call by call; store in ``clients`` what clients keep of it."""
+        """Run the round's local training, call by call, and ``keep`` after each; ``clients``: what these have kept."""
         put_schedule = placer(self.run.mesh, self.stack.spec(SCHEDULE_BY_LANE))
         total, done = max(work.length for work in works if work), 0
         calls = self._feed.serve(self._calls(works))
@@ -267,8 +281,7 @@ class Simulator:
                     self._call_steps = max(1, int(count * SECONDS_PER_CALL / (time.monotonic() - asked)))
                 self._hear(StepsDone(number, done, total))
                 self._between_calls()
-            if self.run.keeps_clients:
-                remember(clients, carry, host_schedule, self.run.stages[0])
+            keep(carry, host_schedule)
         return carry
 
     def _calls(self, works: Sequence[PackedRound | None]) -> Iterator[tuple[Schedule, int]]:

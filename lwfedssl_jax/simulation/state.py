@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from lwfedssl_jax.costs.traffic import Traffic
+from lwfedssl_jax.method.depth_dropout import held_layers
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation import cohort
 from lwfedssl_jax.simulation.memories import Memories
@@ -22,7 +23,7 @@ class RoundState(NamedTuple):
     Attributes:
       server: the aggregator's state.
       clients: what clients keep, by their number.
-      exchange: the state of the method's additional exchange, a dict.
+      exchange: the state of the method's additional exchange, a dict on the host.
     """
 
     server: Tree
@@ -61,7 +62,8 @@ def count_traffic(run: Prepared, traffic: Traffic, rounds: int) -> None:
     """Update ``traffic`` with the clients that were drawn in the first ``rounds`` rounds."""
     for stage in run.stages:
         for number in range(stage.first_round + 1, min(stage.last_round, rounds) + 1):
-            traffic.download(stage, cohort.draw_cohort(run, number).drawn)
+            drawn = cohort.draw_cohort(run, number).drawn
+            traffic.download(stage, drawn, held_layers(run.config, stage, number, drawn))
 
 
 def stage_within(run: Prepared, rounds: int) -> Stage | None:

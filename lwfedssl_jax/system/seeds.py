@@ -55,6 +55,7 @@ class ClientTag(enum.IntEnum):
     """Uses of the key of a client in a round, in addition to its steps, which take the numbers from 0."""
 
     CONTRIBUTION = 2**32 - 3
+    DEPTH_DROPOUT = 2**32 - 5
 
 
 @enum.unique
@@ -62,6 +63,7 @@ class StepTag(enum.IntEnum):
     """Uses of the key of a client's step, in addition to its samples, which take 0 to B - 1."""
 
     PUBLIC_IMAGES = 2**32 - 2
+    HIDDEN_PATCHES = 2**32 - 6
     DEPTH_DROPOUT = 2**32 - 1
 
 
@@ -159,7 +161,7 @@ def permuted(keys: np.ndarray, position: np.ndarray, size: int) -> np.ndarray:
         return np.take_along_axis(orders, position, axis=1)
     bits = (int(size) - 1).bit_length()
     halves = np.uint32(bits // 2), np.uint32(bits - bits // 2)  # in odd rounds, the low one is the wider
-    round_keys = [_absorb(keys, np.uint64(i)).astype(np.uint32) for i in range(FEISTEL_ROUNDS)]
+    round_keys = [_absorb(keys, np.array(i, np.uint64)).astype(np.uint32) for i in range(FEISTEL_ROUNDS)]
 
     def once(round_keys: list[np.ndarray], number: np.ndarray) -> np.ndarray:
         for i, key in enumerate(round_keys):

@@ -91,8 +91,8 @@ def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Co
     assert [(line["round"], line["stage"]) for line in rounds] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)]
     for line in rounds:
         assert set(line) == {
-            "round", "stage", "loss", "client_distance", "clients", "dropped", "left_out", "cannot_afford", "examples_left_out",
-            "examples", "steps",
+            "round", "stage", "loss", "client_distance", "clients", "dropped", "left_out", "cannot_afford",
+            "examples", "examples_left_out", "steps",
             "download_bytes", "upload_bytes", "seconds", "lane_utilisation",
         }  # fmt: skip
         assert line["clients"] == 3

@@ -14,8 +14,16 @@ from rounds import fast_round, float64, max_difference, parts, prepare
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import override
 from lwfedssl_jax.costs import ledger, operations
+from lwfedssl_jax.costs.operations import held_part, stage_parts
+from lwfedssl_jax.costs.traffic import make_traffic
 from lwfedssl_jax.method.client import client_init, client_step
-from lwfedssl_jax.method.depth_dropout import kept_layers
+from lwfedssl_jax.method.depth_dropout import (
+    held_layers,
+    kept_layers,
+    skipped_by_round,
+    skipped_by_step,
+    skipped_layers,
+)
 from lwfedssl_jax.method.stages import Stage, freeze
 from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import cohort, setup
@@ -32,8 +40,10 @@ def two_steps(run: setup.Prepared, stage: Stage, params: tree.Tree | None = None
     @jax.jit
     def train(sent: Any) -> Any:
         state = client_init(run.task, sent.trainable)
-        for i in range(2):
-            state, loss = client_step(run.task, state, sent, images, mask, jax.random.key(i))
+        for key in map(jax.random.key, range(2)):
+            state, loss = client_step(
+                run.task, state, sent, images, mask, key, skipped_layers(run.task, sent, key, key)
+            )
         return state.trainable, loss
 
     return jax.device_get(train(sent))
@@ -49,7 +59,7 @@ def weighted(run: setup.Prepared, *terms: tuple[Any, float]) -> setup.Prepared:
 
 
 def dropping(run: setup.Prepared, rate: float) -> setup.Prepared:
-    return with_task(run, drops_layers=True, hyper=run.task.hyper._replace(depth_dropout=rate))
+    return with_task(run, drops_layers="step", hyper=run.task.hyper._replace(depth_dropout=rate))
 
 
 def test_terms_of_zero_weight_change_nothing_bit_for_bit() -> None:
@@ -99,7 +109,7 @@ def test_depth_dropout_at_rate_0_changes_nothing_and_at_rate_1_skips_exactly_the
 
 def test_layers_are_skipped_at_the_asked_rate_and_only_where_allowed() -> None:
     def draw(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return kept_layers(jax.random.key(i), 0.3, droppable=4, first=1, depth=5, layers=8)
+        return kept_layers(skipped_by_step(jax.random.key(i), 0.3, 4, layers=8), first=1, depth=5)
 
     order, count = jax.vmap(draw)(jnp.arange(4000))
     runs = np.zeros((4000, 8), bool)
@@ -110,6 +120,86 @@ def test_layers_are_skipped_at_the_asked_rate_and_only_where_allowed() -> None:
     assert runs[:, 3:5].all()  # layers 5 and 6 of the encoder: not among its first four
     assert not runs[:, 5:].any()
     np.testing.assert_allclose(runs[:, :3].mean(axis=0), 0.7, atol=0.03)
+
+
+def test_a_round_skips_as_many_layers_as_a_device_can_count_on() -> None:
+    skipped = np.asarray(
+        jax.vmap(lambda key: skipped_by_round(key, 0.3, 5, 8))(jax.random.split(jax.random.key(0), 4000))
+    )
+    assert set(skipped.sum(axis=1)) == {1, 2}  # 0.3 of 5
+    np.testing.assert_allclose(skipped[:, :5].mean(axis=0), 0.3, atol=0.03)
+    assert not skipped[:, 5:].any()
+
+
+ROUND = {"additions__depth_dropout": 0.5, "additions__depth_dropout_per": "round"}
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "progressive"])
+def test_skipped_layers_are_neither_fetched_nor_held_nor_sent(strategy: str) -> None:
+    """By the drawn layers of each client, in the ledger, a round's line and the peak memory."""
+    config = small_config(strategy__name=strategy, model__depth=5, federation__rounds=5, **ROUND)
+    all_layers, without = (
+        ledger.make_ledger(override(config, {"additions.depth_dropout": rate}), known_traces()) for rate in (0.0, 1.0)
+    )
+    half = ledger.make_ledger(config, known_traces())
+    block = 4 * tree.size(setup.initial_params(prepare(config))["encoder"]["blocks"]) // 5
+    for stage, (a, b, c) in enumerate(zip(*(x["per_stage"] for x in (all_layers, half, without)), strict=True)):
+        for key in ("download_bytes", "upload_bytes"):
+            assert a[key] - c[key] == (stage * block if strategy == "progressive" else 0)
+            assert b[key] == pytest.approx((a[key] + c[key]) / 2, abs=1)
+    worst = all_layers["worst_case_total_bytes"] - without["worst_case_total_bytes"]
+    assert worst == (1 + (strategy == "progressive")) * block * sum(range(5))
+
+    run = prepare(config)
+    stage = run.stages[4]
+    held = held_layers(config, stage, 7, [0, 1, 2, 3])
+    assert held is not None
+    assert (~held).sum(axis=1).tolist() == [2] * 4  # half of 4
+    assert len({row.tobytes() for row in held}) > 1
+    line = fast_round(run, stage, setup.initial_params(run), 7)[1]
+    plain = fast_round(
+        prepare(override(config, {"additions.depth_dropout": 0.0})), stage, setup.initial_params(run), 7
+    )[1]
+    assert line["layers_skipped"] == 0.5
+    assert plain["download_bytes"] - line["download_bytes"] == 4 * 2 * block  # nobody had the frozen ones before
+    assert plain["upload_bytes"] - line["upload_bytes"] == (4 * 2 * block if strategy == "progressive" else 0)
+
+
+def test_a_client_fetches_a_frozen_layer_when_it_first_has_it() -> None:
+    config = small_config(model__depth=5, federation__rounds=5, **ROUND)
+    run = prepare(config)
+    params = setup.initial_params(run)
+    traffic = make_traffic(config, params, run.layers, 2)
+    block = 4 * tree.size(params["encoder"]["blocks"]) // 5
+    embedding, stage = 4 * tree.size(params["encoder"]["embedding"]), run.stages[4]
+    own = traffic.exchanged(stage)
+    held = np.array([[1, 0, 1, 0, 1]], bool)
+    assert traffic.download(stage, [0], held) == own + embedding + 2 * block
+    assert traffic.download(stage, [0], held) == own
+    assert traffic.download(stage, [0], ~held | [0, 0, 0, 0, 1]) == own + 2 * block
+    assert traffic.download(stage, [0, 1]) == 2 * own + embedding + 4 * block
+    assert traffic.upload(stage, [0, 1], np.repeat(held, 2, 0)) == 2 * own
+    with_all = traffic.download(run.stages[3], [1])  # layer 4 is trained again: not final
+    assert with_all == traffic.exchanged(run.stages[3])
+    assert traffic.download(stage, [1]) == own + block
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "progressive"])
+def test_peak_memory_is_of_the_layers_that_a_client_holds_at_most(strategy: str) -> None:
+    config = small_config(strategy__name=strategy, model__depth=5, federation__rounds=5, **ROUND)
+    part = stage_parts(config)[4]
+    held, every = held_part(config, part), held_part(override(config, {"additions.depth_dropout_per": "step"}), part)
+    assert every == part
+    rows = {name: [tree["encoder"]["blocks"]["fc1"]["bias"] for tree in (of.trainable, of.frozen)]
+            for name, of in (("held", held), ("all", part))}  # fmt: skip
+    shapes = {name: [x and x.shape[0] for x in both] for name, both in rows.items()}
+    expected = {"layerwise": ([1, 4], [1, 2]), "progressive": ([5, None], [3, None])}[strategy]
+    assert (shapes["all"], shapes["held"]) == expected
+    by_round, by_step = (
+        ledger.ledgers_of({"it": override(config, {"additions.depth_dropout_per": per})}, memory=True, known={})["it"]
+        for per in ("round", "step")
+    )
+    assert by_round["peak_memory_bytes"] < by_step["peak_memory_bytes"]
 
 
 def test_depth_dropout_is_priced_as_expected_and_measured() -> None:

@@ -196,7 +196,7 @@ def test_clients_begin_from_their_own_model_as_the_authors_code_has_it(
             m = run.config.objective.momentum  # the target follows what the client began with
             steps = -(-sizes[c] // 4) * run.config.federation.local_epochs
             online = {k: expected[k] for k in target}
-            followed = jax.tree.map(lambda t, o, n=steps: o + m**n * (t - o), target, online)
+            followed = jax.tree.map(lambda t, o, by=m**steps: o + by * (t - o), target, online)
             chex.assert_trees_all_close(after_round.clients[c].target, followed, rtol=0, atol=1e-5)
             assert after_round.clients[c].moved == pytest.approx(0, abs=1e-6)
         if number == 2:

@@ -87,7 +87,7 @@ def test_depth_may_be_traced_and_idle_rows_get_no_gradient(remat: bool) -> None:
     def plain_loss(p: tree.Tree) -> jax.Array:
         x = IMAGES
         block = Block(CONFIG.heads, jnp.float32, jnp.float32)
-        x = Embedding(4, 12, jnp.float32, jnp.float32).apply({"params": p["embedding"]}, x)
+        x = Embedding(4, 12, jnp.float32, jnp.float32, 4).apply({"params": p["embedding"]}, x)
         for i in range(2):
             x = block.apply({"params": jax.tree.map(lambda v, i=i: v[i], p["blocks"])}, x)
         return (LayerNorm(jnp.float32).apply({"params": p["norm"]}, x).mean(axis=1) ** 2).sum()

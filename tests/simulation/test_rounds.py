@@ -35,6 +35,7 @@ def cache() -> setup.Cache:
 
 ADDED: dict[str, Any] = {"additions__terms": ("proximal=0.3", "alignment=0.7")}
 DROPPED = {"additions__depth_dropout": 0.5}
+DROPPED_BY_ROUND = {"additions__depth_dropout": 0.75, "additions__depth_dropout_per": "round"}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ DROPPED = {"additions__depth_dropout": 0.5}
     + [
         ("layerwise", "mocov3", ADDED | DROPPED),
         ("progressive", "mocov3", DROPPED),
+        ("layerwise", "simclr", DROPPED_BY_ROUND),
+        ("progressive", "simclr", DROPPED_BY_ROUND),
     ],
 )
 def test_equals_naive_round(

@@ -93,7 +93,9 @@ def test_clients_with_too_little_data_never_take_part_and_a_note_counts_them(kin
 
 
 def test_data_of_which_no_client_has_enough_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"partition.clients: none of 60 clients has the 2 images that objective.name"):
+    with pytest.raises(
+        ConfigError, match=r"partition.clients: none of 60 clients has the 2 images that objective.name"
+    ):
         setup.prepare(small_config(partition__clients=60))
 
 

@@ -25,7 +25,9 @@ def test_no_tag_of_numpys_is_0() -> None:
 
 def test_streams_of_numpy_never_alias() -> None:
     """Plain seed sequences do: ``[s]`` is ``[s, 0]`` is ``[s, 0, 0]``, and a large seed is several numbers."""
-    uses = [(seed, tag, *path) for seed in (0, 1, 2**32 - 1) for tag in seeds.RngTag for path in ((), (0,), (0, 0), (1,))]
+    uses = [
+        (seed, tag, *path) for seed in (0, 1, 2**32 - 1) for tag in seeds.RngTag for path in ((), (0,), (0, 0), (1,))
+    ]
     drawn = {tuple(seeds.rng(*use).integers(2**63, size=2)) for use in uses}
     hashed = {int(seeds.hashes(*use)) for use in uses}
     assert len(drawn) == len(hashed) == len(uses)
