@@ -98,10 +98,10 @@ class ObjectiveConfig:
     """Options that an objective has of its own, each as NAME=VALUE; vicreg: invariance, variance, covariance; mae:
     mask_ratio, normalised_pixels, decoder_depth, decoder_width, decoder_heads."""
     temperature: Positive = 0.05
-    """Softmax temperature of simclr and mocov3; byol does not use it."""
+    """Softmax temperature of simclr and mocov3; the others do not use it."""
     momentum: Fraction = 0.99
-    """Momentum m of the target branch of byol and mocov3, target = m * target + (1 - m) * online; simclr does not use
-    it."""
+    """Momentum m of the target branch of byol and mocov3, target = m * target + (1 - m) * online; the others have
+    none."""
     hidden_dim: Size = 512
     """Hidden width of the heads."""
     output_dim: Size = 256
