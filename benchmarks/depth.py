@@ -1,10 +1,10 @@
 """Where does depth pay? Encoders of 1, 2 and 4 layers trained end to end, and layer by layer, for as many rounds.
 
-Sizes and data are those of pacing.py, with other patch sizes and objectives. Where one layer is as good as four, a data set
-cannot tell the strategies apart.
+Sizes and data are those of pacing.py, with other patch sizes and objectives. Where one layer is as good as four, a data
+set cannot tell the strategies apart.
 
     python benchmarks/depth.py                              # about 40 minutes on 2 cores
-    python benchmarks/depth.py --only "pictures, patch 8"   # the other settings are taken from the results that are there
+    python benchmarks/depth.py --only "pictures, patch 8"   # the others are taken from the results that are there
 """
 
 import json
@@ -62,7 +62,8 @@ def measure(setting: str, seeds: int, folder: str) -> list[dict[str, Any]]:
         configs = [make_config(data, folder, changes | of_encoder | {"runtime.seed": seed}) for seed in range(seeds)]
         outcomes = [run(config, folder, cache) for config in configs]
         scores = {name: [o.accuracies[name] for o in outcomes] for name in outcomes[0].accuracies}
-        rows.append({"setting": setting, "encoder": encoder, "seeds": seeds, "MiB": mebibytes(configs[0])} | percent(scores))
+        about = {"setting": setting, "encoder": encoder, "seeds": seeds, "MiB": mebibytes(configs[0])}
+        rows.append(about | percent(scores))
         print(rows[-1], flush=True)
     return rows
 

@@ -1,6 +1,7 @@
 """Lane utilisation and seconds of a round with unequal clients: queues, against padding all to the longest.
 
-256 clients of log-normal sizes (sigma 1, median 64), batch 32; a small ViT keeps the round short.
+256 clients of log-normal sizes (sigma 1, median 64), batch 32; a small ViT keeps the round short. Then the host's part:
+microseconds to pack a client of 64 images, against a random generator and a permutation for each client alone.
 """
 
 from typing import Any
@@ -66,6 +67,46 @@ def main() -> None:
         for name, values in seconds.items()
     ]
     common.publish("packing", f"{options.clients} clients, sizes log-normal (sigma 1)", rows)
+    host_part(options.repeats)
+
+
+def host_part(repeats: int, clients: int = 20_000, images: int = 64) -> None:
+    """Pack a round of equal clients, each with one batch and one epoch."""
+    import numpy as np
+
+    from lwfedssl_jax.config import PartitionConfig
+    from lwfedssl_jax.data.partition import Population, shared
+    from lwfedssl_jax.simulation.packing import Draw, Layout, pack_round
+
+    order = np.random.default_rng(0).permutation(clients * images)
+    disjoint = Population.disjoint(order, np.full(clients, images))
+    drawn = shared(PartitionConfig(kind="shared", clients=clients, examples_per_client=images), np.zeros(50_000), 0)
+
+    def pack(population: Population, lanes: int) -> Any:
+        layout = Layout(lanes, batch_size=images, fewest=2, epochs=1, call_steps=32)
+        return lambda: [len(call) for call, _ in pack_round(range(clients), population, layout, Draw(0, 1)).calls]
+
+    def generators() -> None:
+        for client in range(clients):
+            np.random.default_rng([0, 1, client]).permutation(images)
+
+    rival = "a generator and a permutation per client"
+    sides = {
+        "packed, 64 lanes": pack(disjoint, 64),
+        "packed, 10 lanes": pack(disjoint, 10),
+        "packed, 64 lanes, partition shared": pack(drawn, 64),
+        rival: generators,
+    }
+    seconds = common.interleave(sides, repeats)
+    rows = [
+        {
+            "side": name,
+            "us per client": 1e6 * sorted(values)[repeats // 2] / clients,
+            "against generators": common.ratio(values, seconds[rival]),
+        }
+        for name, values in seconds.items()
+    ]
+    common.publish("packing_host", f"{clients} clients of {images} images on the host", rows)
 
 
 if __name__ == "__main__":

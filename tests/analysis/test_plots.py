@@ -93,7 +93,7 @@ def test_distance_leaves_out_rounds_without_any(figures: list[Any], tmp_path: Pa
 
 def test_partitions_show_shares_on_one_scale(figures: list[Any], tmp_path: Path) -> None:
     labels = np.arange(200) % 4
-    skewed = PartitionConfig(kind="dirichlet", beta=0.05, clients=6, allow_empty=True)
+    skewed = PartitionConfig(kind="dirichlet", beta=0.01, clients=8, allow_empty=True)
     populations = {"skewed": partition(skewed, labels, 1), "iid": partition(PartitionConfig(clients=5), labels, 0)}
     run_plots.plot_partitions(labels, populations, tmp_path / "partitions.png")
     sizes, below = figures[0].axes[:2], figures[0].axes[2:4]

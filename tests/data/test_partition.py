@@ -11,6 +11,7 @@ from conftest import small_config
 from lwfedssl_jax.config import ConfigError, PartitionConfig
 from lwfedssl_jax.data.partition import PARTITIONS, partition, server_examples
 from lwfedssl_jax.method.checks import check_method
+from lwfedssl_jax.simulation import cohort, setup
 
 LABELS = np.arange(1000) % 10
 
@@ -240,3 +241,23 @@ def test_bad_server_share(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         partition(PartitionConfig(**changes), LABELS, seed=0)
     assert str(error.value).startswith(message)
+
+
+def test_partition_initial_weights_and_training_are_seeded_apart() -> None:
+    """``runtime.seed`` seeds what has no seed of its own."""
+
+    def made(**changes: int) -> tuple[bytes, bytes, bytes]:
+        run = setup.prepare(small_config(**{f"runtime__{name}": seed for name, seed in changes.items()}))
+        clients = np.concatenate([np.sort(run.clients[i]) for i in range(len(run.clients))])
+        weights = np.asarray(setup.initial_params(run)["encoder"]["blocks"]["fc1"]["kernel"])
+        work = cohort.pack_cohort(run, [0], 1)
+        assert work
+        return clients.tobytes(), weights.tobytes(), next(work.calls)[0].examples.tobytes()
+
+    zero, one = made(seed=0), made(seed=1)
+    assert all(a != b for a, b in zip(zero, one, strict=True))
+    mixed = made(seed=1, partition_seed=0, init_seed=0)
+    assert mixed[:2] == zero[:2]
+    assert mixed[2] != zero[2]
+    assert made(seed=1, partition_seed=1, init_seed=1) == one
+    assert made(seed=0, init_seed=1)[:2] == (zero[0], one[1])

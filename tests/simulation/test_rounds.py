@@ -46,6 +46,10 @@ DROPPED_BY_ROUND = {"additions__depth_dropout": 0.75, "additions__depth_dropout_
         ("progressive", "mocov3", DROPPED),
         ("layerwise", "simclr", DROPPED_BY_ROUND),
         ("progressive", "simclr", DROPPED_BY_ROUND),
+        ("layerwise", "mae", {}),
+        ("progressive", "mae", {}),
+        ("end_to_end", "vicreg", {}),
+        ("layerwise", "vicreg", {}),
     ],
 )
 def test_equals_naive_round(
