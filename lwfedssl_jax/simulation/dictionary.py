@@ -29,7 +29,8 @@ class Dictionary:
 
     def __init__(self, run: Prepared, drawn: list[int], number: int) -> None:
         self._run, self._number = run, number
-        self._slot = {client: place * run.exchange.embeddings for place, client in enumerate(drawn)}
+        most = run.exchange.embeddings
+        self._slots = {client: range(place * most, (place + 1) * most) for place, client in enumerate(drawn)}
         self.state: Tree = run.exchange.start()
 
     def add(
@@ -68,7 +69,7 @@ class Dictionary:
 
     def _store(self, client: int, embeddings: np.ndarray) -> None:
         if np.isfinite(embeddings).all():
-            first = self._slot[client]
-            self.state["dictionary"][first : first + len(embeddings)] = embeddings
-            self.state["filled"][first : first + len(embeddings)] = True
-            self._slot[client] += len(embeddings)
+            free = self._slots[client]
+            used, self._slots[client] = free[: len(embeddings)], free[len(embeddings) :]
+            self.state["dictionary"][used] = embeddings[: len(used)]
+            self.state["filled"][used] = True

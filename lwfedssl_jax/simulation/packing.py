@@ -226,7 +226,8 @@ def pack_embeddings(
 ) -> Iterator[tuple[Schedule, int]]:
     """Generate the calls in which clients embed images after their last step, each with the number of its rows.
 
-    A client's are the first ``most`` images of one more epoch; their rows have the numbers of further steps.
+    A client's are the first ``most`` images of one more epoch, in whole batches; their rows have the numbers of further
+    steps.
 
     Args:
       client_W: each lane's client, or None.
@@ -236,20 +237,18 @@ def pack_embeddings(
     used = [w for w, client in enumerate(client_W) if client is not None]
     clients = np.array([client for client in client_W if client is not None])
     every = make_queue(clients, population.sizes[clients].astype(np.int64), layout._replace(epochs=1))
-    images = np.minimum(every.size, most)
-    rows = np.minimum(every.per_epoch, -(-images // layout.batch_size))
+    rows = np.minimum(every.per_epoch, -(-most // layout.batch_size))
     for first in range(0, int(rows.max()), layout.call_steps):
         schedule = idle_schedule(layout.call_steps, layout.lanes, layout.batch_size)
         count = np.clip(rows - first, 0, layout.call_steps)
         c = np.concatenate([np.arange(n) for n in count])
-        w, client, size, per_epoch, of = (
-            np.repeat(values, count) for values in (used, clients, every.size, every.per_epoch, images)
-        )
+        of = (used, clients, every.size, every.per_epoch)
+        w, client, size, per_epoch = (np.repeat(values, count) for values in of)
         batch, last = c + first, np.full_like(size, layout.epochs)
         schedule.examples[c, w] = batch_examples(
             population, draw, Batches(client, size, last, batch), layout.batch_size
         )
-        schedule.real[c, w] = np.minimum(layout.batch_size, of - batch * layout.batch_size)
+        schedule.real[c, w] = np.minimum(layout.batch_size, size - batch * layout.batch_size)
         schedule.client[c, w] = client
         schedule.step[c, w] = layout.epochs * per_epoch + batch
         schedule.busy[c, w] = True

@@ -16,6 +16,7 @@ from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
+from lwfedssl_jax.simulation.embeddings import embed_row
 from lwfedssl_jax.simulation.events import Compiling, Hear
 from lwfedssl_jax.simulation.feed import Feed
 from lwfedssl_jax.simulation.packing import Schedule, idle_schedule, side_by_side
@@ -26,7 +27,6 @@ from lwfedssl_jax.simulation.rounds import (
     Carry,
     Method,
     Work,
-    embed_row,
     finish_round,
     run_steps,
     start_round,
