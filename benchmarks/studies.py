@@ -316,6 +316,8 @@ def write_page() -> None:
         "",
         "All runs are from one machine. Another processor rounds differently, and over a whole run these differences",
         "grow to the size of a change of seed. On another machine, expect values within the spreads, not equal ones.",
+        "The runs were made before the random streams of a seed changed ([changelog](about/changelog.md)): today a seed",
+        "draws other partitions and batches.",
         "",
         "![accuracy against traffic](results/accuracy_against_traffic.png)",
         "![what a client spends](results/resources.png)",
