@@ -38,10 +38,12 @@ def main() -> None:
         )  # fmt: skip
         run = setup.prepare(config)
         sizes = run.clients.sizes
-        useful = int(np.sum(-(-sizes // 32)))
+        packed = cohort.pack_cohort(run, list(range(options.clients)), 1)
+        assert packed
+        useful = packed.steps
         if padded:  # every client runs the longest one's steps; what is beyond its own is thrown away
             longest = np.full_like(sizes, sizes.max())
-            run = run._replace(clients=Population(longest, lambda i: np.arange(sizes.max()) % 4000))
+            run = run._replace(clients=Population(longest, lambda clients, at: (clients + at) % 4000))
         simulator = Simulator([run])
         params = simulator.stack.place(jax.tree.map(np.asarray, setup.initial_params(run)))
         stage = run.stages[1]
