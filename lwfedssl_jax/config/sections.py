@@ -103,9 +103,9 @@ class ObjectiveConfig:
     """Momentum m of the target branch of byol and mocov3, target = m * target + (1 - m) * online; the others have
     none."""
     hidden_dim: Size = 512
-    """Hidden width of the heads."""
+    """Hidden width of the heads; mae has a decoder in their place."""
     output_dim: Size = 256
-    """Output width of the heads."""
+    """Output width of the heads; mae has a decoder in their place."""
 
 
 @dataclass(frozen=True)

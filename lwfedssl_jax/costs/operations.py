@@ -16,7 +16,7 @@ from lwfedssl_jax.config import MODELS, Config, StrategyConfig, override
 from lwfedssl_jax.method import terms
 from lwfedssl_jax.method.calibration import all_trainable
 from lwfedssl_jax.method.client import client_init, client_step
-from lwfedssl_jax.method.depth_dropout import fewest_skipped
+from lwfedssl_jax.method.depth_dropout import PER_ROUND, fewest_skipped
 from lwfedssl_jax.method.fedca import embed_images, make_exchange
 from lwfedssl_jax.method.pretext import Seen, pretext_of
 from lwfedssl_jax.method.programs import ledger_config
@@ -70,8 +70,9 @@ def split_params(params: Tree, stage: Stage) -> StagePart:
 
 def held_part(config: Config, part: StagePart) -> StagePart:
     """Return the shapes of what a client holds at most: without the layers that depth dropout always takes away."""
-    count = fewest_skipped(config, part.stage)
-    frozen = min(count, part.stage.frozen_depth)
+    count, stage = fewest_skipped(config, part.stage), part.stage
+    droppable = min(stage.trained_before, stage.frozen_depth)  # of the frozen layers
+    frozen, trainable = max(0, count - (stage.trained_before - droppable)), max(0, count - droppable)
 
     def fewer(mask: np.ndarray, x: jax.ShapeDtypeStruct | None, rows: int) -> jax.ShapeDtypeStruct | None:
         return (
@@ -79,7 +80,7 @@ def held_part(config: Config, part: StagePart) -> StagePart:
         )
 
     return part._replace(
-        trainable=jax.tree.map(lambda m, x: fewer(m, x, count - frozen), part.stage.trainable, part.trainable),
+        trainable=jax.tree.map(lambda m, x: fewer(m, x, trainable), part.stage.trainable, part.trainable),
         frozen=jax.tree.map(lambda m, x: fewer(m, x, frozen), part.stage.frozen, part.frozen),
     )
 
@@ -177,10 +178,9 @@ def embedding_operations(config: Config, part: StagePart, known: Known) -> tuple
     """
     if not config.additions.dictionary:
         return 0, 0
-    by_rule, executed = (
-        operations_per_sample(config, part, rule, known) for rule in (paper_forward, executed_embedding)
-    )
-    return by_rule, executed
+    per_round = config.additions.depth_dropout_per == PER_ROUND  # else, all layers embed
+    count_all = operations_per_sample if per_round else count_layers
+    return count_all(config, part, paper_forward, known), count_all(config, part, executed_embedding, known)
 
 
 def paper_forward(config: Config, part: StagePart) -> float:
@@ -214,7 +214,7 @@ def alignment_operations(config: Config, part: StagePart, known: Known) -> float
         for depth in (1, 2)
     )
     one_layer = (second - first) / make_task(config).objective.paper_views
-    return 2 * part.stage.trained_before * one_layer
+    return 2 * (1 - config.additions.depth_dropout) * part.stage.trained_before * one_layer
 
 
 def server_operations(config: Config, part: StagePart, known: Known) -> int:

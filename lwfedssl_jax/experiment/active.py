@@ -130,7 +130,8 @@ class ActiveRun:
     def _on_fleet(self, run: Prepared, cache: Cache) -> Prepared:
         """Return the prepared run with its clients assigned to the devices of its fleet."""
         per_stage = compiled_ledger(self.config, self.hear, cache)["per_stage"]
-        on_devices = fleet.fleet_of_clients(self.config, per_stage, run.clients.sizes)
+        enough = run.clients.sizes >= run.task.objective.fewest
+        on_devices = fleet.fleet_of_clients(self.config, per_stage, np.where(enough, run.clients.sizes, 0))
         self.hear(Note(fleet.fleet_line(fleet.summary(on_devices, run.clients.sizes), len(per_stage))))
         return run._replace(fleet=on_devices)
 

@@ -99,7 +99,8 @@ def ldawa(config: Config) -> Aggregator:
 
     def cosine(sent: jax.Array, trained: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         product = (sent * trained).sum(axes, keepdims=True)
-        norms = jnp.sqrt(jnp.square(sent).sum(axes, keepdims=True) * jnp.square(trained).sum(axes, keepdims=True))
+        of_sent, of_trained = (jnp.sqrt(jnp.square(x).sum(axes, keepdims=True)) for x in (sent, trained))
+        norms = of_sent * of_trained
         return jnp.where(norms > 0, product / jnp.where(norms > 0, norms, 1), 1)
 
     def add(context: RoundContext, broadcast: Broadcast, trained: Tree, examples: jax.Array) -> Tree:

@@ -1,5 +1,7 @@
 """Depth dropout: which layers a step, or a client in a round, runs (Guo et al., 2023)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,9 +109,17 @@ def held_layers(config: Config, stage: Stage, number: int, clients: list[int]) -
     if not additions.depth_dropout or additions.depth_dropout_per != PER_ROUND:
         return None
     key = seeds.key(config.runtime.seed, seeds.KeyTag.ROUND, number)
-    client_keys = jax.vmap(lambda client: jax.random.fold_in(key, client))(np.array(clients, np.uint32))
-    rate = np.float32(additions.depth_dropout)
-    return ~np.asarray(jax.vmap(lambda key: skipped_by_round(key, rate, stage.trained_before, layers))(client_keys))
+    padded = np.zeros(max(config.cohort_size, len(clients)), np.uint32)  # one program for all cohorts
+    padded[: len(clients)] = clients
+    rate, droppable = np.float32(additions.depth_dropout), np.int32(stage.trained_before)
+    return ~np.asarray(_skipped_by_clients(key, padded, rate, droppable, layers))[: len(clients)]
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _skipped_by_clients(
+    key: jax.Array, clients_K: jax.Array, rate: jax.Array, droppable: jax.Array, layers: int
+) -> jax.Array:
+    return jax.vmap(lambda i: skipped_by_round(jax.random.fold_in(key, i), rate, droppable, layers))(clients_K)
 
 
 def fewest_skipped(config: Config, stage: Stage) -> int:

@@ -39,13 +39,14 @@ class Objective(NamedTuple):
     """A self-supervised objective.
 
     Attributes:
-      loss: ``(online_2xBxD, target_2xBxD, mask_B, temperature) -> scalar``, a mean over samples; the options are
+      loss: ``(online_2xBxD, target_2xBxD, mask_B, temperature) -> scalar``, a mean over samples, with the options as
         keyword arguments. If ``hides_patches``: ``(predicted_BxPxF, patches_BxPxF, hidden_BxP, mask_B) -> scalar``.
       has_target: a momentum target branch (encoder and projection head) gives ``target``;
         without one it is the online embeddings themselves.
       has_prediction: the online branch ends in a prediction head.
       paper_views: number of forward passes per sample that the paper's FLOPs rule counts.
-      loss_with_negatives: ``loss`` with additional ``negatives`` for every anchor; None for objectives without any.
+      loss_with_negatives: ``loss`` with additional ``negatives`` for every anchor, as its fifth argument; None for
+        objectives without any.
       fewest: real samples that a batch needs to learn from. Of a single one there is no negative, and the heads' batch
         normalisation makes 0 of it.
       options: by name.

@@ -15,6 +15,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.data.views import two_views
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.task import Broadcast, Route, Task
+from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.models.encoder import Patches, with_its_products
 from lwfedssl_jax.models.vit import patches_of
 from lwfedssl_jax.system import seeds
@@ -112,7 +113,7 @@ def compare_views(
     extras, with_negatives = broadcast.extras, task.objective.loss_with_negatives
     if with_negatives and "dictionary" in extras:
         negatives = extras["dictionary"], extras["filled"]
-        return with_negatives(last_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature, negatives)
+        return with_negatives(last_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature, negatives, **task.options)
     return task.objective.loss(last_2xBxD, goal_2xBxD, mask_B, task.hyper.temperature, **task.options)
 
 
@@ -192,7 +193,7 @@ def check_pretext(config: Config, task: Task) -> None:
             f"model.patch_size: {task.encoder.patch_size} makes one patch of an image, and objective.name {name} hides "
             "some of several; accepted: a smaller one"
         )
-    compares = [text for text in config.additions.terms if text.partition("=")[0] in ("alignment", "base")]
+    compares = [name for name, term in TERMS.items() if term in task.terms and name in ("alignment", "base")]
     if compares:
         raise ConfigError(
             f"additions.terms: {compares[0]} compares projections, which objective.name {name} does not have; "

@@ -165,7 +165,7 @@ def make_heads(
                 f"objective.options: decoder_heads={size.heads} does not divide decoder_width={size.width}; "
                 "accepted: a divisor of the width"
             )
-        return {"decoder": decoder_head(size, encoder.feature_dim, dtype)}
+        return {"decoder": decoder_head(size, encoder.feature_dim, dtype, remat=config.runtime.remat)}
     heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}
     if objective.has_prediction:
         heads["prediction"] = mlp_head(2, output, hidden, output, dtype)

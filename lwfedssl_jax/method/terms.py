@@ -61,7 +61,7 @@ def alignment(local: Local) -> jax.Array:
     """Align local projections with the global model's of the same view (arXiv 2401.11647 v3; after MOON, 2103.16257).
 
     It is the mean of ``nce(z, z_global)`` over both views, with other samples' global projections as negatives and
-    temperature 0.5.
+    temperature 0.5. With depth dropout, both models run without the skipped layers.
     """
     z, goal = local.projection, jax.lax.stop_gradient(local.received_projection())
     return (

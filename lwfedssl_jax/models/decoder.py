@@ -38,6 +38,7 @@ class Decoder(nn.Module):
     size: DecoderSize
     dtype: DTypeLike
     param_dtype: DTypeLike
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens_BxVxD: jax.Array, position_BxV: jax.Array) -> jax.Array:
@@ -49,15 +50,23 @@ class Decoder(nn.Module):
         visible = Dense(size.width, name="embed", **types)(tokens_BxVxD.reshape(b * v, d)).reshape(b, v, size.width)
         x = jnp.broadcast_to(token_E, (b, size.patches, size.width))
         x = x.at[jnp.arange(b)[:, None], position_BxV].set(visible) + position_PxE[None]
+        block = nn.remat(Block) if self.remat else Block
         for i in range(size.depth):
-            x = Block(size.heads, self.dtype, self.param_dtype, name=f"block{i + 1}")(x)
+            x = block(size.heads, self.dtype, self.param_dtype, name=f"block{i + 1}")(x)
         x = LayerNorm(self.param_dtype, name="norm")(x).reshape(b * size.patches, size.width)
         return Dense(size.numbers, name="pixels", **types)(x).reshape(b, size.patches, size.numbers)
 
 
-def decoder_head(size: DecoderSize, feature_dim: int, dtype: DTypeLike) -> Head:
-    """A decoder as a head: ``apply(params, tokens_BxVxD, position_BxV) -> numbers_BxPxF``."""
-    decoder = Decoder(size, dtype, np.promote_types(dtype, jnp.float32))
+def decoder_head(size: DecoderSize, feature_dim: int, dtype: DTypeLike, *, remat: bool = False) -> Head:
+    """A decoder as a head: ``apply(params, tokens_BxVxD, position_BxV) -> numbers_BxPxF``.
+
+    Args:
+      size: of the decoder.
+      feature_dim: D, of the tokens.
+      dtype: of the matrix products' factors.
+      remat: keep only each block's input for the backward pass and recompute the rest.
+    """
+    decoder = Decoder(size, dtype, np.promote_types(dtype, jnp.float32), remat)
 
     def init(key: jax.Array) -> Tree:
         return decoder.init(key, jnp.zeros((1, 1, feature_dim), decoder.param_dtype), jnp.zeros((1, 1), int))["params"]

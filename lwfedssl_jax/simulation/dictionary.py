@@ -1,5 +1,7 @@
 """FedCA's dictionary on the server, filled client by client, a batch of embeddings at a time."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -22,13 +24,14 @@ class Dictionary:
       run: prepared.
       drawn: the round's clients, in order; a client's slots are at its place among them.
       number: of the round.
+      between_calls: called before each batch of embeddings; may raise to abandon the round.
 
     Attributes:
       state: the dictionary so far, which the next round's broadcast has.
     """
 
-    def __init__(self, run: Prepared, drawn: list[int], number: int) -> None:
-        self._run, self._number = run, number
+    def __init__(self, run: Prepared, drawn: list[int], number: int, between_calls: Callable[[], None]) -> None:
+        self._run, self._number, self._between_calls = run, number, between_calls
         most = run.exchange.embeddings
         self._slots = {client: range(place * most, (place + 1) * most) for place, client in enumerate(drawn)}
         self.state: Tree = run.exchange.start()
@@ -52,7 +55,7 @@ class Dictionary:
           schedule: the call's.
         """
         run, put, put_all = self._run, placer(self._run.mesh, SCHEDULE_BY_LANE), placer(self._run.mesh, ALL)
-        finished = schedule.weight.max(axis=0) > 0
+        finished = (schedule.weight.max(axis=0) > 0) & np.isfinite(jax.device_get(carry.loss))
         if not finished.any():
             return
         assert program.embed
@@ -62,6 +65,7 @@ class Dictionary:
         for images, host, rows in feed.serve(calls):
             placed = jax.tree.map(put, host)
             for row in range(rows):
+                self._between_calls()
                 work = Work(images, placed, put_all(np.array(row, np.int32)), put_all(np.array(1, np.int32)))
                 embeddings = jax.device_get(program.embed(carry.client.trainable, broadcast, work, context))
                 for w in np.flatnonzero(host.busy[row]):

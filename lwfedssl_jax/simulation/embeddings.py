@@ -8,7 +8,7 @@ from lwfedssl_jax.method.depth_dropout import PER_ROUND, routes, skipped_layers
 from lwfedssl_jax.method.fedca import embed_images
 from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation.packing import Schedule
-from lwfedssl_jax.simulation.rounds import ALL, BY_LANE, SCHEDULE_BY_LANE, Method, Work, over_lanes
+from lwfedssl_jax.simulation.rounds import ALL, BY_LANE, SCHEDULE_BY_LANE, Method, Work, over_lanes, squared_distance
 from lwfedssl_jax.tree import Tree
 
 
@@ -22,7 +22,7 @@ def embed_row(method: Method, trainable: Tree, broadcast: Broadcast, work: Work,
       work: images and rows (``pack_embeddings``).
 
     Returns:
-      Embeddings WxBxO, of which those of real images count.
+      Embeddings WxBxO, of which those of real images count; NaN for a client whose update is not finite.
     """
 
     def on_device(trainable: Tree, broadcast: Broadcast, work: Work, context: RoundContext) -> jax.Array:
@@ -35,7 +35,8 @@ def embed_row(method: Method, trainable: Tree, broadcast: Broadcast, work: Work,
             skipped_L = skipped_layers(task, broadcast, client_key, key)
             mask_B = jnp.arange(row.examples.shape[-1]) < row.real
             of_client = routes(broadcast, skipped_L if task.drops_layers == PER_ROUND else None)
-            return embed_images(task, broadcast, trained, pool[row.examples], mask_B, key, of_client)
+            z_BxO = embed_images(task, broadcast, trained, pool[row.examples], mask_B, key, of_client)
+            return jnp.where(jnp.isfinite(squared_distance(trained, broadcast.trainable)), z_BxO, jnp.nan)
 
         if len(images) == 1:
             return over_lanes(lambda trained, row: in_lane(trained, row, images[0]), task.vmap_on_cpu, trainable, row)

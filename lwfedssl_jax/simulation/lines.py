@@ -64,7 +64,8 @@ class RoundLine(TypedDict):
 def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort, exchange: Tree) -> RoundLine:
     """Return the line of a round in which no client reports, without its seconds; ``exchange`` is as it begins."""
     reporting = len(cohort.reporting)
-    drawn, reports = (held_layers(run.config, stage, number, clients) for clients in cohort)
+    drawn = held_layers(run.config, stage, number, cohort.drawn)
+    reports = None if drawn is None else drawn[np.isin(cohort.drawn, cohort.reporting)]
     embedding = run.config.objective.output_dim * BYTES_PER_PARAMETER
     known = int(np.count_nonzero(exchange["filled"])) if exchange else 0
     new = embedded(run.clients.sizes[cohort.reporting], layout_of(run), run.exchange.embeddings)

@@ -253,7 +253,7 @@ def lane_step(
     if skipped_L is not None and task.drops_layers == PER_ROUND:
         broadcast = without_layers(broadcast, skipped_L)
     state, loss = client_step(task, state, broadcast, pool_NxHxWxC[row.examples], mask_B, key, skipped_L)
-    if memory is not None:  # what a client keeps is read from its lane after the call
+    if memory is not None or method.exchange.embeddings:  # its lane is read after the call
         state = tree.where(row.busy, state, lane.client)
     weight = jnp.asarray(row.weight)
     real = jnp.where(row.busy, row.real, 0)

@@ -18,7 +18,7 @@ from lwfedssl_jax.method.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import ClientStart
 from lwfedssl_jax.method.exchange import Exchange
-from lwfedssl_jax.method.fedca import make_exchange
+from lwfedssl_jax.method.fedca import dictionary_bytes, make_exchange
 from lwfedssl_jax.method.stages import Stage, make_stages
 from lwfedssl_jax.method.stateful_clients import make_client_start
 from lwfedssl_jax.method.task import Hyper, Task, init_params, make_task, param_layers
@@ -120,6 +120,7 @@ def prepare(
     clients = partition(config.partition, labels, seed, dataset.train_clients)
     hear_short_batches(config, clients.sizes, task.objective.fewest, hear)
     held_by_server = server_examples(config.partition, labels, seed)
+    check_dictionary(config, memory_limit(mesh))
     check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
     return Prepared(
         config=config,
@@ -173,6 +174,20 @@ def hear_short_batches(config: Config, sizes_N: np.ndarray, fewest: int, hear: H
             f"{short} of {len(sizes_N)} clients leave out the last batch of each epoch, of fewer than {fewest} images"
         )
         hear(Note(f"{text} (optimizer.batch_size {batch_size}); each epoch leaves out other images"))
+
+
+def check_dictionary(config: Config, limit: int) -> None:
+    """Refuse a dictionary of FedCA that does not fit on a device with ``limit`` bytes.
+
+    Raises:
+      ConfigError: it is larger.
+    """
+    (size, _), room, count = dictionary_bytes(config), int(RESIDENT_SHARE * limit), config.additions.dictionary
+    if size > room:
+        raise ConfigError(
+            f"additions.dictionary: {count} embeddings of {config.cohort_size} clients take {size / GIB:.3g} GiB, and "
+            f"{room / GIB:.3g} GiB of a device are available for them; accepted: at most {count * room // size}"
+        )
 
 
 def check_server_images(config: Config, size: int, limit: int) -> None:

@@ -120,7 +120,8 @@ class Simulator:
         return streamed(images, placer(mesh, self.stack.spec(BY_LANE)))
 
     def _needed(self, stages: Sequence[Stage]) -> int:
-        return max((program_memory(self.program(stage).steps) for stage in stages), default=0)
+        programs = [program for stage in stages for program in (self.program(stage).steps, self.program(stage).embed)]
+        return max((program_memory(program) for program in programs if program), default=0)
 
     @property
     def run(self) -> Prepared:
@@ -185,7 +186,11 @@ class Simulator:
             context = self._context(number)
 
             clients = state.clients
-            dictionary = Dictionary(self.run, drawn[0].drawn, number) if self.run.exchange.embeddings else None
+            dictionary = (
+                Dictionary(self.run, drawn[0].drawn, number, self._between_calls)
+                if self.run.exchange.embeddings
+                else None
+            )
 
             def steps(carry: Carry, memory: Tree, work: Work) -> Carry:
                 after: Carry = program.steps(carry, broadcast, memory, work, context)

@@ -30,6 +30,8 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+VERSION = 2  # of all streams and their uses; a run that was begun with another one cannot continue
+
 
 @enum.unique
 class KeyTag(enum.IntEnum):

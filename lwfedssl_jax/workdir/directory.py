@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from lwfedssl_jax.config import INERT_FIELDS, Config, ConfigError, digest, flat, from_dict, to_dict
+from lwfedssl_jax.system import seeds
 from lwfedssl_jax.system.files import DirectoryLock, can_write, is_leftover, write_whole
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import checkpoint
@@ -92,11 +93,13 @@ class WorkDir:
           The checkpoint or None, and by number of rounds what is wrong with each that is newer.
 
         Raises:
-          ConfigError: there are checkpoints, but none of them is intact.
+          ConfigError: there are checkpoints, but none of them is intact; the run is of a version with other random
+            streams.
           OSError: see ``checkpoint.load``; the directory cannot be written.
         """
         if self._is_new:
             return None, {}
+        self._check_streams()
         found, faults = checkpoint.load(self._checkpoints)
         if faults and not found:
             reasons = "; ".join(f"{rounds}: {fault}" for rounds, fault in faults.items())
@@ -113,6 +116,16 @@ class WorkDir:
                 kept += line
         self._write(METRICS, kept)
         return found, faults
+
+    def _check_streams(self) -> None:
+        """Refuse to continue a run that was begun with other random streams: it would be neither run."""
+        file = self.path / "config.json"
+        begun_with = json.loads(file.read_text()).get("random_streams", 1) if file.exists() else seeds.VERSION
+        if begun_with != seeds.VERSION and checkpoint.load(self._checkpoints)[0]:
+            raise ConfigError(
+                f"--workdir: {self.path} contains an unfinished run of a version with random streams {begun_with}, and "
+                f"this version has {seeds.VERSION}; accepted: another directory, or the version that began it"
+            )
 
     @property
     def data(self) -> dict[str, str]:
@@ -161,7 +174,9 @@ class WorkDir:
             if self._is_new and file.exists():
                 raise self._lock.in_use()
             entries = json.loads(file.read_text()) if file.exists() else self._describe() | {"data": dict(data)}
-            self.write_json("config.json", entries | {"lanes": lanes, "devices": devices})
+            self.write_json(
+                "config.json", entries | {"lanes": lanes, "devices": devices, "random_streams": seeds.VERSION}
+            )
         except OSError as error:
             raise ConfigError(
                 f"--workdir: {self.path} cannot be written ({error.strerror}); accepted: a directory you can write to"

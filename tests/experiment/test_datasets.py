@@ -1,5 +1,6 @@
 """The data that a run was begun on."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from lwfedssl_jax.simulation import events, setup
 
 
 @pytest.mark.usefixtures("cheap_views", "cache_home")
-def test_changed_data_are_refused_on_a_run_that_was_begun_or_finished(tmp_path: Path) -> None:
+def test_changed_data_and_random_streams_are_refused_on_a_run_that_was_begun(tmp_path: Path) -> None:
     def write(images: int) -> None:
         rng = np.random.default_rng(images)
         parts = {
@@ -30,6 +31,13 @@ def test_changed_data_are_refused_on_a_run_that_was_begun_or_finished(tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         train(config, path, Interrupting(1), cache)
     written = (path / "config.json").read_bytes()
+    about = json.loads(written)
+    (path / "config.json").write_text(json.dumps({k: v for k, v in about.items() if k != "random_streams"}))
+    with pytest.raises(
+        ConfigError, match="unfinished run of a version with random streams 1, and this version has 2"
+    ):
+        train(config, path, cache=cache)
+    (path / "config.json").write_bytes(written)
     write(60)
     with pytest.raises(ConfigError, match=refused):
         train(config, path)

@@ -99,8 +99,8 @@ def test_many_negatives_come_a_part_at_a_time_with_the_same_loss_and_gradient(
 def test_the_dictionary_is_what_trained_models_make_of_up_to_n_images_of_each_client(
     lanes: int, feed: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Client 2 never reports; slots follow the cohort, [1, 2, 3]; client 3 has an image too many for a batch."""
-    monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: cohort.Cohort([1, 2, 3], [1, 3]))
+    """Client 2 never reports; slots follow the cohort; client 0 has more steps than client 3."""
+    monkeypatch.setattr(cohort, "draw_cohort", lambda run, number: cohort.Cohort([0, 2, 3], [0, 3]))
     changes = {"federation__clients_per_round": 3, "runtime__lanes": lanes, "runtime__feed": feed}
     config = fedca_config(additions__dictionary=most, **changes)
     run = prepare(config)
@@ -111,7 +111,7 @@ def test_the_dictionary_is_what_trained_models_make_of_up_to_n_images_of_each_cl
 
     sent, epochs = parts(stage, params), config.federation.local_epochs
     step = jax.jit(lambda s, x, k: client_step(run.task, s, sent, x, jnp.ones(len(x), bool), k)[0])
-    for slot, c in ((0, 1), (2, 3)):
+    for slot, c in ((0, 0), (2, 3)):
         own = run.clients[c]
         one_more = override(config, {"federation.local_epochs": epochs + 1, "optimizer.batch_size": 4})
         rows = batches(one_more, run.task, len(own), 1, c)
@@ -125,12 +125,14 @@ def test_the_dictionary_is_what_trained_models_make_of_up_to_n_images_of_each_cl
                 continue
             view = noisy_views(key, images, run.task.recipe)[0]
             z = embed(run.task, local.trainable, view, jnp.ones(len(view), bool), (sent.depth, None), ["projection"])
-            n = min(len(row), most)
-            found = dictionary[most * slot : most * slot + n]
+            done = len(row) * (i - steps)
+            n = max(0, min(len(row), most - done))
+            found = dictionary[most * slot + done : most * slot + done + n]
             np.testing.assert_allclose(found, unit(np.asarray(z[0][0][0]))[:n], atol=2e-4)
-            assert filled[most * slot : most * slot + most].tolist() == [i < n for i in range(most)]
+        count = {0: min(8, most), 3: min(4, most)}[c]
+        assert filled[most * slot : most * slot + most].tolist() == [i < count for i in range(most)]
     assert not dictionary[~filled].any()
-    assert filled.sum() == (6 if most == 7 else 5)
+    assert filled.sum() == (11 if most == 7 else 6)
     plain = run_round(Simulator([prepare(fedca_config(**changes))]), stage, params, None, 1)[2]
     assert line["upload_bytes"] == plain["upload_bytes"] + filled.sum() * 6 * 4
     assert line["download_bytes"] == plain["download_bytes"]
