@@ -1,9 +1,9 @@
 """Where does depth pay? Encoders of 1, 2 and 4 layers trained end to end, and layer by layer, for as many rounds.
 
-Sizes and data are those of pacing.py, with other patch sizes and objectives. Where one layer is as good as four, a data
+Sizes and data are those of pacing.py, with other objectives. Where one layer is as good as four, a data
 set cannot tell the strategies apart.
 
-    python benchmarks/depth.py                              # about 40 minutes on 2 cores
+    python benchmarks/depth.py                              # more than an hour on 2 cores
     python benchmarks/depth.py --only "pictures, patch 8"   # the others are taken from the results that are there
 """
 
@@ -26,7 +26,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("digits", {}),
     "pictures, patch 8": ("pictures", {}),
     "pictures, patch 8, mae": ("pictures", MAE),
-    "pictures, patch 4": ("pictures", {"model.patch_size": 4}),
 }
 ENCODERS: dict[str, dict[str, Any]] = {
     "end_to_end, 1 layer": {"strategy.name": "end_to_end", "model.depth": 1},
