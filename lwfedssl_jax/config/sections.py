@@ -95,8 +95,8 @@ class ObjectiveConfig:
     name: str = "mocov3"
     """simclr, byol, mocov3, vicreg or mae (masked autoencoding; vit only)."""
     options: tuple[str, ...] = ()
-    """Options that an objective has of its own, each as NAME=VALUE; vicreg: invariance, variance, covariance; mae:
-    mask_ratio, normalised_pixels, decoder_depth, decoder_width, decoder_heads."""
+    """Options that an objective has of its own, each as NAME=VALUE; by default, vicreg: invariance=25 variance=25
+    covariance=1; mae: mask_ratio=0.75 normalised_pixels=1 decoder_depth=1 decoder_width=0 decoder_heads=0."""
     temperature: Positive = 0.05
     """Softmax temperature of simclr and mocov3; the others do not use it."""
     momentum: Fraction = 0.99

@@ -42,8 +42,9 @@ class StageCost(TypedDict):
     and rounds:
 
     * ``flops_paper_rule``: one forward pass (matrix products, and layer norms at 5 per element); frozen layers once,
-      trainable ones three times; two views for simclr, one for the others; no target branch (arXiv 2401.11647).
-    * ``flops_executed``: all matrix products of the training step as traced: both views, the target branch, the
+      trainable ones three times; two views for simclr and vicreg, one for the others; no target branch (arXiv
+      2401.11647).
+    * ``flops_executed``: all matrix products of the training step as traced: all views, the target branch, the
       loss's logits, the backward pass with its recomputation, and once per round FedCA's pass over all of a client's
       images. It is a sample's share of a full batch, without the padding of short batches.
     * ``flops_recomputed``: the part of ``flops_executed`` that the backward pass recomputes (``runtime.remat``).

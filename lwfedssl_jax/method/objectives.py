@@ -222,9 +222,9 @@ OBJECTIVES = {
         has_prediction=False,
         paper_views=2,
         options={
-            "invariance": Option(25.0, Range(0, 1e6), "weight of the distance of both views"),
-            "variance": Option(25.0, Range(0, 1e6), "weight of the standard deviations"),
-            "covariance": Option(1.0, Range(0, 1e6), "weight of the covariances"),
+            "invariance": Option(25.0, Range(0, 10**6), "weight of the distance of both views"),
+            "variance": Option(25.0, Range(0, 10**6), "weight of the standard deviations"),
+            "covariance": Option(1.0, Range(0, 10**6), "weight of the covariances"),
         },
     ),
     "mae": Objective(
@@ -234,7 +234,9 @@ OBJECTIVES = {
         paper_views=1,
         fewest=1,
         options={
-            "mask_ratio": Option(0.75, Range(0, 1, above=True, below=True), "share of the patches that are hidden"),
+            "mask_ratio": Option(
+                0.75, Range(0, 1, above=True, below=True), "share of the patches that are hidden, rounded to patches"
+            ),
             "normalised_pixels": Option(1, Range(0, 1), "1: each patch has mean 0 and variance 1 in the loss; 0: not"),
             "decoder_depth": Option(1, Range(1, 64), "transformer blocks of the decoder"),
             "decoder_width": Option(0, Range(0, 2**20), "width of the decoder; 0: the encoder's"),
@@ -255,8 +257,8 @@ def options_of(config: Config) -> dict[str, float]:
     declared = choose("objective.name", config.objective.name, OBJECTIVES).options
     values: dict[str, float] = {}
     for text in config.objective.options:
-        name, _, number = text.partition("=")
-        if name not in declared or name in values:
+        name, given, number = text.partition("=")
+        if not given or name not in declared or name in values:
             known = ", ".join(declared) or "none"
             raise ConfigError(
                 f"objective.options: {text!r} is not valid; accepted: NAME=VALUE, each NAME once of those of "

@@ -162,8 +162,8 @@ def make_heads(
         )
         if size.width % size.heads:
             raise ConfigError(
-                f"objective.options: decoder_heads={size.heads} does not divide decoder_width={size.width}; "
-                "accepted: a divisor of the width"
+                f"objective.options: decoder_heads={size.heads} does not divide the decoder's width {size.width}; "
+                f"accepted: {', '.join(str(n) for n in range(1, size.width + 1) if size.width % n == 0)}"
             )
         return {"decoder": decoder_head(size, encoder.feature_dim, dtype, remat=config.runtime.remat)}
     heads = {"projection": mlp_head(3, encoder.feature_dim, hidden, output, dtype)}

@@ -20,10 +20,17 @@ def eligible_clients(run: Prepared, number: int) -> np.ndarray:
 
 
 class Cohort(NamedTuple):
-    """The clients of a round, by number and in order: those drawn that have enough data, and of these, who report."""
+    """The clients of a round, by number and in order.
+
+    Attributes:
+      drawn: those that are drawn and have enough examples for the objective to learn from.
+      reporting: of these, those that report.
+      too_few: how many more are drawn, with fewer examples.
+    """
 
     drawn: list[int]
     reporting: list[int]
+    too_few: int = 0
 
 
 def draw_cohort(run: Prepared, number: int) -> Cohort:
@@ -33,7 +40,7 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
     drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
     stays = rng.random(len(drawn)) >= run.config.federation.dropout
     has_data = run.clients.sizes[drawn] >= run.task.objective.fewest
-    return Cohort(drawn[has_data].tolist(), drawn[has_data & stays].tolist())
+    return Cohort(drawn[has_data].tolist(), drawn[has_data & stays].tolist(), int((~has_data).sum()))
 
 
 def layout_of(run: Prepared) -> Layout:

@@ -25,6 +25,7 @@ class RoundLine(TypedDict):
       clients: number of clients that reported.
       dropped: number of clients that were drawn and did not report.
       left_out: number of clients whose update was not finite.
+      too_few_examples: number of clients that were drawn and have fewer examples than the objective learns from.
       cannot_afford: number of clients in the population whose device cannot train the stage.
       examples: number that the reporting clients trained on, counted once per local epoch.
       examples_left_out: number of theirs in batches of fewer samples than the objective can learn from.
@@ -47,6 +48,7 @@ class RoundLine(TypedDict):
     clients: int
     dropped: int
     left_out: int
+    too_few_examples: int
     cannot_afford: int
     examples: int
     examples_left_out: int
@@ -77,6 +79,7 @@ def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohor
         "clients": reporting,
         "dropped": len(cohort.drawn) - reporting,
         "left_out": 0,
+        "too_few_examples": cohort.too_few,
         "cannot_afford": int((~run.fleet.can[stage.number]).sum()) if run.fleet else 0,
         "examples": 0,
         "examples_left_out": 0,

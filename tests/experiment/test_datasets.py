@@ -33,9 +33,7 @@ def test_changed_data_and_random_streams_are_refused_on_a_run_that_was_begun(tmp
     written = (path / "config.json").read_bytes()
     about = json.loads(written)
     (path / "config.json").write_text(json.dumps({k: v for k, v in about.items() if k != "random_streams"}))
-    with pytest.raises(
-        ConfigError, match="unfinished run of a version with random streams 1, and this version has 2"
-    ):
+    with pytest.raises(ConfigError, match="unfinished run of a version with random streams 1, and this version has 2"):
         train(config, path, cache=cache)
     (path / "config.json").write_bytes(written)
     write(60)

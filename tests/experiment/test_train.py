@@ -92,7 +92,7 @@ def test_metrics_have_a_line_a_round_and_evaluations_when_due(finished: tuple[Co
     for line in rounds:
         assert set(line) == {
             "round", "stage", "loss", "client_distance", "clients", "dropped", "left_out", "cannot_afford",
-            "examples", "examples_left_out", "steps",
+            "too_few_examples", "examples", "examples_left_out", "steps",
             "download_bytes", "upload_bytes", "seconds", "lane_utilisation",
         }  # fmt: skip
         assert line["clients"] == 3

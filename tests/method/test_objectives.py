@@ -219,8 +219,9 @@ def test_the_ledger_prices_the_tokens_that_mae_sees() -> None:
         ),
         (
             {"objective__options": ("decoder_heads=3",)},
-            "objective.options: decoder_heads=3 does not divide decoder_width=8",
+            "objective.options: decoder_heads=3 does not divide the decoder's width 8; accepted: 1, 2, 4, 8",
         ),
+        ({"objective__options": ("mask_ratio",)}, "objective.options: 'mask_ratio' is not valid; accepted: NAME=VALUE"),
         (
             {"objective__name": "simclr", "objective__options": ("mask_ratio=0.5",)},
             "objective.options: 'mask_ratio=0.5' is not valid; accepted: NAME=VALUE, each NAME once of those of "

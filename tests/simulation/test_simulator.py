@@ -69,9 +69,9 @@ def test_cohorts_are_drawn_without_repeats_and_drop_out_at_the_asked_rate() -> N
     changes = {"partition__kind": "iid", "federation__clients_per_round": 10, "federation__dropout": 0.3}
     run = setup.prepare(small_config(partition__clients=20, **changes))
     drawn = [draw_cohort(run, number) for number in range(200)]
-    assert all(len(set(cohort)) == 10 and set(reporting) <= set(cohort) for cohort, reporting in drawn)
-    assert np.mean([len(reporting) for _, reporting in drawn]) == pytest.approx(7, abs=0.4)
-    assert {c for cohort, _ in drawn for c in cohort} == set(range(20))
+    assert all(len(set(cohort)) == 10 and set(reporting) <= set(cohort) for cohort, reporting, _ in drawn)
+    assert np.mean([len(reporting) for _, reporting, _ in drawn]) == pytest.approx(7, abs=0.4)
+    assert {c for cohort, _, _ in drawn for c in cohort} == set(range(20))
     assert drawn[3] == draw_cohort(run, 3)
 
 
@@ -82,8 +82,9 @@ def test_clients_with_too_little_data_never_take_part_and_a_note_counts_them(kin
     run = setup.prepare(
         small_config(partition__clients=clients, partition__kind=kind, partition__allow_empty=True), hear=heard.append
     )
-    cohort, reporting = draw_cohort(run, 1)
+    cohort, reporting, too_few = draw_cohort(run, 1)
     assert cohort == reporting == np.flatnonzero(run.clients.sizes >= 2).tolist()
+    assert too_few == clients - len(cohort)
     assert 0 < len(reporting) < clients
     one = int((run.clients.sizes == 1).sum())
     texts = [event.text for event in heard if isinstance(event, Note)]
