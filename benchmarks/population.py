@@ -81,7 +81,7 @@ def measure(clients: int, cohort: int, rounds: int) -> dict[str, float]:
     run = setup.prepare(config)
     result = {"set-up": time.perf_counter() - began, "memory after set-up": peak()}
     began = time.perf_counter()
-    _, reporting = draw_cohort(run, 1)
+    reporting = draw_cohort(run, 1).reporting
     next(pack_cohort(run, reporting, 1).calls)
     result["draw"] = time.perf_counter() - began
     if rounds:

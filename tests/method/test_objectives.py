@@ -241,7 +241,7 @@ def test_the_ledger_prices_the_tokens_that_mae_sees() -> None:
         ({"data__image_size": 4}, "model.patch_size: 4 makes one patch of an image, and objective.name mae hides some"),
         (
             {"additions__terms": ("alignment=1",)},
-            "additions.terms: alignment=1 compares projections, which objective.name mae",
+            "additions.terms: alignment compares projections, which objective.name mae",
         ),
         (
             {"additions__dictionary": 4},
