@@ -195,6 +195,10 @@ def test_peak_memory_is_of_the_layers_that_a_client_holds_at_most(strategy: str)
     shapes = {name: [x and x.shape[0] for x in both] for name, both in rows.items()}
     expected = {"layerwise": ([1, 4], [1, 2]), "progressive": ([5, None], [3, None])}[strategy]
     assert (shapes["all"], shapes["held"]) == expected
+
+
+def test_the_compilers_peak_memory_is_less_without_the_layers_of_a_round() -> None:
+    config = small_config(strategy__name="progressive", model__depth=5, federation__rounds=5, **ROUND)
     by_round, by_step = (
         ledger.ledgers_of({"it": override(config, {"additions.depth_dropout_per": per})}, memory=True, known={})["it"]
         for per in ("round", "step")
