@@ -82,7 +82,10 @@ def test_a_round_lowers(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "model", [{"runtime__precision": "float32"}, {"runtime__precision": "bfloat16", **RESNET}], ids=["vit", "resnet18"]
 )
-@pytest.mark.parametrize(("strategy", "objective"), list(itertools.product(STRATEGIES, OBJECTIVES)))
+@pytest.mark.parametrize(
+    ("strategy", "objective"),
+    [*itertools.product(STRATEGIES, ("simclr", "byol", "mocov3")), ("layerwise", "vicreg"), ("layerwise", "mae")],
+)
 def test_every_strategy_and_objective_lowers(strategy: str, objective: str, model: dict[str, Any]) -> None:
     """The other two pairs of model and precision differ from these in the type of the factors of products only."""
     if OBJECTIVES[objective].hides_patches and "model__name" in model:
