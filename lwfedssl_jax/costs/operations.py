@@ -203,7 +203,7 @@ def executed_embedding(config: Config, part: StagePart) -> float:
 def alignment_operations(config: Config, part: StagePart, known: Known) -> float:
     """Count representation alignment by the paper's rule, per sample: two forward passes of each layer trained before.
 
-    The paper states only its sums, which this gives; it does not state the rule (METHOD of docs/deviations.md).
+    The paper states only its sums, which this gives; it does not state the rule (docs/paper_figures.md).
     """
     aligned = any(term is terms.alignment for term, _ in terms.terms_of(config))
     if not aligned or not MODELS[config.model.name].equal_layers:

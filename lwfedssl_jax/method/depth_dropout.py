@@ -52,8 +52,11 @@ def skipped_by_step(key: jax.Array, rate: ArrayLike, droppable: Depth, layers: i
 def skipped_by_round(key: jax.Array, rate: ArrayLike, droppable: Depth, layers: int) -> jax.Array:
     """Draw which of L ``layers`` a client does without in a round: each with probability ``rate``.
 
-    Their number is ``rate * droppable``, rounded down or up at random, so that it is known in advance what a device
-    needs. The arguments are as for ``skipped_by_step``, but for ``key``, which is the client's.
+    Their number is ``rate * droppable``, rounded down or up at random, so that a device's memory can be planned.
+
+    Args:
+      key: of the client in this round.
+      rate, droppable, layers: as for ``skipped_by_step``.
     """
     u = jax.random.uniform(jax.random.fold_in(key, seeds.ClientTag.DEPTH_DROPOUT), (layers + 1,), jnp.float32)
     number = jnp.floor(jnp.asarray(rate, jnp.float32) * jnp.asarray(droppable, jnp.float32) + u[layers]).astype(
@@ -64,7 +67,7 @@ def skipped_by_round(key: jax.Array, rate: ArrayLike, droppable: Depth, layers: 
 
 
 def skipped_layers(task: Task, broadcast: Broadcast, client_key: jax.Array, step_key: jax.Array) -> jax.Array | None:
-    """Return which of the encoder's L layers a client's step skips, or None without depth dropout."""
+    """Return which of the encoder's L layers a client's step skips; None if depth dropout is off."""
     rate, droppable = task.hyper.depth_dropout, broadcast.droppable
     if task.drops_layers == PER_ROUND:
         return skipped_by_round(client_key, rate, droppable, task.layers)

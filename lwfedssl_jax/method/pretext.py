@@ -176,8 +176,7 @@ def check_pretext(config: Config, task: Task) -> None:
     """Refuse an objective that hides patches where there are none to hide, or an addition that needs embeddings.
 
     Raises:
-      ConfigError: the model has no patches, or one for the whole image; a decoder's heads do not divide its width; a
-        term compares projections.
+      ConfigError: the model has no patches, or one for the whole image; a term compares projections.
     """
     if not task.objective.hides_patches:
         return
