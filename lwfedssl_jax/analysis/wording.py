@@ -8,6 +8,7 @@ from lwfedssl_jax.config.protocols import FINE_TUNE, split_protocol
 
 MIB = 2**20
 UNKNOWN = "-"
+TIME_UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0}
 
 # What a run costs a client: columns of a frame of results.
 COSTS = TRAFFIC, RULE, EXECUTED, MEMORY = "traffic_bytes", "flops_paper_rule", "flops_executed", "peak_memory_bytes"
@@ -111,12 +112,16 @@ def bytes_words(size: float) -> str:
     return f"{short_number(size / divisor)} {name}"
 
 
+def time_unit(seconds: Sequence[float]) -> tuple[float, str]:
+    """The divisor and the name of the largest unit of which the median of some times has at least two."""
+    median = sorted(seconds)[len(seconds) // 2] if seconds else 0.0
+    return next(((size, name) for name, size in TIME_UNITS.items() if median >= 2 * size), (1.0, "s"))
+
+
 def time_words(seconds: float) -> str:
     """Seconds in the largest unit of which there are at least two, such as "36 h"."""
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{short_number(seconds / size)} {name}"
-    return f"{short_number(seconds)} s"
+    size, name = time_unit([seconds])
+    return f"{short_number(seconds / size)} {name}"
 
 
 def clock(seconds: float) -> str:

@@ -82,7 +82,7 @@ def plan_command(arguments: list[str]) -> None:
     options = parse(PlanOptions, arguments)
     from lwfedssl_jax.cli.plan import run_plan
 
-    run_plan(options)
+    run_plan(options, arguments)
 
 
 def sweep_command(arguments: list[str]) -> None:

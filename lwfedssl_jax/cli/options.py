@@ -83,15 +83,23 @@ class PlanOptions:
     devices: Annotated[Path | None, shown("FILE")] = None
     """Several classes of devices instead: a CSV file with the columns name, count, memory_gb and, where known, gflops,
     uplink_mbps, downlink_mbps and watts. Without --memory-gb and --devices: the config's fleet.devices."""
-    examples: Annotated[int | None, shown("INT")] = None
-    """Images per client, where this is not known without reading the data set."""
+    examples: Annotated[tuple[str, ...], shown("INT | p10=INT p50=INT ...")] = ()
+    """Images per client: a number, or quantiles over clients. By default, the clients of the data set as train deals
+    them, if it is on this machine."""
     results: Annotated[Path | None, shown("DIR")] = None
     """A directory with finished runs, such as a sweep's: adds the accuracy that each option reached."""
     protocol: Annotated[str | None, shown("NAME")] = None
     """With --results: the protocol whose accuracy is shown, such as knn; by default the one that evaluated most
     runs."""
+    accuracy_first: bool = False
+    """Recommend the most accurate option that any client can take part in throughout, not one that most clients can."""
+    cheapest: bool = False
+    """Of the options that most clients can take part in throughout, recommend that which takes the least time, then the
+    least traffic, instead of the most accurate one."""
     json: bool = False
     """Print JSON instead of a table."""
+    out: Annotated[Path | None, shown("DIR")] = None
+    """Also write plan.html, a page for whoever decides, and plan.json to this folder."""
     plot: Annotated[Path | None, shown("FILE")] = None
     """Also plot memory and the share of the fleet over the stages, to this .png, .pdf or .svg file."""
     compilation_cache: Annotated[str | None, shown("DIR")] = None

@@ -7,37 +7,75 @@ from rich.console import Console
 from lwfedssl_jax.analysis.results import load_results
 from lwfedssl_jax.cli.options import PlanOptions, check_plot, with_fleet
 from lwfedssl_jax.cli.status import shown_status
-from lwfedssl_jax.config import ConfigError, resolve
+from lwfedssl_jax.config import Config, ConfigError, device_classes, resolve
+from lwfedssl_jax.plan.clients import make_clients, parse_examples
 from lwfedssl_jax.plan.make import make_plan
-from lwfedssl_jax.plan.measured import NO_RESULTS, measured_accuracies
-from lwfedssl_jax.plan.options import each_option, examples_of_a_client
+from lwfedssl_jax.plan.measured import NO_RESULTS, Results, measured_accuracies
+from lwfedssl_jax.plan.options import each_option
+from lwfedssl_jax.plan.page import write_page
 from lwfedssl_jax.plan.plot import plot_plan
+from lwfedssl_jax.plan.recommend import Aim
 from lwfedssl_jax.plan.show import table, to_plain
 from lwfedssl_jax.system import devices
+from lwfedssl_jax.system.files import can_write
 
 
-def run_plan(options: PlanOptions) -> None:
-    """Run the plan and print it on standard output."""
+def run_plan(options: PlanOptions, command: list[str]) -> None:
+    """Run the plan and print it on standard output.
+
+    Args:
+      options: parsed.
+      command: the words that they were parsed from.
+    """
     config = resolve(with_fleet(options))
     check_plot(options.plot)
-    if options.protocol is not None and options.results is None:
-        raise ConfigError(f"--protocol: {options.protocol} needs --results; accepted: both options, or neither")
-    examples = examples_of_a_client(config, options.examples)
-    results = NO_RESULTS
-    if options.results:
-        try:
-            rows = load_results(options.results).to_dict("records")
-        except ConfigError as error:  # the message names DIR, the argument of `report`
-            raise ConfigError(f"--results: {str(error).removeprefix('DIR: ')}") from None
-        results = measured_accuracies(config, rows, options.protocol)
+    if options.out and not can_write(options.out):
+        raise ConfigError(f"--out: {options.out} cannot be written; accepted: a folder that you can write to")
+    aim, results = aim_of(options), read_results(options, config)
     each_option(config)
-    devices.set_up_cache(options.compilation_cache)
-    with shown_status("tracing") as show:
-        plan = make_plan(config, examples, results, lambda what: show(f"compiling {what}"))
+    if options.examples:
+        parse_examples(options.examples)
+    with shown_status("tracing" if options.examples else "reading the data") as show:
+        clients = make_clients(config, device_classes(config), options.examples, show)
+        devices.set_up_cache(options.compilation_cache)
+        show("tracing")
+        plan = make_plan(config, clients, results, aim, lambda what: show(f"compiling {what}"))
     if options.plot:
-        plot_plan(plan.devices, plan.options, results.protocol, options.plot)
+        plot_plan(plan, options.plot)
+    if options.out:
+        write_page(plan, options.out, command)
     if options.json:
         print(json.dumps(to_plain(plan), indent=1))
     else:
         out = Console(highlight=False)
         out.print(table(plan, out.width))
+        if options.out:
+            out.print(f"{options.out / 'plan.html'}", markup=False)
+
+
+def aim_of(options: PlanOptions) -> Aim:
+    """Return what the recommendation puts first.
+
+    Raises:
+      ConfigError: the options ask for two things.
+    """
+    if options.accuracy_first and options.cheapest:
+        raise ConfigError("--cheapest: cannot be combined with --accuracy-first; accepted: one of them, or neither")
+    return "accuracy" if options.accuracy_first else "cheapest" if options.cheapest else "devices"
+
+
+def read_results(options: PlanOptions, config: Config) -> Results:
+    """Read the accuracies of ``--results``, if it is given.
+
+    Raises:
+      ConfigError: the folder has no runs like the config, or ``--protocol`` is given without it.
+    """
+    if options.results is None:
+        if options.protocol is not None:
+            raise ConfigError(f"--protocol: {options.protocol} needs --results; accepted: both options, or neither")
+        return NO_RESULTS
+    try:
+        rows = load_results(options.results).to_dict("records")
+    except ConfigError as error:  # the message names DIR, the argument of `report`
+        raise ConfigError(f"--results: {str(error).removeprefix('DIR: ')}") from None
+    return measured_accuracies(config, rows, options.protocol)

@@ -13,18 +13,26 @@ from lwfedssl_jax.system import seeds
 
 
 class Participation(NamedTuple):
-    """What a device of a class contributes to a run, and what it spends.
+    """What the clients of a class can do in a run, and what one that takes part in all stages of its class spends.
 
     Attributes:
-      stages: numbers of the stages that it takes part in.
-      round_seconds: by stage, the time of a round on it, whether it takes part or not; None if its speed is unknown.
-      seconds: of all rounds of its stages; None if its speed is unknown.
-      traffic_bytes: of all rounds of its stages, both directions.
-      energy_wh: of all rounds of its stages, in watt-hours; None if its speed or its power is unknown.
+      stages: numbers of the stages that some of them take part in.
+      shares: by stage, the share of the clients that can take part.
+      everywhere: the share of them that can take part in every stage.
+      round_seconds: by stage, the time of a round on the slowest of the clients that can take part, or of all if none
+        can; None if the class's speed is unknown.
+      fetch_seconds: in which a client downloads, over the run, the frozen layers that stages begin with; None if
+        unknown.
+      seconds: of all rounds of its stages, with these; None if unknown.
+      traffic_bytes: of the same, both directions.
+      energy_wh: of the same, in watt-hours; None if its speed or its power is unknown.
     """
 
     stages: list[int]
+    shares: list[float]
+    everywhere: float
     round_seconds: list[float] | None
+    fetch_seconds: float | None
     seconds: float | None
     traffic_bytes: int
     energy_wh: float | None
@@ -61,26 +69,47 @@ class ClassSummary(TypedDict):
 
 
 def participation(
-    device: DeviceClass, per_stage: Sequence[StageCost], examples: float, deadline: float
+    device: DeviceClass, per_stage: Sequence[StageCost], examples_M: np.ndarray, deadline: float
 ) -> Participation:
-    """Compute what a device does if it takes part in every round of all stages that it can afford (``affords``).
+    """Compute what the clients of a class do if they take part in every round of all stages that they can afford.
 
     Args:
-      device: its class.
+      device: their class.
       per_stage: of a ledger with peak memory.
-      examples: that it trains on.
+      examples_M: how many examples each trains on; at least one client.
       deadline: seconds that a round may take; 0 for no deadline.
     """
-    examples_1 = np.array([examples])
-    affordable = [cost for cost in per_stage if affords(device, cost, examples_1, deadline)[0]]
-    stages = [cost["stage"] for cost in affordable]
-    traffic = sum(cost["download_bytes"] + cost["upload_bytes"] for cost in affordable)
+    can_SxM = np.array([affords(device, cost, examples_M, deadline) for cost in per_stage])
+    taken = [cost for cost, can in zip(per_stage, can_SxM, strict=True) if can.any()]
+    stages = [cost["stage"] for cost in taken]
+    shares, everywhere = can_SxM.mean(1).tolist(), float(can_SxM.all(0).mean())
+    fetched = fetched_bytes(taken)
+    traffic = sum(cost["download_bytes"] + cost["upload_bytes"] for cost in taken) + fetched
     if not device.has_speed:
-        return Participation(stages, None, None, traffic, None)
-    round_seconds = {cost["stage"]: float(seconds_of_a_round(device, cost, examples_1)[0]) for cost in per_stage}
-    seconds = sum(cost["rounds"] * round_seconds[cost["stage"]] for cost in affordable)
+        return Participation(stages, shares, everywhere, None, None, None, traffic, None)
+    round_seconds = {
+        cost["stage"]: float(seconds_of_a_round(device, cost, examples_M[can] if can.any() else examples_M).max())
+        for cost, can in zip(per_stage, can_SxM, strict=True)
+    }
+    fetching = fetch_seconds(device, fetched)
+    seconds = sum(cost["rounds"] * round_seconds[cost["stage"]] for cost in taken) + fetching
     energy = None if device.watts is None else device.watts * seconds / 3600
-    return Participation(stages, list(round_seconds.values()), seconds, traffic, energy)
+    return Participation(stages, shares, everywhere, list(round_seconds.values()), fetching, seconds, traffic, energy)
+
+
+def fetched_bytes(stages: Sequence[StageCost]) -> int:
+    """Return the bytes of frozen layers that a client downloads over the run if it takes part in these stages.
+
+    In the first of them it downloads all layers that are frozen, later those that have become so since: their averages,
+    which it does not have although it has trained them.
+    """
+    return stages[-1]["frozen_bytes"] if stages else 0
+
+
+def fetch_seconds(device: DeviceClass, size: int) -> float:
+    """Return the seconds in which a device of known speed downloads a number of bytes."""
+    assert device.downlink_mbps is not None
+    return 8 * size / (device.downlink_mbps * 1e6)
 
 
 def affords(device: DeviceClass, cost: StageCost, examples_N: np.ndarray, deadline: float) -> np.ndarray:
@@ -126,12 +155,22 @@ def make_fleet(
 ) -> Fleet:
     """Assign clients to the classes by the seed; the other arguments are as for ``affords``."""
     class_N = deal(devices, len(examples_N), seed)
+    return Fleet(devices, class_N, per_stage, able_clients(devices, class_N, per_stage, examples_N, deadline))
+
+
+def able_clients(
+    devices: Sequence[DeviceClass],
+    class_N: np.ndarray,
+    per_stage: Sequence[StageCost],
+    examples_N: np.ndarray,
+    deadline: float,
+) -> dict[int, np.ndarray]:
+    """Return which of N clients, of these classes and with so many examples, can take part, by stage number."""
     members = [class_N == number for number in range(len(devices))]
-    can = {
+    return {
         cost["stage"]: np.select(members, [affords(device, cost, examples_N, deadline) for device in devices], False)
         for cost in per_stage
     }
-    return Fleet(devices, class_N, per_stage, can)
 
 
 def fleet_of_clients(config: Config, per_stage: Sequence[StageCost], examples_N: np.ndarray) -> Fleet:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config, ConfigError, override
+from lwfedssl_jax.costs import stored
 from lwfedssl_jax.costs.memory import Notice, lower_step, peak_memory
 from lwfedssl_jax.costs.operations import (
     Known,
@@ -49,6 +50,10 @@ class StageCost(TypedDict):
       images. It is a sample's share of a full batch, without the padding of short batches.
     * ``flops_recomputed``: the part of ``flops_executed`` that the backward pass recomputes (``runtime.remat``).
     * ``server_flops_executed``: the server's calibration and base model, as multiply-adds of its whole batches.
+
+    ``frozen_bytes`` are those of the frozen layers, which are not in ``download_bytes``: when a stage begins, a client
+    downloads the ones that it does not have. 0 if the server's calibration changes them in every round, in which they
+    are then downloaded.
     """
 
     stage: int
@@ -57,6 +62,7 @@ class StageCost(TypedDict):
     trainable_parameters: int
     download_bytes: int
     upload_bytes: int
+    frozen_bytes: int
     flops_paper_rule: int
     flops_executed: int
     flops_recomputed: int
@@ -113,15 +119,25 @@ def ledgers_of(
 ) -> dict[Key, Ledger]:
     """Make the ledger of each config; steps that they share are traced and compiled once.
 
+    Ledgers with peak memory are kept on disk (``stored.py``).
+
     Args:
       configs: resolved.
       memory, notify, known: as for ``all_strategies``.
     """
     known = {} if known is None else known
-    ledgers = {name: make_ledger(config, known) for name, config in configs.items()}
-    if memory:
-        add_peak_memory(ledgers, configs, notify, known)
-    return ledgers
+    if not memory:
+        return {name: make_ledger(config, known) for name, config in configs.items()}
+    kept: dict[Key, Ledger | None] = {name: stored.read(config) for name, config in configs.items()}
+    missing = {name: config for name, config in configs.items() if kept[name] is None}
+    made = {}
+    for number, (name, config) in enumerate(missing.items(), 1):
+        notify(f"the steps of option {number} of {len(missing)}")
+        made[name] = make_ledger(config, known)
+    add_peak_memory(made, missing, notify, known)
+    for name, config in missing.items():
+        stored.write(config, made[name])
+    return {name: kept[name] or made[name] for name in configs}
 
 
 def add_peak_memory(ledgers: Mapping[Key, Ledger], configs: Mapping[Key, Config], notify: Notice, known: Known) -> None:
@@ -197,6 +213,7 @@ def stage_cost(config: Config, part: StagePart, known: Known) -> StageCost:
         "trainable_parameters": tree.size(part.trainable),
         "download_bytes": traffic.download,
         "upload_bytes": traffic.upload,
+        "frozen_bytes": traffic.frozen,
         "flops_paper_rule": round(samples * by_rule + stage.rounds * embedding_by_rule),
         "flops_executed": round(samples * executed + stage.rounds * embedding),
         "flops_recomputed": round(samples * (executed - not_recomputed)),

@@ -37,11 +37,13 @@ class StageBytes(NamedTuple):
     Attributes:
       download, upload: of a client that has the frozen layers, unless calibration changes them.
       worst_case: both directions, of a client that downloads all frozen layers that it holds in every round.
+      frozen: of all frozen layers, once; 0 if calibration changes them.
     """
 
     download: int
     upload: int
     worst_case: int
+    frozen: int
 
 
 def traffic_additions(config: Config) -> TrafficAdditions:
@@ -58,7 +60,8 @@ def stage_bytes(config: Config, part: StagePart) -> StageBytes:
     extra_download, upload = (rounds * n for n in additions.dictionary)
     extra_download += round(trainable) * additions.has_base  # such a run has a single stage
     download = (everything if additions.refreshes_frozen else exchanged) + extra_download
-    return StageBytes(download, exchanged + upload, everything + extra_download + exchanged + upload)
+    once = 0 if additions.refreshes_frozen else BYTES_PER_PARAMETER * tree.size(part.frozen)
+    return StageBytes(download, exchanged + upload, everything + extra_download + exchanged + upload, once)
 
 
 def skipped_size(config: Config, part: StagePart, params: Tree) -> float:

@@ -92,7 +92,7 @@ class ActiveRun:
         self.check_data(self.data.fingerprint)
         interrupts.check()
         if self.config.fleet.devices:
-            run = self._on_fleet(run, cache)
+            run = on_fleet(run, self.hear, cache)
             interrupts.check()
         task, key = run.task, ("encode", program_config(self.config))
         self.encode = cache.get(key, lambda: frozen.make_encode(task.encoder, task.recipe, task.dtype))
@@ -127,16 +127,21 @@ class ActiveRun:
                 losses[line["round"] - 1] = line["loss"]
         return [float(loss) for loss in from_first(losses)[: self.done]]
 
-    def _on_fleet(self, run: Prepared, cache: Cache) -> Prepared:
-        """Return the prepared run with its clients assigned to the devices of its fleet."""
-        per_stage = compiled_ledger(self.config, self.hear, cache)["per_stage"]
-        enough = run.clients.sizes >= run.task.objective.fewest
-        on_devices = fleet.fleet_of_clients(self.config, per_stage, np.where(enough, run.clients.sizes, 0))
-        self.hear(Note(fleet.fleet_line(fleet.summary(on_devices, run.clients.sizes), len(per_stage))))
-        return run._replace(fleet=on_devices)
-
     def save(self, rounds: int, params: Tree, state: RoundState | None) -> None:
         """Write a checkpoint after ``rounds`` rounds."""
         if self.workdir and rounds:
             ends = [stage.last_round for stage in self.prepared.stages]
             self.workdir.save(rounds, state_to_save(params, state), ends)
+
+
+def on_fleet(run: Prepared, hear: Hear, cache: Cache) -> Prepared:
+    """Return a prepared run with its clients assigned to the devices of its fleet.
+
+    Raises:
+      ConfigError: there is a stage in which no client with examples can take part.
+    """
+    per_stage = compiled_ledger(run.config, hear, cache)["per_stage"]
+    enough = run.clients.sizes >= run.task.objective.fewest
+    on_devices = fleet.fleet_of_clients(run.config, per_stage, np.where(enough, run.clients.sizes, 0))
+    hear(Note(fleet.fleet_line(fleet.summary(on_devices, run.clients.sizes), len(per_stage))))
+    return run._replace(fleet=on_devices)

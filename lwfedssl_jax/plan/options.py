@@ -1,16 +1,14 @@
 """The options of a plan: strategy, layers per stage and ``runtime.remat``."""
 
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from lwfedssl_jax.analysis.wording import count_of
 from lwfedssl_jax.config import Config, ConfigError, divisors, override
-from lwfedssl_jax.config.device_classes import DeviceClass
-from lwfedssl_jax.costs.fleet import Participation
+from lwfedssl_jax.costs.fleet import Participation, fetched_bytes
 from lwfedssl_jax.costs.ledger import Ledger, each_strategy
-from lwfedssl_jax.data import sources
 from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.plan.clients import Left
 from lwfedssl_jax.plan.measured import Measured
 
 
@@ -21,7 +19,9 @@ class Option(NamedTuple):
       strategy, layers_per_stage, remat: as in the config.
       ledger: with peak memory.
       parts: the participation of each class.
-      shares: shares of the devices that can take part in each stage, followed by that for all stages.
+      left: whom each stage leaves out.
+      everywhere: share of the clients that can take part in every stage.
+      published: the accuracy in [0, 1] by which it is ranked without results, or None if the paper has none.
       measured: its accuracies, or None if the results contain none.
     """
 
@@ -30,7 +30,9 @@ class Option(NamedTuple):
     remat: bool
     ledger: Ledger
     parts: list[Participation]
-    shares: list[float]
+    left: list[Left]
+    everywhere: float
+    published: float | None
     measured: Measured | None
 
     @property
@@ -41,15 +43,28 @@ class Option(NamedTuple):
         return f"{name}, with runtime.remat" if self.remat else name
 
     @property
-    def everywhere(self) -> float:
-        """Share of the devices that can take part in every stage."""
-        return self.shares[-1]
+    def shares(self) -> list[float]:
+        """Share of the clients that can take part in each stage."""
+        return [1 - left.share for left in self.left]
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole run on the slowest class of those that take part throughout; 0 if no speed is known."""
-        stages = len(self.ledger["per_stage"])
-        return max((p.seconds for p in self.parts if p.seconds is not None and len(p.stages) == stages), default=0.0)
+        """Seconds of the whole run, each round as long as the slowest class takes; 0 if no speed is known."""
+        total = 0.0
+        for number, cost in enumerate(self.ledger["per_stage"]):
+            known = [p.round_seconds[number] for p in self.parts if p.round_seconds and p.shares[number]]
+            total += cost["rounds"] * max(known, default=0.0)
+        return total + max((p.fetch_seconds for p in self.parts if p.fetch_seconds is not None), default=0.0)
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Bytes, both directions, of a device that takes part in every round of all stages."""
+        return self.ledger["total_bytes"] + fetched_bytes(self.ledger["per_stage"])
+
+    @property
+    def energy_wh(self) -> float:
+        """Watt-hours of a device of the class that needs most; 0 if no power is known."""
+        return max((p.energy_wh for p in self.parts if p.energy_wh is not None), default=0.0)
 
 
 def name_option(strategy: str, layers_per_stage: int) -> str:
@@ -95,38 +110,3 @@ def each_option(config: Config) -> tuple[dict[tuple[str, int, bool], Config], di
 def depths_of(config: Config, strategy: str, layers_per_stage: int) -> tuple[tuple[int, int], ...]:
     """Return ``(frozen_depth, depth)`` of each stage of an option."""
     return tuple(STRATEGIES[strategy](config.model.depth, layers_per_stage))
-
-
-def shares_by_stage(devices: Sequence[DeviceClass], parts: Sequence[Participation], stages: int) -> list[float]:
-    """Return the shares of the devices that can take part in each stage, followed by that for all stages."""
-    total = sum(device.count for device in devices)
-    pairs = list(zip(devices, parts, strict=True))
-    shares = [sum(d.count for d, p in pairs if s in p.stages) / total for s in range(1, stages + 1)]
-    return [*shares, sum(d.count for d, p in pairs if len(p.stages) == stages) / total]
-
-
-def examples_of_a_client(config: Config, given: int | None) -> float:
-    """Return the images per client: the mean if clients differ, the median for partition.kind shared.
-
-    Args:
-      config: resolved.
-      given: the user's value; None to derive it from a data set whose size is known without reading it from disk.
-
-    Raises:
-      ConfigError: the number is not known.
-    """
-    if given is not None:
-        if given < 1:
-            raise ConfigError(f"--examples: {given} is out of range; accepted: at least 1")
-        return given
-    source = sources.find(config.data)
-    if config.partition.kind == "shared":
-        return config.partition.examples_per_client
-    if config.data.name not in ("digits", "synthetic"):
-        raise ConfigError(
-            f"--examples: missing, and the number of images per client of data.name {config.data.name} is not known "
-            "without reading it; accepted: that number"
-        )
-    synthetic = config.data.name == "synthetic"
-    total = config.data.synthetic_examples if synthetic else len(source.load(config.data).train_images)
-    return (total - round(config.partition.server_share * total)) / config.partition.clients

@@ -2,88 +2,180 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 from lwfedssl_jax.analysis.statistics import CHANCE, Difference, adjust, compare
-from lwfedssl_jax.analysis.wording import percent, protocol_words, round_percent, time_words
+from lwfedssl_jax.analysis.wording import bytes_words, percent, protocol_words, round_percent, short_number, time_words
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.config.device_classes import DeviceClass
+from lwfedssl_jax.plan.clients import left_words
+from lwfedssl_jax.plan.frontier import accuracy_of, comparable, frontier, step
 from lwfedssl_jax.plan.options import Option
+from lwfedssl_jax.plan.published import Published
 
-PUBLISHED = ("progressive", "end_to_end", "layerwise")  # by accuracy, best first (arXiv 2401.11647)
 MAX_RIVALS = 2  # largest number of options to name that the recommended one is not shown to be better than
+SAME = 0.005  # share of a cost up to which it is called the same
+
+Aim = Literal["devices", "accuracy", "cheapest"]  # what is put first
+
+
+class Recommendation(NamedTuple):
+    """The outcome of a plan.
+
+    Attributes:
+      option: to choose, or None if no class can take part throughout in any.
+      reason: why, in sentences.
+      frontier: of all options (``frontier.frontier``).
+      up, down: the options of the frontier that are next in accuracy, if any.
+    """
+
+    option: Option | None
+    reason: str
+    frontier: list[Option]
+    up: Option | None = None
+    down: Option | None = None
 
 
 def recommend(
-    config: Config, devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str
-) -> tuple[Option | None, str]:
-    """Return the recommended option (see ``choose_option``), and the reason in sentences."""
-    best = choose_option(options)
+    config: Config,
+    devices: Sequence[DeviceClass],
+    options: Sequence[Option],
+    protocol: str,
+    published: Published,
+    aim: Aim = "devices",
+    dealt: bool = False,
+) -> Recommendation:
+    """Choose an option (``choose_option``), and give the reasons.
+
+    Args:
+      config: resolved, with the fleet.
+      devices: its classes.
+      options: of the plan.
+      protocol: of the measured accuracies, or an empty string.
+      published: the paper's accuracies.
+      aim: what is put first.
+      dealt: as in ``Clients``.
+    """
+    best, on_frontier = choose_option(options, aim), frontier(options)
     if best is None:
         lacking = (missing_for(config, device, number, options) for number, device in enumerate(devices))
-        return None, " ".join(["No class can take part in every stage of any option.", *lacking])
-    return best, " ".join(reasons(best, config, devices, options, protocol))
+        reason = " ".join(["No class can take part in every stage of any option.", *lacking])
+        return Recommendation(None, reason, on_frontier)
+    reason = " ".join(reasons(best, config, devices, options, protocol, published, aim, dealt))
+    up, down = step(options, best, up=True), step(options, best, up=False)
+    return Recommendation(best, reason, on_frontier, up, down)
 
 
-def choose_option(options: Sequence[Option]) -> Option | None:
-    """Choose one of the options in which the largest share of the devices can take part in every stage.
+def choose_option(options: Sequence[Option], aim: Aim = "devices") -> Option | None:
+    """Choose one of the options that the aim allows.
 
-    It is the one with the highest measured accuracy, if any of them is measured; otherwise the first by the published
-    order of accuracies (progressive, end_to_end, layerwise; others last). Among equals it is the one that takes the
-    least time on the slowest class, then the least traffic, then the fewest operations. None if no class can take part
-    in every stage of any option.
+    By default, these are the options in which the largest share of the clients can take part in every stage, and the
+    one with the highest measured accuracy is chosen if any of them is measured, otherwise the one with the highest
+    published accuracy (``published``). Among equals it is the one that takes the least time, then the least traffic,
+    then the fewest operations. For ``accuracy``, all options count in which any client can take part in every stage,
+    and the share decides among equals. For ``cheapest``, time, traffic and operations decide before accuracy. None if
+    no client can take part in every stage of any option.
     """
-    fitting = fitting_options(options)
-    if not fitting[0].everywhere:
-        return None
+    candidates = fitting_options(options, aim)
+
+    def costs(option: Option) -> tuple[float, ...]:
+        return option.seconds, option.traffic_bytes, option.ledger["flops_executed"]
 
     def rank(option: Option) -> tuple[float, ...]:
-        published = (*PUBLISHED, option.strategy).index(option.strategy)
-        first = -option.measured.accuracy if option.measured else published
-        return first, option.seconds, option.ledger["total_bytes"], option.ledger["flops_executed"]
+        accuracy = -accuracy_of(option)
+        return (*costs(option), accuracy) if aim == "cheapest" else (accuracy, -option.everywhere, *costs(option))
 
-    return min([option for option in fitting if option.measured] or fitting, key=rank)
+    if aim == "cheapest":
+        return min(candidates, key=rank, default=None)
+    return min(comparable(candidates) or candidates, key=rank, default=None)
 
 
-def fitting_options(options: Sequence[Option]) -> list[Option]:
-    """Return the options in which the largest share of the devices can take part in every stage."""
+def fitting_options(options: Sequence[Option], aim: Aim = "devices") -> list[Option]:
+    """Return the options in which the largest share of the clients can take part in every stage, if any can.
+
+    With the aim ``accuracy``, these are all in which any client can.
+    """
     most = max(option.everywhere for option in options)
-    return [option for option in options if option.everywhere == most]
+    return [o for o in options if o.everywhere and (aim == "accuracy" or o.everywhere == most)]
 
 
 def reasons(
-    best: Option, config: Config, devices: Sequence[DeviceClass], options: Sequence[Option], protocol: str
+    best: Option,
+    config: Config,
+    devices: Sequence[DeviceClass],
+    options: Sequence[Option],
+    protocol: str,
+    published: Published,
+    aim: Aim,
+    dealt: bool,
 ) -> Iterator[str]:
     """Explain why an option is recommended, what it is not shown to be better than, and which classes it leaves out."""
-    share = f"{round_percent(best.everywhere)} of the devices, the most that any option reaches,"
-    yield f"{best.name}: {'all devices' if best.everywhere == 1 else share} can take part in every stage."
-    fitting = fitting_options(options)
+    most = ", the most that any option reaches," * (best.everywhere == max(o.everywhere for o in options))
+    share = f"{round_percent(best.everywhere)} of the clients{most}"
+    yield f"{best.name}: {'all clients' if best.everywhere == 1 else share} can take part in every stage."
+    fitting = fitting_options(options, aim)
     if len(fitting) > 1:
-        least = "time" if best.seconds else "traffic"
-        yield (
-            f"Of the {len(fitting)} options with this share, {_advantage(best, protocol)}; among equals it takes the "
-            f"least {least}."
-        )
+        which = "in which any client can" if aim == "accuracy" else "with this share"
+        yield f"Of the {len(fitting)} options {which}, {_advantage(best, fitting, protocol, published, aim)}."
     if rivals := unresolved_rivals(best, fitting, protocol):
         more = f", and {len(rivals) - MAX_RIVALS} more" if len(rivals) > MAX_RIVALS else ""
         yield f"It is not shown to be better than {'; '.join(map(_rival_words, rivals[:MAX_RIVALS]))}{more}."
     without_remat = [option for option in options if not option.remat]
     if best.remat and without_remat:
-        other = choose_option(without_remat)
-        found = f"{other.name}, {round_percent(other.everywhere)} of the devices" if other else "nothing fits"
-        yield f"Without runtime.remat: {found}."
+        other = choose_option(without_remat, aim)
+        found = f"{other.name}, {round_percent(other.everywhere)} of the clients" if other else "nothing fits"
+        yield f"Without runtime.remat, the choice is {found}."
     for number, part in enumerate(best.parts):
-        if len(part.stages) < len(best.ledger["per_stage"]):
+        if not part.everywhere:
             yield missing_for(config, devices[number], number, options)
+    if any(left.clients for left in best.left):
+        yield f"Left out: {left_words(best.left, dealt)}."
 
 
-def _advantage(best: Option, protocol: str) -> str:
+def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published: Published, aim: Aim) -> str:
+    least = "time" if best.seconds else "traffic"
+    if aim == "cheapest":
+        return f"it takes the least {least}"
     if best.measured:
         seeds = len(best.measured.by_seed)
         runs = f"mean of {seeds} seeds" if seeds > 1 else "1 seed"
-        accuracy = f"{percent(best.measured.accuracy)} ({protocol_words(protocol)}, {runs})"
-        return f"it has the highest measured accuracy, {accuracy}"
-    unknown = f"; none of them is in the results by {protocol_words(protocol)}" if protocol else ""
-    return f"{best.strategy} is the most accurate as published ({' > '.join(PUBLISHED)}){unknown}"
+        measured = f"{percent(best.measured.accuracy)} ({protocol_words(protocol)}, {runs})"
+        found = f"it has the highest measured accuracy, {measured}"
+    else:
+        unknown = f"; none of them is in the results by {protocol_words(protocol)}" if protocol else ""
+        accuracy = f", {percent(best.published)}" if best.published is not None else ""
+        found = f"it has the highest published accuracy{accuracy} (arXiv 2401.11647, on other data){unknown}"
+    equal = [option for option in comparable(fitting) if accuracy_of(option) == accuracy_of(best)]
+    return f"{found}; among equals it takes the least {least}" if len(equal) > 1 else found
+
+
+def step_words(option: Option, best: Option, devices: Sequence[DeviceClass]) -> str:
+    """Describe what an option would bring and cost in comparison with the recommended one."""
+    points = 100 * (accuracy_of(option) - accuracy_of(best))
+    kind = "measured" if option.measured else "as published"
+    changes = [f"{points:+.1f} points of accuracy {kind}"]
+    pairs = (
+        ("time", option.seconds, best.seconds, time_words),
+        ("traffic per device", option.traffic_bytes, best.traffic_bytes, bytes_words),
+        ("energy per device", option.energy_wh, best.energy_wh, lambda wh: f"{short_number(wh)} Wh"),
+        ("peak memory", *(o.ledger["peak_memory_bytes"] for o in (option, best)), bytes_words),
+    )
+    for what, new, old, words in pairs:
+        if old and new:
+            same = abs(new / old - 1) <= SAME
+            changes.append(f"the same {what}" if same else f"{what} {words(new)} instead of {words(old)}")
+    if option.everywhere != best.everywhere:
+        lost = [
+            device.name
+            for device, now, then in zip(devices, best.parts, option.parts, strict=True)
+            if then.everywhere < now.everywhere
+        ]
+        without = f" (without {', '.join(lost)})" if lost else ""
+        changes.append(
+            f"{round_percent(option.everywhere)} instead of {round_percent(best.everywhere)} of the clients throughout"
+            + without
+        )
+    return f"{option.name}: {'; '.join(changes)}."
 
 
 def unresolved_rivals(best: Option, options: Sequence[Option], protocol: str) -> list[Difference]:

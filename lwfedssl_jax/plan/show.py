@@ -15,7 +15,9 @@ from lwfedssl_jax.analysis.wording import (
     bytes_words,
     count_of,
     protocol_words,
+    round_percent,
     short_number,
+    time_unit,
     time_words,
 )
 from lwfedssl_jax.config import override, to_dict
@@ -24,8 +26,11 @@ from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, even_rounds, rounds_fit
+from lwfedssl_jax.plan.clients import to_plain as clients_to_plain
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
+from lwfedssl_jax.plan.published import unlike
+from lwfedssl_jax.plan.recommend import step_words
 
 
 def table(plan: Plan, width: int) -> Group:
@@ -38,31 +43,46 @@ def table(plan: Plan, width: int) -> Group:
         options = _options_table(plan, energy=energy, spread=spread)
         if Console(width=1000).measure(options).maximum <= width:
             break
+    options.title = title(plan)
+    notes = (f"[dim]{escape(note)}[/]" for note in _notes(plan, spread=spread))
+    return Group(options, *notes, "", *map(escape, conclusions(plan)))
+
+
+def title(plan: Plan) -> str:
+    """Return what is planned, such as "vit_tiny, mocov3: 180 rounds, 3 local epochs of 5,000 images per client"."""
     config = plan.config
-    options.title = (
+    return (
         f"{config.model.name}, {config.objective.name}: {count_of(config.federation.rounds, 'round')}, "
-        f"{count_of(config.federation.local_epochs, 'local epoch')} of {plan.examples:,.0f} images per client, "
+        f"{count_of(config.federation.local_epochs, 'local epoch')} of {plan.clients.words}, "
         f"batch {config.optimizer.batch_size}"
     )
-    conclusions = [plan.reason]
-    if best := plan.recommended:
-        conclusions += [_demand(device, part, best) for device, part in zip(plan.devices, best.parts, strict=True)]
-    notes = (f"[dim]{escape(note)}[/]" for note in _notes(plan, spread=spread))
-    return Group(options, *notes, "", *map(escape, conclusions))
+
+
+def conclusions(plan: Plan) -> list[str]:
+    """Return the recommendation, what the next steps up and down would change, and what it requires of each class."""
+    chosen = plan.recommendation
+    found = [chosen.reason]
+    if best := chosen.option:
+        steps = (("A step up", chosen.up), ("A step down", chosen.down))
+        found += [f"{name}: {step_words(option, best, plan.devices)}" for name, option in steps if option]
+        found += [demand(device, part, best) for device, part in zip(plan.devices, best.parts, strict=True)]
+    return found
 
 
 def _notes(plan: Plan, *, spread: bool) -> list[str]:
-    """Explain what the table's columns mean, and which options are missing."""
+    """Explain what the table's columns mean, which accuracies it has, and which options are missing."""
     columns = (
         "k: layers per stage. remat: with runtime.remat. memory: peak of a training step in the first stage → in the "
-        f"stage that needs most, by the compiler for {jax.devices()[0].device_kind}. fleet: devices that can take part "
-        "in the first stage → in every stage. out ≥s: cannot take part from stage s on."
+        f"stage that needs most, by the compiler for {jax.devices()[0].device_kind}. fleet: clients that can take part "
+        "in the first stage → in every stage. out ≥s: cannot take part from stage s on. traffic: of a device that "
+        "takes part in every round. *: no other option is better in one respect and as good in the others."
     )
     if any(device.has_speed for device in plan.devices):
-        columns += " Times: of a device that takes part in every round."
+        columns += " Times: of the class's slowest client, if it takes part in every round."
     notes = [
         columns,
-        *_schedule_notes(plan),
+        published_note(plan),
+        *schedule_notes(plan),
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
     ]
     if plan.results.protocol:
@@ -75,7 +95,17 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
     return notes
 
 
-def _schedule_notes(plan: Plan) -> list[str]:
+def published_note(plan: Plan, most: int = 6) -> str:
+    """State what the published accuracies are of, and in which settings this config differs from the paper's."""
+    differ = unlike(plan.config, plan.published)
+    more = f" and {len(differ) - most} more" if len(differ) > most else ""
+    return (
+        f"paper: accuracy in arXiv 2401.11647, {plan.published.measured_on}. Unlike there, this config has "
+        f"{', '.join(differ[:most])}{more}. Accuracies of your own runs (--results) count more."
+    )
+
+
+def schedule_notes(plan: Plan) -> list[str]:
     """State what the options assume about the rounds of their stages, where that is not what the config says."""
     strategy, notes = plan.config.strategy, []
     evenly = [option.name for option in plan.options if not option.remat and not _rounds_fit(plan, option)]
@@ -93,37 +123,45 @@ def _rounds_fit(plan: Plan, option: Option) -> bool:
 
 def _options_table(plan: Plan, *, energy: bool, spread: bool) -> Table:
     memory, traffic = (
-        byte_unit(max(option.ledger[key] for option in plan.options)) for key in ("peak_memory_bytes", "total_bytes")
+        byte_unit(max(sizes))
+        for sizes in (
+            [option.ledger["peak_memory_bytes"] for option in plan.options],
+            [option.traffic_bytes for option in plan.options],
+        )
     )
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("strategy", no_wrap=True)
     shown.add_column("k", justify="right", no_wrap=True)
     shown.add_column("re-\nmat", no_wrap=True)
-    heads = [f"memory\n{memory[1]}", "fleet\n%", *map(_device_head, plan.devices), f"traf-\nfic\n{traffic[1]}"]
-    heads += ["acc.\n%"] if plan.results.protocol else []
+    divisor, unit = time_column(plan)
+    classes = [_device_head(device, unit, energy=energy) for device in plan.devices]
+    heads = [f"memory\n{memory[1]}", "fleet\n%", *classes, f"traf-\nfic\n{traffic[1]}"]
+    heads += ["acc.\n%"] if plan.results.protocol else ["pa-\nper\n%"]
     for head in heads:
         shown.add_column(head, justify="right", no_wrap=True)
     for option, following in zip(plan.options, [*plan.options[1:], None], strict=True):
         peaks = [row["peak_memory_bytes"] for row in option.ledger["per_stage"]]
-        recommended = option is plan.recommended
+        recommended = option is plan.recommendation.option
+        mark = "→ " if recommended else "* " if option in plan.recommendation.frontier else "  "
         shown.add_row(
-            f"{'→ ' if recommended else ''}{option.strategy}",
+            f"{mark}{option.strategy}",
             str(option.layers_per_stage),
             "yes" if option.remat else "",
             _range(*(short_number(peak / memory[0]) for peak in (peaks[0], max(peaks)))),
             _range(*(f"{100 * share:.0f}" for share in (option.shares[0], option.everywhere))),
-            *(_cell(part, option.ledger, energy=energy) for part in option.parts),
-            short_number(option.ledger["total_bytes"] / traffic[0]),
-            *([_accuracy(option, spread=spread)] if plan.results.protocol else []),
+            *(_cell(part, option.ledger, divisor, energy=energy) for part in option.parts),
+            short_number(option.traffic_bytes / traffic[0]),
+            _accuracy(option, spread=spread) if plan.results.protocol else _published(option),
             style="bold reverse" if recommended else "",
             end_section=following is not None and following.strategy != option.strategy,
         )
     return shown
 
 
-def _device_head(device: DeviceClass) -> str:
+def _device_head(device: DeviceClass, unit: str, *, energy: bool) -> str:
     memory = f"{device.memory_gb:.3g} GB" if device.memory_gb >= 0.1 else f"{1000 * device.memory_gb:.3g} MB"
-    return escape(f"{device.name}\n{device.count:,} x\n{memory}")
+    watt_hours = " / Wh" if energy and device.watts is not None else ""
+    return escape(f"{device.name}\n{device.count:,} x\n{memory}" + f"\n{unit}{watt_hours}" * device.has_speed)
 
 
 def _accuracy(option: Option, *, spread: bool) -> str:
@@ -133,23 +171,40 @@ def _accuracy(option: Option, *, spread: bool) -> str:
     return f"{100 * option.measured.accuracy:.1f}{std}"
 
 
-def _cell(part: Participation, ledger: Ledger, *, energy: bool) -> str:
-    """Describe a class under an option: its time and energy, or the stage from which it cannot take part."""
-    stages = len(ledger["per_stage"])
+def _published(option: Option) -> str:
+    return "" if option.published is None else f"{100 * option.published:.1f}"
+
+
+def _cell(part: Participation, ledger: Ledger, divisor: float, *, energy: bool) -> str:
+    """Describe a class under an option as markup: its time and energy, or whom it leaves out."""
+    words = class_words(part, len(ledger["per_stage"]), divisor, energy=energy)
+    return words if part.everywhere == 1 else f"[red]{words}[/]"
+
+
+def time_column(plan: Plan) -> tuple[float, str]:
+    """Return the divisor and the name of the unit in which all times of a plan's table are."""
+    parts = [part for option in plan.options for part in option.parts]
+    return time_unit([part.seconds for part in parts if part.seconds and part.everywhere == 1])
+
+
+def class_words(part: Participation, stages: int, divisor: float, *, energy: bool) -> str:
+    """Describe a class under an option: its time and energy, or the share of its clients, or where it is out."""
     if len(part.stages) < stages:
-        return f"[red]{fleet.stages_text(part.stages, stages).replace('from ', '≥')}[/]"
+        return fleet.stages_text(part.stages, stages).replace("from ", "≥")
+    if part.everywhere < 1:
+        return f"{100 * part.everywhere:.3g} %"
     if part.seconds is None:
         return "yes"
-    watt_hours = f" {short_number(part.energy_wh)} Wh" if energy and part.energy_wh is not None else ""
-    return f"{time_words(part.seconds)}{watt_hours}"
+    watt_hours = f" / {short_number(part.energy_wh)}" if energy and part.energy_wh is not None else ""
+    return f"{short_number(part.seconds / divisor)}{watt_hours}"
 
 
 def _range(first: str, last: str) -> str:
     return first if first == last else f"{first}→{last}"
 
 
-def _demand(device: DeviceClass, part: Participation, option: Option) -> str:
-    """Describe what the option requires of a device."""
+def demand(device: DeviceClass, part: Participation, option: Option) -> str:
+    """Describe what the option requires of the class's slowest client."""
     if not part.stages:
         return f"{device.name}: does not take part."
     demands = []
@@ -160,49 +215,75 @@ def _demand(device: DeviceClass, part: Participation, option: Option) -> str:
     demands.append(f"{bytes_words(part.traffic_bytes)} of traffic")
     if part.energy_wh is not None:
         demands.append(f"{short_number(part.energy_wh)} Wh")
+    if part.everywhere < 1:
+        demands.append(f"{round_percent(part.everywhere)} of its clients throughout")
     return f"{device.name}: {', '.join(demands)}."
 
 
 def to_plain(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain data for JSON, with units in the keys."""
+    chosen = plan.recommendation
     return {
         "config": to_dict(plan.config),
         "devices": [dataclasses.asdict(device) for device in plan.devices],
-        "examples_of_a_client": plan.examples,
+        "examples_of_a_client": plan.clients.mean,
+        "clients": clients_to_plain(plan.clients),
         "protocol": plan.results.protocol or None,
         "results_on_this_fleet": plan.results.on_fleet,
-        "options": [_plain_option(option, plan.devices) for option in plan.options],
+        "published": {
+            "measured_on": plan.published.measured_on,
+            "unlike_this_config": unlike(plan.config, plan.published),
+        },
+        "options": [_plain_option(option, plan) for option in plan.options],
         "refused": plan.refused,
-        "recommended": plan.options.index(plan.recommended) if plan.recommended else None,
-        "reason": plan.reason,
+        "recommended": _plain_name(chosen.option),
+        "reason": chosen.reason,
+        "step_up": _plain_name(chosen.up),
+        "step_down": _plain_name(chosen.down),
     }
 
 
-def _plain_option(option: Option, devices: list[DeviceClass]) -> dict[str, Any]:
+def _plain_name(option: Option | None) -> dict[str, Any] | None:
+    if option is None:
+        return None
+    return {"strategy": option.strategy, "layers_per_stage": option.layers_per_stage, "remat": option.remat}
+
+
+def _plain_option(option: Option, plan: Plan) -> dict[str, Any]:
+    stages = len(option.ledger["per_stage"])
     return {
         "strategy": option.strategy,
         "layers_per_stage": option.layers_per_stage,
         "remat": option.remat,
+        "on_frontier": option in plan.recommendation.frontier,
         "share_every_stage": option.everywhere,
         "share_first_stage": option.shares[0],
-        "share_by_stage": option.shares[:-1],
+        "share_by_stage": option.shares,
+        "left_out_by_stage": [
+            {"clients": left.clients, "clients_share": left.share, "images_share": left.images} for left in option.left
+        ],
         "peak_memory_bytes": option.ledger["peak_memory_bytes"],
-        "traffic_bytes": option.ledger["total_bytes"],
+        "seconds": option.seconds or None,
+        "traffic_bytes": option.traffic_bytes,
+        "energy_wh": option.energy_wh or None,
         "flops_executed_a_sample": option.ledger["flops_executed"],
+        "published_accuracy": option.published,
         "accuracy": option.measured.accuracy if option.measured else None,
         "accuracy_by_seed": option.measured.by_seed if option.measured else {},
         "classes": [
             {
                 "name": device.name,
                 "stages": part.stages,
-                "says": fleet.stages_text(part.stages, len(option.ledger["per_stage"])),
+                "says": fleet.stages_text(part.stages, stages),
+                "share_by_stage": part.shares,
+                "share_every_stage": part.everywhere,
                 "round_seconds_by_stage": part.round_seconds,
                 "slowest_round_seconds": max(part.round_seconds) if part.round_seconds else None,
                 "seconds": part.seconds,
                 "traffic_bytes": part.traffic_bytes,
                 "energy_wh": part.energy_wh,
             }
-            for device, part in zip(devices, option.parts, strict=True)
+            for device, part in zip(plan.devices, option.parts, strict=True)
         ],
         "per_stage": option.ledger["per_stage"],
     }

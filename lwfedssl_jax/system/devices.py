@@ -58,6 +58,13 @@ def set_up_cache(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def cache_folder() -> Path | None:
+    """Return the folder in which this process keeps what it computes for the next one (``set_up_cache``), if any."""
+    settings: Any = jax.config
+    folder = settings.jax_compilation_cache_dir if settings.jax_enable_compilation_cache else None
+    return Path(folder) if folder else None
+
+
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Join the other processes of a run over several hosts; does nothing if no argument is given.
 

@@ -54,8 +54,8 @@ def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -
             "per_stage",
         }  # fmt: skip
         assert set(strategy["per_stage"][0]) == {
-            "stage", "rounds", "depth", "trainable_parameters", "download_bytes", "upload_bytes", "flops_paper_rule",
-            "flops_executed", "flops_recomputed", "server_flops_executed", "peak_memory_bytes",
+            "stage", "rounds", "depth", "trainable_parameters", "download_bytes", "upload_bytes", "frozen_bytes",
+            "flops_paper_rule", "flops_executed", "flops_recomputed", "server_flops_executed", "peak_memory_bytes",
         }  # fmt: skip
 
 

@@ -15,9 +15,9 @@ CSV = "name,count,memory_gb,gflops,uplink_mbps,downlink_mbps,watts\nold phone,30
 # Two stages: 10 rounds of 4e9 multiply-adds and 5 MB each way for a sample, then 5 of 8e9 and 10 MB.
 PER_STAGE = [
     {"stage": 1, "rounds": 10, "flops_executed": 40e9, "download_bytes": 50e6, "upload_bytes": 50e6,
-     "peak_memory_bytes": 2_000_000_000},
+     "frozen_bytes": 0, "peak_memory_bytes": 2_000_000_000},
     {"stage": 2, "rounds": 5, "flops_executed": 40e9, "download_bytes": 50e6, "upload_bytes": 50e6,
-     "peak_memory_bytes": 2_000_000_001},
+     "frozen_bytes": 20_000_000, "peak_memory_bytes": 2_000_000_001},
 ]  # fmt: skip
 
 
@@ -105,17 +105,34 @@ def test_a_deadline_needs_speeds(devices: tuple[str, ...]) -> None:
 
 def test_what_a_class_does_by_hand() -> None:
     """100 samples of 8 GFLOP at 50 GFLOP/s are 16 s; 5 MB take 4 s at 10 Mbit/s, 1 s at 40."""
-    part = fleet.participation(PHONE, PER_STAGE, 100, deadline=0)
+    one = np.array([100])
+    part = fleet.participation(PHONE, PER_STAGE, one, deadline=0)
     assert part.stages == [1]
     assert part.round_seconds == pytest.approx([16 + 4 + 1, 32 + 8 + 2])
     assert part.seconds == pytest.approx(210)
     assert part.traffic_bytes == 100e6
     assert part.energy_wh == pytest.approx(3.5 * 210 / 3600)
-    assert fleet.participation(BOX, PER_STAGE, 100, deadline=0) == fleet.Participation(
-        [1, 2], None, None, 200_000_000, None
+    assert fleet.participation(BOX, PER_STAGE, one, deadline=0) == fleet.Participation(
+        [1, 2], [1, 1], 1, None, None, None, 220_000_000, None
     )
-    assert fleet.participation(PHONE, PER_STAGE, 100, deadline=21).stages == [1]
-    assert fleet.participation(PHONE, PER_STAGE, 100, deadline=20.9).stages == []
+    assert fleet.participation(PHONE, PER_STAGE, one, deadline=21).stages == [1]
+    assert fleet.participation(PHONE, PER_STAGE, one, deadline=20.9).stages == []
+
+
+def test_the_slowest_client_that_can_take_part_sets_the_time_and_frozen_layers_are_fetched_once() -> None:
+    large = PHONE.__class__("large", 3, 16.0, 50.0, 10.0, 40.0, 3.5)
+    sizes = np.array([100, 50, 1000])
+    part = fleet.participation(large, PER_STAGE, sizes, deadline=30)
+    assert part.stages == [1, 2]
+    assert part.shares == pytest.approx([2 / 3, 1 / 3])  # 100 images take 42 s in stage 2, 50 images 26 s
+    assert part.everywhere == pytest.approx(1 / 3)
+    assert part.round_seconds == pytest.approx([21, 26])
+    assert part.fetch_seconds == pytest.approx(4)
+    assert part.seconds == pytest.approx(10 * 21 + 5 * 26 + 4)
+    assert part.traffic_bytes == 220e6
+    only_second = fleet.participation(large, PER_STAGE[1:], sizes, deadline=0)  # it joins late, and fetches all
+    assert only_second.seconds == pytest.approx(5 * (320 + 10) + 4)
+    assert fleet.fetched_bytes([]) == 0
 
 
 def test_clients_are_dealt_in_proportion_and_by_the_seed() -> None:

@@ -143,7 +143,7 @@ def test_the_loss_of_mae_is_that_of_hidden_patches_of_real_samples() -> None:
     np.testing.assert_array_equal(np.asarray(grad)[~hidden], 0)
 
 
-def test_mae_hides_other_patches_of_each_image_and_step_and_the_encoder_sees_the_rest() -> None:
+def test_mae_hides_other_patches_of_each_image_and_step_and_the_encoder_sees_the_rest(cheap_views: None) -> None:
     task = make_task(resolve(small_config(**MAE)))
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
     seen, again, fewer = (see_some_patches(task, jax.random.key(k), images[:n]) for k, n in ((0, 6), (1, 6), (0, 3)))

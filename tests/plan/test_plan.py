@@ -1,28 +1,39 @@
 """The plan: options, shares, the recommendation, and fleets in a run."""
 
+import copy
+import html as html_module
 import io
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import SMALL, known_traces, small_config
 from rich.console import Console
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, override, to_dict
+from lwfedssl_jax.cli.options import TrainOptions, parse
+from lwfedssl_jax.config import Config, ConfigError, device_classes, flat, join_lists, load, override, resolve, to_dict
 from lwfedssl_jax.config.device_classes import DeviceClass
-from lwfedssl_jax.costs import fleet, operations
+from lwfedssl_jax.costs import fleet, operations, stored
 from lwfedssl_jax.costs import ledger as ledger_module
-from lwfedssl_jax.costs.fleet import participation
 from lwfedssl_jax.costs.ledger import ledgers_of, make_ledger
 from lwfedssl_jax.costs.memory import lower_step
 from lwfedssl_jax.experiment import train
+from lwfedssl_jax.experiment.active import on_fleet
 from lwfedssl_jax.method import stages
+from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.plan import make, measured, recommend, show
+from lwfedssl_jax.plan.clients import Clients, make_clients
+from lwfedssl_jax.plan.frontier import frontier
 from lwfedssl_jax.plan.measured import Measured
-from lwfedssl_jax.plan.options import Option, each_option, examples_of_a_client, shares_by_stage
+from lwfedssl_jax.plan.options import Option, each_option
+from lwfedssl_jax.plan.published import closest, unlike
+from lwfedssl_jax.simulation.setup import Cache, prepare
 from lwfedssl_jax.workdir import WorkDir
 
 FLAGS = [
@@ -32,41 +43,57 @@ FLAGS = [
 ]
 SMALL_PHONE = DeviceClass("phone", 3, 1.0, 1.0, 8.0, 8.0)
 LARGE_BOX = DeviceClass("box", 1, 3.0, 10.0, 80.0, 80.0)
+PAPER = resolve(load("paper/vit_tiny_mocov3"))
+
+
+def equal_clients(*devices: DeviceClass, examples: float = 1) -> Clients:
+    """One client for each device, all with as many images."""
+    counts = [device.count for device in devices]
+    number = sum(counts)
+    return Clients(np.full(number, examples), np.repeat(np.arange(len(devices)), counts), np.ones(number), True)
 
 
 def option(strategy: str, *peaks_gb: float, flops: float = 1e9, traffic: int = 1000, **of: Any) -> Option:
     """An option of one round a stage."""
     rows = [
         {"stage": s, "rounds": 1, "depth": s, "flops_executed": flops, "download_bytes": traffic,
-         "upload_bytes": traffic, "peak_memory_bytes": gb * 1e9}
+         "upload_bytes": traffic, "frozen_bytes": 0, "peak_memory_bytes": gb * 1e9}
         for s, gb in enumerate(peaks_gb, 1)
     ]  # fmt: skip
-    ledger = {
+    ledger: Any = {
         "per_stage": rows,
         "peak_memory_bytes": max(peaks_gb) * 1e9,
         "total_bytes": 2 * traffic * len(rows),
         "flops_executed": flops * len(rows),
     }
+    layers, devices = of.get("layers", 1), [SMALL_PHONE, LARGE_BOX]
+    made = make.make_option((strategy, layers, of.get("remat", False)), ledger, devices, equal_clients(*devices), 0)
+    published = closest(PAPER).accuracy(strategy, layers)
+    return made._replace(measured=of.get("measured"), published=published)
+
+
+def advise(*options: Option, protocol: str = "", **more: Any) -> recommend.Recommendation:
     devices = [SMALL_PHONE, LARGE_BOX]
-    parts = [participation(device, rows, 1, 0) for device in devices]
-    shares = shares_by_stage(devices, parts, len(rows))
-    return Option(strategy, 1, of.get("remat", False), ledger, parts, shares, of.get("measured"))
+    return recommend.recommend(Config(), devices, options, protocol, closest(PAPER), dealt=True, **more)
 
 
-def chosen(*options: Option, protocol: str = "") -> tuple[Option | None, str]:
-    return recommend.recommend(Config(), [SMALL_PHONE, LARGE_BOX], options, protocol)
+def chosen(*options: Option, protocol: str = "", **more: Any) -> tuple[Option | None, str]:
+    found = advise(*options, protocol=protocol, **more)
+    return found.option, found.reason
 
 
 def test_shares_and_from_which_stage_a_class_is_out() -> None:
     growing = option("progressive", 0.5, 1.0, 1.5, 3.5)
-    assert growing.shares == [1, 1, 0.25, 0, 0]
+    assert growing.shares == [1, 1, 0.25, 0]
+    assert growing.everywhere == 0
+    assert growing.left[2] == (3, 0.75, 0.75)
     assert [fleet.stages_text(part.stages, 4) for part in growing.parts] == ["out from 3", "out from 4"]
     assert fleet.stages_text([], 4) == "out"
     assert fleet.stages_text([1, 2, 3, 4], 4) == "yes"
     assert fleet.stages_text([2, 3, 5], 6) == "only 2-3,5"
 
 
-def test_the_largest_share_decides_then_the_published_order_then_time_then_traffic() -> None:
+def test_the_largest_share_decides_then_the_published_accuracy_then_time_then_traffic() -> None:
     layerwise, growing = option("layerwise", 0.9, 0.9), option("progressive", 0.5, 1.5)
     whole = option("end_to_end", 1.0)
     assert chosen(whole, layerwise, growing)[0] is whole
@@ -77,7 +104,8 @@ def test_the_largest_share_decides_then_the_published_order_then_time_then_traff
     best, reason = chosen(option("layerwise", 2.0), growing)
     assert best
     assert best.strategy == "progressive"
-    assert "25 % of the devices, the most that any option reaches, can take part in every stage" in reason
+    assert "25 % of the clients, the most that any option reaches, can take part in every stage" in reason
+    assert "Left out: stage 1 none; stage 2 3 clients with 75 % of the images." in reason
     assert (
         "phone: every option needs 1.5 GB or more (progressive, 1 layer per stage), 0.5 GB above what it has" in reason
     )
@@ -146,15 +174,123 @@ def test_what_options_share_is_traced_once() -> None:
     assert len({step.as_text() for step in steps}) == len(known) == 2 * 3  # layer 1, layer 2, both; remat or not
 
 
-def test_examples_of_a_client() -> None:
-    assert examples_of_a_client(small_config(), None) == 60 / 4
-    assert examples_of_a_client(small_config(partition__server_share=0.5), None) == 30 / 4
-    assert examples_of_a_client(small_config(data__name="digits"), None) == 1437 / 4
-    assert examples_of_a_client(small_config(partition__kind="shared"), None) == 100
-    folder = small_config(data__name="folder:x")
-    assert examples_of_a_client(folder, 7) == 7
-    with pytest.raises(ConfigError, match=r"^--examples: missing, .* data.name folder:x .*; accepted: "):
-        examples_of_a_client(folder, None)
+def test_published_accuracies_rank_options_and_the_settings_that_differ_are_named() -> None:
+    table = closest(PAPER)
+    assert table.accuracy("progressive", 6) == 0.6572
+    assert table.accuracy("progressive", 5) == table.accuracy("progressive", 4) == 0.647
+    assert table.accuracy("layerwise", 2) > table.accuracy("end_to_end", 12) > table.accuracy("layerwise", 1)
+    assert table.accuracy("a_users_own", 1) is None
+    assert unlike(PAPER, table) == ["data.name tfds:cifar10 (published: COCO's images)"]
+    drawn = closest(override(PAPER, {"partition.clients": 40, "federation.clients_per_round": 9}))
+    assert "25 of 100 clients per round" in drawn.setting
+    assert drawn.accuracy("end_to_end", 12) == 0.7185
+    assert drawn.accuracy("layerwise", 6) == pytest.approx(0.8433 + 0.8658 - 0.8343)
+    assert "25 % drop out" in closest(override(PAPER, {"federation.dropout": 0.2})).setting
+    assert "ResNet-18" in closest(resolve(load("paper/resnet18_mocov3_layerwise"))).setting
+    quick = resolve(load("quickstart"))
+    assert "partition.kind dirichlet (published: iid)" in unlike(quick, closest(quick))
+    assert "strategy.first_stage_share 0.72 (published: even stages)" in unlike(quick, closest(quick))
+
+
+def test_the_most_layers_that_fit_win_and_the_next_steps_are_named() -> None:
+    """As with the paper's config and 4 GB: progressive with 6 layers and remat, without remat layerwise with 4."""
+    layerwise = [option("layerwise", 0.1 * k, 0.1 * k, layers=k, flops=k * 1e9) for k in (1, 4, 6)]
+    growing = [
+        option("progressive", 0.6, 2, layers=6),
+        option("progressive", 0.6, 0.9, layers=6, remat=True, flops=9e9),
+    ]
+    found = advise(*layerwise, *growing)
+    assert found.option is growing[1]
+    assert found.reason.startswith("progressive, 6 layers per stage, with runtime.remat: all clients")
+    assert "highest published accuracy, 65.7 % (arXiv 2401.11647, on other data)" in found.reason
+    assert "Without runtime.remat, the choice is layerwise, 6 layers per stage, 100 % of the clients." in found.reason
+    assert found.up is None
+    assert found.down is layerwise[2]
+    words = recommend.step_words(layerwise[2], growing[1], [SMALL_PHONE, LARGE_BOX])
+    assert words.startswith("layerwise, 6 layers per stage: -1.1 points of accuracy as published; time ")
+    assert "the same traffic per device; peak memory 0.6 GB instead of 0.9 GB" in words
+    assert advise(*layerwise, *growing, aim="cheapest").option is layerwise[0]
+    assert advise(*layerwise, growing[0], aim="accuracy").option is growing[0]
+    assert advise(*layerwise, growing[0]).option is layerwise[2]
+    up = advise(*layerwise, growing[0]).up
+    assert up is growing[0]
+    assert "25 % instead of 100 % of the clients throughout (without phone)" in recommend.step_words(
+        up, layerwise[2], [SMALL_PHONE, LARGE_BOX]
+    )
+    worse = option("layerwise", 0.7, 0.7, layers=6, flops=9e9)
+    assert worse not in frontier([*layerwise, worse])
+    assert layerwise[2] in frontier([*layerwise, worse])
+
+
+def test_clients_are_dealt_as_train_deals_them_or_as_given() -> None:
+    devices = [SMALL_PHONE, LARGE_BOX]
+
+    def of(*given: str, **changes: Any) -> Clients:
+        return make_clients(resolve(small_config(**changes)), devices, given, lambda _: None)
+
+    shared = {"partition__kind": "shared", "partition__examples_per_client": 30, "partition__size_sigma": 1.0}
+    for changes in ({}, {"partition__server_share": 0.5}, shared, {"data__name": "digits"}):
+        config = resolve(small_config(**changes))
+        dealt, trained = of(**changes), prepare(config)
+        assert dealt.dealt
+        np.testing.assert_array_equal(dealt.sizes, np.where(trained.clients.sizes > 1, trained.clients.sizes, 0))
+    assert of("7").sizes.tolist() == [7, 7]
+    assert of("7").weights.tolist() == [3, 1]  # four clients, three quarters of them phones
+    spread = of("p10=200", "p50=600", "p90=3000")
+    assert spread.number == pytest.approx(4)
+    assert spread.quantiles == pytest.approx({"p10": 200, "p50": 600, "p90": 3000}, rel=0.01)
+    assert (spread.sizes.min(), spread.sizes.max()) == (200, 3000)
+    assert of("p10=200 p50=600").quantiles["p90"] == 600
+    for given in (["0"], ["1.5"], ["p50=3", "7"], ["p10=5", "p10=6"], ["p10=9", "p90=3"], ["p101=3"], ["p50=0"], [" "]):
+        with pytest.raises(ConfigError, match=r"^--examples: .*; accepted: "):
+            of(*given)
+    for name in ("folder:x", "tfds:cifar10"):
+        with pytest.raises(ConfigError, match=rf"^--examples: missing, .* data.name {name}: .*; accepted: a whole"):
+            of(data__name=name)
+    assert of("7", data__name="folder:x").mean == 7
+
+
+@pytest.mark.usefixtures("priced")
+@pytest.mark.parametrize("fleets", [8, 200])
+def test_train_leaves_out_the_clients_that_the_plan_says(fleets: int) -> None:
+    """Over random fleets, deadlines, partitions and seeds; both price steps by the same rule."""
+    rng, cache, out = np.random.default_rng(0), Cache(), 0
+    for _ in range(fleets):
+        devices = tuple(
+            f"d{i} count={rng.integers(1, 9)} memory_gb={rng.choice([1e-3, 1e-2, 1])} gflops={rng.uniform(0.01, 2)} "
+            f"uplink_mbps={rng.uniform(0.1, 3)} downlink_mbps={rng.uniform(0.1, 3)}"
+            for i in range(rng.integers(1, 4))
+        )
+        config = resolve(
+            small_config(
+                data__synthetic_examples=400,
+                strategy__name=str(rng.choice(["layerwise", "progressive", "end_to_end"])),
+                partition__kind=str(rng.choice(["dirichlet", "quantity", "shared"])),
+                partition__beta=0.3,
+                partition__clients=int(rng.integers(4, 60)),
+                partition__size_sigma=1.0,
+                runtime__seed=int(rng.integers(0, 5)),
+                fleet__devices=devices,
+                fleet__deadline_seconds=float(rng.choice([0, 0.05, 0.5])),
+            )
+        )
+        classes = device_classes(config)
+        planned = make.make_plan(config, make_clients(config, classes, [], lambda _: None))
+        name = config.strategy.name, len(stages.stage_depths(config)), False
+        (mine,) = (o for o in planned.options if (o.strategy, len(o.left), o.remat) == name)
+        run = prepare(config, cache=cache)
+        try:
+            fleet_of_run = on_fleet(run, lambda _: None, cache).fleet
+        except ConfigError:
+            assert 1.0 in [left.share for left in mine.left] or min(run.clients.sizes) < 2
+            continue
+        assert fleet_of_run
+        images = np.where(run.clients.sizes > 1, run.clients.sizes, 0)  # simclr learns nothing from one
+        for left, can in zip(mine.left, fleet_of_run.can.values(), strict=True):
+            assert left.clients == np.count_nonzero(~can)
+            assert left.images == pytest.approx((images * ~can).sum() / images.sum())
+            out += np.count_nonzero(~can) > 0
+    assert out > fleets / 4
 
 
 def row(config: Config, accuracy: float, **changes: Any) -> dict[str, Any]:
@@ -212,10 +348,16 @@ FLEET = "name,count,memory_gb,gflops,uplink_mbps,downlink_mbps,watts\nphone,3,{}
 @pytest.fixture
 def priced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step needs a thousand bytes a trainable parameter; nothing is compiled for it."""
-    real = ledgers_of
+    made: dict[Any, Any] = {}
+
+    def make_known(config: Config) -> Any:
+        key = override(ledger_config(config), {"partition.clients": 1})
+        if key not in made:
+            made[key] = make_ledger(config, known_traces())
+        return copy.deepcopy(made[key])
 
     def cheap(configs: dict[Any, Config], *, memory: bool, **_: Any) -> dict[Any, Any]:
-        ledgers = real(configs, memory=False, known=known_traces())
+        ledgers = {name: make_known(config) for name, config in configs.items()}
         for ledger in ledgers.values():
             for row in ledger["per_stage"]:
                 row["peak_memory_bytes"] = 1000 * row["trainable_parameters"]
@@ -245,8 +387,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     growing = options["progressive", 1, False]
     assert growing["share_by_stage"] == [1, 1, 0.25]
     assert [c["says"] for c in growing["classes"]] == ["out from 3", "yes"]
-    assert growing["classes"][0]["seconds"] < sum(growing["classes"][0]["round_seconds_by_stage"])
-    best = found["options"][found["recommended"]]
+    phone, box = growing["classes"]
+    assert phone["seconds"] < sum(phone["round_seconds_by_stage"])
+    assert growing["seconds"] > box["seconds"] > 0  # rounds of the first stages are as long as the phones need
+    frozen = options["layerwise", 1, False]["per_stage"][-1]["frozen_bytes"]
+    assert frozen > 0
+    assert options["layerwise", 1, False]["traffic_bytes"] == frozen + sum(
+        row["download_bytes"] + row["upload_bytes"] for row in options["layerwise", 1, False]["per_stage"]
+    )
+    (best,) = (option for option in found["options"] if found["recommended"].items() <= option.items())
+    assert found["clients"]["dealt_as_train_deals_them"]
+    assert growing["left_out_by_stage"][2]["clients"] == 3
     assert best["share_every_stage"] == max(o["share_every_stage"] for o in found["options"])
     assert found["reason"].startswith(best["strategy"])
     monkeypatch.setenv("COLUMNS", "100")
@@ -269,13 +420,14 @@ def test_the_table_fits_the_screen() -> None:
         for name in names
         for remat in (False, True)
     }
-    made = make.make_plan(config, 9000, measured.Results("knn", False, found))
-    for width, accuracy, energy in ((74, "60.0", False), (80, "60.0±14.1", False), (120, "60.0±14.1", True)):
+    dealt = make_clients(config, device_classes(config), ["9000"], lambda _: None)
+    made = make.make_plan(config, dealt, measured.Results("knn", False, found))
+    for width, accuracy, energy in ((77, "60.0", False), (82, "60.0±14.1", False), (120, "60.0±14.1", True)):
         console = Console(width=width, record=True, file=io.StringIO())
         console.print(show.table(made, width))
         (line, *_) = (line for line in console.export_text().splitlines() if line.lstrip().startswith("→"))
         assert line.rstrip().endswith(f" {accuracy}")
-        assert ("Wh" in line) == energy
+        assert (" / " in line) == energy
 
 
 @pytest.mark.usefixtures("priced")
@@ -299,3 +451,68 @@ def test_a_stage_that_nobody_can_afford_is_refused() -> None:
     config = small_config(strategy__name="progressive", fleet__devices=(f"a count=1 memory_gb={between_stages()}",))
     with pytest.raises(ConfigError, match=r"^fleet.devices: no client can take part in stage 3 of 3, .*; accepted: "):
         train.train(config, None)
+
+
+def test_a_ledger_is_kept_until_something_changes_that_it_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, compiled = resolve(small_config(model__depth=1)), list[str]()
+    monkeypatch.setattr(stored.devices, "cache_folder", lambda: tmp_path)
+    known: dict[Any, Any] = {}
+
+    def cost(config: Config) -> Any:
+        compiled.clear()
+        return ledgers_of({"it": config}, memory=True, notify=compiled.append, known=known)["it"]
+
+    first = cost(config)
+    assert first["peak_memory_bytes"] > 0
+    assert compiled
+    assert cost(override(config, {"runtime.seed": 5, "evaluation.neighbours": 3})) == first
+    assert not compiled
+    (file,) = (tmp_path / "ledgers").iterdir()
+    cost(override(config, {"optimizer.batch_size": 3}))
+    assert compiled
+    file.write_text("{")  # damaged
+    assert cost(config) == first
+    assert compiled
+    monkeypatch.setattr(stored, "code_digest", lambda: "another version")
+    cost(config)
+    assert compiled
+    monkeypatch.setitem(stored.STRATEGIES, "mine", lambda layers, k: [(0, layers)])
+    assert stored.ledger_file(config) is None  # a user's code may change without a trace
+    monkeypatch.setattr(stored.devices, "cache_folder", lambda: None)
+    assert stored.read(config) is None
+
+
+@pytest.mark.usefixtures("priced")
+def test_the_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fleet.csv").write_text(FLEET.format(between_stages()))
+    out = tmp_path / "plan"
+    command = ["plan", "quickstart", *FLAGS, "--devices", str(tmp_path / "fleet.csv"), "--out", str(out)]
+    assert cli.main(command) == 0
+    assert "plan.html" in capsys.readouterr().out
+    html = (out / "plan.html").read_text()
+    plain = json.loads((out / "plan.json").read_text())
+    assert html.count('class="chosen"') == 1
+    assert html.count("<tr") == 1 + len(plain["options"])
+    assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org", "")
+    for words in ("phone", "can take part in every stage", "It was not measured on these devices", "partition.kind"):
+        assert words in html
+    shown = re.search(r"<pre>(.*?)</pre>", html, re.DOTALL)
+    assert shown
+    again, train_it = html_module.unescape(shown[1]).split("\n\n")
+    assert shlex.split(again) == ["python", "run.py", *command]
+    assert plain["recommended"]["strategy"] in train_it
+    parsed = parse(TrainOptions, shlex.split(train_it)[3:])
+    assert [device.name for device in device_classes(resolve(parsed.config))] == ["phone", "box"]
+
+
+def test_options_that_contradict_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for words, named in (
+        (["--accuracy-first", "--cheapest"], "--cheapest"),
+        (["--out", str(tmp_path / "file" / "x")], "--out"),
+        (["--examples", "p10=3", "p90"], "--examples"),
+    ):
+        assert cli.main(["plan", "quickstart", *FLAGS, "--memory-gb", "1", *words]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {named}: ")

@@ -1,0 +1,61 @@
+"""The frontier of a plan: options of which no other is better in one respect and as good in all others."""
+
+from collections.abc import Sequence
+
+from lwfedssl_jax.plan.options import Option
+
+
+def frontier(options: Sequence[Option]) -> list[Option]:
+    """Return the options that no other dominates: by accuracy, clients, time, traffic, energy and peak memory.
+
+    Accuracies are the measured ones if any option has one, otherwise the published ones. Options without one, and those
+    that no client can take part in throughout, are not on it.
+    """
+    known = [option for option in comparable(options) if option.everywhere]
+    return [option for option in known if not any(dominates(other, option) for other in known)]
+
+
+def comparable(options: Sequence[Option]) -> list[Option]:
+    """Return the options whose accuracy is known: measured if any is, otherwise published."""
+    measured = [option for option in options if option.measured]
+    return measured or [option for option in options if option.published is not None]
+
+
+def accuracy_of(option: Option) -> float:
+    """Return the accuracy by which an option of ``comparable`` is ranked."""
+    return option.measured.accuracy if option.measured else option.published or 0.0
+
+
+def dominates(better: Option, worse: Option) -> bool:
+    """Return whether an option is better than another in one respect and as good in all others."""
+    first, second = losses(better), losses(worse)
+    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
+
+
+def losses(option: Option) -> tuple[float, ...]:
+    """Return what an option should have little of."""
+    peak = float(option.ledger["peak_memory_bytes"])
+    costs = option.seconds, option.traffic_bytes, option.energy_wh, peak
+    return -accuracy_of(option), -option.everywhere, *costs
+
+
+def step(options: Sequence[Option], chosen: Option, *, up: bool) -> Option | None:
+    """Return the option of the frontier that is next in accuracy above the chosen one, or below it; None without one.
+
+    Of several with one accuracy it is the one that most clients can take part in, then the one that takes the least
+    time, then the least traffic. Below, only options that need less of something count.
+    """
+    sign = 1 if up else -1
+    at = sign * accuracy_of(chosen)
+    further = [option for option in frontier(options) if sign * accuracy_of(option) > at]
+    if not up:
+        further = [option for option in further if is_cheaper(option, chosen)]
+    nearest = min((sign * accuracy_of(option) for option in further), default=None)
+    candidates = [option for option in further if sign * accuracy_of(option) == nearest]
+    key = lambda option: (-option.everywhere, option.seconds, option.traffic_bytes)  # noqa: E731
+    return min(candidates, key=key, default=None)
+
+
+def is_cheaper(option: Option, than: Option) -> bool:
+    """Return whether an option needs less of something that costs, or leaves fewer clients out."""
+    return any(a < b for a, b in zip(losses(option)[1:], losses(than)[1:], strict=True))

@@ -1,0 +1,234 @@
+"""Writes the page of a plan, for whoever decides: it needs no other file and no network."""
+
+import base64
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lwfedssl_jax import __version__
+from lwfedssl_jax.analysis.style import save_with_svg
+from lwfedssl_jax.analysis.wording import (
+    byte_unit,
+    bytes_words,
+    count_of,
+    percent,
+    protocol_words,
+    round_percent,
+    short_number,
+    time_words,
+)
+from lwfedssl_jax.plan.clients import left_words
+from lwfedssl_jax.plan.make import Plan
+from lwfedssl_jax.plan.options import Option
+from lwfedssl_jax.plan.plot import choice_figures
+from lwfedssl_jax.plan.published import unlike
+from lwfedssl_jax.plan.recommend import missing_for, step_words
+from lwfedssl_jax.plan.show import class_words, demand, schedule_notes, time_column, title, to_plain
+from lwfedssl_jax.system.files import write_whole
+
+TEMPLATE = Path(__file__).with_name("plan.html.j2")
+PAGE, PLAIN = "plan.html", "plan.json"
+FIGURES = ("accuracy_against_cost", "accuracy_against_memory")
+WHAT = {
+    "layerwise": "Train the encoder stage by stage, and freeze the layers of earlier stages",
+    "progressive": "Let the encoder grow stage by stage, and train all layers that exist so far",
+    "end_to_end": "Train the whole encoder in all rounds",
+}
+
+
+def write_page(plan: Plan, out: Path, command: Sequence[str]) -> Path:
+    """Write ``plan.html``, its figure and ``plan.json`` to a folder.
+
+    Args:
+      plan: to show.
+      out: the folder, which may not exist yet.
+      command: words after ``plan`` that made it.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      OSError: something cannot be written.
+    """
+    import jinja2
+
+    pictures = [save_with_svg(figure, out, name) for figure, name in zip(choice_figures(plan), FIGURES, strict=True)]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    content = compose(plan, command) | {
+        "figures": [f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in pictures]
+    }
+    write_whole(out / PLAIN, f"{json.dumps(to_plain(plan), indent=1)}\n".encode())
+    page = out / PAGE
+    write_whole(page, environment.from_string(TEMPLATE.read_text()).render(content).encode())
+    return page
+
+
+def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
+    """Make the content for the template, except for the figure."""
+    chosen = plan.recommendation
+    best = chosen.option
+    steps = (("More accurate", chosen.up), ("Cheaper", chosen.down))
+    return {
+        "version": __version__,
+        "title": title(plan),
+        "best": best,
+        "sentences": sentences(plan, best) if best else [chosen.reason],
+        "steps": [(name, step_words(option, best, plan.devices)) for name, option in steps if option and best],
+        "reason": chosen.reason,
+        "columns": columns(plan),
+        "rows": [row(option, plan) for option in plan.options],
+        "classes": [(device, class_sentences(plan, number)) for number, device in enumerate(plan.devices)],
+        "assumed": list(assumed(plan)),
+        "protocol": plan.results.protocol and protocol_words(plan.results.protocol),
+        "measured_on": plan.published.measured_on,
+        "differing": unlike(plan.config, plan.published),
+        "commands": [
+            shlex.join(["python", "run.py", "plan", *command]),
+            *([train_command(plan, best, command)] if best else []),
+        ],
+    }
+
+
+def sentences(plan: Plan, best: Option) -> list[str]:
+    """The recommendation in three sentences: what, for whom, and for how much."""
+    what = WHAT.get(best.strategy, f"Train by the strategy {best.strategy}")
+    accuracy = (
+        f"measured accuracy {percent(best.measured.accuracy)}"
+        if best.measured
+        else f"published accuracy {percent(best.published)} on other data"
+        if best.published is not None
+        else "accuracy unknown"
+    )
+    growth = f", {count_of(best.layers_per_stage, 'new layer')} per stage" if len(best.ledger["per_stage"]) > 1 else ""
+    remat = ", and recompute activations to save memory (runtime.remat)" if best.remat else ""
+    who = "All clients" if best.everywhere == 1 else f"{round_percent(best.everywhere)} of the clients"
+    spent = [
+        f"the whole run takes {time_words(best.seconds)}" if best.seconds else "",
+        f"{bytes_words(best.traffic_bytes)} of traffic per device",
+        f"up to {short_number(best.energy_wh)} Wh per device" if best.energy_wh else "",
+    ]
+    left = f"; left out: {left_words(best.left, plan.clients.dealt)}" if any(s.clients for s in best.left) else ""
+    return [
+        f"{what}{growth}{remat} ({accuracy}).",
+        f"{who} can take part in every stage, which needs up to {bytes_words(best.ledger['peak_memory_bytes'])} of "
+        f"memory for a training step{left}.",
+        f"It costs: {', '.join(filter(None, spent))}.",
+    ]
+
+
+def columns(plan: Plan) -> list[str]:
+    """The heads of the table, each with its unit."""
+    memory, traffic = units(plan)
+    heads = ["strategy", "layers per stage", "remat", f"peak memory ({memory[1]})", "clients in every stage (%)"]
+    unit = time_column(plan)[1]
+    heads += [
+        f"{device.name}, {device.count:,} x {device.memory_gb:g} GB{f' ({unit})' * device.has_speed}"
+        for device in plan.devices
+    ]
+    accuracy = "accuracy (%)" if plan.results.protocol else "published accuracy (%)"
+    return [*heads, f"traffic per device ({traffic[1]})", accuracy]
+
+
+def units(plan: Plan) -> list[tuple[float, str]]:
+    """The units of memory and of traffic."""
+    peaks = max(option.ledger["peak_memory_bytes"] for option in plan.options)
+    return [byte_unit(peaks), byte_unit(max(option.traffic_bytes for option in plan.options))]
+
+
+def row(option: Option, plan: Plan) -> dict[str, Any]:
+    """An option's row of the table."""
+    memory, traffic = units(plan)
+    stages = len(option.ledger["per_stage"])
+    cells = [
+        str(option.layers_per_stage),
+        "yes" if option.remat else "",
+        short_number(option.ledger["peak_memory_bytes"] / memory[0]),
+        f"{100 * option.everywhere:.3g}",
+        *(class_words(part, stages, time_column(plan)[0], energy=False) for part in option.parts),
+        short_number(option.traffic_bytes / traffic[0]),
+        _accuracy(option, plan),
+    ]
+    return {
+        "name": option.strategy,
+        "cells": cells,
+        "chosen": option is plan.recommendation.option,
+        "frontier": option in plan.recommendation.frontier,
+        "out": option.everywhere < 1,
+    }
+
+
+def _accuracy(option: Option, plan: Plan) -> str:
+    if plan.results.protocol:
+        return f"{100 * option.measured.accuracy:.1f}" if option.measured else ""
+    return "" if option.published is None else f"{100 * option.published:.1f}"
+
+
+def class_sentences(plan: Plan, number: int) -> list[str]:
+    """What the recommended option requires of a class, or what the class lacks."""
+    best = plan.recommendation.option
+    if best is None or not best.parts[number].everywhere:
+        return [missing_for(plan.config, plan.devices[number], number, plan.options)]
+    return [demand(plan.devices[number], best.parts[number], best)]
+
+
+def assumed(plan: Plan) -> list[str]:
+    """What the plan takes for granted or does not know."""
+    config, device = plan.config, jax.devices()[0]
+    how = (
+        "They are the clients that a run with this config deals out, each with its own images."
+        if plan.clients.dealt
+        else f"They are as given: --examples {plan.clients.given}, the same for each class of devices."
+    )
+    sizes = ", ".join(f"{name} {size:,.0f}" for name, size in plan.clients.quantiles.items())
+    speed = [
+        "Time is download, training and upload after each other, at the speeds given for each class, without idle "
+        "time; a round is as long as its slowest client takes. Speeds are not measured: gflops is what a device "
+        "sustains."
+        if any(device.has_speed for device in plan.devices)
+        else "Time is unknown: the classes have no gflops or link speeds."
+    ]
+    drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
+    part = (
+        "Costs are of a device that takes part in every round. Here a client takes part in about "
+        f"{round_percent(drawn)} of them."
+    )
+    deadline = config.fleet.deadline_seconds
+    late = f"A client that needs more than {deadline:g} s for a round (fleet.deadline_seconds) is left out."
+    return [
+        f"{plan.clients.number:,.0f} clients with {plan.clients.words} ({sizes}). {how}",
+        f"Memory is what the compiler reports for one training step on {device.device_kind}; the system's own memory "
+        "comes on top. It was not measured on these devices.",
+        *speed,
+        *([late] if deadline else []),
+        *([part] if drawn < 1 else []),
+        "Traffic is 4 bytes per parameter in both directions, with what a device downloads when a stage begins; "
+        "protocols and encryption come on top.",
+        *schedule_notes(plan),
+        *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
+    ]
+
+
+def train_command(plan: Plan, best: Option, command: Sequence[str]) -> str:
+    """The command that trains the recommended option on the plan's fleet."""
+    words = ["python", "run.py", "train", *config_words(command), "--fleet.devices", *plan.config.fleet.devices]
+    words += ["--strategy.name", best.strategy, "--strategy.layers-per-stage", str(best.layers_per_stage)]
+    return shlex.join(words + (["--runtime.remat", "True"] if best.remat else []))
+
+
+def config_words(command: Sequence[str]) -> list[str]:
+    """The words of a command that belong to its config: its name and ``--section.field`` options but strategy's own."""
+    kept, keep = list(command[:1]), False
+    for word in command[1:]:
+        if word.startswith("--"):
+            name = word.partition("=")[0].replace("_", "-")
+            own = ("--strategy.name", "--strategy.layers-per-stage", "--runtime.remat", "--fleet.devices")
+            keep = "." in name and name not in own
+        if keep:
+            kept.append(word)
+    return kept
