@@ -60,8 +60,9 @@ def percent(share: float) -> str:
 
 
 def round_percent(share: float) -> str:
-    """A share in [0, 1] with at most three digits, such as "75 %"."""
-    return f"{100 * share:.3g} %"
+    """A share in [0, 1] in whole percent, such as "75 %"; with more digits near 0 and 100 %, which it is not then."""
+    whole = 0.01 <= share <= 0.99 or share in (0, 1)
+    return f"{100 * share:.0f} %" if whole else f"{100 * share:.3g} %"
 
 
 def accuracy_words(result: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lwfedssl_jax.analysis.wording import count_of
+from lwfedssl_jax.analysis.wording import count_of, round_percent
 from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet
@@ -181,8 +181,8 @@ def left_words(stages: Sequence[Left], dealt: bool) -> str:
 def _left(left: Left, dealt: bool) -> str:
     if not left.clients:
         return "none"
-    who = count_of(round(left.clients), "client") if dealt else f"about {100 * left.share:.3g} % of the clients"
-    return f"{who} with {100 * left.images:.3g} % of the images"
+    who = count_of(round(left.clients), "client") if dealt else f"about {round_percent(left.share)} of the clients"
+    return f"{who} with {round_percent(left.images)} of the images"
 
 
 def to_plain(clients: Clients) -> dict[str, Any]:

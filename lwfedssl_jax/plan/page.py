@@ -149,7 +149,7 @@ def row(option: Option, plan: Plan) -> dict[str, Any]:
         str(option.layers_per_stage),
         "yes" if option.remat else "",
         short_number(option.ledger["peak_memory_bytes"] / memory[0]),
-        f"{100 * option.everywhere:.3g}",
+        round_percent(option.everywhere).removesuffix(" %"),
         *(class_words(part, stages, time_column(plan)[0], energy=False) for part in option.parts),
         short_number(option.traffic_bytes / traffic[0]),
         _accuracy(option, plan),

@@ -166,11 +166,11 @@ def step_words(option: Option, best: Option, devices: Sequence[DeviceClass]) -> 
             changes.append(f"the same {what}" if same else f"{what} {words(new)} instead of {words(old)}")
     if option.everywhere != best.everywhere:
         lost = [
-            device.name
+            f"{round_percent(then.everywhere)} of {device.name}" if then.everywhere else f"none of {device.name}"
             for device, now, then in zip(devices, best.parts, option.parts, strict=True)
             if then.everywhere < now.everywhere
         ]
-        without = f" (without {', '.join(lost)})" if lost else ""
+        without = f" ({', '.join(lost)})" if lost else ""
         changes.append(
             f"{round_percent(option.everywhere)} instead of {round_percent(best.everywhere)} of the clients throughout"
             + without

@@ -192,7 +192,7 @@ def class_words(part: Participation, stages: int, divisor: float, *, energy: boo
     if len(part.stages) < stages:
         return fleet.stages_text(part.stages, stages).replace("from ", "≥")
     if part.everywhere < 1:
-        return f"{100 * part.everywhere:.3g} %"
+        return round_percent(part.everywhere)
     if part.seconds is None:
         return "yes"
     watt_hours = f" / {short_number(part.energy_wh)}" if energy and part.energy_wh is not None else ""

@@ -85,8 +85,7 @@ class SweepProgress:
             first = self._first.setdefault(name, number - 1)
             self._done[name], self._left[name] = sum(costs[first:number]), sum(costs[number:])
             self._text[name] = f"stage {line['stage']}, round {number}/{len(costs)}"
-        elif kind == "Evaluated":
-            line = event["line"]
+        elif kind == "Evaluated" and "baseline" not in (line := event["line"]):
             self._accuracy.setdefault(name, {})[line["protocol"]] = line["accuracy"]
         elif kind in ("finished", "failed"):
             self._state[name], self._left[name] = kind, 0.0

@@ -214,7 +214,7 @@ def test_the_most_layers_that_fit_win_and_the_next_steps_are_named() -> None:
     assert advise(*layerwise, growing[0]).option is layerwise[2]
     up = advise(*layerwise, growing[0]).up
     assert up is growing[0]
-    assert "25 % instead of 100 % of the clients throughout (without phone)" in recommend.step_words(
+    assert "25 % instead of 100 % of the clients throughout (none of phone)" in recommend.step_words(
         up, layerwise[2], [SMALL_PHONE, LARGE_BOX]
     )
     worse = option("layerwise", 0.7, 0.7, layers=6, flops=9e9)

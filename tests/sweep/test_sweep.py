@@ -301,6 +301,8 @@ def test_progress_tells_what_is_left() -> None:
         assert progress._left[runs[1].directory] == 2.0
         evaluated = {"event": "Evaluated", "line": {"round": 3, "protocol": "knn", "accuracy": 0.5}}
         progress.hear(runs[2], evaluated)
+        scratch = {"round": 0, "baseline": "scratch", "protocol": "knn", "accuracy": 0.1}
+        progress.hear(runs[2], {"event": "Evaluated", "line": scratch})
         progress.hear(runs[2], {"event": "finished"})
         progress.hear(runs[3], {"event": "failed", "why": "no [disk]"})
         console.print(progress._table())
