@@ -1,6 +1,6 @@
 """docs/extending.md runs as it stands there; docs/results.md is what its script makes of the records."""
 
-import importlib.util
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL
 
-from lwfedssl_jax.config import load, override, resolve
+from lwfedssl_jax.config import digest, load, override, resolve
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.experiment import train
 from lwfedssl_jax.method import aggregation, objectives, stages, terms
@@ -53,14 +53,15 @@ def test_the_example_trains_and_is_priced(tmp_path: Path) -> None:
 
 def test_the_results_page_is_what_the_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails: `python benchmarks/studies.py report`."""
-    spec = importlib.util.spec_from_file_location("studies", ROOT / "benchmarks" / "studies.py")
-    assert spec is not None
-    assert spec.loader is not None
-    studies = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(studies)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    studies, page = (importlib.import_module(name) for name in ("studies", "studies_page"))
     monkeypatch.setattr(studies, "PAGE", tmp_path / "results.md")
-    monkeypatch.setattr(studies, "figures", lambda: None)
-    studies.write_page()
+    monkeypatch.setattr(page, "figures", lambda: None)
+    page.write_page()
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
-    asked = {studies.key(overrides) for study in studies.STUDIES.values() for *_, overrides in studies.runs(study)}
+    asked = {digest(run.config) for name in studies.STUDIES for run in studies.runs_of(name)}
     assert set(studies.recorded()) <= asked
+    for name, study in studies.STUDIES.items():
+        assert len(set(study.questions)) == len(study.questions), f"{name} asks a question twice"
+        labels = {run.label for run in studies.runs_of(name)} | set(study.beside)
+        assert {label for q in study.questions for label in (q.better, q.worse)} <= labels

@@ -1,0 +1,95 @@
+"""Accuracy at equal cost, read off the evaluations of finished runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lwfedssl_jax.analysis.style import traffic_by_round
+from lwfedssl_jax.analysis.wording import MIB
+
+Lines = Sequence[Mapping[str, Any]]  # of ``metrics.jsonl``
+Summary = Mapping[str, Any]
+
+
+class CostKind(NamedTuple):
+    """A cost that runs are compared at.
+
+    Attributes:
+      words: its name in a sentence.
+      unit: of the values.
+      divisor: that turns bytes, multiply-adds or seconds into the unit.
+    """
+
+    words: str
+    unit: str
+    divisor: float
+
+
+KINDS = {
+    "traffic": CostKind("traffic", "MiB", MIB),
+    "operations": CostKind("operations", "G multiply-adds per sample", 1e9),
+    "device_seconds": CostKind("device time", "min", 60.0),
+}
+
+
+def cumulative_cost(kind: str, lines: Lines, summary: Summary) -> dict[int, float]:
+    """Return what a drawn client has spent up to each round, from 0 on; empty if that is unknown.
+
+    Args:
+      kind: of ``KINDS``: traffic as measured, executed multiply-adds by the ledger, or, for a run with a fleet of known
+        speed, seconds of rounds that are as long as the slowest class needs that takes part.
+      lines: of the run's ``metrics.jsonl``.
+      summary: of the run.
+    """
+    if kind == "traffic":
+        return {number: MIB * total for number, total in traffic_by_round([dict(line) for line in lines]).items()}
+    if kind == "operations":
+        by_stage = {s["stage"]: s["flops_executed"] / s["rounds"] for s in summary["resources"]["per_stage"]}
+    else:
+        by_stage = seconds_by_stage(summary)
+    spent, total = {0: 0.0}, 0.0
+    for line in lines:
+        if "event" not in line:
+            if line["stage"] not in by_stage:
+                return {}
+            total += by_stage[line["stage"]]
+            spent[line["round"]] = total
+    return spent
+
+
+def seconds_by_stage(summary: Summary) -> dict[int, float]:
+    """Return the seconds of a round of each stage on the slowest class that takes part, where all speeds are known."""
+    classes = [c for c in summary.get("fleet", ()) if c["clients"]]
+    found = {}
+    for index, stage in enumerate(summary["resources"]["per_stage"]):
+        seconds = [c["round_seconds_by_stage"][index] for c in classes if c["clients_by_stage"][index]]
+        if seconds and None not in seconds:
+            found[stage["stage"]] = max(seconds)
+    return found
+
+
+def cost_curve(kind: str, protocol: str, lines: Lines, summary: Summary) -> tuple[np.ndarray, np.ndarray]:
+    """Return the costs at which a run was evaluated by a protocol, in order, and its accuracies in [0, 1]."""
+    spent = cumulative_cost(kind, lines, summary)
+    points = {
+        spent[line["round"]]: line["accuracy"]
+        for line in lines
+        if line.get("protocol") == protocol and "baseline" not in line and "accuracy" in line and line["round"] in spent
+    }
+    return np.array([*points]), np.array([*points.values()])
+
+
+def accuracy_at(cost: float, curve: tuple[np.ndarray, np.ndarray]) -> float:
+    """Return the accuracy at a cost, linear between evaluations; NaN beyond the last one."""
+    costs, accuracies = curve
+    if not len(costs) or cost > costs[-1] * (1 + 1e-9):
+        return float("nan")
+    return float(np.interp(cost, costs, accuracies))
+
+
+def common_cost(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Return the largest cost at which all runs can be compared; NaN if one has no costs or only one evaluation."""
+    if not curves or any(len(costs) < 2 for costs, _ in curves):
+        return float("nan")
+    return float(min(costs[-1] for costs, _ in curves))
