@@ -4,9 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from lwfedssl_jax.analysis.effects import worlds
+from lwfedssl_jax.analysis.results import RunRecord
+from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.style import traffic_by_round
-from lwfedssl_jax.analysis.wording import MIB
+from lwfedssl_jax.analysis.tables import Table
+from lwfedssl_jax.analysis.wording import MIB, UNKNOWN, mean_words
+
+SAME = 1.01  # largest cost over the smallest up to which runs are said to cost the same
 
 Lines = Sequence[Mapping[str, Any]]  # of ``metrics.jsonl``
 Summary = Mapping[str, Any]
@@ -44,8 +51,9 @@ def cumulative_cost(kind: str, lines: Lines, summary: Summary) -> dict[int, floa
     """
     if kind == "traffic":
         return {number: MIB * total for number, total in traffic_by_round([dict(line) for line in lines]).items()}
+    per_stage = summary["resources"].get("per_stage", ())
     if kind == "operations":
-        by_stage = {s["stage"]: s["flops_executed"] / s["rounds"] for s in summary["resources"]["per_stage"]}
+        by_stage = {s["stage"]: s["flops_executed"] / s["rounds"] for s in per_stage if "flops_executed" in s}
     else:
         by_stage = seconds_by_stage(summary)
     spent, total = {0: 0.0}, 0.0
@@ -62,10 +70,10 @@ def seconds_by_stage(summary: Summary) -> dict[int, float]:
     """Return the seconds of a round of each stage on the slowest class that takes part, where all speeds are known."""
     classes = [c for c in summary.get("fleet", ()) if c["clients"]]
     found = {}
-    for index, stage in enumerate(summary["resources"]["per_stage"]):
+    for index, stage in enumerate(summary["resources"].get("per_stage", ())):
         seconds = [c["round_seconds_by_stage"][index] for c in classes if c["clients_by_stage"][index]]
         if seconds and None not in seconds:
-            found[stage["stage"]] = max(seconds)
+            found[stage.get("stage", index + 1)] = max(seconds)
     return found
 
 
@@ -93,3 +101,59 @@ def common_cost(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     if not curves or any(len(costs) < 2 for costs, _ in curves):
         return float("nan")
     return float(min(costs[-1] for costs, _ in curves))
+
+
+def equal_cost_table(
+    members: Mapping[str, Sequence[RunRecord]], settings: Sequence[Setting], protocol: str
+) -> Table | None:
+    """Make the table of accuracies at equal rounds and at equal costs, by world; None where none can be compared.
+
+    The cost of a world is the largest that all of its runs have reached, of those that were evaluated on the way.
+
+    Args:
+      members: the finished runs of each setting, by its label.
+      settings: as ``settings.group_by_setting`` returns them.
+      protocol: such as ``knn``.
+    """
+    words, numbers = [], []
+    for world in worlds(settings):
+        if len(world.settings) < 2:
+            continue
+        columns = {kind: _at_common_cost(kind, protocol, members, world.settings) for kind in KINDS}
+        shown = {kind: column for kind, column in columns.items() if column}
+        if not shown:
+            continue
+        for setting in world.settings:
+            ends = [run.summary["evaluation"].get(protocol, {}).get("accuracy") for run in members[setting.label]]
+            row = {"setting": setting.label} | ({"where": world.name} if world.name else {})
+            cells = {"at the end (%)": _mean(pd.Series(ends, dtype=float))}
+            values = {"end": pd.Series(ends, dtype=float).mean()}
+            for kind, (cost, accuracies) in shown.items():
+                about = KINDS[kind]
+                at = f"{cost / about.divisor:.3g} {about.unit}"
+                cells[f"at equal {about.words} (%)"] = f"{_mean(accuracies[setting.label])} (at {at})"
+                values |= {f"{kind} cost": cost, f"at equal {kind}": accuracies[setting.label].mean()}
+            words.append(row | cells)
+            numbers.append(row | values)
+    if not words:
+        return None
+    frame = pd.DataFrame(words).fillna(UNKNOWN)
+    return Table("equal_cost", frame, pd.DataFrame(numbers).assign(protocol=protocol))
+
+
+def _at_common_cost(
+    kind: str, protocol: str, members: Mapping[str, Sequence[RunRecord]], settings: Sequence[Setting]
+) -> tuple[float, dict[str, pd.Series]] | None:
+    """The largest cost that all settings can be compared at, and the accuracies of their runs there, by label."""
+    curves = {
+        s.label: [cost_curve(kind, protocol, run.lines, run.summary) for run in members[s.label]] for s in settings
+    }
+    known = [curve for of_setting in curves.values() for curve in of_setting]
+    cost = common_cost(known)
+    if np.isnan(cost) or max(costs[-1] for costs, _ in known) < SAME * cost:  # all cost the same
+        return None
+    return cost, {label: pd.Series([accuracy_at(cost, c) for c in found]) for label, found in curves.items()}
+
+
+def _mean(values: pd.Series) -> str:
+    return mean_words((values.mean(), values.std(), values.count()))

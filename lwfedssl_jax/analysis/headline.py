@@ -7,12 +7,14 @@ from typing import Any
 import pandas as pd
 
 from lwfedssl_jax.analysis import tables, wording
+from lwfedssl_jax.analysis.effects import World, worlds
 from lwfedssl_jax.analysis.results import END_TO_END
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.statistics import CHANCE, Difference, baseline_of, over_seeds, paired
-from lwfedssl_jax.analysis.wording import percent, protocol_words
+from lwfedssl_jax.analysis.wording import count_of, percent, protocol_words
 
 COST_WORDS = {wording.TRAFFIC: "traffic", wording.EXECUTED: "operations", wording.MEMORY: "peak memory"}
+MAX_WORLDS = 4  # largest number of worlds that have sentences of their own
 
 
 def headline(
@@ -21,50 +23,119 @@ def headline(
     protocols: Sequence[str],
     compared: Mapping[str, Sequence[Difference]],
 ) -> Iterator[str]:
-    """Sentences on the best setting on each data set: its accuracy, its costs, and its lead over a rival.
+    """Sentences on each world: whether anything beats the untrained encoder, and which setting is best at which cost.
 
-    Settings are ranked by the first protocol. The rival is end_to_end or, if that is the best, the next one.
+    Settings are ranked by the first protocol; the others are named where they disagree. The rival of the best is
+    end_to_end or, if that is the best, the next one.
 
     Args:
       runs, settings: as ``settings.group_by_setting`` returns them.
       protocols: as ``settings.protocols`` returns them.
-      compared: what ``statistics.differences`` returns, by protocol. A missing comparison is computed, without
-        adjustment.
+      compared: what ``comparisons.compare_all`` returns; only its adjusted p-values decide what is said about chance.
     """
-    if not settings or not protocols:
-        return
-    protocol = protocols[0]
-    summary = over_seeds(runs)
+    found = worlds(settings)
+    for world in found[:MAX_WORLDS] if protocols else ():
+        yield from _on_world(runs, world, protocols, compared)
+    if len(found) > MAX_WORLDS:
+        yield f"{len(found) - MAX_WORLDS} more kinds of data, partition or fleet are in the tables below."
+
+
+def _on_world(
+    runs: pd.DataFrame, world: World, protocols: Sequence[str], compared: Mapping[str, Sequence[Difference]]
+) -> Iterator[str]:
+    summary, protocol = over_seeds(runs), protocols[0]
     accuracy = summary[(f"accuracy.{protocol}", "mean")]
-    for data in dict.fromkeys(s.values.get("data.name") for s in settings):
-        members = [s for s in settings if s.values.get("data.name") == data and not isnan(accuracy[s.label])]
-        if not members:
-            continue
-        best = max(members, key=lambda s: float(accuracy[s.label]))
-        where = f"On {data}, " if data else ""
-        costs = _costs(summary, best)
-        yield f"{where}{_result(summary, best, protocol, only=len(members) == 1)}{costs and f', for {costs}'}."
-        if rival := _rival(best, members, accuracy):
-            pair = {best.label, rival.label}
-            known = (d for d in compared.get(protocol, ()) if {d.setting, d.against} == pair)
-            difference = next(known, None) or paired(runs, best.label, rival.label, protocol)
-            costs = _costs(summary, rival)
-            yield f"{difference}{costs and f'; {rival.label} takes {costs}'}.{_doubt(difference)}"
+    members = [s for s in world.settings if not isnan(accuracy[s.label])]
+    if not members:
+        return
+    best = max(members, key=lambda s: float(accuracy[s.label]))
+    where = f"{world.name}: " if world.name else ""
+    found = _result(runs, summary, best, protocol)
+    costs = _costs(summary, best)
+    beats = _beats_untrained(runs, best, protocol)
+    if beats is False:
+        which = "the best, " if len(members) > 1 else ""
+        yield f"{where}Nothing beats the untrained encoder: {which}{best.label}, reached {found}."
+    else:
+        name = f"{best.label} is best: it reached" if len(members) > 1 else f"{best.label} reached"
+        yield f"{where}{name} {found}{costs and f', for {costs}'}."
+    if disagreement := _disagreement(runs, members, best, protocols, beats):
+        yield disagreement
+    if beats is not False and (rival := _rival(best, members, accuracy)):
+        pair = {best.label, rival.label}
+        known = (d for d in compared.get(protocol, ()) if {d.setting, d.against} == pair)
+        difference = next(known, None) or paired(runs, best.label, rival.label, protocol)
+        costs = _costs(summary, rival)
+        yield f"{difference}{costs and f'; {rival.label} takes {costs}'}.{_doubt(difference)}"
 
 
-def _result(summary: pd.DataFrame, setting: Setting, protocol: str, *, only: bool) -> str:
-    """The accuracy of the best setting, and that of the encoder untrained or trained from scratch."""
+def _beats_untrained(runs: pd.DataFrame, setting: Setting, protocol: str) -> bool | None:
+    """Whether a setting is more accurate than the untrained encoder in the mean over seeds; None if that is unknown."""
+    gains = _gains(runs, setting, protocol)
+    return None if gains.empty else bool(gains.mean() > 0)
+
+
+def _gains(runs: pd.DataFrame, setting: Setting, protocol: str) -> pd.Series:
+    """The accuracy minus that of the untrained encoder of each run in which both are known."""
+    members = runs[runs["setting"] == setting.label]
+    columns = [f"accuracy.{protocol}", f"untrained.{protocol}"]
+    if not all(column in members for column in columns):
+        return pd.Series(dtype=float)
+    return (members[columns[0]] - members[columns[1]]).dropna()
+
+
+def _result(runs: pd.DataFrame, summary: pd.DataFrame, setting: Setting, protocol: str) -> str:
+    """The accuracy of a setting, and that of the encoder untrained or trained from scratch."""
     mean_std_count = summary.loc[setting.label, f"accuracy.{protocol}"]
     details = [protocol_words(protocol)]
     if mean_std_count.iloc[2] > 1:
         details.append(f"mean of {mean_std_count.iloc[2]:.0f} seeds")
+    elif spread := _over_draws(runs, setting, protocol):
+        details.append(f"1 seed, ± {spread} over draws of labels")
+    else:
+        details.append("1 seed")
     for kind, words in tables.BASELINES.items():
         mean = summary.loc[setting.label].get((f"{kind}.{protocol}", "mean"), float("nan"))
         if not isnan(mean):
-            details.append(f"{words}: {percent(mean)}")
+            details.append(f"{words}: {percent(mean)}{_in_how_many(runs, setting, protocol) * (kind == 'untrained')}")
             break
-    best = "" if only else "is best: it "
-    return f"{setting.label} {best}reached {wording.mean_words(mean_std_count)} % ({'; '.join(details)})"
+    return f"{wording.mean_words(mean_std_count)} % ({'; '.join(details)})"
+
+
+def _in_how_many(runs: pd.DataFrame, setting: Setting, protocol: str) -> str:
+    """In how many seeds a setting is above the untrained encoder, where that is not all."""
+    gains = _gains(runs, setting, protocol)
+    above = int((gains > 0).sum())
+    return f", above it in {above} of {count_of(len(gains), 'seed')}" if 0 < above < len(gains) else ""
+
+
+def _over_draws(runs: pd.DataFrame, setting: Setting, protocol: str) -> str:
+    """The standard deviation of a single run over draws of labelled images, in %; empty without any."""
+    column = f"std.{protocol}"
+    values = runs.loc[runs["setting"] == setting.label, column].dropna() if column in runs else pd.Series(dtype=float)
+    return f"{100 * values.iloc[0]:.1f}" if len(values) == 1 and values.iloc[0] else ""
+
+
+def _disagreement(
+    runs: pd.DataFrame, members: Sequence[Setting], best: Setting, protocols: Sequence[str], beats: bool | None
+) -> str:
+    """Name the protocols by which another setting is best, or that differ on the untrained encoder."""
+    summary, parts = over_seeds(runs), []
+    for protocol in protocols[1:]:
+        accuracy = summary[(f"accuracy.{protocol}", "mean")]
+        known = [s for s in members if not isnan(accuracy[s.label])]
+        if not known:
+            continue
+        other = max(known, key=lambda s: float(accuracy[s.label]))
+        above = _beats_untrained(runs, other, protocol)
+        if beats is not None and above is not None and above != beats:
+            what = f"{other.label} ({percent(accuracy[other.label])}) beats it" if above else "nothing beats it"
+            parts.append(
+                f"by {protocol_words(protocol)}, {what}" + ("" if beats is False else ", the untrained encoder")
+            )
+        elif other is not best and accuracy[other.label] > accuracy.get(best.label, float("nan")):
+            parts.append(f"by {protocol_words(protocol)}, {other.label} is best ({percent(accuracy[other.label])})")
+    return f"Protocols disagree: {'; '.join(parts)}." if parts else ""
 
 
 def _costs(summary: pd.DataFrame, setting: Setting) -> str:
@@ -77,8 +148,8 @@ def _costs(summary: pd.DataFrame, setting: Setting) -> str:
 
 
 def _doubt(difference: Difference) -> str:
-    kind, p = ("p", difference.p) if isnan(difference.p_holm) else ("adjusted p", difference.p_holm)
-    return f" This may be chance: the {kind} is not below {CHANCE}." if p >= CHANCE else ""
+    chance = not isnan(difference.p_holm) and difference.p_holm >= CHANCE
+    return f" This may be chance: the adjusted p is not below {CHANCE}." if chance else ""
 
 
 def _rival(best: Setting, members: Sequence[Setting], accuracy: Any) -> Setting | None:

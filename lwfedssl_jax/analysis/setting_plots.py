@@ -13,6 +13,7 @@ from lwfedssl_jax.analysis.tables import Baseline
 from lwfedssl_jax.analysis.wording import EXECUTED, MEMORY, TRAFFIC, cost_unit, protocol_words
 
 ACROSS = 4  # most panels side by side
+SPACING = 11  # points between settings that cost the same
 WIDE_RANGE = 30  # largest cost over the smallest from which its axis is logarithmic
 AXES = {
     TRAFFIC: "traffic per client, both directions",
@@ -50,8 +51,9 @@ class Curve(NamedTuple):
 def choose_looks(settings: Sequence[Setting]) -> dict[str, Look]:
     """Choose how each setting is drawn, by its label.
 
-    Up to seven settings share a panel, each with a colour and a marker. Of more, strategies determine the colours, and
-    what else differs determines markers and panels; if strategies do not differ, seven settings share a panel.
+    Up to seven settings share a panel, each with a colour and a marker. Of more, strategies determine the colours and
+    dashes, and what else differs determines markers and panels; if strategies do not differ, seven settings share a
+    panel. A setting looks alike in all figures.
     """
     if len(settings) <= len(STYLES):
         styles = [style | _dashes(i) for i, style in enumerate(STYLES)]
@@ -68,7 +70,7 @@ def choose_looks(settings: Sequence[Setting]) -> dict[str, Look]:
         hollow = {"markerfacecolor": "white"} if other // len(STYLES) % 2 else {}
         style = STYLES[color] | _dashes(color) | {"marker": marker} | hollow
         if len(strategies) > 1:
-            looks[s.label] = Look(s.rest or "default", s.strategy, style, STYLES[color] | _dashes(color))
+            looks[s.label] = Look(s.rest or "default", s.strategy, style, style)
         else:
             first = i // len(STYLES) * len(STYLES) + 1
             last = min(first + len(STYLES) - 1, len(settings))
@@ -115,27 +117,26 @@ def plot_costs(
 
 
 def plot_cost(panel: Any, runs: pd.DataFrame, looks: Mapping[str, Look], protocol: str, cost: str) -> None:
-    """Draw accuracy against one cost: large the mean of each setting with its std, small and to its right every run."""
+    """Draw accuracy against one cost: large the mean of each setting with its std, small and to its right every run.
+
+    Settings that cost the same stand side by side.
+    """
     summary, largest = over_seeds(runs), runs[cost].max()
     divisor, unit = cost_unit(cost, largest)
-    placed: list[tuple[float, float]] = []
+    at = {label: summary.loc[label, (cost, "mean")] / divisor for label in looks}
+    shifts = side_by_side(at, 0.03 * largest / divisor)
     for label, look in looks.items():
-        x = summary.loc[label, (cost, "mean")] / divisor
         mean, std, count = summary.loc[label, f"accuracy.{protocol}"]
-        near = 0.03 * largest / divisor
-        overlaps = sum(abs(x - other) < near and abs(mean - y) < 0.1 for other, y in placed) % 4
-        placed.append((x, mean))
-        # Settings in one place are drawn around each other, not moved: costs may differ by little.
-        form = {"linestyle": "none", "zorder": 3 - 0.1 * overlaps, "markersize": 7 + 4 * overlaps}
+        form = {"linestyle": "none", "zorder": 3, "markersize": 7, "transform": _shifted(panel, shifts[label])}
         panel.errorbar(
-            [x], [100 * mean], 100 * std if count > 1 else None, capsize=3, label=label,
+            [at[label]], [100 * mean], 100 * std if count > 1 else None, capsize=3, label=label,
             **look.style | form | {"markeredgecolor": look.style["color"]},
         )  # fmt: skip
         seeds = runs[runs["setting"] == label]
         values = 100 * seeds[f"accuracy.{protocol}"]
         spread = [100 * (mean + side * np.nan_to_num(std)) for side in (-1, 1)]
-        panel.update_datalim([(x, y) for y in (*spread, *values.dropna())])  # shifted points do not count
-        form = {"linestyle": "none", "transform": _shifted(panel, 6), "alpha": 0.6, "zorder": 2}
+        panel.update_datalim([(at[label], y) for y in (*spread, *values.dropna())])  # shifted points do not count
+        form = {"linestyle": "none", "transform": _shifted(panel, shifts[label] + 6), "alpha": 0.6, "zorder": 2}
         panel.plot(seeds[cost] / divisor, values, **look.style | form | {"markersize": 3, "markeredgewidth": 0.5})
     panel.set(xlabel=f"{AXES[cost]}\n({unit})")
     panel.grid(alpha=0.3)
@@ -143,6 +144,19 @@ def plot_cost(panel: Any, runs: pd.DataFrame, looks: Mapping[str, Look], protoco
         panel.set_xscale("log")
     else:
         panel.set_xlim(0, 1.12 * largest / divisor or 1)
+
+
+def side_by_side(at: Mapping[str, float], near: float) -> dict[str, float]:
+    """Return by how many points to shift each setting so that those that are near each other do not overlap."""
+    groups: list[list[str]] = []
+    for label in sorted(at, key=lambda label: at[label]):
+        if groups and at[label] - at[groups[-1][-1]] < near:
+            groups[-1].append(label)
+        else:
+            groups.append([label])
+    return {
+        label: SPACING * (i - (len(g) - 1) / 2) for g in groups for i, label in enumerate(sorted(g, key=[*at].index))
+    }
 
 
 def _shifted(panel: Any, points: float) -> Any:
@@ -178,7 +192,40 @@ def plot_curves(curves: Sequence[Curve], ylabel: str, *, share_y: bool) -> Any:
             panel.tick_params(labelbottom=True)
     for panel in axes.flat[len(titles) :]:
         panel.remove()
+    if len(titles) > 1:  # a panel has a marker of its own, a line the colour of its strategy
+        handles = {label: _without_marker(handle) for label, handle in handles.items()}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=legend_columns)
+    return figure
+
+
+def _without_marker(line: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=line.get_color(), linestyle=line.get_linestyle())
+
+
+def plot_grid(accuracies: pd.DataFrame, names: tuple[str, str], title: str) -> Any:
+    """Draw a heat map of mean accuracies.
+
+    Args:
+      accuracies: in %, a row and a column per level.
+      names: of the factors of rows and columns.
+      title: of the colours.
+
+    Returns:
+      The matplotlib figure.
+    """
+    rows, columns = accuracies.shape
+    figure, ((axes,),) = panels(1, 1, size=(2.6 + 1.0 * columns, 1.3 + 0.45 * rows))
+    image = axes.imshow(accuracies, aspect="auto", cmap="cividis")
+    low, high = float(np.nanmin(accuracies)), float(np.nanmax(accuracies))
+    for (i, j), value in np.ndenumerate(accuracies.to_numpy()):
+        dark = value < (low + high) / 2
+        axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(columns), accuracies.columns, rotation=20 if max(map(len, accuracies.columns)) > 10 else 0)
+    axes.set_yticks(range(rows), accuracies.index)
+    axes.set(xlabel=names[1], ylabel=names[0])
+    figure.colorbar(image, label=title)
     return figure
 
 

@@ -72,7 +72,7 @@ def _make_settings(values: Mapping[str, Sequence[Any]], number: int) -> list[Set
     chosen = distinguishing_fields([(field, differing[field]) for field in ordered])
     settings = []
     for i in range(number):
-        words = {f: _word(f, values[f][i]) for f in chosen if not is_common(f, values[f], i)}
+        words = {f: value_words(f, values[f][i]) for f in chosen if not is_common(f, values[f], i)}
         strategy = str(values[STRATEGY][i]) if STRATEGY in values else ""
         rest = ", ".join(word for field, word in words.items() if field != STRATEGY)
         label = ", ".join(words.values()) or strategy or "default"
@@ -97,7 +97,8 @@ def is_common(field: str, values: Sequence[Any], i: int) -> bool:
     return field not in BY_VALUE and 3 * values.count(values[i]) > 2 * len(values)
 
 
-def _word(field: str, value: Any) -> str:
+def value_words(field: str, value: Any) -> str:
+    """Return a field's value for a label, such as "batch size 8", or the value alone of the fields ``BY_VALUE``."""
     shown = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     if field == "config_file":
         return f"config file {shown[:8] or 'by name'}"

@@ -42,8 +42,10 @@ class Difference(NamedTuple):
       mean: of the differences, in [-1, 1]; NaN without a common seed.
       low, high: 95 % confidence interval of the mean by Student's t; NaN if not computed.
       p: of the paired t-test; NaN if not computed.
-      p_holm: p adjusted for all comparisons by this protocol (Holm, 1979).
+      p_holm: p adjusted for all comparisons of the page (Holm, 1979).
       why_not: why there is no test, or an empty string.
+      factor: what differs, if these are levels of a factor and not settings (``effects.main_effects``).
+      pairs: of settings that the mean of each seed is over.
     """
 
     protocol: str
@@ -56,37 +58,21 @@ class Difference(NamedTuple):
     p: float = float("nan")
     p_holm: float = float("nan")
     why_not: str = ""
+    factor: str = ""
+    pairs: int = 1
 
     def __str__(self) -> str:
         if not self.seeds:
             return f"{self.setting} and {self.against} share no seed"
         side = "above" if self.mean >= 0 else "below"
-        sentence = f"{self.setting} is {100 * abs(self.mean):.1f} points {side} {self.against}"
+        over = f", on average over {self.pairs} pairs of settings" if self.pairs > 1 else ""
+        sentence = f"{self.setting} is {100 * abs(self.mean):.1f} points {side} {self.against}{over}"
         if self.why_not:
             return f"{sentence} ({self.why_not})"
-        adjusted = "not adjusted" if np.isnan(self.p_holm) else f"adjusted {self.p_holm:.2g}"
         low, high = (self.low, self.high) if self.mean >= 0 else (-self.high, -self.low)
         interval = f"95 % CI {100 * low:.1f} to {100 * high:.1f}"
-        return f"{sentence} ({interval}, p = {self.p:.2g}, {adjusted}, {self.seeds} seeds)"
-
-
-def differences(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str) -> list[Difference]:
-    """Compare settings by paired t-tests over their common seeds.
-
-    Up to four settings are compared in pairs. Of more, each is compared with the end_to_end setting that differs from
-    it in the fewest fields, or with the first setting if all or none are end_to_end. Settings on different data are
-    never compared. The p-values are adjusted by Holm's method for all comparisons returned.
-
-    Args:
-      runs, settings: as ``settings.group_by_setting`` returns them.
-      protocol: such as ``knn``.
-    """
-    compared = [
-        paired(runs, setting.label, against.label, protocol)
-        for setting, against in _pairs(settings)
-        if setting.values.get("data.name") == against.values.get("data.name")
-    ]
-    return adjust(compared)
+        tested = "not among the tests" if np.isnan(self.p_holm) else f"adjusted p = {self.p_holm:.2g}"
+        return f"{sentence} ({interval}, {tested}, {self.seeds} seeds)"
 
 
 def adjust(compared: Sequence[Difference]) -> list[Difference]:
@@ -94,13 +80,16 @@ def adjust(compared: Sequence[Difference]) -> list[Difference]:
     return [d._replace(p_holm=p) for d, p in zip(compared, holm([d.p for d in compared]), strict=True)]
 
 
-def _pairs(settings: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
+def pairs_of(settings: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
+    """Return the pairs of settings to compare: all of up to four, otherwise each with the nearest end_to_end setting.
+
+    If all or none are end_to_end, the first setting takes its place.
+    """
     if len(settings) <= ALL_PAIRS:
         return [(after, before) for before, after in itertools.combinations(settings, 2)]
     baselines = [s for s in settings if s.strategy == END_TO_END]
     if len(baselines) in (0, len(settings)):
         baselines = [settings[0]]
-
     return [(s, baseline_of(s, baselines)) for s in settings if s not in baselines]
 
 

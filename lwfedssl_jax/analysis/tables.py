@@ -206,9 +206,11 @@ def differences_table(differences: Sequence[Difference]) -> Table:
     for d in differences:
         words.append(
             {
+                "factor": d.factor,
                 "setting": d.setting,
                 "against": d.against,
                 "protocol": protocol_words(d.protocol),
+                "pairs": str(d.pairs),
                 "seeds": str(d.seeds),
                 "difference (points)": number_or_unknown(100 * d.mean, "+.1f"),
                 "95 % CI": d.why_not or f"{100 * d.low:+.1f} to {100 * d.high:+.1f}",
