@@ -176,6 +176,12 @@ def evaluate(
 ) -> dict[str, ProbeResult | KnnResult]:
     """Evaluate frozen features by the protocols of the config.
 
+    Args:
+      config: of the evaluation.
+      dataset: of the images.
+      train_NxD: features of its training images, of which those of ``used_images`` are used.
+      test_NxD: features of its test images.
+
     Returns:
       ``{protocol: {**scores, settings}}``. The protocols are ``linear_probe_K`` (K labelled images per class; mean and
       standard deviation over draws that are the same for every run), ``linear_probe_all`` and ``knn``. Training images
@@ -192,6 +198,15 @@ def evaluate(
         if config.neighbours:
             results["knn"] = knn(dataset, train_NxD, test_NxD, config.neighbours)
     return results
+
+
+def used_images(config: EvaluationConfig, dataset: Dataset) -> np.ndarray:
+    """Return the training images whose features the protocols use, as sorted indices: all labelled ones, or draws."""
+    if config.neighbours or 0 in config.labels_per_class:
+        return dataset.labelled
+    labels = dataset.train_labels[dataset.labelled]
+    drawn = [draw_labelled(labels, n, draw) for n in config.labels_per_class for draw in range(config.draws)]
+    return dataset.labelled[np.unique(np.concatenate(drawn))] if drawn else dataset.labelled[:0]
 
 
 def scores(true_N: np.ndarray, predicted_N: np.ndarray) -> Scores:

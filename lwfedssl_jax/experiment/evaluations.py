@@ -8,6 +8,7 @@ import numpy as np
 
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.config.protocols import FINE_TUNE, LABEL_FREE, protocol_on
+from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.evaluation import finetune, frozen, label_free
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.simulation.events import Described, Evaluated, FineTuning, Note
@@ -26,12 +27,29 @@ def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
     log_label_free(run, depth, number, params)
     for name, dataset in run.data.evaluated_on.items():
         if len(dataset.labelled) and (not name or _is_due(run.config, number)):
-            features = [run.encode(params, images, depth) for images in (dataset.train_images, dataset.test_images)]
-            for x in features:
-                check_finite(run.config, "the encoder's features are not finite", number, x)
+            features = _features(run, dataset, params, depth, number)
             for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
                 on = protocol_on(protocol, name)
                 _write(run, {"round": number, "depth": depth, "protocol": on, **result})
+
+
+def _features(
+    run: ActiveRun, dataset: Dataset, params: Tree, depth: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all training images, of which only those are computed that a protocol uses, and of the test images.
+
+    Raises:
+      FloatingPointError: a feature is not finite.
+    """
+    used = frozen.used_images(run.config.evaluation, dataset)
+    test_NxD = run.encode(params, dataset.test_images, depth)
+    train_NxD = np.zeros((len(dataset.train_images), test_NxD.shape[1]), test_NxD.dtype)
+    for first in range(0, len(used), frozen.BATCH):  # images may be mapped from a file that is larger than the memory
+        rows = used[first : first + frozen.BATCH]
+        train_NxD[rows] = run.encode(params, dataset.train_images[rows], depth)
+    for x in (train_NxD, test_NxD):
+        check_finite(run.config, "the encoder's features are not finite", number, x)
+    return train_NxD, test_NxD
 
 
 def _is_due(config: Config, number: int) -> bool:

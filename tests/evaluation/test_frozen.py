@@ -41,6 +41,18 @@ def test_more_labels_help_and_settings_stand_beside_the_number() -> None:
     assert results["knn"]["neighbours"] == 10
 
 
+def test_features_of_images_that_no_protocol_uses_do_not_matter() -> None:
+    x, some = features(1.0), EvaluationConfig(labels_per_class=(5, 2), neighbours=0)
+    used = frozen.used_images(some, DATA)
+    assert 10 < len(used) < 200
+    without = np.zeros_like(x[:200])
+    without[used] = x[:200][used]
+    assert frozen.evaluate(some, DATA, without, x[200:]) == frozen.evaluate(some, DATA, x[:200], x[200:])
+    for config in (EvaluationConfig(labels_per_class=(5, 0), neighbours=0), EvaluationConfig(labels_per_class=())):
+        np.testing.assert_array_equal(frozen.used_images(config, DATA), DATA.labelled)
+    assert not len(frozen.used_images(EvaluationConfig(labels_per_class=(), neighbours=0), DATA))
+
+
 def test_draws_are_the_same_for_every_run() -> None:
     assert evaluate(features(1.0)) == evaluate(features(1.0))
 
