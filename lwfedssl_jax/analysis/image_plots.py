@@ -12,18 +12,18 @@ PIXELS = 64  # height and width of an image in a figure
 SAME, OTHER, WHITE = (0, 158, 115), (213, 94, 0), (255, 255, 255)  # Okabe and Ito's green and vermilion
 
 
-def plot_views(images_KxNxHxWxC: np.ndarray, views_2xKxNxHxWxC: np.ndarray, clients: Sequence[int], path: Path) -> None:
+def plot_views(images_KxNxHxWxC: np.ndarray, views_2xKxNxHxWxC: np.ndarray, clients: Sequence[str], path: Path) -> None:
     """Draw ``views.png``: some images of some clients, each followed by its two views; a row for each client.
 
     Args:
       images_KxNxHxWxC: uint8, N images of each of K clients.
       views_2xKxNxHxWxC: uint8, their two views.
-      clients: the clients' numbers.
+      clients: their names.
       path: of the picture.
     """
     triples_KxNx3xHxWxC = np.stack([images_KxNxHxWxC, *views_2xKxNxHxWxC], 2)
     rows = [[_tile(image, WHITE) for image in np.concatenate(triples)] for triples in triples_KxNx3xHxWxC]
-    _draw(rows, "Images of some clients, each followed by two random views", [f"client {n}" for n in clients], path)
+    _draw(rows, "Images of some clients, each followed by two random views", clients, path)
 
 
 def plot_neighbours(

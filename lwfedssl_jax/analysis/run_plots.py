@@ -22,16 +22,25 @@ from lwfedssl_jax.config.protocols import split_protocol
 
 SHOWN_CLIENTS = 200
 SHOWN_EPOCHS = 10
+NAMED = 30  # largest number of classes or clients that are drawn with their names
+LONGEST_NAME = 20  # characters
 LONG_LABEL = 36  # characters; two longer ones do not fit beside each other
 
 
-def plot_clients(labels_N: np.ndarray, clients: Sequence[np.ndarray], workdir: Path) -> None:
+def plot_clients(
+    labels_N: np.ndarray,
+    clients: Sequence[np.ndarray],
+    workdir: Path,
+    class_names: Sequence[str] = (),
+    client_names: Sequence[str] = (),
+) -> None:
     """Draw ``plots/clients.png``: how many examples of each class the first clients have.
 
     Args:
       labels_N: of all training examples, -1 for none.
       clients: indices of each client's examples.
       workdir: the run's.
+      class_names, client_names: of the first classes and clients; numbers are drawn where there are none, or too many.
     """
     if (labels_N < 0).all():
         labels_N = np.zeros_like(labels_N)
@@ -40,6 +49,10 @@ def plot_clients(labels_N: np.ndarray, clients: Sequence[np.ndarray], workdir: P
     figure.colorbar(image, label="examples")
     axes.set(xlabel="client", ylabel="class")
     use_whole_numbers(axes.xaxis, axes.yaxis)
+    for axis, names, count in ((axes.yaxis, class_names, labels_N.max() + 1), (axes.xaxis, client_names, len(clients))):
+        if names and count <= NAMED:
+            shown = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names[:count]]
+            axis.set_ticks(range(len(shown)), shown, rotation=90 if axis is axes.xaxis else 0)
     style.save_figure(figure, workdir / "plots" / "clients.png")
 
 

@@ -60,10 +60,13 @@ class Undecoded(NamedTuple):
       version: plain data that changes when the content does.
       splits: ``() -> {name: split}``, of ``train``, ``test`` and, if the data set has it, ``val``; not called if they
         are in the cache.
+      class_names, client_names: of labels and clients 0, 1 and so on, if they are known.
     """
 
     version: Any
     splits: Callable[[], dict[str, Split]]
+    class_names: tuple[str, ...] = ()
+    client_names: tuple[str, ...] = ()
 
 
 def refuse(config: DataConfig, why: str, accepted: str) -> ConfigError:

@@ -21,6 +21,10 @@ from lwfedssl_jax.system import seeds
 # The folder of Debian's package dataset-fashion-mnist.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
+GARMENTS = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+)  # fmt: skip
+
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
 TEST_SHARE = 0.2  # of each class, if the folder has no split
@@ -96,7 +100,10 @@ def open_folder(config: DataConfig, note: Notify) -> Undecoded:
 
     parts = {"train": train, "test": test} | ({"val": val} if val else {})
     version = [[(*stamp(file.path), file.label, file.client) for file in files] for files in parts.values()]
-    return Undecoded(version, lambda: {name: make_split(files) for name, files in parts.items()})
+    owners = tuple(sorted({file.client for file in train if file.client}))
+    return Undecoded(
+        version, lambda: {name: make_split(files) for name, files in parts.items()}, tuple(classes), owners
+    )
 
 
 def _find_images(config: DataConfig, root: Path, others: list[str]) -> list[File]:
@@ -308,7 +315,7 @@ def open_fashion_mnist(config: DataConfig) -> Undecoded:
         return Split(len(labels), images, read, lambda i: f"{images_file}[{i}]")
 
     version = [stamp(path) for pair in files for path in pair]
-    return Undecoded(version, lambda: {"train": split(*files[0]), "test": split(*files[1])})
+    return Undecoded(version, lambda: {"train": split(*files[0]), "test": split(*files[1])}, GARMENTS)
 
 
 def _idx_file(config: DataConfig, folder: Path, name: str) -> Path:

@@ -22,10 +22,12 @@ class Population(Sequence[np.ndarray]):
     Attributes:
       sizes: N, the number of examples of each client.
       at: the examples of any clients at any positions, 0 to the client's size - 1.
+      own: N, which of the data set's own clients each is; None if they are not its clients.
     """
 
     def __init__(self, sizes_N: np.ndarray, at: Examples) -> None:
         self.sizes, self.at = sizes_N, at
+        self.own: np.ndarray | None = None
 
     @classmethod
     def disjoint(cls, order: np.ndarray, sizes_N: np.ndarray) -> "Population":
@@ -184,7 +186,9 @@ def natural(config: PartitionConfig, clients_N: np.ndarray, seed: int) -> Popula
     chosen = seeds.rng(seed, seeds.RngTag.PARTITION).choice(len(present), config.clients, replace=False)
     sizes, by_client = np.bincount(owner), np.argsort(owner, kind="stable")
     chosen = np.sort(chosen)
-    return Population.disjoint(by_client[np.isin(owner[by_client], chosen)], sizes[chosen].astype(np.int32))
+    clients = Population.disjoint(by_client[np.isin(owner[by_client], chosen)], sizes[chosen].astype(np.int32))
+    clients.own = present[chosen]
+    return clients
 
 
 def _assign_owners(examples: int, log_weights: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ class Dataset(NamedTuple):
     Attributes:
       train_clients: N int32, the data set's own client of each training image, from 0; None if it has no clients.
       val_images, val_labels: its validation split, if it has one and another one for testing.
+      class_names, client_names: of labels, and of the data set's own clients, from 0; empty if they are not known.
     """
 
     train_images: np.ndarray
@@ -32,6 +33,8 @@ class Dataset(NamedTuple):
     train_clients: np.ndarray | None = None
     val_images: np.ndarray | None = None
     val_labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    client_names: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -125,6 +128,7 @@ def load_like(config: DataConfig, name: str, notify: Notify = ignore_text, note:
         test_images=with_channels(dataset.test_images, channels),
         val_images=None if dataset.val_images is None else with_channels(dataset.val_images, channels),
         train_clients=None,
+        client_names=(),
     )
 
 
@@ -146,7 +150,9 @@ def decoded(channels: int, find: Callable[[DataConfig, Notify], Undecoded]) -> L
 
     def load(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
         note = note or notify
-        return Dataset(**cache.load_cached(config, find(config, note), channels, notify, note))
+        found = find(config, note)
+        arrays = cache.load_cached(config, found, channels, notify, note)
+        return Dataset(**arrays, class_names=found.class_names, client_names=found.client_names)
 
     return load
 

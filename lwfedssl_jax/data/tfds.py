@@ -78,7 +78,8 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
             raise _explain(config, "cannot be read", error) from error
 
     files = [stamp(path) for path in sorted(Path(builder.data_path).rglob("*")) if path.is_file()]
-    return Undecoded([info.full_name, files, *chosen], splits)
+    names = tuple(getattr(info.features[chosen[1]], "names", None) or ())
+    return Undecoded([info.full_name, files, *chosen], splits, names)
 
 
 def choose_features(

@@ -33,9 +33,7 @@ def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
                 _write(run, {"round": number, "depth": depth, "protocol": on, **result})
 
 
-def _features(
-    run: ActiveRun, dataset: Dataset, params: Tree, depth: int, number: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _features(run: ActiveRun, dataset: Dataset, params: Tree, depth: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Features of all training images, of which only those are computed that a protocol uses, and of the test images.
 
     Raises:

@@ -9,6 +9,7 @@ from lwfedssl_jax.analysis import image_plots
 from lwfedssl_jax.evaluation import label_free
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.simulation.events import Note
+from lwfedssl_jax.simulation.setup import Prepared
 from lwfedssl_jax.tree import Tree
 
 CLIENTS, IMAGES = 4, 4  # that are shown
@@ -26,6 +27,12 @@ def draw(run: ActiveRun, params: Tree) -> None:
             run.hear(Note(f"a picture of images cannot be drawn ({' '.join(str(error).split())})"))
 
 
+def names_of_clients(run: Prepared) -> list[str]:
+    """Return the names of the clients, if they are the data set's own and have names."""
+    own, names = run.clients.own, run.dataset.client_names
+    return [names[number] for number in own] if own is not None and names else []
+
+
 def draw_views(run: ActiveRun) -> None:
     """Draw images of the first clients that have enough, with two views of each."""
     assert run.workdir
@@ -37,8 +44,10 @@ def draw_views(run: ActiveRun) -> None:
     images = np.asarray(prepared.dataset.train_images[rows])
     views = label_free.views_of(images, prepared.task.recipe, run.config.runtime.seed)
     shape = len(clients), IMAGES, *images.shape[1:]
+    named = names_of_clients(prepared)
+    names = [named[n] if named else f"client {n}" for n in clients]
     image_plots.plot_views(
-        images.reshape(shape), views.reshape(2, *shape), clients, run.workdir.path / "plots" / "views.png"
+        images.reshape(shape), views.reshape(2, *shape), names, run.workdir.path / "plots" / "views.png"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.experiment import pictures
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.datasets import load_run_data
 from lwfedssl_jax.experiment.evaluations import log_evaluation
@@ -210,7 +211,8 @@ def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
         return
     run.workdir.open(prepared.lanes, prepared.mesh.size, run.data.fingerprint)
     with run.workdir.writing("plots"):
-        run_plots.plot_clients(prepared.dataset.train_labels, prepared.clients, run.workdir.path)
+        dataset, names = prepared.dataset, pictures.names_of_clients(prepared)
+        run_plots.plot_clients(dataset.train_labels, prepared.clients, run.workdir.path, dataset.class_names, names)
     run.hear(
         Started(
             config=run.config,

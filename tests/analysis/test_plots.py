@@ -123,3 +123,16 @@ def test_accuracy_is_averaged_over_seeds_at_the_traffic_of_a_client() -> None:
     assert (heights.min(), heights.max()) == pytest.approx((10, 60 + 10 * np.sqrt(2)))
     with pytest.raises(ValueError, match="the runs of 'several' share no round that 'kNN' has evaluated"):
         run_plots.accuracy_against_traffic(runs, "kNN")
+
+
+def test_classes_and_clients_have_their_names_where_they_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(run_plots.style, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    labels, clients = np.array([0, 1, 1, 0]), [np.array([0, 1]), np.array([2, 3])]
+    run_plots.plot_clients(labels, clients, tmp_path, ("cat", "a dog with a very long name"), ("ann", "bob"))
+    assert [tick.get_text() for tick in drawn[0].get_yticklabels()] == ["cat", "a dog with a very l…"]
+    assert [tick.get_text() for tick in drawn[0].get_xticklabels()] == ["ann", "bob"]
+    run_plots.plot_clients(labels, clients * 20, tmp_path, (), tuple("ab" * 20))
+    assert "a" not in [tick.get_text() for tick in drawn[1].get_xticklabels()]

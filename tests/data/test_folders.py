@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from images import clients_csv, load, picture, refused, rows_of
 
+from lwfedssl_jax.config import PartitionConfig
+from lwfedssl_jax.data.partition import partition
+
 pytestmark = pytest.mark.usefixtures("cache_home")
 
 
@@ -74,7 +77,13 @@ def test_files_that_are_no_images_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(("column", "asked"), [("client", ""), ("user_id", ""), ("owner", "owner")])
 def test_clients_csv_says_whose_the_images_are(folder: Path, column: str, asked: str) -> None:
     clients_csv(folder, f"file,{column}", *rows_of(folder))
-    assert load(f"folder:{folder}", client_column=asked).train_clients.tolist() == [0, 1, 1, 0, 1, 1]  # type: ignore[union-attr]
+    data = load(f"folder:{folder}", client_column=asked)
+    assert data.train_clients.tolist() == [0, 1, 1, 0, 1, 1]  # type: ignore[union-attr]
+    assert (data.class_names, data.client_names) == (("cat", "dog"), ("ann", "bob"))
+    config = PartitionConfig(kind="natural", clients=1)
+    chosen = [partition(config, data.train_labels, seed, data.train_clients) for seed in range(8)]
+    assert {tuple(clients.own) for clients in chosen if clients.own is not None} == {(0,), (1,)}
+    assert all((data.train_clients[clients[0]] == clients.own[0]).all() for clients in chosen)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
