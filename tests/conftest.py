@@ -47,10 +47,10 @@ gc.freeze()  # JAX's modules are not searched for garbage while it traces
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests share what they compile, within a session."""
+    """Tests share what they compile, within a session, or over sessions in the folder $TESTS_CACHE (`.ci/run`)."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"  # one for all workers
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("TESTS_CACHE", str(folder))
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 

@@ -13,6 +13,7 @@ from lwfedssl_jax.analysis.style import traffic_by_round
 from lwfedssl_jax.analysis.tables import Table
 from lwfedssl_jax.analysis.wording import MIB, UNKNOWN, mean_words
 
+FARTHEST = 0.3
 SAME = 1.01  # largest cost over the smallest up to which runs are said to cost the same
 
 Lines = Sequence[Mapping[str, Any]]  # of ``metrics.jsonl``
@@ -35,7 +36,7 @@ class CostKind(NamedTuple):
 
 KINDS = {
     "traffic": CostKind("traffic", "MiB", MIB),
-    "operations": CostKind("operations", "G multiply-adds per sample", 1e9),
+    "operations": CostKind("multiply-adds per sample", "G", 1e9),
     "device_seconds": CostKind("device time", "min", 60.0),
 }
 
@@ -89,9 +90,15 @@ def cost_curve(kind: str, protocol: str, lines: Lines, summary: Summary) -> tupl
 
 
 def accuracy_at(cost: float, curve: tuple[np.ndarray, np.ndarray]) -> float:
-    """Return the accuracy at a cost, linear between evaluations; NaN beyond the last one."""
+    """Return the accuracy at a cost, linear between evaluations; NaN beyond the last one, or where they are far apart.
+
+    They are if the two around the cost differ by more than ``FARTHEST`` of what the whole run costs.
+    """
     costs, accuracies = curve
     if not len(costs) or cost > costs[-1] * (1 + 1e-9):
+        return float("nan")
+    after = min(int(np.searchsorted(costs, cost)), len(costs) - 1)
+    if not np.isclose(costs[after], cost) and costs[after] - costs[after - 1] > FARTHEST * costs[-1]:
         return float("nan")
     return float(np.interp(cost, costs, accuracies))
 
@@ -121,17 +128,18 @@ def equal_cost_table(
             continue
         columns = {kind: _at_common_cost(kind, protocol, members, world.settings) for kind in KINDS}
         shown = {kind: column for kind, column in columns.items() if column}
-        if not shown:
-            continue
-        for setting in world.settings:
+        for setting in world.settings if shown else ():
             ends = [run.summary["evaluation"].get(protocol, {}).get("accuracy") for run in members[setting.label]]
             row = {"setting": setting.label} | ({"where": world.name} if world.name else {})
             cells = {"at the end (%)": _mean(pd.Series(ends, dtype=float))}
             values = {"end": pd.Series(ends, dtype=float).mean()}
             for kind, (cost, accuracies) in shown.items():
                 about = KINDS[kind]
-                at = f"{cost / about.divisor:.3g} {about.unit}"
-                cells[f"at equal {about.words} (%)"] = f"{_mean(accuracies[setting.label])} (at {at})"
+                at, found = f"{cost / about.divisor:.3g} {about.unit}", _mean(accuracies[setting.label])
+                if world.name:  # each world has a cost of its own
+                    cells[f"at equal {about.words} (%)"] = f"{found} (at {at})"
+                else:
+                    cells[f"at {at} of {about.words} (%)"] = found
                 values |= {f"{kind} cost": cost, f"at equal {kind}": accuracies[setting.label].mean()}
             words.append(row | cells)
             numbers.append(row | values)

@@ -45,7 +45,10 @@ def test_what_a_client_has_spent_up_to_each_round() -> None:
 def test_accuracy_is_linear_between_evaluations_and_unknown_beyond_the_last() -> None:
     curve = cost_curve("traffic", "knn", LINES, SUMMARY)
     np.testing.assert_allclose(curve, ([0, 3 * MIB, 6 * MIB], [0.2, 0.5, 0.8]))
-    assert accuracy_at(4.5 * MIB, curve) == pytest.approx(0.65)
+    assert accuracy_at(3 * MIB, curve) == pytest.approx(0.5)
+    assert math.isnan(accuracy_at(4.5 * MIB, curve))  # evaluated at the end of a stage, half of the run later
+    costs = np.linspace(0, 6, 5) * MIB
+    assert accuracy_at(4.5 * MIB, (costs, 0.2 + 0.1 * costs / MIB)) == pytest.approx(0.65)
     assert accuracy_at(6 * MIB, curve) == pytest.approx(0.8)
     assert math.isnan(accuracy_at(6.1 * MIB, curve))
     assert math.isnan(accuracy_at(1, cost_curve("traffic", "unknown", LINES, SUMMARY)))
