@@ -75,7 +75,7 @@ def shown_settings(name: str) -> dict[str, Setting]:
 
 def spread(values: Iterable[float]) -> str:
     """Mean and standard deviation over seeds, in %."""
-    percent = 100 * np.array(list(values))
+    percent = 100 * np.array([value for value in values if not np.isnan(value)])
     return f"{percent.mean():.1f} ± {percent.std(ddof=1):.1f}" if len(percent) else ""
 
 
@@ -123,7 +123,7 @@ def answer(question: Question, settings: Mapping[str, Setting]) -> Difference | 
     if question.better not in settings or question.worse not in settings:
         return None
     better, worse, p = settings[question.better], settings[question.worse], question.protocol
-    if question.at == "rounds":
+    if question.at != "traffic":
         return statistics.compare(p, better.label, worse.label, better.accuracy(p), worse.accuracy(p))
     values: tuple[dict[int, float], dict[int, float]] = {}, {}
     for seed in better.summaries:
@@ -204,8 +204,9 @@ they train the later ones.
 All accuracies are means ± standard deviations over seeds, in %. Traffic is what a drawn client has exchanged over all
 rounds, in both directions, as measured; multiply-adds are those executed per sample. A **verdict** is *supported* or
 *contradicted* if the differences, paired by seed, are significant (p < 0.05 by a t-test, adjusted by Holm's method for
-all questions of the study), otherwise *not distinguishable*. The least difference that would count is what the study
-could have found: the mean difference that is significant with this spread and Bonferroni's factor.
+all questions of the study), otherwise *not distinguishable*. The least difference that would count is the smallest
+that would be significant with this spread and Bonferroni's factor: about half of the true differences of that size
+would be found.
 
 At equal traffic, the accuracy of the dearer run is read off its evaluations during training, where both have had the
 traffic of the cheaper one.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lwfedssl_jax.analysis.effects import DATA_FIELDS, main_effects, worlds
+from lwfedssl_jax.analysis.effects import by_data, main_effects, worlds
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.statistics import ALL_PAIRS, Difference, adjust, paired, pairs_of
 
@@ -22,11 +22,7 @@ def compare_all(
       runs, settings: as ``settings.group_by_setting`` returns them.
       protocols: such as ``knn``.
     """
-    on_same_data: dict[tuple[object, ...], list[Setting]] = {}
-    for setting in settings:
-        key = tuple(setting.values.get(field) for field in DATA_FIELDS)
-        on_same_data.setdefault(key, []).append(setting)
-    found = [d for p in protocols for members in on_same_data.values() for d in compare_members(runs, members, p)]
+    found = [d for p in protocols for members in by_data(settings) for d in compare_members(runs, members, p)]
     adjusted = adjust(found)
     return {p: [d for d in adjusted if d.protocol == p] for p in protocols}
 

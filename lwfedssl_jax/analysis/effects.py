@@ -30,13 +30,11 @@ class Factor(NamedTuple):
       name: in words, such as "strategy".
       levels: the words of each of its values, in the order of the settings.
       of: the level of each setting, by label.
-      is_world: whether it is of the world.
     """
 
     name: str
     levels: list[str]
     of: dict[str, int]
-    is_world: bool
 
 
 def in_world(field: str) -> bool:
@@ -51,6 +49,14 @@ def worlds(settings: Sequence[Setting]) -> list[World]:
         key = tuple(value for field, value in setting.values.items() if in_world(field))
         groups.setdefault(key, []).append(setting)
     return [World(_world_name(members[0]) if len(groups) > 1 else "", members) for members in groups.values()]
+
+
+def by_data(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Group settings by the data that they are trained and evaluated on."""
+    groups: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(tuple(setting.values.get(field) for field in DATA_FIELDS), []).append(setting)
+    return list(groups.values())
 
 
 def _world_name(setting: Setting) -> str:
@@ -76,7 +82,7 @@ def factors(settings: Sequence[Setting]) -> list[Factor]:
             levels[level] = ", ".join(value_words(field, setting.values[field]) for field in named)
         name = " and ".join(field.removesuffix(".name").rpartition(".")[2].replace("_", " ") for field in named)
         of = {setting.label: level for level, setting in zip(pattern, settings, strict=True)}
-        found.append(Factor(name, list(levels.values()), of, any(in_world(field) for field in fields)))
+        found.append(Factor(name, list(levels.values()), of))
     return sorted(found, key=lambda factor: factor.name != "strategy")
 
 
@@ -97,12 +103,13 @@ def main_effects(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str)
         label: members.set_index(SEED)[f"accuracy.{protocol}"].dropna().to_dict()
         for label, members in runs.groupby("setting", sort=False)
     }
-    known, found = factors(settings), []
+    known, found, none = factors(settings), [], dict[int, float]()
     for factor in known:
         others = [other for other in known if other is not factor]
         reference = factor.levels.index(END_TO_END) if END_TO_END in factor.levels else 0
         for level, words in enumerate(factor.levels):
-            pairs = matched_pairs(settings, factor, others, (level, reference))
+            matched = matched_pairs(settings, factor, others, (level, reference))
+            pairs = [(a, b) for a, b in matched if accuracy.get(a, none).keys() & accuracy.get(b, none).keys()]
             if level != reference and pairs:
                 first, second = (mean_by_seed([accuracy[pair[i]] for pair in pairs]) for i in (0, 1))
                 difference = compare(protocol, words, factor.levels[reference], first, second)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lwfedssl_jax.analysis.effects import worlds
-from lwfedssl_jax.analysis.results import RunRecord
+from lwfedssl_jax.analysis.results import RunRecord, all_results
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.style import traffic_by_round
 from lwfedssl_jax.analysis.tables import Table
@@ -129,7 +129,7 @@ def equal_cost_table(
         columns = {kind: _at_common_cost(kind, protocol, members, world.settings) for kind in KINDS}
         shown = {kind: column for kind, column in columns.items() if column}
         for setting in world.settings if shown else ():
-            ends = [run.summary["evaluation"].get(protocol, {}).get("accuracy") for run in members[setting.label]]
+            ends = [all_results(run.summary).get(protocol, {}).get("accuracy") for run in members[setting.label]]
             row = {"setting": setting.label} | ({"where": world.name} if world.name else {})
             cells = {"at the end (%)": _mean(pd.Series(ends, dtype=float))}
             values = {"end": pd.Series(ends, dtype=float).mean()}
@@ -164,4 +164,4 @@ def _at_common_cost(
 
 
 def _mean(values: pd.Series) -> str:
-    return mean_words((values.mean(), values.std(), values.count()))
+    return mean_words((values.mean(), values.std(), values.count()), len(values))

@@ -52,27 +52,29 @@ def _on_world(
     where = f"{world.name}: " if world.name else ""
     found = _result(runs, summary, best, protocol)
     costs = _costs(summary, best)
-    beats = _beats_untrained(runs, best, protocol)
+    beats = _any_beats_untrained(runs, members, protocol)
     if beats is False:
         which = "the best, " if len(members) > 1 else ""
         yield f"{where}Nothing beats the untrained encoder: {which}{best.label}, reached {found}."
     else:
         name = f"{best.label} is best: it reached" if len(members) > 1 else f"{best.label} reached"
         yield f"{where}{name} {found}{costs and f', for {costs}'}."
+    if beats and _any_beats_untrained(runs, [best], protocol) is False:
+        yield f"{best.label} does not beat its own untrained encoder, which others do."
     if disagreement := _disagreement(runs, members, best, protocols, beats):
         yield disagreement
     if beats is not False and (rival := _rival(best, members, accuracy)):
         pair = {best.label, rival.label}
-        known = (d for d in compared.get(protocol, ()) if {d.setting, d.against} == pair)
+        known = (d for d in compared.get(protocol, ()) if {d.setting, d.against} == pair and not d.factor)
         difference = next(known, None) or paired(runs, best.label, rival.label, protocol)
         costs = _costs(summary, rival)
         yield f"{difference}{costs and f'; {rival.label} takes {costs}'}.{_doubt(difference)}"
 
 
-def _beats_untrained(runs: pd.DataFrame, setting: Setting, protocol: str) -> bool | None:
-    """Whether a setting is more accurate than the untrained encoder in the mean over seeds; None if that is unknown."""
-    gains = _gains(runs, setting, protocol)
-    return None if gains.empty else bool(gains.mean() > 0)
+def _any_beats_untrained(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str) -> bool | None:
+    """Whether a setting is more accurate than its untrained encoder in the mean over seeds; None if that is unknown."""
+    known = [gains for setting in settings if not (gains := _gains(runs, setting, protocol)).empty]
+    return any(gains.mean() > 0 for gains in known) if known else None
 
 
 def _gains(runs: pd.DataFrame, setting: Setting, protocol: str) -> pd.Series:
@@ -127,12 +129,11 @@ def _disagreement(
         if not known:
             continue
         other = max(known, key=lambda s: float(accuracy[s.label]))
-        above = _beats_untrained(runs, other, protocol)
+        above = _any_beats_untrained(runs, known, protocol)
         if beats is not None and above is not None and above != beats:
-            what = f"{other.label} ({percent(accuracy[other.label])}) beats it" if above else "nothing beats it"
-            parts.append(
-                f"by {protocol_words(protocol)}, {what}" + ("" if beats is False else ", the untrained encoder")
-            )
+            what = f"something does ({other.label}, {percent(accuracy[other.label])})"
+            what = what if above else "nothing beats the untrained encoder"
+            parts.append(f"by {protocol_words(protocol)}, {what}")
         elif other is not best and accuracy[other.label] > accuracy.get(best.label, float("nan")):
             parts.append(f"by {protocol_words(protocol)}, {other.label} is best ({percent(accuracy[other.label])})")
     return f"Protocols disagree: {'; '.join(parts)}." if parts else ""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lwfedssl_jax.analysis import setting_plots, tables
-from lwfedssl_jax.analysis.effects import DATA_FIELDS, grid_of
+from lwfedssl_jax.analysis.effects import by_data, grid_of
 from lwfedssl_jax.analysis.results import SEED, STRATEGY, RunRecord
 from lwfedssl_jax.analysis.setting_plots import Curve, Look
 from lwfedssl_jax.analysis.settings import Setting
@@ -37,10 +37,7 @@ class Figure(NamedTuple):
 
 def grids(runs: pd.DataFrame, settings: Sequence[Setting], names: Sequence[str], out: Path) -> Iterator[Figure]:
     """Heat maps of mean accuracies by the first protocol: of settings on the same data that are a grid of two."""
-    on_same_data: dict[tuple[Any, ...], list[Setting]] = {}
-    for setting in settings:
-        on_same_data.setdefault(tuple(setting.values.get(field) for field in DATA_FIELDS), []).append(setting)
-    for number, members in enumerate(on_same_data.values() if names else (), 1):
+    for number, members in enumerate(by_data(settings) if names else (), 1):
         if not (factors := grid_of(members)):
             continue
         mean = 100 * over_seeds(runs)[(f"accuracy.{names[0]}", "mean")]
@@ -50,9 +47,7 @@ def grids(runs: pd.DataFrame, settings: Sequence[Setting], names: Sequence[str],
             table.iloc[rows.of[s.label], columns.of[s.label]] = mean[s.label]
         words = f"{protocol_words(names[0])}, accuracy (%)"
         figure = setting_plots.plot_grid(table, (rows.name, columns.name), words)
-        svg = save_with_svg(
-            figure, out / "plots", f"accuracy_by_{rows.name}_and_{columns.name}_{number}".replace(" ", "_")
-        )
+        svg = save_with_svg(figure, out / "plots", f"accuracy_grid_{number}")
         numbers = "; ".join(f"{s.label}: {mean[s.label]:.1f} %" for s in members)
         caption = f"Mean accuracy over seeds by {protocol_words(names[0])}, by {rows.name} and {columns.name}."
         yield Figure(_uri("svg+xml", svg), f"{caption} {numbers}", caption)

@@ -49,12 +49,15 @@ def group_by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[Setting]
     fields = [c for c in finished.columns if c.split(".")[0] in SECTIONS and c != SEED] + ["config_file"]
     keys = [tuple(None if pd.isna(v) else v for v in row) for row in finished[fields].itertuples(index=False)]
     unique = list(dict.fromkeys(keys))
-    values = {field: column for field, column in zip(fields, zip(*unique, strict=True), strict=False)}
+    everything = {field: column for field, column in zip(fields, zip(*unique, strict=True), strict=False)}
+    values = everything
     of_data = (FINGERPRINT, EVALUATION_FINGERPRINT)
     by_config = zip(*(column for field, column in values.items() if field not in of_data), strict=True)
     if len(set(by_config)) == len(unique):  # the config alone tells the settings apart
         values = {field: column for field, column in values.items() if field not in of_data}
     settings = _make_settings(values, len(unique))
+    hidden = {f: column for f, column in everything.items() if f not in values and len(set(column)) > 1}
+    settings = [s._replace(values=s.values | {f: c[i] for f, c in hidden.items()}) for i, s in enumerate(settings)]
     given = [finished["label"][keys.index(key)] or s.label for key, s in zip(unique, settings, strict=True)]
     sweeps = {Path(path).parent for path, label in zip(finished["path"], finished["label"], strict=True) if label}
     if len(sweeps) == 1 and len(set(given)) == len(given):  # labels of several sweeps need not be distinct

@@ -71,7 +71,7 @@ class Difference(NamedTuple):
             return f"{sentence} ({self.why_not})"
         low, high = (self.low, self.high) if self.mean >= 0 else (-self.high, -self.low)
         interval = f"95 % CI {100 * low:.1f} to {100 * high:.1f}"
-        tested = "not among the tests" if np.isnan(self.p_holm) else f"adjusted p = {self.p_holm:.2g}"
+        tested = "not tested: chosen after the fact" if np.isnan(self.p_holm) else f"adjusted p = {self.p_holm:.2g}"
         return f"{sentence} ({interval}, {tested}, {self.seeds} seeds)"
 
 

@@ -101,7 +101,7 @@ class PlanOptions:
     out: Annotated[Path | None, shown("DIR")] = None
     """Also write plan.html, a page for whoever decides, and plan.json to this folder."""
     plot: Annotated[Path | None, shown("FILE")] = None
-    """Also plot memory and the share of the fleet over the stages, to this .png, .pdf or .svg file."""
+    """Also plot accuracy against time and memory, and what stages require, to this .png, .pdf or .svg file."""
     compilation_cache: Annotated[str | None, shown("DIR")] = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 

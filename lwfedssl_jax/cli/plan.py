@@ -12,7 +12,7 @@ from lwfedssl_jax.plan.clients import make_clients, parse_examples
 from lwfedssl_jax.plan.make import make_plan
 from lwfedssl_jax.plan.measured import NO_RESULTS, Results, measured_accuracies
 from lwfedssl_jax.plan.options import each_option
-from lwfedssl_jax.plan.page import write_page
+from lwfedssl_jax.plan.page import PAGE, write_page
 from lwfedssl_jax.plan.plot import plot_plan
 from lwfedssl_jax.plan.recommend import Aim
 from lwfedssl_jax.plan.show import table, to_plain
@@ -50,7 +50,7 @@ def run_plan(options: PlanOptions, command: list[str]) -> None:
         out = Console(highlight=False)
         out.print(table(plan, out.width))
         if options.out:
-            out.print(f"{options.out / 'plan.html'}", markup=False)
+            out.print(str(options.out / PAGE), markup=False, soft_wrap=True)
 
 
 def aim_of(options: PlanOptions) -> Aim:

@@ -5,11 +5,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lwfedssl_jax.config import MODELS, Config, to_dict
 from lwfedssl_jax.method.aggregation import AGGREGATORS
@@ -49,8 +51,8 @@ def write(config: Config, ledger: Any) -> None:
 def ledger_file(config: Config) -> Path | None:
     """Return the file of a config's ledger, whose name changes with anything that it depends on; None for no file.
 
-    That are the fields that ``programs.ledger_config`` keeps, the entries of the tables, the code of this package, the
-    libraries, and the kind of device that programs are compiled for.
+    Those are the fields that ``programs.ledger_config`` keeps, the entries of the tables, the code of this package, the
+    libraries, the kind of device that programs are compiled for, and the compiler's flags.
     """
     folder = devices.cache_folder()
     try:
@@ -60,8 +62,8 @@ def ledger_file(config: Config) -> Path | None:
     if not folder:
         return None
     device = jax.devices()[0]
-    fields = to_dict(ledger_config(config))
-    about = [fields, entries, code_digest(), versions(), device.platform, device.device_kind]
+    compiler = device.platform, device.device_kind, os.environ.get("XLA_FLAGS", ""), jnp.zeros(0, float).dtype.str
+    about = [to_dict(ledger_config(config)), entries, code_digest(), versions(), compiler]
     return folder / "ledgers" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.json"
 
 

@@ -14,6 +14,8 @@ from lwfedssl_jax.data import sources, tfds
 from lwfedssl_jax.data.cache import Notify
 from lwfedssl_jax.data.partition import partition
 from lwfedssl_jax.method.task import make_task
+from lwfedssl_jax.simulation.events import ignore
+from lwfedssl_jax.simulation.setup import hear_short_batches
 
 QUANTILE_CLIENTS = 1000  # clients of each class that stand for a distribution of sizes
 SHOWN_QUANTILES = (0.1, 0.5, 0.9)
@@ -95,7 +97,7 @@ def dealt_sizes(config: Config, notify: Notify) -> np.ndarray:
     """Return how many images each client of a run trains on; 0 if the objective learns nothing from so few.
 
     Raises:
-      ConfigError: the data set is not on this machine.
+      ConfigError: the data set is not on this machine, or no client has enough images.
     """
     name = config.data.name
     if name.startswith("tfds:") and not tfds.is_prepared(name.removeprefix("tfds:"), notify):
@@ -105,7 +107,9 @@ def dealt_sizes(config: Config, notify: Notify) -> np.ndarray:
     except ConfigError as error:
         raise missing(config, str(error)) from None
     clients = partition(config.partition, dataset.train_labels, config.partition_seed, dataset.train_clients)
-    return np.where(clients.sizes >= make_task(config).objective.fewest, clients.sizes, 0)
+    fewest = make_task(config).objective.fewest
+    hear_short_batches(config, clients.sizes, fewest, ignore)
+    return np.where(clients.sizes >= fewest, clients.sizes, 0)
 
 
 def missing(config: Config, why: str) -> ConfigError:
@@ -152,9 +156,10 @@ def sizes_of(quantiles: dict[float, float]) -> np.ndarray:
 
 
 def members(clients: Clients, number: int) -> np.ndarray:
-    """Return the sizes of a class's clients; those of all clients if none is dealt to it."""
-    own = clients.sizes[clients.classes == number]
-    return own if len(own) else clients.sizes
+    """Return the sizes of a class's clients that have images; those of all clients if it has none."""
+    has_images = clients.sizes > 0
+    own = clients.sizes[(clients.classes == number) & has_images]
+    return own if len(own) else clients.sizes[has_images]
 
 
 def left_out(clients: Clients, can: np.ndarray) -> Left:
@@ -173,7 +178,7 @@ def left_words(stages: Sequence[Left], dealt: bool) -> str:
         if number < len(stages) and stages[number] == stages[first]:
             continue
         which = f"stage {number}" if number == first + 1 else f"stages {first + 1} to {number}"
-        parts.append(f"{which} {_left(stages[first], dealt)}")
+        parts.append(f"{which}: {_left(stages[first], dealt)}")
         first = number
     return "; ".join(parts)
 

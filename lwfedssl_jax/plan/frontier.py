@@ -39,15 +39,17 @@ def losses(option: Option) -> tuple[float, ...]:
     return -accuracy_of(option), -option.everywhere, *costs
 
 
-def step(options: Sequence[Option], chosen: Option, *, up: bool) -> Option | None:
+def step(on_frontier: Sequence[Option], chosen: Option, *, up: bool) -> Option | None:
     """Return the option of the frontier that is next in accuracy above the chosen one, or below it; None without one.
 
+    Accuracies of different kinds, measured and published, are not compared.
     Of several with one accuracy it is the one that most clients can take part in, then the one that takes the least
     time, then the least traffic. Below, only options that need less of something count.
     """
     sign = 1 if up else -1
     at = sign * accuracy_of(chosen)
-    further = [option for option in frontier(options) if sign * accuracy_of(option) > at]
+    alike = [option for option in on_frontier if (option.measured is None) == (chosen.measured is None)]
+    further = [option for option in alike if sign * accuracy_of(option) > at]
     if not up:
         further = [option for option in further if is_cheaper(option, chosen)]
     nearest = min((sign * accuracy_of(option) for option in further), default=None)

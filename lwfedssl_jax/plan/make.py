@@ -66,34 +66,51 @@ def make_plan(
     devices, published = device_classes(config), closest(config)
     options = []
     for (strategy, layers, remat), ledger in ledgers.items():
-        accuracy = results.found.get((stages_of(configs[strategy, layers, remat]), remat))
-        known = published.accuracy(strategy, layers)
-        options.append(
-            make_option((strategy, layers, remat), ledger, devices, clients, config.fleet.deadline_seconds)._replace(
-                published=known, measured=accuracy
-            )
-        )
+        option_config = configs[strategy, layers, remat]
+        option = make_option(option_config, ledger, devices, clients)
+        measured = results.found.get((stages_of(option_config), remat))
+        options.append(option._replace(published=published.accuracy(strategy, layers), measured=measured))
     recommendation = recommend(config, devices, options, results.protocol, published, aim, clients.dealt)
     return Plan(config, devices, clients, options, refused, recommendation, results, published)
 
 
-def make_option(
-    name: tuple[str, int, bool], ledger: Ledger, devices: Sequence[DeviceClass], clients: Clients, deadline: float
-) -> Option:
+def make_option(config: Config, ledger: Ledger, devices: Sequence[DeviceClass], clients: Clients) -> Option:
     """Make an option without accuracies.
 
     Args:
-      name: its strategy, layers per stage and remat.
-      ledger: with peak memory.
+      config: of the option, resolved.
+      ledger: of the config, with peak memory.
       devices, clients: of the fleet.
-      deadline: seconds that a round may take; 0 for no deadline.
     """
-    per_stage = ledger["per_stage"]
+    per_stage, deadline = ledger["per_stage"], config.fleet.deadline_seconds
     parts = [
         fleet.participation(device, per_stage, members(clients, number), deadline)
         for number, device in enumerate(devices)
     ]
     can = fleet.able_clients(devices, clients.classes, per_stage, clients.sizes, deadline)
-    everywhere = float((clients.weights * np.all([*can.values()], axis=0)).sum() / clients.number)
-    left = [left_out(clients, can[cost["stage"]]) for cost in per_stage]
-    return Option(*name, ledger, parts, left, everywhere, None, None)
+    has_images = clients.weights * (clients.sizes > 0)
+    everywhere = float((has_images * np.all([*can.values()], axis=0)).sum() / has_images.sum())
+    present = [part for number, part in enumerate(parts) if (clients.classes == number).any()]
+    return Option(
+        strategy=config.strategy.name,
+        layers_per_stage=config.strategy.layers_per_stage,
+        remat=config.runtime.remat,
+        ledger=ledger,
+        parts=parts,
+        left=[left_out(clients, can[cost["stage"]]) for cost in per_stage],
+        everywhere=everywhere,
+        seconds=run_seconds(ledger, present),
+        energy_wh=max((part.energy_wh or 0.0 for part in present), default=0.0),
+        config=config,
+    )
+
+
+def run_seconds(ledger: Ledger, parts: Sequence[fleet.Participation]) -> float:
+    """Return the seconds of a run whose rounds are as long as the slowest class needs; 0 if a speed is not known."""
+    if any(part.round_seconds is None or part.fetch_seconds is None for part in parts):
+        return 0.0
+    total = max((part.fetch_seconds or 0.0 for part in parts), default=0.0)
+    for number, cost in enumerate(ledger["per_stage"]):
+        seconds = [part.round_seconds[number] for part in parts if part.round_seconds and part.shares[number]]
+        total += cost["rounds"] * max(seconds, default=0.0)
+    return total

@@ -20,7 +20,11 @@ class Option(NamedTuple):
       ledger: with peak memory.
       parts: the participation of each class.
       left: whom each stage leaves out.
-      everywhere: share of the clients that can take part in every stage.
+      everywhere: share of the clients that can take part in every stage, of those that have images.
+      seconds: of the whole run, each round as long as the slowest class needs that has clients; 0 if a speed of one of
+        them is not known.
+      energy_wh: watt-hours of a device of the class that needs most; 0 if that is not known.
+      config: resolved.
       published: the accuracy in [0, 1] by which it is ranked without results, or None if the paper has none.
       measured: its accuracies, or None if the results contain none.
     """
@@ -32,8 +36,11 @@ class Option(NamedTuple):
     parts: list[Participation]
     left: list[Left]
     everywhere: float
-    published: float | None
-    measured: Measured | None
+    seconds: float
+    energy_wh: float
+    config: Config
+    published: float | None = None
+    measured: Measured | None = None
 
     @property
     def name(self) -> str:
@@ -48,23 +55,9 @@ class Option(NamedTuple):
         return [1 - left.share for left in self.left]
 
     @property
-    def seconds(self) -> float:
-        """Seconds of the whole run, each round as long as the slowest class takes; 0 if no speed is known."""
-        total = 0.0
-        for number, cost in enumerate(self.ledger["per_stage"]):
-            known = [p.round_seconds[number] for p in self.parts if p.round_seconds and p.shares[number]]
-            total += cost["rounds"] * max(known, default=0.0)
-        return total + max((p.fetch_seconds for p in self.parts if p.fetch_seconds is not None), default=0.0)
-
-    @property
     def traffic_bytes(self) -> int:
         """Bytes, both directions, of a device that takes part in every round of all stages."""
         return self.ledger["total_bytes"] + fetched_bytes(self.ledger["per_stage"])
-
-    @property
-    def energy_wh(self) -> float:
-        """Watt-hours of a device of the class that needs most; 0 if no power is known."""
-        return max((p.energy_wh for p in self.parts if p.energy_wh is not None), default=0.0)
 
 
 def name_option(strategy: str, layers_per_stage: int) -> str:

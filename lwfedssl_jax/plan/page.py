@@ -3,7 +3,7 @@
 import base64
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from lwfedssl_jax.analysis.wording import (
     short_number,
     time_words,
 )
+from lwfedssl_jax.config import flat, to_dict
 from lwfedssl_jax.plan.clients import left_words
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 from lwfedssl_jax.plan.plot import choice_figures
 from lwfedssl_jax.plan.published import unlike
 from lwfedssl_jax.plan.recommend import missing_for, step_words
-from lwfedssl_jax.plan.show import class_words, demand, schedule_notes, time_column, title, to_plain
+from lwfedssl_jax.plan.show import accuracy_cell, class_words, demand, schedule_notes, time_column, title, to_plain
 from lwfedssl_jax.system.files import write_whole
 
 TEMPLATE = Path(__file__).with_name("plan.html.j2")
@@ -41,7 +42,7 @@ WHAT = {
 
 
 def write_page(plan: Plan, out: Path, command: Sequence[str]) -> Path:
-    """Write ``plan.html``, its figure and ``plan.json`` to a folder.
+    """Write ``plan.html``, its figures and ``plan.json`` to a folder.
 
     Args:
       plan: to show.
@@ -70,7 +71,7 @@ def write_page(plan: Plan, out: Path, command: Sequence[str]) -> Path:
 
 
 def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
-    """Make the content for the template, except for the figure."""
+    """Make the content for the template, except for the figures."""
     chosen = plan.recommendation
     best = chosen.option
     steps = (("More accurate", chosen.up), ("Cheaper", chosen.down))
@@ -101,9 +102,11 @@ def sentences(plan: Plan, best: Option) -> list[str]:
     accuracy = (
         f"measured accuracy {percent(best.measured.accuracy)}"
         if best.measured
-        else f"published accuracy {percent(best.published)} on other data"
-        if best.published is not None
         else "accuracy unknown"
+        if best.published is None
+        else f"published accuracy {percent(best.published)} on other data"
+        if plan.published.has(best.strategy, best.layers_per_stage)
+        else f"accuracy of about {percent(best.published)} as estimated from published ones on other data"
     )
     growth = f", {count_of(best.layers_per_stage, 'new layer')} per stage" if len(best.ledger["per_stage"]) > 1 else ""
     remat = ", and recompute activations to save memory (runtime.remat)" if best.remat else ""
@@ -131,7 +134,7 @@ def columns(plan: Plan) -> list[str]:
         f"{device.name}, {device.count:,} x {device.memory_gb:g} GB{f' ({unit})' * device.has_speed}"
         for device in plan.devices
     ]
-    accuracy = "accuracy (%)" if plan.results.protocol else "published accuracy (%)"
+    accuracy = "accuracy (%)" if plan.results.protocol else "published accuracy (%), ~: estimated"
     return [*heads, f"traffic per device ({traffic[1]})", accuracy]
 
 
@@ -152,7 +155,7 @@ def row(option: Option, plan: Plan) -> dict[str, Any]:
         round_percent(option.everywhere).removesuffix(" %"),
         *(class_words(part, stages, time_column(plan)[0], energy=False) for part in option.parts),
         short_number(option.traffic_bytes / traffic[0]),
-        _accuracy(option, plan),
+        accuracy_cell(option, plan, spread=False),
     ]
     return {
         "name": option.strategy,
@@ -161,12 +164,6 @@ def row(option: Option, plan: Plan) -> dict[str, Any]:
         "frontier": option in plan.recommendation.frontier,
         "out": option.everywhere < 1,
     }
-
-
-def _accuracy(option: Option, plan: Plan) -> str:
-    if plan.results.protocol:
-        return f"{100 * option.measured.accuracy:.1f}" if option.measured else ""
-    return "" if option.published is None else f"{100 * option.published:.1f}"
 
 
 def class_sentences(plan: Plan, number: int) -> list[str]:
@@ -216,19 +213,27 @@ def assumed(plan: Plan) -> list[str]:
 
 def train_command(plan: Plan, best: Option, command: Sequence[str]) -> str:
     """The command that trains the recommended option on the plan's fleet."""
-    words = ["python", "run.py", "train", *config_words(command), "--fleet.devices", *plan.config.fleet.devices]
-    words += ["--strategy.name", best.strategy, "--strategy.layers-per-stage", str(best.layers_per_stage)]
-    return shlex.join(words + (["--runtime.remat", "True"] if best.remat else []))
+    ours, theirs = (flat(to_dict(config)) for config in (best.config, plan.config))
+    changes = {name: value for name, value in ours.items() if value != theirs[name]}
+    changes |= {name: ours[name] for name in ("strategy.name", "fleet.devices")}
+    words = ["python", "run.py", "train", *config_words(command, changes)]
+    for name, value in changes.items():
+        words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
-def config_words(command: Sequence[str]) -> list[str]:
-    """The words of a command that belong to its config: its name and ``--section.field`` options but strategy's own."""
-    kept, keep = list(command[:1]), False
+def config_words(command: Sequence[str], without: Iterable[str]) -> list[str]:
+    """The words of a command that belong to its config, its name and ``--section.field`` options, ``without`` some."""
+    left_out, kept, keep = set(map(option_name, without)), list(command[:1]), False
     for word in command[1:]:
         if word.startswith("--"):
             name = word.partition("=")[0].replace("_", "-")
-            own = ("--strategy.name", "--strategy.layers-per-stage", "--runtime.remat", "--fleet.devices")
-            keep = "." in name and name not in own
+            keep = "." in name and name not in left_out
         if keep:
             kept.append(word)
     return kept
+
+
+def option_name(field: str) -> str:
+    """The option of the command line that sets a config field."""
+    return f"--{field.replace('_', '-')}"

@@ -79,7 +79,8 @@ def draw_costs(axes: Any, plan: Plan, styles: Styles) -> None:
         divisor, unit = byte_unit(max((option.traffic_bytes for option in options), default=0))
         plot_accuracy(axes, plan, options, [option.traffic_bytes / divisor for option in options], styles)
         axes.set(xlabel=f"traffic per device ({unit})")
-    axes.set_xlim(0, 1.08 * axes.dataLim.x1 or 1)
+    if options:
+        axes.set_xlim(0, 1.08 * axes.dataLim.x1)
 
 
 def draw_peaks(axes: Any, plan: Plan, styles: Styles) -> None:

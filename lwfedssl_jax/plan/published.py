@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 from lwfedssl_jax.config import MODELS, Config, VitSize, flat, join_lists, load, override, resolve, to_dict
 
-LAYERS = 12  # of the encoder that the paper varies layers per stage of
-ORDER = ("progressive", "end_to_end", "layerwise")  # by mean accuracy with one layer per stage, best first
 COMPARED = ("partition", "model", "objective", "federation", "optimizer", "additions")  # sections of ``unlike``
 
 # Table 3 (mocov3, 180 rounds), by layers per stage: accuracy in % on CIFAR-10, and mean over CIFAR-10, CIFAR-100, Tiny
@@ -62,6 +60,12 @@ class Published(NamedTuple):
         percent = self.accuracies[strategy] + gains[known][column] - gains[1][column]
         return round(percent / 100, 4)
 
+    def has(self, strategy: str, layers_per_stage: int) -> bool:
+        """Return whether the paper has this accuracy itself, not only those that ``accuracy`` adds up."""
+        layers = BY_LAYERS.get(strategy, {})
+        table_3 = self.accuracies is BY_OBJECTIVE["mocov3"] and layers_per_stage in layers
+        return strategy in self.accuracies and (layers_per_stage == 1 or len(layers) == 1 or table_3)
+
     @property
     def measured_on(self) -> str:
         """What the accuracies are of, in words."""
@@ -96,13 +100,18 @@ def nearest(value: float, known: tuple[float, ...]) -> float:
     return min(known, key=lambda other: abs(other - value))
 
 
+def none_or(value: object) -> object:
+    """Return a field's value for a sentence."""
+    return "none" if value == "" else value
+
+
 def unlike(config: Config, published: Published) -> list[str]:
     """Name the settings of a (resolved) config that differ from those of the published accuracies, as texts."""
     ours, theirs = (join_lists(flat(to_dict(c))) for c in (config, published.reference))
     differ = [f"data.name {ours['data.name']} (published: COCO's images)"]
     for name, value in ours.items():
         if (name.split(".")[0] in COMPARED or name == "data.image_size") and value != theirs[name]:
-            differ.append(f"{name} {value if value != '' else 'none'} (published: {theirs[name]})")
+            differ.append(f"{name} {none_or(value)} (published: {none_or(theirs[name])})")
     for name in ("rounds_per_stage", "first_stage_share", "pacing"):
         if (value := ours[f"strategy.{name}"]) != theirs[f"strategy.{name}"]:
             differ.append(f"strategy.{name} {value} (published: even stages)")

@@ -62,7 +62,7 @@ def recommend(
         reason = " ".join(["No class can take part in every stage of any option.", *lacking])
         return Recommendation(None, reason, on_frontier)
     reason = " ".join(reasons(best, config, devices, options, protocol, published, aim, dealt))
-    up, down = step(options, best, up=True), step(options, best, up=False)
+    up, down = (step(on_frontier, best, up=up) for up in (True, False))
     return Recommendation(best, reason, on_frontier, up, down)
 
 
@@ -141,10 +141,13 @@ def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published
         runs = f"mean of {seeds} seeds" if seeds > 1 else "1 seed"
         measured = f"{percent(best.measured.accuracy)} ({protocol_words(protocol)}, {runs})"
         found = f"it has the highest measured accuracy, {measured}"
+    elif best.published is None:
+        return f"none has a known accuracy, and it takes the least {least}"
     else:
         unknown = f"; none of them is in the results by {protocol_words(protocol)}" if protocol else ""
-        accuracy = f", {percent(best.published)}" if best.published is not None else ""
-        found = f"it has the highest published accuracy{accuracy} (arXiv 2401.11647, on other data){unknown}"
+        exact = published.has(best.strategy, best.layers_per_stage)
+        what = "published accuracy" if exact else "accuracy as estimated from published ones"
+        found = f"it has the highest {what}, {percent(best.published)} (arXiv 2401.11647, on other data){unknown}"
     equal = [option for option in comparable(fitting) if accuracy_of(option) == accuracy_of(best)]
     return f"{found}; among equals it takes the least {least}" if len(equal) > 1 else found
 
@@ -225,7 +228,7 @@ def missing_for(config: Config, device: DeviceClass, number: int, options: Seque
     fitting = [option for option in options if option.ledger["peak_memory_bytes"] <= available * 1e9]
     slowest = {option.name: max(option.parts[number].round_seconds or [0.0]) for option in fitting}
     name = min(slowest, key=lambda name: slowest[name])
-    if config.fleet.deadline_seconds < slowest[name]:
+    if 0 < config.fleet.deadline_seconds < slowest[name]:
         return (
             f"{device.name}: with fleet.deadline_seconds {config.fleet.deadline_seconds:g} it is too slow for every "
             f"option that fits its memory: a round takes up to {time_words(slowest[name])} ({name})."

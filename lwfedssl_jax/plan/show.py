@@ -49,7 +49,7 @@ def table(plan: Plan, width: int) -> Group:
 
 
 def title(plan: Plan) -> str:
-    """Return what is planned, such as "vit_tiny, mocov3: 180 rounds, 3 local epochs of 5,000 images per client"."""
+    """Return what is planned, such as "vit_tiny, byol: 9 rounds, 3 local epochs of 50 images per client, batch 8"."""
     config = plan.config
     return (
         f"{config.model.name}, {config.objective.name}: {count_of(config.federation.rounds, 'round')}, "
@@ -100,7 +100,8 @@ def published_note(plan: Plan, most: int = 6) -> str:
     differ = unlike(plan.config, plan.published)
     more = f" and {len(differ) - most} more" if len(differ) > most else ""
     return (
-        f"paper: accuracy in arXiv 2401.11647, {plan.published.measured_on}. Unlike there, this config has "
+        f"paper: accuracy in arXiv 2401.11647, {plan.published.measured_on}; ~: estimated from it, by adding what more "
+        f"layers per stage gain with mocov3. Unlike there, this config has "
         f"{', '.join(differ[:most])}{more}. Accuracies of your own runs (--results) count more."
     )
 
@@ -151,7 +152,7 @@ def _options_table(plan: Plan, *, energy: bool, spread: bool) -> Table:
             _range(*(f"{100 * share:.0f}" for share in (option.shares[0], option.everywhere))),
             *(_cell(part, option.ledger, divisor, energy=energy) for part in option.parts),
             short_number(option.traffic_bytes / traffic[0]),
-            _accuracy(option, spread=spread) if plan.results.protocol else _published(option),
+            accuracy_cell(option, plan, spread=spread),
             style="bold reverse" if recommended else "",
             end_section=following is not None and following.strategy != option.strategy,
         )
@@ -164,15 +165,15 @@ def _device_head(device: DeviceClass, unit: str, *, energy: bool) -> str:
     return escape(f"{device.name}\n{device.count:,} x\n{memory}" + f"\n{unit}{watt_hours}" * device.has_speed)
 
 
-def _accuracy(option: Option, *, spread: bool) -> str:
+def accuracy_cell(option: Option, plan: Plan, *, spread: bool) -> str:
+    """Return an option's accuracy in %: measured if the plan has results, otherwise published, "~" if estimated."""
+    if not plan.results.protocol:
+        estimated = not plan.published.has(option.strategy, option.layers_per_stage)
+        return "" if option.published is None else f"{'~' * estimated}{100 * option.published:.1f}"
     if not option.measured:
         return ""
     std = "" if not spread or math.isnan(option.measured.std) else f"±{100 * option.measured.std:.1f}"
     return f"{100 * option.measured.accuracy:.1f}{std}"
-
-
-def _published(option: Option) -> str:
-    return "" if option.published is None else f"{100 * option.published:.1f}"
 
 
 def _cell(part: Participation, ledger: Ledger, divisor: float, *, energy: bool) -> str:

@@ -1,5 +1,6 @@
 """Worlds, factors and main effects, by hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_fields_that_change_together_are_one_factor(grid: Path) -> None:
     _, settings = group_by_setting(results.load_results(grid))
     strategy, rate = effects.factors(settings)
-    assert (strategy.name, strategy.levels, strategy.is_world) == ("strategy", [*STRATEGIES], False)
+    assert (strategy.name, strategy.levels) == ("strategy", [*STRATEGIES])
     assert rate.name == "batch size and learning rate"
     assert rate.levels == ["batch size 32, learning rate 0.01", "batch size 64, learning rate 0.1"]
     assert effects.grid_of(settings) == (strategy, rate)
@@ -58,7 +59,7 @@ def test_the_page_has_a_heat_map_and_effects_by_factor(grid: Path, tmp_path: Pat
     text = report.write_report([grid], tmp_path).read_text()
     assert "Each value of a field is compared with a reference" in text
     assert "accounts for all 2 tests" in text
-    assert (tmp_path / "plots" / "accuracy_by_strategy_and_batch_size_and_learning_rate_1.svg").is_file()
+    assert (tmp_path / "plots" / "accuracy_grid_1.svg").is_file()
 
 
 def test_worlds_are_data_partition_and_fleet_and_data_are_never_compared(tmp_path: Path) -> None:
@@ -72,7 +73,27 @@ def test_worlds_are_data_partition_and_fleet_and_data_are_never_compared(tmp_pat
     assert [(w.name, len(w.settings)) for w in effects.worlds(settings)] == [
         ("digits, beta 0.1", 3), ("digits, beta 0.5", 3), ("synthetic, beta 0.1", 3)
     ]  # fmt: skip
-    assert [f.is_world for f in effects.factors(settings[:6])] == [False, True]
     compared = comparisons.compare_all(runs, settings, ["knn"])["knn"]
     assert [d.factor for d in compared] == ["strategy", "strategy", "beta", "", "", ""]
     assert not any("digits" in d.setting and "synthetic" in d.against for d in compared)
+
+
+def test_runs_on_other_data_of_the_same_name_are_not_compared(tmp_path: Path) -> None:
+    for strategy, data in (("layerwise", "aaa"), ("end_to_end", "bbb"), ("progressive", "aaa")):
+        for seed in range(2):
+            run = tmp_path / f"{strategy}{seed}"
+            write_run(run, {"knn": 0.5 + 0.1 * seed}, strategy__name=strategy, runtime__seed=seed)
+            about = json.loads((run / "config.json").read_text())
+            (run / "config.json").write_text(json.dumps(about | {"data": {"images": data}}))
+    runs, settings = group_by_setting(results.load_results(tmp_path))
+    assert {s.label for s in settings} == {"layerwise", "end_to_end", "progressive"}
+    (only,) = comparisons.compare_all(runs, settings, ["knn"])["knn"]
+    assert {only.setting, only.against} == {"layerwise", "progressive"}
+    assert len(effects.worlds(settings)) == 2
+
+
+def test_a_pair_without_common_seeds_does_not_count(grid: Path) -> None:
+    runs, settings = group_by_setting(results.load_results(grid))
+    one = (runs["strategy.name"] == "layerwise") & (runs["optimizer.learning_rate"] == 0.01)
+    effect, *_ = effects.main_effects(runs[~one | (runs["runtime.seed"] > 5)], settings, "knn")
+    assert (effect.setting, effect.pairs, effect.seeds) == ("layerwise", 1, 3)

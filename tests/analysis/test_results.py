@@ -109,7 +109,9 @@ def test_runs_on_different_data_are_different_settings(tmp_path: Path) -> None:
     write_run(tmp_path / "wider", {"knn": 0.5}, model__width=96)
     found = results.load_results(tmp_path)
     some = found[found["name"].isin(["a", "wider"])]
-    assert [setting.values for setting in group_by_setting(some)[1]] == [{"model.width": 192}, {"model.width": 96}]
+    assert [setting.values for setting in group_by_setting(some)[1]] == [
+        {"model.width": 192, "data.fingerprint": "11 33"}, {"model.width": 96, "data.fingerprint": ""}
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])

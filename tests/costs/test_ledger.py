@@ -63,7 +63,7 @@ def test_last_stage_of_progressive_costs_what_end_to_end_costs_a_round() -> None
     assert last["peak_memory_bytes"] == whole["peak_memory_bytes"] == strategies["end_to_end"]["peak_memory_bytes"] > 0
     assert strategies["layerwise"]["peak_memory_bytes"] < whole["peak_memory_bytes"]
     # Of 1 + 2 + 2 programs the first and last of progressive are those of layerwise and end_to_end.
-    assert len(seen) == 3
+    assert sum("program" in text for text in seen) == 3
 
 
 def test_peak_memory_is_that_of_the_program_as_it_would_run() -> None:

@@ -67,7 +67,8 @@ def option(strategy: str, *peaks_gb: float, flops: float = 1e9, traffic: int = 1
         "flops_executed": flops * len(rows),
     }
     layers, devices = of.get("layers", 1), [SMALL_PHONE, LARGE_BOX]
-    made = make.make_option((strategy, layers, of.get("remat", False)), ledger, devices, equal_clients(*devices), 0)
+    fields = {"strategy.name": strategy, "strategy.layers_per_stage": layers, "runtime.remat": of.get("remat", False)}
+    made = make.make_option(override(PAPER, fields), ledger, devices, equal_clients(*devices))
     published = closest(PAPER).accuracy(strategy, layers)
     return made._replace(measured=of.get("measured"), published=published)
 
@@ -105,7 +106,7 @@ def test_the_largest_share_decides_then_the_published_accuracy_then_time_then_tr
     assert best
     assert best.strategy == "progressive"
     assert "25 % of the clients, the most that any option reaches, can take part in every stage" in reason
-    assert "Left out: stage 1 none; stage 2 3 clients with 75 % of the images." in reason
+    assert "Left out: stage 1: none; stage 2: 3 clients with 75 % of the images." in reason
     assert (
         "phone: every option needs 1.5 GB or more (progressive, 1 layer per stage), 0.5 GB above what it has" in reason
     )
@@ -516,3 +517,64 @@ def test_options_that_contradict_are_refused(tmp_path: Path, capsys: pytest.Capt
     ):
         assert cli.main(["plan", "quickstart", *FLAGS, "--memory-gb", "1", *words]) == 2
         assert capsys.readouterr().err.startswith(f"error: {named}: ")
+
+
+def test_time_is_unknown_unless_all_classes_with_clients_have_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = DeviceClass("slow", 1, 3.0, 0.01, 80.0, 80.0)
+    unknown = DeviceClass("unknown", 1, 3.0)
+    costs: Any = option("layerwise", 0.5).ledger
+
+    def seconds(*devices: DeviceClass, clients: Clients | None = None) -> float:
+        return make.make_option(PAPER, costs, devices, clients or equal_clients(*devices)).seconds
+
+    assert seconds(LARGE_BOX) > 0
+    assert seconds(LARGE_BOX, unknown) == 0
+    assert seconds(LARGE_BOX, slow) > 50 * seconds(LARGE_BOX)
+    only_box = equal_clients(LARGE_BOX, slow)._replace(classes=np.array([0, 0]))
+    assert seconds(LARGE_BOX, slow, clients=only_box) == seconds(LARGE_BOX)
+
+
+def test_clients_without_images_do_not_make_an_option_fit() -> None:
+    peak = option("layerwise", 2.0).ledger
+    empty = equal_clients(SMALL_PHONE, LARGE_BOX)._replace(sizes=np.array([5, 5, 5, 0]))
+    made = make.make_option(PAPER, peak, [SMALL_PHONE, LARGE_BOX], empty)
+    assert made.everywhere == 0
+    assert made.left[0].clients == 3
+
+
+def test_measured_and_published_accuracies_are_not_subtracted() -> None:
+    measured = option("end_to_end", 2.0, measured=Measured({0: 0.81}))
+    found = advise(option("layerwise", 0.5), measured, protocol="knn")
+    assert found.option
+    assert (found.option.strategy, found.up, found.down) == ("layerwise", None, None)
+
+
+def test_without_a_deadline_no_class_is_too_slow() -> None:
+    phone_fits, box_only = option("layerwise", 0.5), option("progressive", 2.0)
+    _, reason = chosen(phone_fits, box_only, aim="accuracy")
+    assert "deadline" not in reason
+    assert "phone: it could take part throughout in layerwise" in reason
+
+
+@pytest.mark.usefixtures("priced")
+def test_where_nothing_fits_there_is_a_page_too(tmp_path: Path) -> None:
+    command = ["plan", "quickstart", *FLAGS, "--memory-gb", "1e-5", "--out", str(tmp_path), "--plot"]
+    assert cli.main([*command, str(tmp_path / "plan.png")]) == 0
+    html = (tmp_path / "plan.html").read_text()
+    assert 'class="choice none"' in html
+    assert "No class can take part in every stage of any option." in html
+
+
+@pytest.mark.usefixtures("priced")
+def test_the_command_of_the_page_leaves_out_what_the_option_does_not_have(tmp_path: Path) -> None:
+    """Depth dropout and listed rounds of the plan's config may not fit the recommended strategy."""
+    command = ["quickstart", *FLAGS, "--federation.rounds", "6", "--strategy.rounds-per-stage", "3", "2", "1"]
+    command += ["--additions.depth-dropout", "0.5", "--memory-gb", "1", "--out", str(tmp_path), "--cheapest"]
+    assert cli.main(["plan", *command]) == 0
+    plain = json.loads((tmp_path / "plan.json").read_text())
+    shown = re.search(r"<pre>(.*?)</pre>", (tmp_path / "plan.html").read_text(), re.DOTALL)
+    assert shown
+    _, train_it = html_module.unescape(shown[1]).split("\n\n")
+    trained = resolve(parse(TrainOptions, shlex.split(train_it)[3:]).config)
+    stages.stages_of(trained)
+    assert trained.strategy.name == plain["recommended"]["strategy"]

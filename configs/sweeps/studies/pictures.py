@@ -2,8 +2,7 @@
 
 20 runs, about half an hour on 2 CPU cores. The results are in docs/results.md.
 
-    python benchmarks/studies.py data          # writes runs/studies/pictures.npz; needs scikit-image
-    python run.py sweep studies/pictures --jobs 2
+    python benchmarks/studies.py run pictures     # writes runs/studies/pictures.npz first; needs scikit-image
 """
 
 from lwfedssl_jax.config import load, override
