@@ -8,7 +8,7 @@ from lwfedssl_jax.analysis.results import load_results
 from lwfedssl_jax.cli.options import PlanOptions, check_plot, with_fleet
 from lwfedssl_jax.cli.status import shown_status
 from lwfedssl_jax.config import Config, ConfigError, device_classes, resolve
-from lwfedssl_jax.plan.clients import make_clients, parse_examples
+from lwfedssl_jax.plan.clients import make_clients
 from lwfedssl_jax.plan.make import make_plan
 from lwfedssl_jax.plan.measured import NO_RESULTS, Results, measured_accuracies
 from lwfedssl_jax.plan.options import each_option
@@ -33,12 +33,12 @@ def run_plan(options: PlanOptions, command: list[str]) -> None:
         raise ConfigError(f"--out: {options.out} cannot be written; accepted: a folder that you can write to")
     aim, results = aim_of(options), read_results(options, config)
     each_option(config)
-    if options.examples:
-        parse_examples(options.examples)
-    with shown_status("tracing" if options.examples else "reading the data") as show:
-        clients = make_clients(config, device_classes(config), options.examples, show)
-        devices.set_up_cache(options.compilation_cache)
-        show("tracing")
+    say = Console(stderr=True).print  # only where data must be decoded
+    clients = make_clients(
+        config, device_classes(config), options.examples, lambda text: say(text, markup=False, highlight=False)
+    )
+    devices.set_up_cache(options.compilation_cache)
+    with shown_status("tracing") as show:
         plan = make_plan(config, clients, results, aim, lambda what: show(f"compiling {what}"))
     if options.plot:
         plot_plan(plan, options.plot)
