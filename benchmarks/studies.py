@@ -10,6 +10,7 @@ there (docs/guides/data.md), and scikit-image for the patches of its pictures.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -204,6 +205,7 @@ def words(label: str) -> str:
     return label
 
 
+@functools.cache
 def runs_of(name: str) -> list[SweepRun]:
     return load_sweep(f"studies/{name}").runs
 
