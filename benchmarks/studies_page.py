@@ -205,8 +205,8 @@ All accuracies are means ± standard deviations over seeds, in %. Traffic is wha
 rounds, in both directions, as measured; multiply-adds are those executed per sample. A **verdict** is *supported* or
 *contradicted* if the differences, paired by seed, are significant (p < 0.05 by a t-test, adjusted by Holm's method for
 all questions of the study), otherwise *not distinguishable*. The least difference that would count is the smallest
-that would be significant with this spread and Bonferroni's factor: about half of the true differences of that size
-would be found.
+that would be significant with this spread and Bonferroni's factor (Holm's can accept slightly less): about half of the
+true differences of that size would be found. Intervals are not adjusted.
 
 At equal traffic, the accuracy of the dearer run is read off its evaluations during training, where both have had the
 traffic of the cheaper one.
@@ -247,7 +247,7 @@ def write_page() -> None:
 def summary_lines() -> Iterator[str]:
     """How many questions of each kind have which verdict, over all studies."""
     found = [pair for name, study in STUDIES.items() for pair in answers(study, shown_settings(name))]
-    yield "| verdicts of all studies | " + " | ".join(CLAIMS) + " |"
+    yield "| verdicts of the studies below | " + " | ".join(CLAIMS) + " |"
     yield "|---|" + "---|" * len(CLAIMS)
     for word in ("supported", "contradicted", "not distinguishable"):
         counts = [sum(verdict(d) == word and q.claim == claim for q, d in found) for claim in CLAIMS]

@@ -92,9 +92,9 @@ class PlanOptions:
     """With --results: the protocol whose accuracy is shown, such as knn; by default the one that evaluated most
     runs."""
     accuracy_first: bool = False
-    """Recommend the most accurate option that any client can take part in throughout, not one that most clients can."""
+    """Recommend the most accurate option that any client can take part in throughout, not that which the largest share can."""
     cheapest: bool = False
-    """Of the options that most clients can take part in throughout, recommend that which takes the least time, then the
+    """Of the options that the largest share of the clients can take part in throughout, recommend that which takes the least time, then the
     least traffic, instead of the most accurate one."""
     json: bool = False
     """Print JSON instead of a table."""

@@ -74,7 +74,7 @@ def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
     """Make the content for the template, except for the figures."""
     chosen = plan.recommendation
     best = chosen.option
-    steps = (("More accurate", chosen.up), ("Cheaper", chosen.down))
+    steps = (("A step up", chosen.up), ("A step down", chosen.down))
     return {
         "version": __version__,
         "title": title(plan),
@@ -111,17 +111,15 @@ def sentences(plan: Plan, best: Option) -> list[str]:
     growth = f", {count_of(best.layers_per_stage, 'new layer')} per stage" if len(best.ledger["per_stage"]) > 1 else ""
     remat = ", and recompute activations to save memory (runtime.remat)" if best.remat else ""
     who = "All clients" if best.everywhere == 1 else f"{round_percent(best.everywhere)} of the clients"
-    spent = [
-        f"the whole run takes {time_words(best.seconds)}" if best.seconds else "",
-        f"{bytes_words(best.traffic_bytes)} of traffic per device",
-        f"up to {short_number(best.energy_wh)} Wh per device" if best.energy_wh else "",
-    ]
+    traffic = f"{bytes_words(best.traffic_bytes)} of traffic"
+    spent = f"{traffic} and up to {short_number(best.energy_wh)} Wh" if best.energy_wh else traffic
+    time = f"The whole run takes {time_words(best.seconds)}, with" if best.seconds else "It costs"
     left = f"; left out: {left_words(best.left, plan.clients.dealt)}" if any(s.clients for s in best.left) else ""
     return [
         f"{what}{growth}{remat} ({accuracy}).",
         f"{who} can take part in every stage, which needs up to {bytes_words(best.ledger['peak_memory_bytes'])} of "
         f"memory for a training step{left}.",
-        f"It costs: {', '.join(filter(None, spent))}.",
+        f"{time} {spent} per device.",
     ]
 
 

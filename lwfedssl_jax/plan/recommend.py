@@ -155,8 +155,8 @@ def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published
 def step_words(option: Option, best: Option, devices: Sequence[DeviceClass]) -> str:
     """Describe what an option would bring and cost in comparison with the recommended one."""
     points = 100 * (accuracy_of(option) - accuracy_of(best))
-    kind = "measured" if option.measured else "as published"
-    changes = [f"{points:+.1f} points of accuracy {kind}"]
+    kind = "measured" if option.measured else "published"
+    changes = [f"{points:+.1f} points of {kind} accuracy"]
     pairs = (
         ("time", option.seconds, best.seconds, time_words),
         ("traffic per device", option.traffic_bytes, best.traffic_bytes, bytes_words),

@@ -208,7 +208,7 @@ def test_the_most_layers_that_fit_win_and_the_next_steps_are_named() -> None:
     assert found.up is None
     assert found.down is layerwise[2]
     words = recommend.step_words(layerwise[2], growing[1], [SMALL_PHONE, LARGE_BOX])
-    assert words.startswith("layerwise, 6 layers per stage: -1.1 points of accuracy as published; time ")
+    assert words.startswith("layerwise, 6 layers per stage: -1.1 points of published accuracy; time ")
     assert "the same traffic per device; peak memory 0.6 GB instead of 0.9 GB" in words
     assert advise(*layerwise, *growing, aim="cheapest").option is layerwise[0]
     assert advise(*layerwise, growing[0], aim="accuracy").option is growing[0]
