@@ -92,10 +92,10 @@ class PlanOptions:
     """With --results: the protocol whose accuracy is shown, such as knn; by default the one that evaluated most
     runs."""
     accuracy_first: bool = False
-    """Recommend the most accurate option that any client can take part in throughout, not that which the largest share can."""
+    """Recommend the most accurate option that any client can take part in throughout, however few can."""
     cheapest: bool = False
-    """Of the options that the largest share of the clients can take part in throughout, recommend that which takes the least time, then the
-    least traffic, instead of the most accurate one."""
+    """Of the options that the largest share of the clients can take part in throughout, recommend that with the least
+    time, then the least traffic, not the most accurate one."""
     json: bool = False
     """Print JSON instead of a table."""
     out: Annotated[Path | None, shown("DIR")] = None
