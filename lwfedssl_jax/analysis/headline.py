@@ -57,7 +57,7 @@ def _on_world(
         which = "the best, " if len(members) > 1 else ""
         yield f"{where}Nothing beats the untrained encoder: {which}{best.label}, reached {found}."
     else:
-        name = f"{best.label} is best: it reached" if len(members) > 1 else f"{best.label} reached"
+        name = f"{best.label} has the highest accuracy:" if len(members) > 1 else f"{best.label} reached"
         yield f"{where}{name} {found}{costs and f', for {costs}'}."
     if beats and _any_beats_untrained(runs, [best], protocol) is False:
         yield f"{best.label} does not beat its own untrained encoder, which others do."
@@ -99,16 +99,19 @@ def _result(runs: pd.DataFrame, summary: pd.DataFrame, setting: Setting, protoco
     for kind, words in tables.BASELINES.items():
         mean = summary.loc[setting.label].get((f"{kind}.{protocol}", "mean"), float("nan"))
         if not isnan(mean):
-            details.append(f"{words}: {percent(mean)}{_in_how_many(runs, setting, protocol) * (kind == 'untrained')}")
+            doubt = _doubt_of_gain(runs, setting, protocol) if kind == "untrained" else ""
+            details.append(f"{words}: {percent(mean)}{doubt}")
             break
     return f"{wording.mean_words(mean_std_count)} % ({'; '.join(details)})"
 
 
-def _in_how_many(runs: pd.DataFrame, setting: Setting, protocol: str) -> str:
-    """In how many seeds a setting is above the untrained encoder, where that is not all."""
-    gains = _gains(runs, setting, protocol)
+def _doubt_of_gain(runs: pd.DataFrame, setting: Setting, protocol: str) -> str:
+    """In how many seeds a setting is above the untrained encoder, if not in all, or that one is within its spread."""
+    gains, spread = _gains(runs, setting, protocol), _over_draws(runs, setting, protocol)
     above = int((gains > 0).sum())
-    return f", above it in {above} of {count_of(len(gains), 'seed')}" if 0 < above < len(gains) else ""
+    if 0 < above < len(gains):
+        return f", above it in {above} of {count_of(len(gains), 'seed')}"
+    return ", within that spread" if spread and 0 < 100 * gains.abs().max() < float(spread) else ""
 
 
 def _over_draws(runs: pd.DataFrame, setting: Setting, protocol: str) -> str:
@@ -135,7 +138,9 @@ def _disagreement(
             what = what if above else "nothing beats the untrained encoder"
             parts.append(f"by {protocol_words(protocol)}, {what}")
         elif other is not best and accuracy[other.label] > accuracy.get(best.label, float("nan")):
-            parts.append(f"by {protocol_words(protocol)}, {other.label} is best ({percent(accuracy[other.label])})")
+            parts.append(
+                f"by {protocol_words(protocol)}, {other.label} has the highest ({percent(accuracy[other.label])})"
+            )
     return f"Protocols disagree: {'; '.join(parts)}." if parts else ""
 
 
