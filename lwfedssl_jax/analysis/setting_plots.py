@@ -143,7 +143,7 @@ def plot_cost(panel: Any, runs: pd.DataFrame, looks: Mapping[str, Look], protoco
     if largest > WIDE_RANGE * runs[cost].min() > 0:
         panel.set_xscale("log")
     else:
-        panel.set_xlim(0, 1.12 * largest / divisor or 1)
+        panel.set_xlim(0, 1.2 * largest / divisor or 1)
 
 
 def side_by_side(at: Mapping[str, float], near: float) -> dict[str, float]:
