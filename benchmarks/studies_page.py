@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import studies
+from scipy.stats import t as student
 from studies import (
     CLAIMS,
     LAYERWISE,
@@ -119,7 +120,7 @@ def equal_traffic(study: Study, settings: Mapping[str, Setting]) -> Iterator[str
 
 
 def answer(question: Question, settings: Mapping[str, Setting]) -> Difference | None:
-    """Compare the two settings of a question over their common seeds; None if one has not been run."""
+    """Compare the two settings of a question over their common seeds; None if runs of one are missing."""
     if question.better not in settings or question.worse not in settings:
         return None
     better, worse, p = settings[question.better], settings[question.worse], question.protocol
@@ -132,6 +133,18 @@ def answer(question: Question, settings: Mapping[str, Setting]) -> Difference | 
         for found, curve in zip(values, curves, strict=True):
             found[seed] = accuracy_at(cost, curve)
     return statistics.compare(p, better.label, worse.label, *values)
+
+
+def smallest_significant(difference: Difference, comparisons: int) -> float:
+    """The mean difference from which a comparison with this spread would be significant, by Bonferroni's factor.
+
+    Args:
+      difference: of the comparison.
+      comparisons: number of tests in the family.
+    """
+    freedom = difference.seeds - 1
+    standard_error = (difference.high - difference.low) / 2 / student.ppf(0.975, freedom)
+    return float(standard_error * student.ppf(1 - CHANCE / (2 * comparisons), freedom))
 
 
 def verdict(difference: Difference) -> str:
@@ -163,7 +176,7 @@ def verdicts(found: list[tuple[Question, Difference]]) -> Iterator[str]:
             question.at,
             f"{100 * d.mean:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})",
             f"{d.p_holm:.2g}",
-            f"{100 * statistics.smallest_significant(d, len(found)):.1f}",
+            f"{100 * smallest_significant(d, len(found)):.1f}",
             f"**{verdict(d)}**",
         )
         yield f"| {' | '.join(cells)} |"

@@ -134,20 +134,6 @@ def compare(
     return untested._replace(low=float(low), high=float(high), p=float(test.pvalue))
 
 
-def smallest_significant(difference: Difference, comparisons: int) -> float:
-    """Return the mean difference from which a comparison with this spread would be significant among so many.
-
-    By Bonferroni's bound, which Holm's method starts from; NaN if there was no test.
-    """
-    from scipy.stats import t
-
-    if np.isnan(difference.low):
-        return float("nan")
-    freedom = difference.seeds - 1
-    standard_error = (difference.high - difference.low) / 2 / t.ppf(0.975, freedom)
-    return float(standard_error * t.ppf(1 - CHANCE / (2 * max(comparisons, 1)), freedom))
-
-
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of p-values; NaN stays NaN and does not count."""
     values = np.asarray(p, float)
