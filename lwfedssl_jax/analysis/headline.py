@@ -23,10 +23,10 @@ def headline(
     protocols: Sequence[str],
     compared: Mapping[str, Sequence[Difference]],
 ) -> Iterator[str]:
-    """Sentences on each world: whether anything beats the untrained encoder, and which setting is best at which cost.
+    """Sentences on each world: whether anything beats the untrained encoder, and what has the highest accuracy.
 
-    Settings are ranked by the first protocol; the others are named where they disagree. The rival of the best is
-    end_to_end or, if that is the best, the next one.
+    Settings are ranked by the first protocol; the others are named where they disagree. The rival of the first setting
+    is the nearest end_to_end setting or, if the first is one itself, the most accurate of the others.
 
     Args:
       runs, settings: as ``settings.group_by_setting`` returns them.
@@ -54,7 +54,7 @@ def _on_world(
     costs = _costs(summary, best)
     beats = _any_beats_untrained(runs, members, protocol)
     if beats is False:
-        which = "the best, " if len(members) > 1 else ""
+        which = "the most accurate setting, " if len(members) > 1 else ""
         yield f"{where}Nothing beats the untrained encoder: {which}{best.label}, reached {found}."
     else:
         name = f"{best.label} has the highest accuracy:" if len(members) > 1 else f"{best.label} reached"

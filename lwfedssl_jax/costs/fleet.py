@@ -165,7 +165,7 @@ def able_clients(
     examples_N: np.ndarray,
     deadline: float,
 ) -> dict[int, np.ndarray]:
-    """Return which of N clients, of these classes and with so many examples, can take part, by stage number."""
+    """Return which of N clients can take part, given their classes and numbers of examples, by stage number."""
     members = [class_N == number for number in range(len(devices))]
     return {
         cost["stage"]: np.select(members, [affords(device, cost, examples_N, deadline) for device in devices], False)

@@ -151,8 +151,8 @@ def test_what_does_not_beat_the_untrained_encoder_is_not_ahead(tmp_path: Path) -
         untrained=0.672,
     )
     assert first == (
-        "Nothing beats the untrained encoder: the best, layerwise, reached 66.2 % (linear probe, 5 labels per class; "
-        "1 seed, ± 12.5 over draws of labels; untrained: 67.2 %, within that spread)."
+        "Nothing beats the untrained encoder: the most accurate setting, layerwise, reached 66.2 % (linear probe, "
+        "5 labels per class; 1 seed, ± 12.5 over draws of labels; untrained: 67.2 %, within that spread)."
     )
     assert second == "Protocols disagree: by kNN, something does (end_to_end, 70.0 %)."
 
