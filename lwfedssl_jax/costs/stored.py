@@ -97,6 +97,7 @@ def code_digest() -> str:
     return digest_of_all.hexdigest()
 
 
+@functools.cache
 def versions() -> list[str]:
     """Return the versions of the libraries that ledgers depend on."""
     return [importlib.metadata.version(name) for name in LIBRARIES]
