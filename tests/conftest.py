@@ -1,5 +1,6 @@
 """What all tests share: strict numerics (no silent promotion of types or ranks), cheap endings of runs, fixtures."""
 
+import copy
 import gc
 import os
 from collections.abc import Iterator
@@ -24,13 +25,15 @@ from lwfedssl_jax.evaluation import frozen, label_free
 from lwfedssl_jax.experiment import finish, ledgers
 from lwfedssl_jax.method import fedca, pretext
 from lwfedssl_jax.method.objectives import OBJECTIVES
+from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.method.stages import STRATEGIES, Stage
 from lwfedssl_jax.method.terms import TERMS
+from lwfedssl_jax.plan import make
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.simulation.state import RoundState
 
-pytest.register_assert_rewrite("images", "rounds", "runs")
+pytest.register_assert_rewrite("fleets", "images", "rounds", "runs")
 import reference  # noqa: E402
 from images import picture  # noqa: E402
 
@@ -206,6 +209,29 @@ def folder(tmp_path: Path) -> Path:
             for i, (suffix, mode) in enumerate([("png", "L"), ("PNG", "RGBA"), ("bmp", "RGB")][:n]):
                 picture(root / split / label / "inner" / f"{i}.{suffix}", first + i, (4 + i, 7), mode)
     return root
+
+
+@pytest.fixture
+def priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step needs a thousand bytes a trainable parameter; nothing is compiled for it."""
+    made: dict[Any, Any] = {}
+
+    def make_known(config: Config) -> Any:
+        key = override(ledger_config(config), {"partition.clients": 1})
+        if key not in made:
+            made[key] = ledger.make_ledger(config, known_traces())
+        return copy.deepcopy(made[key])
+
+    def cheap(configs: dict[Any, Config], *, memory: bool, **_: Any) -> dict[Any, Any]:
+        ledgers = {name: make_known(config) for name, config in configs.items()}
+        for costs in ledgers.values():
+            for row in costs["per_stage"]:
+                row["peak_memory_bytes"] = 1000 * row["trainable_parameters"]
+            costs["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in costs["per_stage"])
+        return ledgers
+
+    monkeypatch.setattr(make, "ledgers_of", cheap)
+    monkeypatch.setattr(ledger, "ledgers_of", cheap)
 
 
 EXHAUSTIVE = ROOT / "tests" / "exhaustive.txt"
