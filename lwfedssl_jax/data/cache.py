@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lwfedssl_jax.config import ConfigError, DataConfig
 
 HASHES = "sha256.json"  # of an entry's arrays
-FORMAT = 3  # of an entry; with another number, all existing entries are unused
+FORMAT = 4  # of an entry; with another number, all existing entries are unused
 GROUP_SIZE, THREAD_BATCH = 1024, 32  # images that are decoded at a time, by all threads and by one
 CLASSES = 2**20  # at most; more would make heads of gigabytes
 MAX_NAMED = 3  # things that are wrong, which a message names; it counts the others
@@ -67,6 +67,11 @@ class Undecoded(NamedTuple):
     splits: Callable[[], dict[str, Split]]
     class_names: tuple[str, ...] = ()
     client_names: tuple[str, ...] = ()
+
+
+def path_of(config: DataConfig) -> Path:
+    """The PATH in ``data.name``."""
+    return Path(os.path.expanduser(config.name.partition(":")[2])).absolute()
 
 
 def refuse(config: DataConfig, why: str, accepted: str) -> ConfigError:
@@ -157,7 +162,9 @@ def folder() -> Path:
 
 
 def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray:
-    """A ``size x size x channels`` uint8 image (Pillow, bilinear; the aspect ratio is not kept).
+    """A ``size x size x channels`` uint8 image, upright (Pillow, bilinear; the aspect ratio is not kept).
+
+    A transparent image loses its transparency, as in torchvision.
 
     Raises:
       ValueError: the image has more than 8 bits per channel.
@@ -168,7 +175,7 @@ def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     if image.mode[0] in "IF":
         raise ValueError(f"its mode {image.mode} has more than 8 bits per channel")
-    image = image.convert("RGB" if channels == 3 else "L")
+    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels)

@@ -1,22 +1,18 @@
-"""Data sets in files: folders of images, npz and idx files."""
+"""Data sets in npz and idx files."""
 
-import csv
 import gzip
-import itertools
 import math
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
-from lwfedssl_jax.data.cache import CLASSES, Example, Notify, Split, Undecoded, first_of, refuse, stamp
-from lwfedssl_jax.system import seeds
+from lwfedssl_jax.data.cache import CLASSES, Example, Notify, Split, Undecoded, path_of, refuse, stamp
 
 # The folder of Debian's package dataset-fashion-mnist.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -25,154 +21,7 @@ GARMENTS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-TEST_FOLDERS = ("test", "val", "validation")
-TEST_SHARE = 0.2  # of each class, if the folder has no split
-CLIENT_COLUMNS = ("client", "client_id", "user_id")
-
-FOLDER_FORMS = "PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, or without classes PATH/*"
 NPZ_FORM = "MedMNIST's npz: uint8 train_images and test_images of NxHxW or NxHxWx3, integer labels of Nx1"
-
-
-class File(NamedTuple):
-    """An image of a folder, with the folder of its class and its client; None if it has none."""
-
-    path: Path
-    label: str | None
-    client: str | None = None
-
-
-def path_of(config: DataConfig) -> Path:
-    """The PATH in ``data.name``."""
-    return Path(os.path.expanduser(config.name.partition(":")[2])).absolute()
-
-
-def open_folder(config: DataConfig, note: Notify) -> Undecoded:
-    """Find the images of a folder by class; training images outside the class folders have no label.
-
-    Of several folders for testing, the first of ``TEST_FOLDERS`` is used, and the next one is the split ``val``.
-    Without ``train/``, a fifth of each class is for testing. A flat folder, without classes, has no test images, and
-    the encoder is not evaluated. With a file ``clients.csv`` (columns ``file``, relative to the folder, and
-    ``client``), training images belong to clients.
-
-    Raises:
-      ConfigError: there are no images, a folder cannot be read or is reached twice, a class has test images only or
-        cannot be split, or ``clients.csv`` does not give the client of every training image.
-    """
-    root = path_of(config)
-    if not os.path.isdir(root):
-        raise refuse(config, "is not a folder", f"a folder with {FOLDER_FORMS}")
-    others: list[str] = []
-    if (root / "train").is_dir():
-        tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
-        train = _find_images(config, root / "train", others)
-        test, val = ([*(_find_images(config, root, others) for root in tests[:2]), [], []])[:2]
-        if not tests and any(file.label for file in train):
-            raise refuse(config, "has a folder train but none for testing", f"{' or '.join(TEST_FOLDERS)} next to it")
-    else:
-        train, test, val = _find_images(config, root, others), [], []
-    if others:
-        note(f"{len(others):,} files of {root} do not have the suffix of an image and are left out: {first_of(others)}")
-    if not train:
-        raise refuse(config, "has no images for training", FOLDER_FORMS)
-    classes = sorted({file.label for file in train if file.label})
-    if not classes and not test:
-        note(f"{root} has no class folders: the encoder is trained, but not evaluated")
-    elif not (root / "train").is_dir():
-        train, test = _hold_out(config, train)
-    if classes and not (test and all(file.label for file in test)):
-        raise refuse(config, "has test images without a class, or none", f"a class folder each, of {first_of(classes)}")
-    if val and not {file.label for file in val} <= set(classes):
-        note("the validation split is left out: it has images without a class, or of classes without training images")
-        val = []
-    if unknown := sorted({str(file.label) for file in test} - set(classes)):
-        raise refuse(config, f"has test images of classes without training images: {first_of(unknown)}", "the same")
-    train = _assign_clients(config, root, train, test)
-    number = {label: i for i, label in enumerate(classes)}
-
-    def read(_: int, file: File) -> Example:
-        with Image.open(file.path) as image:
-            image.load()
-            return Example(image, number[file.label] if file.label else -1, file.client)
-
-    def make_split(files: list[File]) -> Split:
-        return Split(len(files), files, read, lambda i: str(files[i].path))
-
-    parts = {"train": train, "test": test} | ({"val": val} if val else {})
-    version = [[(*stamp(file.path), file.label, file.client) for file in files] for files in parts.values()]
-    owners = tuple(sorted({file.client for file in train if file.client}))
-    return Undecoded(
-        version, lambda: {name: make_split(files) for name, files in parts.items()}, tuple(classes), owners
-    )
-
-
-def _find_images(config: DataConfig, root: Path, others: list[str]) -> list[File]:
-    """The images under a folder in order, except for hidden ones; other files are added to ``others``."""
-    found: list[File] = []
-    reached: set[str] = set()
-    errors: list[OSError] = []
-    for folder, inner, names in os.walk(root, onerror=errors.append, followlinks=True):
-        if (real := os.path.realpath(folder)) in reached:
-            raise refuse(config, f"has a folder that is reached twice, by a link: {folder}", "each folder once")
-        reached.add(real)
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        parts = Path(folder).relative_to(root).parts
-        for name in sorted(name for name in names if not name.startswith(".")):
-            if name.lower().endswith(SUFFIXES):
-                found.append(File(Path(folder) / name, parts[0] if parts else None))
-            elif name != "clients.csv":
-                others.append(str(Path(folder) / name))
-    if errors:
-        listed = first_of([f"{error.filename} ({error.strerror})" for error in errors])
-        raise refuse(config, f"has {len(errors):,} folders that cannot be read: {listed}", "folders that you can read")
-    return found
-
-
-def _hold_out(config: DataConfig, files: list[File]) -> tuple[list[File], list[File]]:
-    """Training and test images: a fifth of each class, but at least one, always the same ones, is for testing."""
-    train, test = [file for file in files if not file.label], []
-    for label, members in itertools.groupby((file for file in files if file.label), lambda file: file.label):
-        images = list(members)
-        if len(images) < 2:
-            raise refuse(config, f"has one image of class {label}", "two, one of them for testing, or a folder test")
-        order = seeds.fixed_rng(seeds.RngTag.TEST_SPLIT).permutation(len(images))
-        held_out = max(1, round(TEST_SHARE * len(images)))
-        test += [images[i] for i in np.sort(order[:held_out])]
-        train += [images[i] for i in np.sort(order[held_out:])]
-    return train, test
-
-
-def _assign_clients(config: DataConfig, root: Path, train: list[File], test: list[File]) -> list[File]:
-    """The training images with their clients, if there is a ``clients.csv``."""
-    path, asked = root / "clients.csv", config.client_column
-    if not os.path.isfile(path):
-        if asked:
-            raise refuse(config, f"has no clients.csv for data.client_column {asked!r}", f"a file {path}")
-        return train
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            columns, rows = list(table.fieldnames or []), list(table)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise refuse(config, f"has a clients.csv that cannot be read ({error})", "comma-separated UTF-8") from error
-    column = next((name for name in ([asked] if asked else CLIENT_COLUMNS) if name in columns), None)
-    if "file" not in columns or column is None:
-        raise refuse(config, f"has a clients.csv with columns {', '.join(columns)}", f"file, {asked or 'client'}")
-    owners: dict[str, str] = {}
-    for row in rows:
-        name, owner = PurePosixPath(row["file"] or "").as_posix(), row[column] or ""
-        if owners.setdefault(name, owner) != owner:
-            raise refuse(config, f"has a clients.csv that gives {name} to {owners[name]!r} and to {owner!r}",
-                         "one client for each image")  # fmt: skip
-    names = {file.path.relative_to(root).as_posix() for file in train + test}
-    if unknown := [name for name in owners if name not in names]:
-        raise refuse(config, f"has a clients.csv with {len(unknown):,} files that are not there: {first_of(unknown)}",
-                     f"paths of images, relative to {root}")  # fmt: skip
-    files = [file._replace(client=owners.get(file.path.relative_to(root).as_posix())) for file in train]
-    if missing := [str(file.path) for file in files if not file.client]:
-        raise refuse(config, f"has {len(missing):,} training images without a client in clients.csv: "
-                     f"{first_of(missing)}", "a client for each")  # fmt: skip
-    return files
 
 
 def open_npz(config: DataConfig, note: Notify) -> Undecoded:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lwfedssl_jax.config import ConfigError, DataConfig
-from lwfedssl_jax.data import cache, files, tfds
+from lwfedssl_jax.data import cache, files, folders, tfds
 from lwfedssl_jax.data.cache import Notify, Undecoded
 from lwfedssl_jax.system import seeds
 
@@ -215,5 +215,5 @@ SOURCES = {
         ("tfds:NAME",),
     ),
     "npz": Source(3, "natural", decoded(3, files.open_npz), ("npz:PATH",)),
-    "folder": Source(3, "natural", decoded(3, files.open_folder), ("folder:PATH",)),
+    "folder": Source(3, "natural", decoded(3, folders.open_folder), ("folder:PATH",)),
 }

@@ -78,7 +78,7 @@ def test_a_damaged_entry_is_decoded_again_and_said(folder: Path, cache_home: Pat
     assert [line for line in seen if line.startswith(f"{entry} is damaged (") and line.endswith("): decoding again")]
     seen.clear()
     load(f"folder:{folder}", notify=seen.append)
-    assert seen == [f"checking {entry}"]
+    assert seen[1:] == [f"checking {entry}"]
 
 
 def test_a_race_is_won_by_the_first(folder: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_without_a_cache_folder_images_stay_in_memory(folder: Path, cache_home: 
     data = load(f"folder:{folder}", notify=seen.append)
     assert type(data.train_images) is np.ndarray
     np.testing.assert_array_equal(data.train_images, expected)
-    assert seen[0].startswith(f"the cache folder {cache_home} cannot be written (")
+    assert seen[1].startswith(f"the cache folder {cache_home} cannot be written (")
 
 
 def test_a_full_disk_is_seen_before_it_is_written(
@@ -117,7 +117,7 @@ def test_a_full_disk_is_seen_before_it_is_written(
     monkeypatch.setattr(os, "posix_fallocate", full)
     seen: list[str] = []
     assert type(load(f"folder:{folder}", notify=seen.append).train_images) is np.ndarray
-    assert "has no room ([Errno 28] No space left on device): the images stay in memory" in seen[0]
+    assert "has no room ([Errno 28] No space left on device): the images stay in memory" in seen[1]
     assert not list(cache_home.iterdir())
 
 

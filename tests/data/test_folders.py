@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from images import clients_csv, load, picture, refused, rows_of
+from PIL import Image
 
 from lwfedssl_jax.config import PartitionConfig
 from lwfedssl_jax.data.partition import partition
@@ -34,12 +35,86 @@ def test_a_folder_by_class(folder: Path) -> None:
     without = load(f"folder:{folder}")
     assert without.test_labels.tolist() == [0, 0, 1, 1]
     assert without.val_labels is None
-    shutil.copytree(folder / "val", folder / "validation")
-    shutil.rmtree(folder / "validation" / "dog" / "inner")
-    shutil.copytree(folder / "val" / "dog" / "inner", folder / "validation" / "dog" / "other")
+    shutil.copytree(folder / "val", folder / "test")
+    shutil.rmtree(folder / "val" / "dog" / "inner")
+    shutil.copytree(folder / "test" / "dog" / "inner", folder / "val" / "dog" / "other")
     both = load(f"folder:{folder}")
     assert both.val_labels is not None
     assert both.val_labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "val"),
+    [("Train", "Test", "Val"), ("TRAINING", "testing", "Dev"), ("train", "Eval", "valid"), ("train", "Validation", "")],
+)
+def test_splits_in_other_spellings(folder: Path, train: str, test: str, val: str) -> None:
+    (folder / "train").rename(folder / train)
+    (folder / "test").rename(folder / test)
+    if val:
+        shutil.copytree(folder / test, folder / val)
+    picture(folder / "masks" / "0.png", 1)
+    heard: list[str] = []
+    data = load(f"folder:{folder}", notify=heard.append)
+    assert (len(data.train_images), len(data.test_images), data.val_images is not None) == (6, 4, bool(val))
+    assert f"folders of {folder} beside its splits are left out: masks" in heard
+    assert f"{folder} has 2 classes: cat, dog" in heard
+
+
+@pytest.mark.parametrize(
+    ("folders", "why"),
+    [
+        ("train2017 test2017", "has folders that look like splits: test2017, train2017; accepted: PATH/train/CLASS/*"),
+        ("train test images_val", "has folders that look like splits: images_val; accepted: "),
+        ("Trainset Testset", "has folders that look like splits: Testset, Trainset; accepted: "),
+        ("train test eval", "has several folders for test: eval, test; accepted: one; "),
+        ("train test Val valid", "has several folders for val: Val, valid; accepted: one; "),
+        ("test cat", "has a folder test but none for training; accepted: "),
+        ("cat/train cat/test dog/train dog/test", "has splits inside its folders: cat/test, cat/train; accepted: PATH"),
+        (
+            "pets/train pets/test",
+            "has splits inside its folders: pets/test, pets/train; accepted: folder:{root}/pets, ",
+        ),
+    ],
+)
+def test_what_looks_like_splits_but_is_none_is_refused(tmp_path: Path, folders: str, why: str) -> None:
+    root = tmp_path / "all"
+    for name in folders.split():
+        picture(root / name / "a" / "0.png", 1)
+    assert refused(f"folder:{root}").startswith(f"data.name: 'folder:{root}' {why.format(root=root)}")
+
+
+def test_classes_may_have_words_of_splits(tmp_path: Path) -> None:
+    names = ("steam train", "test tube", "Valley", "device", "training_shoe")
+    for name in names:
+        picture(tmp_path / "all" / name / "0.png", 1)
+        picture(tmp_path / "all" / name / "1.png", 1)
+    assert load(f"folder:{tmp_path}/all").class_names == tuple(sorted(names))
+
+
+def test_a_lone_class_is_warned_of(tmp_path: Path) -> None:
+    for i in range(5):
+        picture(tmp_path / "all" / "photos" / f"{i}.png", 1)
+    heard: list[str] = []
+    load(f"folder:{tmp_path}/all", notify=heard.append)
+    assert f"{tmp_path}/all has a single class, photos: accuracies will be 100 % and say nothing" in heard
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_images_are_upright_as_exif_says(tmp_path: Path, suffix: str) -> None:
+    """All eight orientations of a picture that is red above and blue below, darker on the left."""
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:4, :, 0], upright[4:, :, 2] = 255, 255
+    upright[:, :4] //= 2
+    flip, turn = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose
+    stored = {1: None, 2: flip, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE, 6: turn.ROTATE_90,
+              7: turn.TRANSVERSE, 8: turn.ROTATE_270}  # fmt: skip
+    for orientation, change in stored.items():
+        image, exif = Image.fromarray(upright).resize((64, 64), 0), Image.Exif()
+        exif[0x0112] = orientation
+        image = image if change is None else image.transpose(change)
+        image.save(tmp_path / f"{orientation}.{suffix}", exif=exif)
+    for image in load(f"folder:{tmp_path}", size=8).train_images:
+        np.testing.assert_allclose(image[::7, ::7], upright[::7, ::7], atol=20)  # the corners
 
 
 def test_a_folder_without_a_split_gets_a_stratified_one_that_stays(tmp_path: Path) -> None:
@@ -124,7 +199,7 @@ def test_a_client_column_without_clients_csv(folder: Path) -> None:
     ("damage", "why"),
     [
         (remove(""), "is not a folder; accepted: a folder with PATH/train/CLASS/* and PATH/test/CLASS/*, or"),
-        (remove("test"), "has a folder train but none for testing; accepted: test or val or validation next to it"),
+        (remove("test"), "has a folder train but none for testing; accepted: test or val next to it"),
         (remove("train", "test"), "has no images for training; accepted: PATH/train/CLASS"),
         (remove("train/dog"), "has test images of classes without training images: dog; accepted: the same"),
         (remove("test/dog", "test/cat"), "has test images without a class, or none; accepted: a class folder each, of"),
