@@ -39,7 +39,7 @@ def encoder_hash(path: Path) -> str:
 
 def metrics_hash(path: Path) -> str:
     """Over the lines, without what depends on time and lanes."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -113,7 +113,7 @@ def kill(root: Path, fields: dict[str, str], kills: int, rng: random.Random) -> 
                 break
             # SIGTERM ends a process that has only just begun as it ends any.
             allowed = [-number] * (number == signal.SIGKILL or not begun) + [130] * (number == signal.SIGTERM)
-            assert code in allowed, f"exit code {code}: {Path(f'{path}.log').read_text()}"
+            assert code in allowed, f"exit code {code}: {Path(f'{path}.log').read_text(encoding='utf-8')}"
             killed += 1
             at_work += any(line["round"] > last for line in WorkDir(path, config).metrics())
             assert not checkpoint.load(path / "checkpoints")[1], "a kill has damaged a checkpoint"
@@ -144,7 +144,7 @@ def start(command: list[str], path: Path, after: float | None = None, number: in
 
 def run(command: list[str], path: Path) -> None:
     """``run.py``, which saves every round; in a process of its own."""
-    with Path(f"{path}.log").open("a") as log:
+    with Path(f"{path}.log").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     train.SECONDS_BETWEEN_CHECKPOINTS = 0
@@ -194,7 +194,7 @@ def damage(root: Path, fields: dict[str, str], damages: int, rng: random.Random)
         if i % 20 == 0:  # and goes on from there
             command = ["train", "quickstart", *(x for k, v in fields.items() for x in (f"--{k}", v))]
             assert start([*command, "--compilation-cache", str(root / "cache")], path)[0] == 0
-            assert "is damaged" in Path(f"{path}.log").read_text()
+            assert "is damaged" in Path(f"{path}.log").read_text(encoding="utf-8")
             assert same(outcome(path), expected)
             resumed += 1
         shutil.rmtree(path)

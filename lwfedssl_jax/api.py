@@ -159,3 +159,4 @@ def set_up() -> None:
     devices.set_up_cpu()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         devices.set_up_cache(None)
+    devices.check_platform()

@@ -73,3 +73,13 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(n.split(".")[0] in HEAVY for n in names), file
+
+
+def test_text_files_are_utf8_whatever_the_locale() -> None:
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name, keywords = node.func.attr, {keyword.arg for keyword in node.keywords}
+                modes = {a.value for a in node.args if isinstance(a, ast.Constant)} & {"r", "w", "a"}
+                is_text = name in ("read_text", "write_text") or (name in ("open", "fdopen") and modes)
+                assert not is_text or "encoding" in keywords, f"{module}, line {node.lineno}"

@@ -78,7 +78,9 @@ def write_report(directories: Sequence[str | Path], out: Path) -> Path:
     )
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
-    write_whole(page, environment.from_string(TEMPLATE.read_text()).render(content).encode())
+    write_whole(
+        page, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content).encode(errors="replace")
+    )
     return page
 
 
@@ -95,7 +97,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
     for table in filter(None, shown.values()):
         tables.write(table, out / "tables")
     (out / "tables").mkdir(parents=True, exist_ok=True)
-    results.to_csv(out / "tables" / "runs.csv", index=False)
+    results.to_csv(out / "tables" / "runs.csv", index=False, errors="replace")
     pictures = list(populations(runs))
     return {
         "version": __version__,

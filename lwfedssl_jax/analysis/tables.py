@@ -249,10 +249,12 @@ def fleet_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
 def write(table: Table, folder: Path) -> None:
     """Write ``NAME.csv`` of the numbers, and ``NAME.md`` and ``NAME.tex`` (a tabular for booktabs) of the words."""
     folder.mkdir(parents=True, exist_ok=True)
-    table.numbers.to_csv(folder / f"{table.name}.csv", index=False)
+    table.numbers.to_csv(folder / f"{table.name}.csv", index=False, errors="replace")
     cells = table.words.map(lambda cell: str(cell).replace("|", "\\|"))
-    (folder / f"{table.name}.md").write_text(cells.to_markdown(index=False, disable_numparse=True) + "\n")
-    (folder / f"{table.name}.tex").write_text(latex(table.words))
+    (folder / f"{table.name}.md").write_text(
+        cells.to_markdown(index=False, disable_numparse=True) + "\n", encoding="utf-8", errors="replace"
+    )
+    (folder / f"{table.name}.tex").write_text(latex(table.words), encoding="utf-8", errors="replace")
 
 
 def latex(words: pd.DataFrame) -> str:

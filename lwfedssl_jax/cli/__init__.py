@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from lwfedssl_jax.cli.options import (
 )
 from lwfedssl_jax.config import ConfigError, available
 from lwfedssl_jax.system.errors import report_error
+from lwfedssl_jax.system.files import with_home
 from lwfedssl_jax.system.interrupts import Interrupts
 
 # Each command parses its options before it imports the code that runs it: bad input and --help do not wait for JAX.
@@ -32,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv) or ["train", "quickstart"]
     gc.set_threshold(50_000, 20, 20)  # rarer searches: tracing makes many objects that stay
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the terminal's encoding lacks is shown as a question mark
     try:
+        argv = [expand_home(word) for word in argv]
         if argv[0] in HELP or (argv[0] == "list" and argv[-1] in HELP):
             print_help()
         elif argv[0] in COMMANDS:
@@ -47,6 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error)
     return 0
+
+
+def expand_home(word: str) -> str:
+    """Expand ``~`` where a shell does not: in ``--option=~/path``, and where it was quoted.
+
+    Raises:
+      ConfigError: there is no such home directory.
+    """
+    option = word.partition("=")[0] + "=" if word.startswith("--") and "=" in word else ""
+    path = word.removeprefix(option)
+    return f"{option}{with_home(path)}" if path.startswith("~") else word
 
 
 def list_configs(arguments: list[str]) -> None:

@@ -38,6 +38,7 @@ def run_plan(options: PlanOptions, command: list[str]) -> None:
         config, device_classes(config), options.examples, lambda text: say(text, markup=False, highlight=False)
     )
     devices.set_up_cache(options.compilation_cache)
+    devices.check_platform()
     with shown_status("tracing") as show:
         plan = make_plan(config, clients, results, aim, lambda what: show(f"compiling {what}"))
     if options.plot:

@@ -19,6 +19,7 @@ def run_resources(options: ResourcesOptions) -> None:
     config = resolve(options.config)
     check_plot(options.plot)
     devices.set_up_cache(options.compilation_cache)
+    devices.check_platform()
     check(config)
     _, refused = ledger.each_strategy(config)
     by_name = {name: override(config, {"strategy.name": name}) for name in STRATEGIES if name not in refused}

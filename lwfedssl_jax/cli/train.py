@@ -23,6 +23,7 @@ def run_train(options: TrainOptions, arguments: list[str]) -> None:
     devices.set_up_cpu()
     devices.set_up_cache(options.compilation_cache)
     devices.connect(options.coordinator, options.processes, options.process)
+    devices.check_platform()
     try:
         if devices.is_first_process():
             run_and_print(config, arguments, options.workdir)

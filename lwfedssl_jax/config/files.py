@@ -55,7 +55,7 @@ def check_not_replaced(name: str, config_dir: Path) -> None:
       ConfigError: ``config_dir/replaced.csv`` says what replaces it.
     """
     table = config_dir / REPLACED
-    for row in csv.DictReader(table.read_text().splitlines() if table.is_file() else ()):
+    for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines() if table.is_file() else ()):
         if f"/{name}".removesuffix(".py").endswith(f"/{row['removed']}"):
             raise ConfigError(f"CONFIG: {name} was replaced; accepted: {row['instead']}, or the sweep {row['sweep']}")
 
@@ -83,7 +83,7 @@ def available(config_dir: Path = CONFIG_DIR) -> list[tuple[str, str]]:
     return [
         (
             path.relative_to(config_dir).with_suffix("").as_posix(),
-            (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0],
+            (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0],
         )
         for path in sorted(config_dir.rglob("*.py"))
     ]

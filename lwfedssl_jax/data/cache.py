@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lwfedssl_jax.config import ConfigError, DataConfig
+from lwfedssl_jax.system.files import user_cache, with_home
 
 HASHES = "sha256.json"  # of an entry's arrays
 FORMAT = 4  # of an entry; with another number, all existing entries are unused
@@ -71,7 +72,7 @@ class Undecoded(NamedTuple):
 
 def path_of(config: DataConfig) -> Path:
     """The PATH in ``data.name``."""
-    return Path(os.path.expanduser(config.name.partition(":")[2])).absolute()
+    return with_home(config.name.partition(":")[2]).absolute()
 
 
 def refuse(config: DataConfig, why: str, accepted: str) -> ConfigError:
@@ -118,7 +119,11 @@ def load_cached(
     digest = hashlib.sha256(json.dumps([key, found.version]).encode()).hexdigest()
     kind, _, rest = config.name.partition(":")
     label = re.sub(r"\W+", "-", f"{kind}-{Path(rest).name}"[:40]).strip("-")
-    entry = folder() / f"{label}-{config.image_size}-{digest[:16]}"
+    if (root := folder()) is None:
+        note("there is no cache folder (no home directory, and no XDG_CACHE_HOME): the images stay in memory")
+        splits = found.splits()
+        return _decode(config, splits, _in_memory(_shapes(config, splits, channels)), notify)
+    entry = root / f"{label}-{config.image_size}-{digest[:16]}"
     if entry.is_dir():
         notify(f"checking {entry}")
         try:
@@ -133,8 +138,7 @@ def _decode_into(
     entry: Path, config: DataConfig, splits: dict[str, Split], channels: int, notify: Notify, note: Notify
 ) -> dict[str, np.ndarray]:
     """Decode all splits into a new entry of the cache, or into memory if it cannot be written."""
-    size = config.image_size
-    shapes = {f"{name}_images": (split.size, size, size, channels) for name, split in splits.items()}
+    shapes = _shapes(config, splits, channels)
     try:
         temporary = _make_temporary(entry)
     except OSError as error:
@@ -156,9 +160,10 @@ def _decode_into(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def folder() -> Path:
-    """The folder of decoded data sets; it may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lwfedssl_jax" / "data"
+def folder() -> Path | None:
+    """The folder of decoded data sets, if there can be one; it may be deleted at any time."""
+    root = user_cache()
+    return root / "data" if root else None
 
 
 def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray:
@@ -179,6 +184,11 @@ def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels)
+
+
+def _shapes(config: DataConfig, splits: Mapping[str, Split], channels: int) -> dict[str, tuple[int, ...]]:
+    size = config.image_size
+    return {f"{name}_images": (split.size, size, size, channels) for name, split in splits.items()}
 
 
 def _in_memory(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -282,7 +292,7 @@ def _finish(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             array.flush()
         else:
             np.save(path / f"{name}.npy", array)
-    (path / HASHES).write_text(json.dumps(_hash_files(path), indent=1))
+    (path / HASHES).write_text(json.dumps(_hash_files(path), indent=1), encoding="utf-8")
 
 
 def _read_entry(entry: Path) -> dict[str, np.ndarray]:
@@ -291,7 +301,7 @@ def _read_entry(entry: Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError, OSError: it is damaged.
     """
-    if json.loads((entry / HASHES).read_text()) != _hash_files(entry):
+    if json.loads((entry / HASHES).read_text(encoding="utf-8")) != _hash_files(entry):
         raise ValueError("its arrays have changed since they were written")
     files = {file.stem: file for file in entry.glob("*.npy")}
     if not {"train_images", "train_labels", "test_images", "test_labels"} <= set(files):

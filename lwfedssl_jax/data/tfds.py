@@ -11,6 +11,7 @@ from PIL import Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
 from lwfedssl_jax.data.cache import Example, Notify, Split, Undecoded, refuse, stamp
+from lwfedssl_jax.system.files import with_home
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -22,12 +23,18 @@ WITH_TENSORFLOW = 'pip install -e ".[tensorflow]"'
 
 
 def tfds_folder() -> str:
-    """The folder, or the address, of the data sets that tensorflow-datasets has prepared."""
-    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+    """The folder, or the address, of the data sets that tensorflow-datasets has prepared.
+
+    Raises:
+      ConfigError: ``TFDS_DATA_DIR`` is not set, and there is no home directory.
+    """
+    return os.environ.get("TFDS_DATA_DIR") or str(with_home("~/tensorflow_datasets"))
 
 
 def is_prepared(name: str, note: Notify) -> bool:
     """Whether a data set is prepared in the version that would be used and in a format that needs no TensorFlow."""
+    if os.path.expanduser("~") == "~" and not os.environ.get("TFDS_DATA_DIR"):
+        return False
     if not (Path(tfds_folder()) / name).is_dir():
         return False
     import tensorflow_datasets as tfds

@@ -204,7 +204,7 @@ def load_encoder(directory: str | Path) -> TrainedEncoder:
     """
     weights, about = Path(directory) / WEIGHTS, Path(directory) / ABOUT
     try:
-        content, config = weights.read_bytes(), json.loads(about.read_text())
+        content, config = weights.read_bytes(), json.loads(about.read_text(encoding="utf-8"))
         version = config["format_version"]
     except OSError as error:
         raise ConfigError(

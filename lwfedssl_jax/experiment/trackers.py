@@ -86,11 +86,11 @@ def wandb(config: Config, directory: Path) -> Tracker:
     known = directory / "wandb" / "run_id"
     known.parent.mkdir(exist_ok=True)
     if not known.exists():
-        known.write_text(secrets.token_hex(4))
+        known.write_text(secrets.token_hex(4), encoding="utf-8")
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "lwfedssl_jax"),
         name=directory.absolute().name,
-        id=known.read_text().strip(),
+        id=known.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=str(directory),
         config=to_dict(config),

@@ -66,7 +66,9 @@ def write_page(plan: Plan, out: Path, command: Sequence[str]) -> Path:
     }
     write_whole(out / PLAIN, f"{json.dumps(to_plain(plan), indent=1)}\n".encode())
     page = out / PAGE
-    write_whole(page, environment.from_string(TEMPLATE.read_text()).render(content).encode())
+    write_whole(
+        page, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content).encode(errors="replace")
+    )
     return page
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def search_path() -> str:
     """Return a ``PYTHONPATH`` on which this package is found first."""
-    here = str(Path(__file__).parent.parent.absolute())
+    here = str(Path(__file__).parents[2].absolute())
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 

@@ -133,7 +133,7 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR, base: str = "") -> Swee
     about = (module.__doc__ or "").strip().split("\n")[0]
     # A file that adds entries to the tables contains more than the configs of its runs.
     code = path.read_bytes() if tables != [dict(table) for table in TABLES] else b""
-    return SweepFile(name, base, about, path.read_text(), make_runs(sweep, code))
+    return SweepFile(name, base, about, path.read_text(encoding="utf-8"), make_runs(sweep, code))
 
 
 def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:

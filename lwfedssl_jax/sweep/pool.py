@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.sweep.cores import core_slots, search_path
 from lwfedssl_jax.sweep.grid import SweepRun
 
@@ -44,7 +45,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
+                encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": search_path(), **environment},
                 start_new_session=True,  # the sweep passes Ctrl-C on
             )
@@ -100,6 +101,7 @@ class Pool:
         """Execute all runs, in order as far as groups allow.
 
         Raises:
+          ConfigError: workers cannot run with the environment's settings.
           KeyboardInterrupt: on Ctrl-C or SIGTERM, after all workers have saved and ended.
           OSError: workers do not start.
         """
@@ -142,6 +144,8 @@ class Pool:
             waiting[:0] = [run for run in worker.at_work if run not in blamed]
             if waiting:
                 self._begin(number)
+        elif event["event"] == "refused":
+            raise ConfigError(event["why"])
         elif event["event"] == "ready":
             unit = self._next_unit(worker, waiting, event["at_once"])
             if unit:

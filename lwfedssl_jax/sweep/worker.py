@@ -23,7 +23,7 @@ SHUTDOWN_SECONDS = 120.0  # seconds that a worker has to save and exit if its sw
 
 def serve() -> None:
     """Run a worker: the first line of its input is the request, each further line a list of directories."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)
+    out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # everything that is printed goes to the log
 
     def say(event: Message) -> None:
@@ -42,6 +42,10 @@ def serve() -> None:
 
     devices.set_up_cpu()
     devices.set_up_cache(request["cache"])
+    try:
+        devices.check_platform()
+    except ConfigError as error:
+        return say({"event": "refused", "why": str(error)})
     import jax
 
     by_directory = {run.directory: run for run in load_sweep(request["sweep"], base=request["base"]).runs}

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lwfedssl_jax.system.errors import ConfigError
-from lwfedssl_jax.system.files import can_write
+from lwfedssl_jax.system.files import can_write, user_cache
 from lwfedssl_jax.tree import Tree
 
 MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
@@ -39,8 +39,8 @@ def set_up_cache(folder: str | None) -> None:
     """Keep compiled programs on disk for the next run.
 
     Args:
-      folder: a path; ``off`` for no cache; None for ``JAX_COMPILATION_CACHE_DIR``, or else the user's cache folder
-        if it can be written.
+      folder: a path; ``off`` for no cache; None for ``JAX_COMPILATION_CACHE_DIR``, or else the user's cache folder;
+        if that cannot be written, there is no cache, which is said on standard error.
 
     Raises:
       ConfigError: the folder cannot be written.
@@ -48,13 +48,15 @@ def set_up_cache(folder: str | None) -> None:
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lwfedssl_jax"
     given = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not can_write(Path(given or default)):
+    path = Path(given) if given else user_cache()
+    if path is None or not can_write(path):
         if given:
             raise ConfigError(f"--compilation-cache: {given} cannot be written; accepted: a folder, or off")
+        why = f"{path} cannot be written" if path else "there is no home directory, and no XDG_CACHE_HOME"
+        print(f"programs are not kept for the next run: {why} (--compilation-cache DIR)", file=sys.stderr)
         return
-    jax.config.update("jax_compilation_cache_dir", given or str(default))
+    jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
@@ -63,6 +65,26 @@ def cache_folder() -> Path | None:
     settings: Any = jax.config
     folder = settings.jax_compilation_cache_dir if settings.jax_enable_compilation_cache else None
     return Path(folder) if folder else None
+
+
+def check_platform() -> None:
+    """Start JAX's backends.
+
+    Raises:
+      ConfigError: ``JAX_PLATFORMS`` asks for one that does not start here.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError, or AssertionError where a plugin is missing
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+        if not asked:
+            raise
+        jax.config.update("jax_platforms", "")
+        there = sorted({"cpu", *(device.platform for device in jax.devices())})
+        reason = " ".join(str(error).split()) or "its plugin is not installed"
+        raise ConfigError(
+            f"JAX_PLATFORMS: {asked!r} does not start here ({reason}); accepted: {', '.join(there)}, or leave it out"
+        ) from error
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:

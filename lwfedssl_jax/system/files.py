@@ -1,4 +1,4 @@
-"""Files written whole, directories locked for one process, and whether a path can be written."""
+"""Paths that a user gives, files written whole, directories locked for one process."""
 
 import os
 import tempfile
@@ -9,6 +9,30 @@ import filelock
 from lwfedssl_jax.system.errors import ConfigError
 
 PROBE = ".lwfedssl-"  # prefix of the folders that `can_write` makes
+
+
+def with_home(path: str | Path) -> Path:
+    """Return a path with the home directory in place of a leading ``~`` or ``~USER``.
+
+    Raises:
+      ConfigError: there is no such home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{path}: there is no home directory {expanded.split(os.sep)[0]}; accepted: a path without ~")
+    return Path(expanded)
+
+
+def user_cache() -> Path | None:
+    """Return the folder for what can be made again: below ``XDG_CACHE_HOME``, or the home directory's ``.cache``.
+
+    Returns:
+      The folder, which may not exist yet; None if there is neither of the two.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    home = os.path.expanduser("~")
+    base = Path(given) if given else Path(home) / ".cache" if home != "~" else None
+    return base / "lwfedssl_jax" if base else None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -62,7 +62,7 @@ def save(folder: Path, rounds: int, state: Tree, metrics: bytes = b"", always_ke
     new.mkdir()
     _save_state(new / "state", state)
     (new / METRICS).write_bytes(metrics)
-    (new / MANIFEST).write_text(manifest(new))
+    (new / MANIFEST).write_text(manifest(new), encoding="utf-8")
     for path in [*new.rglob("*"), new]:
         _sync(path)
     _remove(target)

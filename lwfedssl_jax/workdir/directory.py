@@ -63,7 +63,7 @@ class WorkDir:
                 self._check_same_run()
                 self._is_new = False
                 summary = path / "summary.json"
-                self.summary = json.loads(summary.read_text()) if summary.is_file() else None
+                self.summary = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
                 if summary.is_file() and "strategies" not in (self.summary or {}):
                     raise ConfigError(
                         f"--workdir: {summary} is not the summary of a run; accepted: remove it to continue the run"
@@ -120,7 +120,9 @@ class WorkDir:
     def _check_streams(self) -> None:
         """Refuse to continue a run that was begun with other random streams: it would be neither run."""
         file = self.path / "config.json"
-        begun_with = json.loads(file.read_text()).get("random_streams", 1) if file.exists() else seeds.VERSION
+        begun_with = (
+            json.loads(file.read_text(encoding="utf-8")).get("random_streams", 1) if file.exists() else seeds.VERSION
+        )
         if begun_with != seeds.VERSION and checkpoint.load(self._checkpoints)[0]:
             raise ConfigError(
                 f"--workdir: {self.path} contains an unfinished run of a version with random streams {begun_with}, and "
@@ -131,7 +133,7 @@ class WorkDir:
     def data(self) -> dict[str, str]:
         """Fingerprint of the data that the run in this directory was begun on; empty for a new or an old one."""
         file = self.path / "config.json"
-        return dict((json.loads(file.read_text()) if file.exists() else {}).get("data") or {})
+        return dict((json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}).get("data") or {})
 
     def check_data(self, data: Mapping[str, str]) -> None:
         """Refuse data that are not those that the run in this directory was begun on.
@@ -173,7 +175,11 @@ class WorkDir:
             file = self.path / "config.json"
             if self._is_new and file.exists():
                 raise self._lock.in_use()
-            entries = json.loads(file.read_text()) if file.exists() else self._describe() | {"data": dict(data)}
+            entries = (
+                json.loads(file.read_text(encoding="utf-8"))
+                if file.exists()
+                else self._describe() | {"data": dict(data)}
+            )
             self.write_json(
                 "config.json", entries | {"lanes": lanes, "devices": devices, "random_streams": seeds.VERSION}
             )
@@ -196,7 +202,7 @@ class WorkDir:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""
-        with self.writing(METRICS), (self.path / METRICS).open("a") as file:
+        with self.writing(METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -245,7 +251,7 @@ class WorkDir:
 
     def _check_same_run(self) -> None:
         file = self.path / "config.json"
-        content = json.loads(file.read_text()) if file.is_file() else None
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
             raise ConfigError(f"--workdir: {self.path} contains files but no run; accepted: a new or empty directory")
         if content.get("config_file", "") != self._code:
