@@ -16,7 +16,7 @@ from lwfedssl_jax.sweep.grid import SweepRun, load_sweep
 from lwfedssl_jax.sweep.pool import Pool
 from lwfedssl_jax.sweep.progress import SweepProgress, estimates_table
 from lwfedssl_jax.system import devices
-from lwfedssl_jax.system.errors import FailedRunsError
+from lwfedssl_jax.system.errors import FailedRunsError, first_of
 
 
 def run_sweep(options: SweepOptions) -> None:
@@ -25,8 +25,9 @@ def run_sweep(options: SweepOptions) -> None:
     if not options.dry_run:
         jax.config.update("jax_platforms", "cpu")  # the accelerators are left to the workers
     asked = load_sweep(options.sweep_name, base=options.base)
-    path, runs = options.workdir or asked.default_directory, asked.runs
+    path = options.workdir or asked.default_directory
     directory = SweepDirectory(path, asked)
+    runs = directory.runs
     devices.set_up_cache(options.compilation_cache)
     finished = {run.directory for run in runs if directory.is_finished(run)}
     shared, progress = Cache(), Console(stderr=True)
@@ -35,6 +36,11 @@ def run_sweep(options: SweepOptions) -> None:
             estimates = estimate(runs, shared)
         Console().print(estimates_table(runs, estimates, finished))
         return
+    if directory.others:
+        kept = (
+            f"{len(directory.others)} runs in {path} are not in this sweep any more; they stay, but not in its report"
+        )
+        progress.print(f"{kept}: {first_of(directory.others)}", markup=False, highlight=False, soft_wrap=True)
     directory.take()
     failed: dict[str, str] = {}
     try:

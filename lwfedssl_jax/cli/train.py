@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lwfedssl_jax.analysis import terminal
 from lwfedssl_jax.cli.options import TrainOptions
-from lwfedssl_jax.config import Config, resolve
+from lwfedssl_jax.config import Config, code_of, named, resolve
 from lwfedssl_jax.experiment import train as experiment
 from lwfedssl_jax.experiment.progress import ConsoleProgress
 from lwfedssl_jax.system import devices
@@ -37,9 +37,9 @@ def run_train(options: TrainOptions, arguments: list[str]) -> None:
 
 def run_and_print(config: Config, arguments: Sequence[str], path: Path | None) -> None:
     """Train, with progress on standard error, and print the summary on standard output."""
-    name = arguments[0]
+    name, text = named(arguments[0]), code_of(arguments[0])
     # A user's own file may contain more than a config, such as an objective.
-    code = hashlib.sha256(Path(name).read_bytes()).hexdigest() if name.endswith(".py") else ""
+    code = hashlib.sha256(text).hexdigest() if text else ""
     path = path or default_workdir(name, config, code)
     workdir, out = WorkDir(path, config, code, command=arguments), Console()
     if workdir.summary is not None:

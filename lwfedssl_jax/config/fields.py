@@ -37,6 +37,16 @@ NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 
 
+def plain_value(value: Any, hint: Any) -> Any:
+    """Return a field's value with Python's numbers for NumPy's, tuples for lists, and floats where they are meant."""
+    if get_origin(hint) is Annotated:
+        return plain_value(value, get_args(hint)[0])
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's or JAX's
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(plain_value(item, get_args(hint)[0]) for item in value)
+    return float(value) if hint is float and type(value) is int and abs(value) <= LARGEST_FLOAT else value
+
+
 def check_value(name: str, value: Any, hint: Any) -> None:
     """Refuse a value that does not have the type, range or choices of its field.
 
@@ -53,8 +63,11 @@ def check_value(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name}: unknown {value!r}; accepted: {', '.join(get_args(hint))}")
     elif get_origin(hint) is tuple:
         if not isinstance(value, tuple):
-            kind = (get_args(get_args(hint)[0]) or get_args(hint))[0].__name__
-            raise ConfigError(f"{name}: {value!r} is not a tuple; accepted: a tuple of {kind}, such as ({value!r},)")
+            kind = (get_args(get_args(hint)[0]) or get_args(hint))[0]
+            example = value if type(value) is kind else {int: 1, str: "NAME"}.get(kind, kind())
+            raise ConfigError(
+                f"{name}: {value!r} is not a tuple; accepted: a tuple of {kind.__name__}, such as ({example!r},)"
+            )
         for item in value:
             check_value(name, item, get_args(hint)[0])
     else:

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from lwfedssl_jax.config.checked import checked
 from lwfedssl_jax.config.device_classes import DeviceClass, describe, load_classes
 from lwfedssl_jax.config.model_sizes import MODELS
 from lwfedssl_jax.config.plain import fill_sizes
 from lwfedssl_jax.config.rules import RULES
-from lwfedssl_jax.config.sections import Config, check_fields
+from lwfedssl_jax.config.sections import Config
 from lwfedssl_jax.system.errors import ConfigError
 
 Entry = TypeVar("Entry")
@@ -49,7 +50,7 @@ def resolve(config: Config) -> Config:
       ConfigError: a value is of the wrong type, outside its range or choices, or does
         not fit another field.
     """
-    check_fields(config)
+    config = checked(config)
     choose("model.name", config.model.name, MODELS)
     devices = tuple(map(describe, device_classes(config)))
     fleet = dataclasses.replace(config.fleet, devices=devices)

@@ -1,10 +1,7 @@
 """The sections of a config as frozen dataclasses; a field's docstring is its help text on the command line."""
 
-import dataclasses
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from lwfedssl_jax.config.fields import (
     LARGEST,
@@ -18,10 +15,8 @@ from lwfedssl_jax.config.fields import (
     Seed,
     Size,
     SizeOr0,
-    check_value,
 )
 from lwfedssl_jax.config.model_sizes import MODELS
-from lwfedssl_jax.system.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -306,26 +301,3 @@ class Config:
     def learning_rate(self) -> float:
         """Learning rate that the optimizer uses: base * batch_size / 256."""
         return self.optimizer.learning_rate * self.optimizer.batch_size / 256
-
-
-def check_fields(config: Config) -> None:
-    """Refuse values of the wrong type, out of range, or not among the choices of their fields.
-
-    Raises:
-      ConfigError: naming the field, the value and what is accepted.
-    """
-    for name, value, hint in _fields_with_hints(config):
-        check_value(name, value, hint)
-
-
-def _fields_with_hints(config: Config) -> Iterator[tuple[str, Any, Any]]:
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        if not dataclasses.is_dataclass(values) or type(values).__name__ != _section_type(section.name):
-            raise ConfigError(f"{section.name}: {values!r} is not valid; accepted: {_section_type(section.name)}(...)")
-        for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
-            yield f"{section.name}.{name}", getattr(values, name), hint
-
-
-def _section_type(name: str) -> str:
-    return typing.get_type_hints(Config)[name].__name__

@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lwfedssl_jax.config import ConfigError, DataConfig
+from lwfedssl_jax.system.errors import first_of
 from lwfedssl_jax.system.files import user_cache, with_home
 
 HASHES = "sha256.json"  # of an entry's arrays
 FORMAT = 4  # of an entry; with another number, all existing entries are unused
 GROUP_SIZE, THREAD_BATCH = 1024, 32  # images that are decoded at a time, by all threads and by one
 CLASSES = 2**20  # at most; more would make heads of gigabytes
-MAX_NAMED = 3  # things that are wrong, which a message names; it counts the others
 SECONDS_TO_ABANDON = 24 * 3600.0  # a temporary folder unchanged for longer is left over from a process that died
 
 Notify = Callable[[str], None]
@@ -78,12 +78,6 @@ def path_of(config: DataConfig) -> Path:
 def refuse(config: DataConfig, why: str, accepted: str) -> ConfigError:
     """The error for a data set that cannot be used."""
     return ConfigError(f"data.name: {config.name!r} {why}; accepted: {accepted}")
-
-
-def first_of(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def stamp(path: Path) -> tuple[str, int, int]:

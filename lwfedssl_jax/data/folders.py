@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from lwfedssl_jax.config import DataConfig
-from lwfedssl_jax.data.cache import Example, Notify, Split, Undecoded, first_of, path_of, refuse, stamp
+from lwfedssl_jax.data.cache import Example, Notify, Split, Undecoded, path_of, refuse, stamp
 from lwfedssl_jax.system import seeds
+from lwfedssl_jax.system.errors import first_of
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TEST_SHARE = 0.2  # of each class, if the folder has no split

@@ -8,13 +8,29 @@ from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.sweep.grid import SweepFile, SweepRun
 from lwfedssl_jax.system.files import DirectoryLock, can_write, is_leftover, write_whole
 
-INDEX, SOURCE, SWEEP_LOCK = "sweep.json", "sweep.py", ".sweep.lock"
+INDEX, SOURCE, RUNS, SWEEP_LOCK = "sweep.json", "sweep.py", "runs", ".sweep.lock"
+
+
+def digest_of(directory: str) -> str:
+    """Return the digest of a run from its directory's name."""
+    return directory.rpartition("-")[2]
+
+
+def runs_in(path: Path) -> list[str]:
+    """Return the names of the runs' directories in a sweep's directory."""
+    folder = path / RUNS
+    return [run.name for run in folder.iterdir() if (run / "config.json").is_file()] if folder.is_dir() else []
 
 
 class SweepDirectory:
     """A directory that holds a sweep: ``sweep.json``, its file as ``sweep.py``, and the work directories in ``runs``.
 
-    Runs of an earlier version of the sweep stay there but are ignored.
+    A run is known by the digest at the end of its directory's name: where another setting was added to the sweep, its
+    label may differ from the one that the directory was named after.
+
+    Attributes:
+      runs: of the sweep, with the directories that they have here.
+      others: directories of an earlier version's runs, which stay but are ignored.
 
     Raises:
       ConfigError: the directory holds something else, cannot be written, or another process is using it (``take``).
@@ -22,13 +38,18 @@ class SweepDirectory:
 
     def __init__(self, path: Path, sweep: SweepFile) -> None:
         self.path, self._source = path, sweep.source
+        there_by_digest = {digest_of(run): f"{RUNS}/{run}" for run in sorted(runs_in(path), reverse=True)}
+        self.runs = [
+            run._replace(directory=there_by_digest.pop(digest_of(run.directory), run.directory)) for run in sweep.runs
+        ]
+        self.others = sorted(there_by_digest.values())
         self._content: dict[str, Any] = {
             "name": sweep.name,
             "base": sweep.base,
             "about": sweep.about,
             "runs": [
                 {"directory": r.directory, "overrides": r.overrides, "seed": r.seed, "label": r.label}
-                for r in sweep.runs
+                for r in self.runs
             ],
             "failed": {},
         }

@@ -19,6 +19,7 @@ from lwfedssl_jax.config import (
     SWEEPS,
     Config,
     ConfigError,
+    code_of,
     digest,
     load,
     override,
@@ -33,6 +34,7 @@ from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import STRATEGIES
 from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.models import ARCHITECTURES
+from lwfedssl_jax.system.files import with_home
 
 LONGEST_SLUG = 80  # largest number of characters of a setting in a directory's name
 SCHEDULE = ("strategy.rounds_per_stage", "strategy.first_stage_share", "strategy.pacing")
@@ -132,8 +134,8 @@ def load_sweep(name: str, config_dir: Path = CONFIG_DIR, base: str = "") -> Swee
         sweep = dataclasses.replace(sweep, base=base)
     about = (module.__doc__ or "").strip().split("\n")[0]
     # A file that adds entries to the tables contains more than the configs of its runs.
-    code = path.read_bytes() if tables != [dict(table) for table in TABLES] else b""
-    return SweepFile(name, base, about, path.read_text(encoding="utf-8"), make_runs(sweep, code))
+    code = code_of(str(path)) if tables != [dict(table) for table in TABLES] else b""
+    return SweepFile(name, base, about, path.read_text(encoding="utf-8"), make_runs(sweep, code, path.parent))
 
 
 def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:
@@ -142,8 +144,8 @@ def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:
     Raises:
       ConfigError: there is no such file.
     """
-    if name.endswith(".py") and os.path.isfile(name):
-        return Path(name), Path(name).stem
+    if name.endswith(".py") and os.path.isfile(with_home(name)):
+        return with_home(name), Path(name).stem
     folder, short = config_dir / SWEEPS, name.removeprefix(f"{SWEEPS}/")
     sweeps = {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
     if short not in sweeps:
@@ -153,17 +155,19 @@ def find_sweep(name: str, config_dir: Path) -> tuple[Path, str]:
     return sweeps[short], short
 
 
-def make_runs(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
+def make_runs(sweep: Sweep, code: bytes = b"", folder: Path = Path()) -> list[SweepRun]:
     """Expand a sweep into its runs, those of a setting together, each checked as far as it can be without data.
 
     Args:
       sweep: the grid.
       code: text that the runs depend on in addition to their configs and the file of the base.
+      folder: of the sweep's file, in which the file of the base is looked for first.
 
     Raises:
       ConfigError: an axis or a run is not valid, or two runs are the same.
     """
-    base, base_code = load_base(sweep)
+    sweep = in_python_numbers(sweep)
+    base, base_code = load_base(sweep, folder)
     code_digest = hashlib.sha256(code + base_code).hexdigest() if code + base_code else ""
     settings = list(make_settings(sweep))
     if sweep.shallow_control:
@@ -188,7 +192,20 @@ def make_runs(sweep: Sweep, code: bytes = b"") -> list[SweepRun]:
     return runs
 
 
-def load_base(sweep: Sweep) -> tuple[Config, bytes]:
+def in_python_numbers(sweep: Sweep) -> Sweep:
+    """Return the sweep with NumPy's numbers and arrays replaced by Python's numbers and lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(entry) for name, entry in value.items()}
+        value = value.tolist() if hasattr(value, "tolist") else value
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+    parts = {name: plain(getattr(sweep, name)) for name in ("product", "zip", "runs", "seeds")}
+    return dataclasses.replace(sweep, **parts)
+
+
+def load_base(sweep: Sweep, folder: Path) -> tuple[Config, bytes]:
     """Return the config that a sweep starts from, and the text of its file if that is the user's own.
 
     Raises:
@@ -198,11 +215,13 @@ def load_base(sweep: Sweep) -> tuple[Config, bytes]:
         return sweep.base, b""
     if not isinstance(sweep.base, str):
         raise ConfigError(f"SWEEP: base: {sweep.base!r} is not valid; accepted: a config, or its name or file")
+    beside = folder / sweep.base
+    name = str(beside) if sweep.base.endswith(".py") and beside.is_file() else sweep.base
     try:
-        config = load(sweep.base)
+        config = load(name)
     except ConfigError as error:
         raise ConfigError(f"SWEEP: base: {str(error).removeprefix('CONFIG: ')}") from None
-    return config, Path(sweep.base).read_bytes() if sweep.base.endswith(".py") else b""
+    return config, code_of(name)
 
 
 def make_settings(sweep: Sweep) -> Iterator[dict[str, Any]]:

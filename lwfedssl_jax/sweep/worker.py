@@ -36,6 +36,7 @@ def serve() -> None:
     if request["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, request["cores"])
     from lwfedssl_jax.simulation.setup import Cache
+    from lwfedssl_jax.sweep.directory import digest_of
     from lwfedssl_jax.sweep.grid import load_sweep
     from lwfedssl_jax.system import devices
     from lwfedssl_jax.system.interrupts import Interrupts
@@ -48,7 +49,7 @@ def serve() -> None:
         return say({"event": "refused", "why": str(error)})
     import jax
 
-    by_directory = {run.directory: run for run in load_sweep(request["sweep"], base=request["base"]).runs}
+    by_digest = {digest_of(run.directory): run for run in load_sweep(request["sweep"], base=request["base"]).runs}
     shared = Cache()
     with contextlib.suppress(KeyboardInterrupt), Interrupts() as interrupts:
         units: queue.Queue[list[str] | None] = queue.Queue()
@@ -60,12 +61,12 @@ def serve() -> None:
             say({"event": "ready", "at_once": at_once})
             if (unit := units.get()) is None:
                 break
-            for directory in (d for d in unit if d not in by_directory):
+            for directory in (d for d in unit if digest_of(d) not in by_digest):
                 say({"event": "started", "run": directory})
                 say(
                     {"event": "failed", "run": directory, "why": "the sweep's file makes other runs than it did before"}
                 )
-            known = [by_directory[d] for d in unit if d in by_directory]
+            known = [by_digest[digest_of(d)]._replace(directory=d) for d in unit if digest_of(d) in by_digest]
             run_unit(Path(request["path"]), known, request["together"], shared, say)
             interrupts.check()
 

@@ -2,9 +2,11 @@
 
 import sys
 import traceback
+from collections.abc import Sequence
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
+MAX_NAMED = 3  # things that are wrong, which a message names; it counts the others
 ADVICE = (
     "try a smaller --runtime.lanes or --optimizer.batch-size, --runtime.remat True, --runtime.feed streamed, or for a "
     "sweep --together 1"
@@ -17,6 +19,12 @@ class ConfigError(ValueError):
 
 class FailedRunsError(Exception):
     """Some runs of a sweep failed; the others are finished."""
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def exit_code(error: BaseException) -> int:

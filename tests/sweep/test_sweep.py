@@ -15,7 +15,7 @@ from rich.console import Console
 
 import lwfedssl_jax.cli.sweep as sweep_command
 from lwfedssl_jax.cli import main
-from lwfedssl_jax.config import ConfigError, available, override
+from lwfedssl_jax.config import ConfigError, available, load, override
 from lwfedssl_jax.costs import ledger
 from lwfedssl_jax.costs.traffic import client_bytes
 from lwfedssl_jax.method.terms import TERMS
@@ -48,6 +48,29 @@ def test_axes_are_combined_and_labels_say_what_differs() -> None:
     assert {(r.config.optimizer.batch_size, r.config.optimizer.learning_rate) for r in runs} == {(8, 0.1), (16, 0.05)}
     assert all(run.config.partition.beta == 0.1 for run in runs)
     assert [run.label for run in make_runs(Sweep(BASE, seeds=(3,)))] == ["base"]
+
+
+def test_a_run_is_found_by_its_digest_when_a_new_axis_changes_its_label(tmp_path: Path) -> None:
+    def directory(**axes: Any) -> SweepDirectory:
+        file = tmp_path / "mine.py"
+        text = "from lwfedssl_jax.config import *\nfrom lwfedssl_jax.sweep import Sweep\n"
+        axes_text = {name.replace("__", "."): values for name, values in axes.items()}
+        file.write_text(f"{text}sweep = Sweep('quickstart', product={axes_text})\n", encoding="utf-8")
+        return SweepDirectory(tmp_path / "sweep", load_sweep(str(file)))
+
+    first = directory(strategy__name=("layerwise", "end_to_end"))
+    first.take()
+    first.close()
+    for run in first.runs:
+        (tmp_path / "sweep" / run.directory).mkdir(parents=True)
+        for name in ("config.json", "summary.json"):
+            (tmp_path / "sweep" / run.directory / name).write_text("{}", encoding="utf-8")
+    beta = load("quickstart").partition.beta
+    more = directory(strategy__name=("layerwise",), partition__beta=(beta, 0.1))
+    assert [more.is_finished(run) for run in more.runs] == [True, False]
+    assert more.runs[0].directory == first.runs[0].directory
+    assert [run.label for run in more.runs] == [f"beta {beta}", "beta 0.1"]
+    assert more.others == [first.runs[1].directory]
 
 
 @pytest.mark.parametrize(
