@@ -42,6 +42,7 @@ from lwfedssl_jax.analysis.tables import Table
 from lwfedssl_jax.analysis.wording import protocol_words
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, flat, join_lists, load, resolve, to_dict
 from lwfedssl_jax.system.files import write_whole
+from lwfedssl_jax.system.program import program
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
@@ -163,16 +164,18 @@ def commands(runs: Sequence[RunRecord], directories: Sequence[str | Path]) -> It
         words, base = [sweep_name(directory)], sweep_base(directory)
         if not (CONFIG_DIR / SWEEPS / f"{words[0]}.py").is_file():
             words = [str(directory / "sweep.py"), "--workdir", str(directory)]
-        yield f"python run.py sweep {shlex.join([*words, *(['--base', base] if base else [])])}"
+        yield shlex.join([*program(), "sweep", *words, *(["--base", base] if base else [])])
     seeds_by_command: dict[str, list[str]] = {}
     for run in runs:
         if run.about and not run.label:
             arguments = _given_arguments(run) if run.about.get("config_file") else _arguments(run.config)
-            seeds_by_command.setdefault(f"python run.py train {arguments}", []).append(str(run.config.get(SEED)))
+            seeds_by_command.setdefault(f"{shlex.join(program())} train {arguments}", []).append(
+                str(run.config.get(SEED))
+            )
     for command, seeds in seeds_by_command.items():
         more = f"  # and {', '.join(seeds[1:])}" if len(seeds) > 1 else ""
         yield f"{command} --runtime.seed {seeds[0]}{more}"
-    yield f"python run.py report {shlex.join(map(str, directories))}"
+    yield shlex.join([*program(), "report", *map(str, directories)])
 
 
 def _given_arguments(run: RunRecord) -> str:

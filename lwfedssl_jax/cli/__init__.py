@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from lwfedssl_jax import __version__
 from lwfedssl_jax.cli.options import (
     HELP,
     PlanOptions,
@@ -15,15 +16,15 @@ from lwfedssl_jax.cli.options import (
     parse,
     parse_report,
     parse_sweep,
+    print_completion,
 )
-from lwfedssl_jax.config import ConfigError, available
+from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.system.errors import report_error
 from lwfedssl_jax.system.files import with_home
 from lwfedssl_jax.system.interrupts import Interrupts
+from lwfedssl_jax.system.program import program
 
 # Each command parses its options before it imports the code that runs it: bad input and --help do not wait for JAX.
-
-USAGE = "usage: python run.py [COMMAND ...]; without a command: train quickstart"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # what the terminal's encoding lacks is shown as a question mark
     try:
         argv = [expand_home(word) for word in argv]
-        if argv[0] in HELP or (argv[0] == "list" and argv[-1] in HELP):
+        if argv[0] == "--version":
+            print(f"lwfedssl_jax {__version__}")
+        elif argv[0] in HELP or (argv[0] == "list" and argv[-1] in HELP):
             print_help()
         elif argv[0] in COMMANDS:
             COMMANDS[argv[0]](argv[1:])
@@ -66,14 +69,16 @@ def expand_home(word: str) -> str:
     return f"{option}{with_home(path)}" if path.startswith("~") else word
 
 
-def list_configs(arguments: list[str]) -> None:
+def list_command(arguments: list[str]) -> None:
     """Run the ``list`` command."""
-    if arguments:
-        raise ConfigError(f"list: unexpected {arguments[0]!r}; accepted: nothing after `list`")
-    known = available()
-    width = max((len(name) for name, _ in known), default=0)
-    for name, line in known:
-        print(f"{name:<{width}}  {line}")
+    from lwfedssl_jax.cli.listing import print_list
+
+    print_list(arguments)
+
+
+def completion_command(arguments: list[str]) -> None:
+    """Run the ``completion`` command."""
+    print_completion(arguments[0] if len(arguments) == 1 else " ".join(arguments))
 
 
 def train_command(arguments: list[str]) -> None:
@@ -125,14 +130,16 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan_command,
     "sweep": sweep_command,
     "report": report_command,
-    "list": list_configs,
+    "list": list_command,
+    "completion": completion_command,
 }
 
 
 def print_help() -> None:
     """Print what the program does and which commands it has."""
     print("Federated self-supervised learning, layer by layer: LW-FedSSL, Prog-FedSSL and end to end.\n")
-    print(USAGE + "\n")
+    name = " ".join(program())
+    print(f"usage: {name} [COMMAND ...]; without a command: train quickstart\n")
     print("  train CONFIG [--section.field VALUE ...] [--workdir DIR]")
     print("      train, evaluate, write the work directory; continues an unfinished run")
     print("  resources CONFIG [--section.field VALUE ...] [--json] [--no-memory] [--plot FILE.png]")
@@ -146,6 +153,8 @@ def print_help() -> None:
     print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
     print("  report DIR [DIR ...] [--out OUT]")
     print("      one page, figures and tables about all runs in these directories")
-    print("  list")
-    print("      the configs that exist\n")
-    print("`python run.py COMMAND --help` lists every option.")
+    print("  list [PATTERN ...]")
+    print("      the configs and sweeps that exist, or those whose names contain or match a pattern")
+    print("  completion bash|zsh|tcsh")
+    print("      what a shell runs to complete commands and options\n")
+    print(f"`{name} COMMAND --help` lists every option; `{name} --version` prints the version.")

@@ -7,18 +7,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union
 
 import tyro
 
 from lwfedssl_jax.config import Config, ConfigError, load, override
 from lwfedssl_jax.config.device_classes import LEAST, MOST, QUANTITIES, DeviceClass, describe, read_csv
 from lwfedssl_jax.system.files import can_write
+from lwfedssl_jax.system.program import INSTALLED, program
 
 HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
 NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "[INT [INT ...]]": "whole numbers"}
 MOST_JOBS = 1024
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def shown(value: str) -> Any:
@@ -110,8 +112,8 @@ class PlanOptions:
 class SweepOptions:
     """Run a grid of configs and seeds, or continue it, and write its report."""
 
-    sweep_name: tyro.conf.Positional[str]
-    """SWEEP: a name from configs/sweeps, or a path to a Python file that defines `sweep`."""
+    sweep_name: Annotated[tyro.conf.Positional[str], shown("SWEEP")]
+    """A name from configs/sweeps, or a path to a Python file that defines `sweep`."""
     workdir: Annotated[Path | None, shown("DIR")] = None
     """Where the sweep is stored; by default runs/sweeps/SWEEP, with --base runs/sweeps/SWEEP-CONFIG."""
     base: Annotated[str, shown("CONFIG")] = ""
@@ -131,8 +133,8 @@ class SweepOptions:
 class ReportOptions:
     """Write an HTML page, figures and tables about one or several runs."""
 
-    directories: tyro.conf.Positional[tuple[Path, ...]]
-    """DIR: a run's work directory, or one with runs below it, such as a sweep's."""
+    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], shown("DIR [DIR ...]")]
+    """A run's work directory, or one with runs below it, such as a sweep's."""
     out: Annotated[Path | None, shown("DIR")] = None
     """Where to write report.html, plots/ and tables/; by default DIR, or the folder `report` for several."""
 
@@ -203,7 +205,7 @@ def parse_sweep(arguments: list[str]) -> SweepOptions:
             "accepted: a name from configs/sweeps, or the path of a .py file"
         )
     with refusals_in_one_line():
-        options = tyro.cli(SweepOptions, prog="run.py sweep", args=arguments)
+        options = tyro.cli(SweepOptions, prog=name_of("sweep"), args=arguments)
     for name, least in (("jobs", 1), ("together", 0)):
         if not least <= (value := getattr(options, name)) <= MOST_JOBS:
             raise ConfigError(f"--{name}: {value} is out of range; accepted: {least} to {MOST_JOBS}")
@@ -219,7 +221,7 @@ def parse_report(arguments: list[str]) -> ReportOptions:
     """
     check_not_empty(arguments, "DIR")
     with refusals_in_one_line():
-        options = tyro.cli(ReportOptions, prog="run.py report", args=arguments)
+        options = tyro.cli(ReportOptions, prog=name_of("report"), args=arguments)
     if not options.directories:
         raise ConfigError("DIR: must be the first argument of report, found nothing; accepted: a directory with runs")
     return options
@@ -251,7 +253,26 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
     check_not_empty(arguments)
     default = options(config_name=arguments[0], config=load(arguments[0]))
     with refusals_in_one_line():
-        return tyro.cli(options, prog=f"run.py {command}", args=arguments, default=default)
+        return tyro.cli(options, prog=name_of(command, "CONFIG"), args=arguments, default=default)
+
+
+def name_of(command: str, *arguments: str) -> str:
+    """Return a command as a usage line shows it, with arguments that the parser itself would leave out."""
+    return " ".join([*program(), command, *arguments])
+
+
+def print_completion(shell: str) -> None:
+    """Print what a shell runs to complete this program's commands and options.
+
+    Raises:
+      ConfigError: the parser knows no such shell.
+    """
+    if shell not in SHELLS:
+        raise ConfigError(f"completion: unknown shell {shell!r}; accepted: {', '.join(SHELLS)}")
+    parsers = {"train": TrainOptions, "resources": ResourcesOptions, "plan": PlanOptions,
+               "sweep": SweepOptions, "report": ReportOptions}  # fmt: skip
+    commands: Any = Union[tuple(Annotated[p, tyro.conf.subcommand(name)] for name, p in parsers.items())]  # noqa: UP007
+    tyro.cli(commands, prog=INSTALLED, args=["--tyro-print-completion", shell])
 
 
 @contextlib.contextmanager

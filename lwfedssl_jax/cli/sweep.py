@@ -61,6 +61,8 @@ def run_sweep(options: SweepOptions) -> None:
             groups = {run.directory: program_config(run.config) for run in runs}
             Pool(request, groups, options.jobs, hear).run([run for run in runs if run.directory not in finished])
         write_and_print_report([path], path)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command continues the sweep") from None
     finally:
         directory.close()
     if failed:

@@ -1,5 +1,6 @@
 """Data sets of tensorflow-datasets that are prepared on this machine or can be."""
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 
+SECONDS_TO_ANSWER = 10.0  # that a server has for each of connecting and answering
 TEST_SPLITS = ("test", "validation")
 CLIENT_FEATURES = ("client", "client_id", "user_id")
 WITH_TENSORFLOW = 'pip install -e ".[tensorflow]"'
@@ -64,6 +66,7 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
     try:
         builder = tfds.builder(name, data_dir=tfds_folder())
         if not builder.is_prepared():
+            check_host(next(iter(builder.url_infos or ()), ""), note)
             note(f"tensorflow-datasets downloads and prepares {builder.info.full_name} in {tfds_folder()}")
             builder = tfds.builder(name, data_dir=tfds_folder(), file_format="array_record")
             builder.download_and_prepare()
@@ -87,6 +90,21 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
     files = [stamp(path) for path in sorted(Path(builder.data_path).rglob("*")) if path.is_file()]
     names = tuple(getattr(info.features[chosen[1]], "names", None) or ())
     return Undecoded([info.full_name, files, *chosen], splits, names)
+
+
+def check_host(url: str, note: Notify) -> None:
+    """Ask the server of a data set for its first file: tensorflow-datasets tries a missing one for minutes.
+
+    Raises:
+      OSError: it does not answer.
+    """
+    if not url.startswith("http"):
+        return
+    import requests
+
+    note(f"trying {url}")
+    with contextlib.suppress(requests.HTTPError), requests.get(url, stream=True, timeout=SECONDS_TO_ANSWER):
+        pass
 
 
 def choose_features(

@@ -86,6 +86,10 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
             interrupts.check()
             for group in load_groups(runs, cache, interrupts):
                 train_group(group, cache, interrupts)
+    except KeyboardInterrupt:
+        saved = max((run.workdir.saved_rounds for run in runs if run.workdir), default=0)
+        goes_on = f"continues after round {saved}" if saved else "begins again; no round is saved"
+        raise KeyboardInterrupt(f"interrupted; the same command {goes_on}") from None
     finally:
         for run in runs:
             if run.workdir:

@@ -30,6 +30,7 @@ from lwfedssl_jax.plan.published import unlike
 from lwfedssl_jax.plan.recommend import missing_for, step_words
 from lwfedssl_jax.plan.show import accuracy_cell, class_words, demand, schedule_notes, time_column, title, to_plain
 from lwfedssl_jax.system.files import write_whole
+from lwfedssl_jax.system.program import program
 
 TEMPLATE = Path(__file__).with_name("plan.html.j2")
 PAGE, PLAIN = "plan.html", "plan.json"
@@ -92,7 +93,7 @@ def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "measured_on": plan.published.measured_on,
         "differing": unlike(plan.config, plan.published),
         "commands": [
-            shlex.join(["python", "run.py", "plan", *command]),
+            shlex.join([*program(), "plan", *command]),
             *([train_command(plan, best, command)] if best else []),
         ],
     }
@@ -216,7 +217,7 @@ def train_command(plan: Plan, best: Option, command: Sequence[str]) -> str:
     ours, theirs = (flat(to_dict(config)) for config in (best.config, plan.config))
     changes = {name: value for name, value in ours.items() if value != theirs[name]}
     changes |= {name: ours[name] for name in ("strategy.name", "fleet.devices")}
-    words = ["python", "run.py", "train", *config_words(command, changes)]
+    words = [*program(), "train", *config_words(command, changes)]
     for name, value in changes.items():
         words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)

@@ -37,7 +37,7 @@ def exit_code(error: BaseException) -> int:
 def report_error(error: BaseException) -> int:
     """Print an error, in one line if it is one that a user can act on, and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print(str(error) or "interrupted", file=sys.stderr)
     elif line := user_message(error):
         print(f"error: {line}", file=sys.stderr)
     else:

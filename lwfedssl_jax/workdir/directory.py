@@ -219,6 +219,11 @@ class WorkDir:
         self._write(name, f"{json.dumps(content, indent=1)}\n".encode())
 
     @property
+    def saved_rounds(self) -> int:
+        """How many rounds the newest checkpoint has, intact or not; 0 without one."""
+        return max(checkpoint.saved_rounds(self._checkpoints), default=0)
+
+    @property
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

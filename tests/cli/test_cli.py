@@ -1,6 +1,7 @@
 """The command line: help, lists, JSON, and one line for every kind of bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lwfedssl_jax import cli
-from lwfedssl_jax.config import Config, ConfigError, load, override, resolve, to_dict
+from lwfedssl_jax import __version__, cli
+from lwfedssl_jax.config import Config, ConfigError, available, load, override, resolve, to_dict
 from lwfedssl_jax.workdir import WorkDir, directory
 
 TINY = [
@@ -35,9 +36,45 @@ def test_help_of_a_command_names_every_section(command: str, capsys: pytest.Capt
         assert option in out
 
 
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["list"]) == 0
-    assert "paper/vit_tiny_mocov3" in capsys.readouterr().out
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [name for name, _ in available()]
+    assert cli.main(["list", "quickstart", "*mocov3_end*"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(
+        [n for n in names if "quickstart" in n or "mocov3_end" in n]
+    )
+    assert cli.main(["list", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: list: nothing matches 'nothing'; accepted: a part of a name, such"
+    )
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["list"]) == 0
+    lines = re.sub("\x1b[^m]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert {"sweeps/paper", "paper"} <= set(lines)
+
+
+def test_the_program_is_called_as_the_user_called_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for called, name in (
+        ("run.py", "python run.py"),
+        ("/usr/bin/lwfedssl", "lwfedssl"),
+        ("/x/lwfedssl_jax/__main__.py", "python -m lwfedssl_jax"),
+    ):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert cli.main(["--help"]) == 0
+        assert f"usage: {name} [COMMAND ...]" in capsys.readouterr().out
+        assert cli.main(["train", "--help"]) == 0
+        assert f"usage: {name} train CONFIG [" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lwfedssl_jax {__version__}\n"
+    assert cli.main(["completion", "bash"]) == 0
+    assert "--strategy.name" in capsys.readouterr().out
+    assert cli.main(["completion", "fish"]) == 2
+    assert capsys.readouterr().err == "error: completion: unknown shell 'fish'; accepted: bash, zsh, tcsh\n"
 
 
 def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +138,7 @@ BAD = [
     (["train", "quick"], "CONFIG: 'quick' is not a config; accepted: a name of `list`, such as"),
     (["train", "quickstart_sweep"], "CONFIG: quickstart_sweep is a sweep; accepted: a config's name (`sweep quickst"),
     (["train", "mine.py"], "CONFIG: mine.py does not exist; accepted: the path of a .py file"),
-    (["list", "x"], "list: unexpected 'x'"),
+    (["list", "no_such"], "list: nothing matches 'no_such'"),
     (["train", "quickstart", "--strategy.nam", "x"], "--strategy.nam: unknown option; accepted: --strategy"),
     (["train", "quickstart", "--strategy.name", "x"], "strategy.name: unknown 'x'; accepted: end_to_end, layer"),
     (["train", "quickstart", "--federation.rounds", "x"], "--federation.rounds: 'x' is not valid; accepted: a whole n"),

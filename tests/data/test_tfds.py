@@ -196,6 +196,19 @@ def test_what_is_not_prepared_is_prepared(tfds_home: Path) -> None:
     assert seen[0].startswith("checking ")
 
 
+def test_a_server_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, tfds_home: Path) -> None:
+    import requests
+
+    def fail(url: str, **_: Any) -> None:
+        raise requests.ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(requests, "get", fail)
+    heard: list[str] = []
+    with pytest.raises(ConfigError, match=r"cannot be prepared \(ConnectionError: Name or service not known\)"):
+        load("tfds:cifar10", notify=heard.append)
+    assert heard == ["trying https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
+
+
 def test_what_cannot_be_prepared_or_read(tfds_home: Path) -> None:
     import tensorflow_datasets as tf_datasets
 

@@ -136,7 +136,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     saved = []
     for number, when, sent in ((1, "after", signal.SIGINT), (3, "within", signal.SIGTERM), (4, "after", signal.SIGINT)):
         listener = Interrupting(number, when, sent)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"interrupted; the same command continues after round [124]$"):
             train(config, tmp_path / "run", listener, cache)
         assert listener.notices == ["stopping after this call; once more stops at once"]
         assert listener.heard_after == 0

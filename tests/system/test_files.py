@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT
 
 from lwfedssl_jax import cli
 from lwfedssl_jax.config import ConfigError
@@ -59,13 +59,9 @@ def test_without_a_home_there_is_no_cache_and_that_is_said(
     assert "there is no cache folder (no home directory, and no XDG_CACHE_HOME): the images stay in memory" in heard
 
 
-@pytest.mark.parametrize("command", ["train", "resources"])
-def test_a_platform_that_is_not_there_is_one_line(command: str) -> None:
-    words = [
-        word for name, value in SMALL.items() for word in (f"--{name}", str(value)) if not isinstance(value, tuple)
-    ]
+def test_a_platform_that_is_not_there_is_one_line() -> None:
     result = subprocess.run(
-        [sys.executable, ROOT / "run.py", command, "quickstart", *words],
+        [sys.executable, ROOT / "run.py", "train", "quickstart"],
         env={**os.environ, "JAX_PLATFORMS": "rocm"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 2
