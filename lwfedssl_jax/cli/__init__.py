@@ -14,6 +14,7 @@ from lwfedssl_jax.cli.options import (
     ResourcesOptions,
     TrainOptions,
     parse,
+    parse_embed,
     parse_report,
     parse_sweep,
     print_completion,
@@ -124,12 +125,21 @@ def report_command(arguments: list[str]) -> None:
     run_report(options)
 
 
+def embed_command(arguments: list[str]) -> None:
+    """Run the ``embed`` command."""
+    options = parse_embed(arguments)
+    from lwfedssl_jax.cli.embed import run_embed
+
+    run_embed(options)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "resources": resources_command,
     "plan": plan_command,
     "sweep": sweep_command,
     "report": report_command,
+    "embed": embed_command,
     "list": list_command,
     "completion": completion_command,
 }
@@ -153,6 +163,8 @@ def print_help() -> None:
     print("      a grid of configs and seeds, and its report; continues an unfinished sweep")
     print("  report DIR [DIR ...] [--out OUT]")
     print("      one page, figures and tables about all runs in these directories")
+    print("  embed RUN IMAGES --out FILE.npz")
+    print("      the features of your own images, from the encoder of a finished run")
     print("  list [PATTERN ...]")
     print("      the configs and sweeps that exist, or those whose names contain or match a pattern")
     print("  completion bash|zsh|tcsh")

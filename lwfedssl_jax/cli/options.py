@@ -18,6 +18,7 @@ from lwfedssl_jax.system.program import INSTALLED, program
 
 HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
+EMBEDDINGS = (".npz", ".csv")
 NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "[INT [INT ...]]": "whole numbers"}
 MOST_JOBS = 1024
 SHELLS = ("bash", "zsh", "tcsh")
@@ -139,6 +140,21 @@ class ReportOptions:
     """Where to write report.html, plots/ and tables/; by default DIR, or the folder `report` for several."""
 
 
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Write the features that a finished run's encoder computes of pictures."""
+
+    run: Annotated[tyro.conf.Positional[Path], shown("RUN")]
+    """The work directory of a finished run."""
+    images: Annotated[tyro.conf.Positional[Path], shown("IMAGES")]
+    """A folder, with the images below it, an image, or an npz file with arrays of uint8 images; all are resized as in
+    training."""
+    out: Annotated[Path, shown("FILE")]
+    """Where to write them: FILE.npz with the arrays names and features, or FILE.csv with a row for each image."""
+    compilation_cache: Annotated[str | None, shown("DIR")] = None
+    """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+
+
 Options = TypeVar("Options", TrainOptions, ResourcesOptions, PlanOptions)
 
 
@@ -227,6 +243,18 @@ def parse_report(arguments: list[str]) -> ReportOptions:
     return options
 
 
+def parse_embed(arguments: list[str]) -> EmbedOptions:
+    """Parse the options of ``embed``.
+
+    Raises:
+      ConfigError: RUN, IMAGES or --out is missing, an unknown option, or a value that is empty.
+      SystemExit: after ``--help``.
+    """
+    check_not_empty(arguments, "RUN")
+    with refusals_in_one_line():
+        return tyro.cli(EmbedOptions, prog=name_of("embed"), args=arguments)
+
+
 def can_draw(path: Path) -> bool:
     """Return whether a picture can be written to the path."""
     if path.suffix not in PICTURES or os.path.isdir(path) or not os.path.isdir(path.parent):
@@ -270,7 +298,7 @@ def print_completion(shell: str) -> None:
     if shell not in SHELLS:
         raise ConfigError(f"completion: unknown shell {shell!r}; accepted: {', '.join(SHELLS)}")
     parsers = {"train": TrainOptions, "resources": ResourcesOptions, "plan": PlanOptions,
-               "sweep": SweepOptions, "report": ReportOptions}  # fmt: skip
+               "sweep": SweepOptions, "report": ReportOptions, "embed": EmbedOptions}  # fmt: skip
     commands: Any = Union[tuple(Annotated[p, tyro.conf.subcommand(name)] for name, p in parsers.items())]  # noqa: UP007
     tyro.cli(commands, prog=INSTALLED, args=["--tyro-print-completion", shell])
 
@@ -307,6 +335,9 @@ def one_line(box: str) -> str:
     end = ruled.index(True, start) if True in ruled[start:] else len(lines)
     paragraph = lines[start : lines.index("", start, end) if "" in lines[start:end] else end]
     message, rest = " ".join(paragraph).rstrip("."), "\n".join(lines[end:])
+    if message.startswith("Missing from"):
+        missing = re.findall(r"(?::|\(required\)) (--[\w-]+|[A-Z]+)", message)
+        return f"{missing[0]}: missing; accepted: all of {', '.join(missing)}"
     if found := re.match("Unrecognized options: (.*)", message):
         suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", rest, re.MULTILINE))
         unknown = [word for word in found[1].split(", ") if word.startswith("-")] or [found[1]]

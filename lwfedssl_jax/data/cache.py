@@ -171,7 +171,7 @@ def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray
     if isinstance(image, np.ndarray):
         if image.shape == (size, size, channels):
             return image
-        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if image.mode[0] in "IF":
         raise ValueError(f"its mode {image.mode} has more than 8 bits per channel")
     image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")

@@ -85,7 +85,7 @@ def _npz_split(config: DataConfig, path: Path, archive: zipfile.ZipFile, name: s
 
     def items() -> Iterator[np.ndarray]:
         try:
-            yield from _npz_images(path, f"{name}_images")
+            yield from npz_images(path, f"{name}_images")
         except Exception as error:  # as above
             raise _unreadable(config, error) from error
 
@@ -109,7 +109,7 @@ def _npz_labels(config: DataConfig, archive: zipfile.ZipFile, name: str, images:
     return labels
 
 
-def _npz_images(path: Path, name: str) -> Iterator[np.ndarray]:
+def npz_images(path: Path, name: str) -> Iterator[np.ndarray]:
     """The images of an array one by one, each HxWxC uint8.
 
     Raises:
@@ -123,6 +123,25 @@ def _npz_images(path: Path, name: str) -> Iterator[np.ndarray]:
             if len(content) < size:
                 raise EOFError(f"{name} ends at image {i}")
             yield np.frombuffer(content, np.uint8).reshape(*shape[1:3], -1)
+
+
+def image_arrays(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array of images, NxHxW or NxHxWxC uint8, of an npz file.
+
+    Raises:
+      OSError, ValueError: it is no npz file.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in (name for name in archive.namelist() if name.endswith(".npy")):
+                with archive.open(name) as file:
+                    shape, dtype = _npy_header(file)
+                if dtype == np.uint8 and (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
+                    found[name.removesuffix(".npy")] = shape
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(str(error)) from error
+    return found
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

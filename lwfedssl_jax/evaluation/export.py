@@ -7,6 +7,8 @@ rebuild the model.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from PIL import Image
 
 import lwfedssl_jax
 from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig
+from lwfedssl_jax.data.cache import fit
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation.frozen import BATCH, apply, make_encode
 from lwfedssl_jax.method.task import Task, make_encoder
 from lwfedssl_jax.models.dense import factor_type
+from lwfedssl_jax.system.files import with_home
 from lwfedssl_jax.tree import Tree
 
 WEIGHTS, ABOUT = "encoder.safetensors", "encoder.json"
+CHANNELS = (1, 3, 4)  # gray, RGB, RGB with transparency
 METADATA = "lwfedssl_jax"  # key in the metadata of WEIGHTS under which the content of ABOUT is repeated
 FORMAT_VERSION = 1
 TORCHVISION_WIDTH, TORCHVISION_DEPTH = 64, 4  # of its ResNet-18
@@ -146,11 +152,15 @@ def torch_name(path: Any) -> str:
     return name
 
 
+Picture = str | Path | Image.Image | np.ndarray
+
+
 class TrainedEncoder:
     """``images -> features`` of an encoder that a run has written.
 
     Attributes:
       config: the content of ``encoder.json``.
+      image_shape: H, W and C of the images that it was trained on.
       num_features: number D of features.
       params: ``{"encoder": weights, "statistics": running averages}``.
     """
@@ -161,27 +171,34 @@ class TrainedEncoder:
         precision = config["precision"]
         model = ModelConfig(**config["model"])
         self.config = config
-        self._image_shape = (*size, channels)
+        self.image_shape = (*size, channels)
         self._depth = model.depth
-        self._encoder = make_encoder(model, self._image_shape, precision)
+        self._encoder = make_encoder(model, self.image_shape, precision)
         self._recipe, self._dtype = Recipe(mean=mean, std=std), np.promote_types(factor_type(precision), np.float32)
         self._encode = make_encode(self._encoder, self._recipe, self._dtype)
         self.num_features = self._encoder.feature_dim
         shapes = jax.eval_shape(self._encoder.init, jax.random.key(0))
         self.params = from_state_dict(shapes, self._encoder.layers(shapes), tensors)
 
-    def __call__(self, images_NxHxWxC: np.ndarray | jax.Array) -> np.ndarray:
-        """Compute ``features_NxD``, float32, of images given as uint8 or as floats in [0, 1], batch by batch.
+    def __call__(self, images: "np.ndarray | jax.Array | Iterable[Picture] | Picture") -> np.ndarray:
+        """Compute ``features_NxD``, float32, batch by batch.
+
+        Args:
+          images: NxHxWxC, floats in [0, 1] of the encoder's size, or uint8 of any size; or pictures of any sizes, one
+            by one (``picture``). Other sizes and channels are changed as in training.
 
         Raises:
-          ValueError: the images have another shape or type, or are out of range.
+          ValueError: the images have another shape or type, or are out of range; a picture cannot be read.
         """
-        images = np.asarray(images_NxHxWxC)
+        images = self._fitted(images)
         real = jnp.issubdtype(images.dtype, jnp.floating)
         shown = f"{images.dtype} {images.shape}"
-        if images.shape[1:] != self._image_shape or images.ndim != 4 or not (real or images.dtype == np.uint8):
-            h, w, c = self._image_shape
-            raise ValueError(f"images: {shown} does not fit; accepted: uint8, or floats in [0, 1], (N, {h}, {w}, {c})")
+        if images.shape[1:] != self.image_shape or images.ndim != 4 or not (real or images.dtype == np.uint8):
+            h, w, c = self.image_shape
+            raise ValueError(
+                f"images: {shown} does not fit; accepted: uint8 (N, H, W, C), floats in [0, 1] (N, {h}, {w}, {c}), or "
+                "a list of pictures"
+            )
         if real and images.size and not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(
                 f"images: {shown} from {images.min()} to {images.max()}; accepted: floats in [0, 1], not normalised"
@@ -190,6 +207,41 @@ class TrainedEncoder:
             return np.zeros((0, self.num_features), np.float32)
         # Few images form a batch of a power of two, so that few programs serve all numbers of images.
         return self._encode(self.params, images, self._depth, min(BATCH, 1 << (len(images) - 1).bit_length()))
+
+    def _fitted(self, images: "np.ndarray | jax.Array | Iterable[Picture] | Picture") -> np.ndarray:
+        """An array of images, resized if that can be done."""
+        if isinstance(images, np.ndarray | jax.Array):
+            images = np.asarray(images)
+            resizable = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in CHANNELS
+            if images.shape[1:] == self.image_shape or not resizable:
+                return images
+        elif isinstance(images, str | Path | Image.Image):
+            images = [images]
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(self.picture, images))
+        return np.stack(found) if found else np.zeros((0, *self.image_shape), np.uint8)
+
+    def picture(self, picture: Picture) -> np.ndarray:
+        """Return a picture as the encoder takes it, HxWxC uint8: upright, resized, gray or RGB, as in training.
+
+        Args:
+          picture: a path, an image of Pillow, or uint8 HxW or HxWxC.
+
+        Raises:
+          ValueError: it cannot be read, or is none of these.
+        """
+        *_, channels = self.image_shape
+        try:
+            if isinstance(picture, str | Path):
+                with Image.open(with_home(picture)) as image:
+                    return fit(image, self.image_shape[0], channels)
+            if not isinstance(picture, Image.Image):
+                picture = np.asarray(picture)
+                if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+                    raise ValueError(f"{picture.dtype} {picture.shape} is no picture; accepted: uint8, HxW or HxWxC")
+            return fit(picture, self.image_shape[0], channels)
+        except OSError as error:
+            raise ValueError(f"{picture}: cannot be read ({error})") from error
 
     def apply(self, params: Tree, images_BxHxWxC: jax.Array) -> jax.Array:
         """Compute the same as a pure function of parameters and images, without checks: for jit, grad and vmap."""
@@ -202,7 +254,7 @@ def load_encoder(directory: str | Path) -> TrainedEncoder:
     Raises:
       ConfigError: its files are missing, damaged, of different runs, or of another format.
     """
-    weights, about = Path(directory) / WEIGHTS, Path(directory) / ABOUT
+    weights, about = with_home(directory) / WEIGHTS, with_home(directory) / ABOUT
     try:
         content, config = weights.read_bytes(), json.loads(about.read_text(encoding="utf-8"))
         version = config["format_version"]
