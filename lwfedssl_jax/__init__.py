@@ -48,11 +48,11 @@ def train(config: "Config", directory: str | Path | None = None, progress: bool 
     return api.train(config, directory, progress)
 
 
-def load_encoder(directory: str | Path) -> "TrainedEncoder":
+def load_encoder(directory: str | Path, config_file: str = "") -> "TrainedEncoder":
     """Load the encoder of a finished run as a function ``images -> features``; see ``export.load_encoder``."""
     from lwfedssl_jax.evaluation import export
 
-    return export.load_encoder(directory)
+    return export.load_encoder(directory, config_file)
 
 
 def load_results(*directories: str | Path) -> "pd.DataFrame":

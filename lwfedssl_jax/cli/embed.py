@@ -27,7 +27,7 @@ def run_embed(options: EmbedOptions) -> None:
     devices.set_up_cpu()
     devices.set_up_cache(options.compilation_cache)
     devices.check_platform()
-    encoder, began = load_encoder(options.run), time.monotonic()
+    encoder, began = load_encoder(options.run, options.config), time.monotonic()
     with shown_status(f"encoding {pictures.number:,} images") as show:
         found = embed(
             encoder,

@@ -151,6 +151,8 @@ class EmbedOptions:
     training."""
     out: Annotated[Path, shown("FILE")]
     """Where to write them: FILE.npz with the arrays names and features, or FILE.csv with a row for each image."""
+    config: Annotated[str, shown("FILE.py")] = ""
+    """The config file that adds the encoder's model, if the model is your own."""
     compilation_cache: Annotated[str | None, shown("DIR")] = None
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 

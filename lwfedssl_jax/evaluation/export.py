@@ -1,7 +1,7 @@
 """The trained encoder as files that timm (ViT) and torchvision (ResNet-18) read, and back.
 
 ``encoder.safetensors`` has the weights under their names and in their layouts, ``encoder.json`` what is needed to
-rebuild the model.
+rebuild the model. An encoder of the user's own has neither's form: its weights are stored by Flax's names.
 """
 
 import hashlib
@@ -19,12 +19,15 @@ import safetensors.numpy
 from PIL import Image
 
 import lwfedssl_jax
-from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig
+from lwfedssl_jax.config import MODELS, Config, ConfigError, ModelConfig, load
 from lwfedssl_jax.data.cache import fit
 from lwfedssl_jax.data.views import Recipe
 from lwfedssl_jax.evaluation.frozen import BATCH, apply, make_encode
 from lwfedssl_jax.method.task import Task, make_encoder
+from lwfedssl_jax.models import ARCHITECTURES
 from lwfedssl_jax.models.dense import factor_type
+from lwfedssl_jax.models.resnet import resnet
+from lwfedssl_jax.models.vit import vit
 from lwfedssl_jax.system.files import with_home
 from lwfedssl_jax.tree import Tree
 
@@ -53,6 +56,11 @@ NAMES = (
 )
 
 
+def has_torch_form(model: ModelConfig) -> bool:
+    """Whether timm or torchvision can have the model, which is then stored under their names."""
+    return ARCHITECTURES[MODELS[model.name].architecture] in (vit, resnet)
+
+
 def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
     """Make ``{file name: content}`` of the encoder in ``params`` with all its layers, without heads.
 
@@ -78,7 +86,7 @@ def encoder_files(config: Config, task: Task, params: Tree) -> dict[str, bytes]:
             "rounds": config.federation.rounds,
             "layers": task.layers,
         },
-        **rebuilt_in_torch(config.model, size, channels),
+        **(rebuilt_in_torch(config.model, size, channels) if has_torch_form(config.model) else {"names": "flax"}),
     }
     metadata = {METADATA: json.dumps(about)}  # one entry only: safetensors writes several in any order
     weights = safetensors.numpy.save(state_dict(config.model, task, params), metadata)
@@ -110,12 +118,16 @@ def rebuilt_in_torch(model: ModelConfig, size: list[int], channels: int) -> dict
 def state_dict(model: ModelConfig, task: Task, params: Tree) -> dict[str, np.ndarray]:
     """The encoder's weights and running averages under their names and in their layouts in timm or torchvision."""
     layers = task.encoder.layers(params)
+    theirs = has_torch_form(model)
     params = jax.device_get({kind: params[kind] for kind in layers})
     tensors = {}
     for (path, x), number in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(layers), strict=True):
         if np.all(number < 0):  # a stage's temporary layer
             continue
-        name = torch_name(path)
+        name = torch_name(path) if theirs else flax_name(path)
+        if not theirs:
+            tensors[name] = np.ascontiguousarray(x)
+            continue
         for i, one in enumerate(x) if "*" in name else [(0, x)]:
             if name == "patch_embed.proj.weight":
                 one = one.reshape(model.patch_size, model.patch_size, -1, model.width)
@@ -125,8 +137,14 @@ def state_dict(model: ModelConfig, task: Task, params: Tree) -> dict[str, np.nda
     return tensors
 
 
-def from_state_dict(shapes: Tree, layers: Tree, tensors: dict[str, np.ndarray]) -> Tree:
+def from_state_dict(shapes: Tree, layers: Tree, tensors: dict[str, np.ndarray], theirs: bool = True) -> Tree:
     """Make parameters of the given shapes from the tensors of ``state_dict``; temporary layers become None.
+
+    Args:
+      shapes: of the encoder's parameters.
+      layers: their layer numbers.
+      tensors: by name.
+      theirs: whether names and layouts are those of timm or torchvision, or Flax's.
 
     Raises:
       KeyError, ValueError: a tensor is missing or has another size.
@@ -135,6 +153,8 @@ def from_state_dict(shapes: Tree, layers: Tree, tensors: dict[str, np.ndarray]) 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct, number: np.ndarray) -> jax.Array | None:
         if np.all(number < 0):
             return None
+        if not theirs:
+            return jnp.asarray(tensors[flax_name(path)].reshape(shape.shape))
         name = torch_name(path)
         depth = len(number) if "*" in name else 1
         x = np.stack([tensors[name.replace("*", str(i))] for i in range(depth)])
@@ -153,6 +173,12 @@ def torch_name(path: Any) -> str:
 
 
 Picture = str | Path | Image.Image | np.ndarray
+
+
+def flax_name(path: Any) -> str:
+    """The name of a leaf in its Flax module, with ``statistics`` in front where it is no parameter."""
+    kind, *names = (str(key.key) for key in path)
+    return ".".join(names if kind == "encoder" else [kind, *names])
 
 
 class TrainedEncoder:
@@ -178,7 +204,7 @@ class TrainedEncoder:
         self._encode = make_encode(self._encoder, self._recipe, self._dtype)
         self.num_features = self._encoder.feature_dim
         shapes = jax.eval_shape(self._encoder.init, jax.random.key(0))
-        self.params = from_state_dict(shapes, self._encoder.layers(shapes), tensors)
+        self.params = from_state_dict(shapes, self._encoder.layers(shapes), tensors, has_torch_form(model))
 
     def __call__(self, images: "np.ndarray | jax.Array | Iterable[Picture] | Picture") -> np.ndarray:
         """Compute ``features_NxD``, float32, batch by batch.
@@ -248,12 +274,18 @@ class TrainedEncoder:
         return apply(self._encoder, self._recipe, self._dtype, params, images_BxHxWxC, self._depth)
 
 
-def load_encoder(directory: str | Path) -> TrainedEncoder:
+def load_encoder(directory: str | Path, config_file: str = "") -> TrainedEncoder:
     """Load the encoder that a finished run has written to its work directory.
 
+    Args:
+      directory: the work directory.
+      config_file: the user's own file that adds the model, if it is not one of this package.
+
     Raises:
-      ConfigError: its files are missing, damaged, of different runs, or of another format.
+      ConfigError: its files are missing, damaged, of different runs, or of another format; its model is not known.
     """
+    if config_file:
+        load(config_file)
     weights, about = with_home(directory) / WEIGHTS, with_home(directory) / ABOUT
     try:
         content, config = weights.read_bytes(), json.loads(about.read_text(encoding="utf-8"))
@@ -283,6 +315,11 @@ def load_encoder(directory: str | Path) -> TrainedEncoder:
     if stated != {k: v for k, v in config.items() if k != "sha256"}:
         raise ConfigError(
             f"{about}: differs from the metadata of {WEIGHTS}; accepted: both files as the run wrote them"
+        )
+    if (name := dict(config.get("model", {})).get("name")) not in MODELS:
+        raise ConfigError(
+            f"{about}: the model {name!r} is not one of this package; accepted: it, and the config file that adds it "
+            "(load_encoder(DIRECTORY, FILE), embed --config FILE)"
         )
     try:
         return TrainedEncoder(config, safetensors.numpy.load(content))
