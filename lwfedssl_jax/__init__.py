@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from lwfedssl_jax.api import Run
     from lwfedssl_jax.config import Config
+    from lwfedssl_jax.data.memory import Data
     from lwfedssl_jax.evaluation.export import TrainedEncoder
 
 __version__ = "0.1.0"
@@ -41,11 +42,22 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> "Confi
     return api.load_config(name, overrides)
 
 
-def train(config: "Config", directory: str | Path | None = None, progress: bool = True) -> "Run":
+def train(
+    config: "Config", directory: str | Path | None = None, progress: bool = True, data: "Data | None" = None
+) -> "Run":
     """Train a config in a work directory, or continue an interrupted run; see ``api.train``."""
     from lwfedssl_jax import api
 
-    return api.train(config, directory, progress)
+    return api.train(config, directory, progress, data)
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``Data``, a data set in memory, when it is asked for; see ``data.memory.Data``."""
+    if name == "Data":
+        from lwfedssl_jax.data.memory import Data
+
+        return Data
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_encoder(directory: str | Path, config_file: str = "") -> "TrainedEncoder":

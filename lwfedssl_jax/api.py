@@ -13,11 +13,13 @@ from rich.console import Console
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.config import Config, ConfigError, choose, load, override, resolve
+from lwfedssl_jax.data.memory import Data, hold
 from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.experiment import train as experiment
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.experiment.progress import ConsoleProgress, NotebookProgress
 from lwfedssl_jax.system import devices
+from lwfedssl_jax.system.files import with_home
 from lwfedssl_jax.workdir import WorkDir
 from lwfedssl_jax.workdir.directory import default_workdir
 from lwfedssl_jax.workdir.metrics import read_lines
@@ -129,23 +131,24 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
     return config
 
 
-def train(config: Config, directory: str | Path | None = None, progress: bool = True) -> Run:
+def train(config: Config, directory: str | Path | None = None, progress: bool = True, data: Data | None = None) -> Run:
     """Train, evaluate and write the work directory; an interrupted run continues, a finished one is only read.
 
     Args:
       config: from ``load_config``, or a ``Config`` of your own.
       directory: the work directory; by default ``runs/STRATEGY-HASH``, one per config.
       progress: whether to show progress on standard error, or in the notebook.
+      data: a data set in memory, in place of ``data.name``; it is a part of what identifies the run.
 
     Raises:
-      ConfigError: the config cannot be trained, or the directory contains another run.
+      ConfigError: the config cannot be trained, the data are not valid, or the directory contains another run.
       FloatingPointError: training diverged.
       KeyboardInterrupt: on Ctrl-C, after the last finished round has been saved.
       OSError: something cannot be written; what was saved before is intact.
     """
-    config = resolve(config)
+    config = resolve(override(config, {"data.name": hold(data)}) if data else config)
     set_up()
-    path = default_workdir(config.strategy.name, config) if directory is None else Path(directory)
+    path = default_workdir(config.strategy.name, config) if directory is None else with_home(directory)
     workdir = WorkDir(path, config)
     if workdir.summary is not None or not progress:
         return Run(path, config, experiment.train(config, workdir))

@@ -181,17 +181,24 @@ def _find_images(config: DataConfig, root: Path, others: list[str]) -> list[File
     return found
 
 
+def held_out(images: int) -> np.ndarray:
+    """Which of a class's images are for testing: a fifth, but at least one, always the same ones."""
+    chosen = seeds.fixed_rng(seeds.RngTag.TEST_SPLIT).permutation(images)[: max(1, round(TEST_SHARE * images))]
+    testing = np.zeros(images, bool)
+    testing[chosen] = True
+    return testing
+
+
 def _hold_out(config: DataConfig, files: list[File]) -> tuple[list[File], list[File]]:
-    """Training and test images: a fifth of each class, but at least one, always the same ones, is for testing."""
+    """Training and test images of a folder without splits."""
     train, test = [file for file in files if not file.label], []
     for label, members in itertools.groupby((file for file in files if file.label), lambda file: file.label):
         images = list(members)
         if len(images) < 2:
             raise refuse(config, f"has one image of class {label}", "two, one of them for testing, or a folder test")
-        order = seeds.fixed_rng(seeds.RngTag.TEST_SPLIT).permutation(len(images))
-        held_out = max(1, round(TEST_SHARE * len(images)))
-        test += [images[i] for i in np.sort(order[:held_out])]
-        train += [images[i] for i in np.sort(order[held_out:])]
+        testing = held_out(len(images))
+        test += [image for image, held in zip(images, testing, strict=True) if held]
+        train += [image for image, held in zip(images, testing, strict=True) if not held]
     return train, test
 
 

@@ -89,7 +89,13 @@ def find(config: DataConfig) -> Source:
     Raises:
       ConfigError: no such source.
     """
+    if config.name in HELD:
+        return HELD[config.name]
     kind, colon, rest = config.name.partition(":")
+    if kind == MEMORY:
+        raise ConfigError(
+            f"data.name: {config.name!r} is not in this process; accepted: train(config, data=Data(...)) with it"
+        )
     forms = SOURCES[kind].forms if kind in SOURCES else ()
     if bool(colon) != bool(rest) or not any(bool(colon) == (":" in form) for form in forms):
         accepted = ", ".join(form for source in SOURCES.values() for form in source.forms)
@@ -204,6 +210,8 @@ def resize(images_NxHxWxC: np.ndarray, size: int) -> np.ndarray:
     return np.stack([cache.fit(image, size, image.shape[-1]) for image in images_NxHxWxC])
 
 
+MEMORY = "memory"
+HELD: dict[str, Source] = {}  # data sets in memory, by data.name (data/memory.py)
 SOURCES = {
     "digits": Source(1, "digits", load_digits, ("digits",)),
     "synthetic": Source(3, "digits", load_synthetic, ("synthetic",)),
