@@ -119,6 +119,9 @@ class SweepOptions:
     """Where the sweep is stored; by default runs/sweeps/SWEEP, with --base runs/sweeps/SWEEP-CONFIG."""
     base: Annotated[str, shown("CONFIG")] = ""
     """Name or file of a config to start from, instead of the sweep's own."""
+    shard: Annotated[str | None, shown("I/N")] = None
+    """Train only the I-th of N shares of the runs, with I from 1. Any number of processes, on any hosts that share the
+    directory, may do so at once: a run that one of them has begun is left alone by the others."""
     dry_run: bool = False
     """Only list the runs, their operations and the estimated time on this machine."""
     jobs: int = 1

@@ -1,5 +1,6 @@
 """The command ``sweep``."""
 
+import collections
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from rich.console import Console
 from lwfedssl_jax.cli.options import SweepOptions
 from lwfedssl_jax.cli.report import write_and_print_report
 from lwfedssl_jax.cli.status import shown_status
+from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.simulation.setup import Cache
 from lwfedssl_jax.sweep.directory import SweepDirectory
@@ -19,6 +21,27 @@ from lwfedssl_jax.system import devices
 from lwfedssl_jax.system.errors import FailedRunsError, first_of
 
 
+def shard_of(options: SweepOptions) -> tuple[int, int]:
+    """Return the number of the shard, from 1, and of how many.
+
+    Raises:
+      ConfigError: the option is not I/N, with I from 1 to N.
+    """
+    number, _, count = (options.shard or "1/1").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--shard: {options.shard!r} is not valid; accepted: I/N, with I from 1 to N, such as 1/3")
+    return int(number), int(count)
+
+
+def say_what_is_left(directory: SweepDirectory, console: Console) -> None:
+    """Say which runs of the whole sweep are not finished, and who is training them."""
+    left = [run for run in directory.runs if not directory.is_finished(run)]
+    holders = collections.Counter(directory.holder(run) or "nobody" for run in left)
+    for holder, number in holders.items():
+        text = f"{number} of {len(directory.runs)} runs are not finished; {holder} is training them"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def run_sweep(options: SweepOptions) -> None:
     """Run a sweep in worker processes, with progress on standard error, and write its report."""
     devices.set_up_cpu()
@@ -26,8 +49,8 @@ def run_sweep(options: SweepOptions) -> None:
         jax.config.update("jax_platforms", "cpu")  # the accelerators are left to the workers
     asked = load_sweep(options.sweep_name, base=options.base)
     path = options.workdir or asked.default_directory
-    directory = SweepDirectory(path, asked)
-    runs = directory.runs
+    directory = SweepDirectory(path, asked, shard_of(options))
+    runs = directory.share
     devices.set_up_cache(options.compilation_cache)
     finished = {run.directory for run in runs if directory.is_finished(run)}
     shared, progress = Cache(), Console(stderr=True)
@@ -53,13 +76,18 @@ def run_sweep(options: SweepOptions) -> None:
                 if event["event"] == "failed":
                     failed[f"{run.label}, seed {run.seed}"] = event["why"]
                     directory.fail(run.directory, event["why"])
+                if event["event"] in ("finished", "failed"):
+                    directory.give_back(run)
 
             request = {
                 "path": str(path), "sweep": options.sweep_name, "base": options.base,
                 "cache": options.compilation_cache, "together": options.together,
             }  # fmt: skip
             groups = {run.directory: program_config(run.config) for run in runs}
-            Pool(request, groups, options.jobs, hear).run([run for run in runs if run.directory not in finished])
+            with directory.claims:
+                while left := directory.unclaimed():  # again, if a claim of another process has lapsed meanwhile
+                    Pool(request, groups, options.jobs, hear, directory.claim).run(left)
+        say_what_is_left(directory, progress)
         write_and_print_report([path], path)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues the sweep") from None

@@ -88,10 +88,18 @@ class Pool:
       groups: each run's key; runs of one are best done by one worker.
       jobs: how many workers there are.
       hear: called with what happens to each run (``event``: started, compiling, round, evaluation, finished, failed).
+      claim: asked before a run is given to a worker whether it may be; if not, it is left out.
     """
 
-    def __init__(self, request: Message, groups: Mapping[str, Any], jobs: int, hear: HearRun) -> None:
-        self._request, self._groups, self._hear = request, groups, hear
+    def __init__(
+        self,
+        request: Message,
+        groups: Mapping[str, Any],
+        jobs: int,
+        hear: HearRun,
+        claim: Callable[[SweepRun], bool] = lambda run: True,
+    ) -> None:
+        self._request, self._groups, self._hear, self._claim = request, groups, hear, claim
         self._events: queue.Queue[Any] = queue.Queue()
         self._jobs = jobs
         self._workers: dict[int, Worker] = {}
@@ -147,7 +155,9 @@ class Pool:
         elif event["event"] == "refused":
             raise ConfigError(event["why"])
         elif event["event"] == "ready":
-            unit = self._next_unit(worker, waiting, event["at_once"])
+            unit: list[SweepRun] = []
+            while waiting and not unit:
+                unit = [run for run in self._next_unit(worker, waiting, event["at_once"]) if self._claim(run)]
             if unit:
                 worker.give(unit)
             else:

@@ -1,6 +1,7 @@
 """Paths that a user gives, files written whole, directories locked for one process."""
 
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
       OSError: the file cannot be written; what was there before is unchanged.
     """
-    part = path.with_name(f".{path.name}.new")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # another host may write it, too
     with part.open("wb") as file:
         file.write(content)
         file.flush()
