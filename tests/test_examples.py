@@ -1,24 +1,37 @@
-"""The scripts under examples/ run, with small settings."""
+"""The scripts under examples/, and the folder that `new` copies from there, run, with small settings."""
 
+import contextlib
+import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import chex
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from conftest import ROOT, SMALL, small_config
+from images import picture
 
 import lwfedssl_jax as lw
 from lwfedssl_jax.cli import main
+from lwfedssl_jax.config import MODELS
+from lwfedssl_jax.data.views import RECIPES
+from lwfedssl_jax.method.aggregation import AGGREGATORS
 from lwfedssl_jax.method.objectives import OBJECTIVES
+from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.method.terms import TERMS
+from lwfedssl_jax.models import ARCHITECTURES
+from lwfedssl_jax.sweep.grid import load_sweep
 
 EXAMPLES = ROOT / "examples"
+OWN = ["barlow_twins", "newest_two", "my_mixer"]
+TABLES: tuple[dict[str, Any], ...] = (
+    OBJECTIVES, STRATEGIES, AGGREGATORS, TERMS, MODELS, ARCHITECTURES, RECIPES
+)  # fmt: skip
 TINY: dict[str, Any] = SMALL | {"model.depth": 1, "federation.rounds": 1, "federation.local_epochs": 1}
 
 
@@ -40,44 +53,55 @@ def test_the_strategies_are_compared(
 
 
 @pytest.fixture
-def own_entries() -> Iterator[None]:
-    """What the example enters is gone after the test."""
-    names = runpy.run_path(str(EXAMPLES / "own_objective.py"))
-    yield
-    for table in ("OBJECTIVES", "STRATEGIES", "AGGREGATORS", "TERMS"):
-        for name in ("barlow_twins", "newest_two", "half_way", "small_weights"):
-            names[table].pop(name, None)
+def own(tmp_path: Path) -> Iterator[Path]:
+    """The folder that `new` makes; what its files enter is gone after the test."""
+    assert main(["new", str(tmp_path / "mine")]) == 0
+    path, tables = list(sys.path), TABLES
+    with contextlib.ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(mock.patch.dict(table))
+        yield tmp_path / "mine"
+    sys.path[:] = path
 
 
-@pytest.mark.usefixtures("own_entries")
-def test_a_config_with_entries_of_its_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    options: list[str] = []
-    for name, value in TINY.items():
-        if name != "objective.name":
-            options += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    assert main(["train", str(EXAMPLES / "own_objective.py"), *options, "--workdir", "mine"]) == 0
-    (row,) = lw.load_results("mine").to_dict("records")
-    assert (row["objective.name"], row["strategy.name"]) == ("barlow_twins", "newest_two")
+def test_from_new_to_embed(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder is refused nowhere: it is priced, trains, is found by a sweep, and its encoder computes features."""
+    config = str(own / "config.py")
+    tiny = ["--model.width", "8", "--model.depth", "3", "--federation.rounds", "3", "--federation.local-epochs", "1",
+            "--strategy.name", "newest_two", "--evaluation.labels-per-class", "0", "--strategy.first-stage-share", "0",
+            "--objective.hidden-dim", "8", "--objective.output-dim", "8"]  # fmt: skip
+    assert main(["resources", config, *tiny, "--json", "--no-memory"]) == 0
+    costs = json.loads(capsys.readouterr().out)["strategies"]
+    between = [costs[name]["total_bytes"] for name in ("layerwise", "newest_two", "progressive")]
+    assert between == sorted(set(between))
+    assert main(["train", config, *tiny, "--workdir", str(tmp_path / "run")]) == 0
+    (row,) = lw.load_results(tmp_path / "run").to_dict("records")
+    assert (row["objective.name"], row["strategy.name"], row["model.name"]) == (
+        "barlow_twins",
+        "newest_two",
+        "my_mixer",
+    )
     assert row["finished"]
+    picture(tmp_path / "all" / "a.png", 5)
+    words = ["embed", str(tmp_path / "run"), str(tmp_path / "all"), "--out", str(tmp_path / "f.npz")]
+    assert main([*words, "--config", config]) == 0
+    runs = load_sweep(str(own / "sweep.py")).runs
+    assert [run.config.strategy.name for run in runs[::2]] == ["layerwise", "newest_two", "end_to_end"]
+    assert main(["new", str(own)]) == 2
+    assert f"error: DIR: {own} is not empty; accepted: a new or empty folder" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("own_entries")
-def test_the_examples_objective_ignores_padding_and_has_a_finite_gradient_for_one_sample() -> None:
-    loss = OBJECTIVES["barlow_twins"].loss
-    z = jnp.sin(jnp.arange(2 * 4 * 3, dtype=jnp.float32)).reshape(2, 4, 3)
-    for real in (1, 3):
-        mask = jnp.arange(4) < real
-        gradient = jax.grad(lambda z, mask=mask: loss(z, z, mask, 1.0))(z)
-        chex.assert_tree_all_finite(gradient)
-        assert not gradient[:, real:].any()
-        padded = z.at[:, real:].set(7.0)
-        np.testing.assert_allclose(loss(z, z, mask, 1.0), loss(padded, padded, mask, 1.0), rtol=1e-6)
+def test_the_folders_own_tests_pass(own: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(own), str(own)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    result = subprocess.run(command, cwd=own, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout
+    assert "2 passed" in result.stdout
 
 
-def test_the_example_is_the_documentations() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
-    assert block == (EXAMPLES / "own_objective.py").read_text()
+def test_the_documentation_shows_these_files() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks == [(EXAMPLES / "new" / name).read_text(encoding="utf-8") for name in ("model.py", "method.py")]
 
 
 @pytest.mark.parametrize("missing", ["timm", "torch"])

@@ -15,6 +15,7 @@ from lwfedssl_jax.cli.options import (
     TrainOptions,
     parse,
     parse_embed,
+    parse_new,
     parse_report,
     parse_sweep,
     print_completion,
@@ -133,6 +134,14 @@ def embed_command(arguments: list[str]) -> None:
     run_embed(options)
 
 
+def new_command(arguments: list[str]) -> None:
+    """Run the ``new`` command."""
+    options = parse_new(arguments)
+    from lwfedssl_jax.cli.new import run_new
+
+    run_new(options)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "resources": resources_command,
@@ -140,6 +149,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep": sweep_command,
     "report": report_command,
     "embed": embed_command,
+    "new": new_command,
     "list": list_command,
     "completion": completion_command,
 }
@@ -165,6 +175,8 @@ def print_help() -> None:
     print("      one page, figures and tables about all runs in these directories")
     print("  embed RUN IMAGES --out FILE.npz")
     print("      the features of your own images, from the encoder of a finished run")
+    print("  new DIR")
+    print("      a folder to begin your own work in: a config with an encoder, an objective and data of your own")
     print("  list [PATTERN ...]")
     print("      the configs and sweeps that exist, or those whose names contain or match a pattern")
     print("  completion bash|zsh|tcsh")

@@ -160,6 +160,14 @@ class EmbedOptions:
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
+@dataclass(frozen=True)
+class NewOptions:
+    """Make a folder to begin your own work in: a config with an encoder, an objective and data of your own."""
+
+    directory: Annotated[tyro.conf.Positional[Path], shown("DIR")]
+    """The folder, which must be new or empty."""
+
+
 Options = TypeVar("Options", TrainOptions, ResourcesOptions, PlanOptions)
 
 
@@ -260,6 +268,18 @@ def parse_embed(arguments: list[str]) -> EmbedOptions:
         return tyro.cli(EmbedOptions, prog=name_of("embed"), args=arguments)
 
 
+def parse_new(arguments: list[str]) -> NewOptions:
+    """Parse the options of ``new``.
+
+    Raises:
+      ConfigError: DIR is missing, or an unknown option.
+      SystemExit: after ``--help``.
+    """
+    check_not_empty(arguments, "DIR")
+    with refusals_in_one_line():
+        return tyro.cli(NewOptions, prog=name_of("new"), args=arguments)
+
+
 def can_draw(path: Path) -> bool:
     """Return whether a picture can be written to the path."""
     if path.suffix not in PICTURES or os.path.isdir(path) or not os.path.isdir(path.parent):
@@ -303,7 +323,8 @@ def print_completion(shell: str) -> None:
     if shell not in SHELLS:
         raise ConfigError(f"completion: unknown shell {shell!r}; accepted: {', '.join(SHELLS)}")
     parsers = {"train": TrainOptions, "resources": ResourcesOptions, "plan": PlanOptions,
-               "sweep": SweepOptions, "report": ReportOptions, "embed": EmbedOptions}  # fmt: skip
+               "sweep": SweepOptions, "report": ReportOptions, "embed": EmbedOptions,
+               "new": NewOptions}  # fmt: skip
     commands: Any = Union[tuple(Annotated[p, tyro.conf.subcommand(name)] for name, p in parsers.items())]  # noqa: UP007
     tyro.cli(commands, prog=INSTALLED, args=["--tyro-print-completion", shell])
 

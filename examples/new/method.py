@@ -1,15 +1,8 @@
-"""A config file that adds an objective, a strategy, an aggregator and a loss term of its own.
-
-Barlow Twins; the two newest layers train; the server goes half the way; weights stay small.
-
-    python run.py train examples/own_objective.py
-    python run.py resources examples/own_objective.py    # newest_two next to the other strategies
-"""
+"""An objective, a term of the loss, a strategy and an aggregator of your own: one entry in a dictionary each."""
 
 import jax
 import jax.numpy as jnp
 
-from lwfedssl_jax.config import load, override
 from lwfedssl_jax.method.aggregation import AGGREGATORS, WEIGHTED_MEAN
 from lwfedssl_jax.method.objectives import OBJECTIVES, Objective
 from lwfedssl_jax.method.stages import STRATEGIES
@@ -29,6 +22,9 @@ def barlow_twins(online_2xBxD, target_2xBxD, mask_B, temperature):
 
 OBJECTIVES["barlow_twins"] = Objective(barlow_twins, has_target=False, has_prediction=False, paper_views=2)
 
+# A term sees the fields of Local: see the API reference.
+TERMS["small_weights"] = lambda local: sum(jnp.square(w).sum() for w in jax.tree.leaves(local.weights))
+
 # For each stage: how many layers are frozen, and how many exist. Freezing, traffic and ledger follow.
 STRATEGIES["newest_two"] = lambda layers, k: [(max(d - k, 0), min(d + k, layers)) for d in range(0, layers, k)]
 
@@ -39,16 +35,3 @@ def half_way(context, state, broadcast, mean, summed):
 
 
 AGGREGATORS["half_way"] = lambda config: WEIGHTED_MEAN._replace(finish=half_way)
-
-# A term sees the fields of Local: see the API reference.
-TERMS["small_weights"] = lambda local: sum(jnp.square(w).sum() for w in jax.tree.leaves(local.weights))
-
-config = override(
-    load("quickstart"),
-    {
-        "objective.name": "barlow_twins",
-        "strategy.name": "newest_two",
-        "federation.aggregator": "half_way",
-        "additions.terms": ("small_weights=1e-4",),
-    },
-)
