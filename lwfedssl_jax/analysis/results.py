@@ -102,7 +102,7 @@ def _runs_under(directory: Path) -> Iterator[RunRecord]:
             if "sweep.json" in files and (sweep := _read_sweep(Path(place))):
                 listed |= sweep
                 folders.clear()  # directories left by an earlier version of the sweep do not count
-            elif "config.json" in files and (run := read_run(Path(place))):
+            elif {"config.json", METRICS} & set(files) and (run := read_run(Path(place))):
                 paths.append(run.path)
                 folders.clear()
         for path in [*listed, *(p for p in paths if p not in listed)]:
@@ -156,7 +156,8 @@ def read_run(path: Path) -> RunRecord | None:
     except (AttributeError, TypeError):
         if not (path / METRICS).is_file():
             return None  # another program's config.json
-        return RunRecord(path, {}, {}, [], {}, "config.json is damaged", "")
+        what = "is damaged" if (path / "config.json").exists() else "is missing"
+        return RunRecord(path, {}, {}, [], {}, f"config.json {what}", "")
     run = RunRecord(path, fields, entries, [], summary, "", "")
     try:
         run = run._replace(lines=[line for line in read_lines(path) if _is_usable(line)])

@@ -4,6 +4,7 @@ import difflib
 import gc
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,9 @@ from lwfedssl_jax.system.program import program
 # Each command parses its options before it imports the code that runs it: bad input and --help do not wait for JAX.
 
 
+LEAST_WIDTH = 60  # of what is printed
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal's encoding lacks is shown as a question mark
+    if shutil.get_terminal_size().columns < LEAST_WIDTH:
+        os.environ["COLUMNS"] = str(LEAST_WIDTH)  # lines are then broken by the terminal, not tables between letters
     try:
         argv = [expand_home(word) for word in argv]
         if argv[0] == "--version":

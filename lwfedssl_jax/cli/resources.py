@@ -10,7 +10,7 @@ from lwfedssl_jax.cli.status import shown_status
 from lwfedssl_jax.config import override, resolve, to_dict
 from lwfedssl_jax.costs import ledger, traffic
 from lwfedssl_jax.experiment.checks import check
-from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, STRATEGIES, even_rounds, rounds_fit
+from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, STRATEGIES, alike, even_rounds, rounds_fit
 from lwfedssl_jax.system import devices
 
 
@@ -41,6 +41,8 @@ def run_resources(options: ResourcesOptions) -> None:
         out.print(terminal.resource_table(strategies))
         if config.strategy.pacing == "adaptive":
             out.print(ADAPTIVE_COSTS, markup=False)
+        if same := alike(config):
+            out.print(same, markup=False)
         if evenly:
             out.print(even_rounds(config, evenly), markup=False)
         for name, why in refused.items():

@@ -72,6 +72,8 @@ def read_csv(path: Path) -> list[DeviceClass]:
     rows = [[cell.strip() for cell in row] for row in rows]
     lines = [(number, row) for number, row in enumerate(rows, 1) if any(row)]
     (_, head), *classes = lines or [(1, [])]
+    if len(head) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in head[0]), None)):
+        raise ValueError(f"{path} separates columns by {other!r}; accepted: commas")
     if wrong := [name for name in head if name not in COLUMNS] or [name for name in head if head.count(name) > 1]:
         raise ValueError(f"{path} has an unknown or repeated column {wrong[0]!r}; accepted: {', '.join(COLUMNS)}")
     if missing := [name for name in ("name", *REQUIRED) if name not in head]:

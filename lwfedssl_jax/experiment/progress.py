@@ -105,7 +105,7 @@ class ConsoleProgress:
             f" · {loss} · {line['clients'] / seconds:.3g} clients/s"
             f" · {line['examples'] / seconds:,.0f} samples/s · {self._time_left()} left"
         )
-        self._show(self._status, always=line.get("stage_ends", self._number == self._stage.last_round))
+        self._show(self._status, always=True)  # piped, a line for each round
 
     def _evaluation(self, line: dict[str, Any]) -> None:
         start = "from scratch" if "baseline" in line else "untrained"

@@ -18,7 +18,7 @@ from lwfedssl_jax.experiment.evaluations import log_evaluation
 from lwfedssl_jax.experiment.finish import finish
 from lwfedssl_jax.experiment.ledgers import round_operations
 from lwfedssl_jax.experiment.trackers import Tracking
-from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.method.stages import Stage, alike
 from lwfedssl_jax.simulation.events import Event, Hear, Note, RoundDone, StageBegan, Started, ignore
 from lwfedssl_jax.simulation.setup import Cache
 from lwfedssl_jax.simulation.simulator import Outcome, Simulator
@@ -228,6 +228,8 @@ def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
             operations=round_operations(run.config, cache),
         )
     )
+    if same := alike(run.config):
+        run.hear(Note(same))
     if not run.done:
         log_evaluation(run, run.config.model.depth, 0, params)
 

@@ -171,6 +171,15 @@ def rounds_fit(config: Config) -> bool:
 ADAPTIVE_COSTS = "strategy.pacing adaptive: costs are those of the planned rounds, which a run may change."
 
 
+def alike(config: Config) -> str:
+    """Return a sentence if the config's strategy, with others, trains all layers in one stage; or an empty text."""
+    depth, layers = config.model.depth, config.strategy.layers_per_stage
+    single = [name for name, stages in STRATEGIES.items() if stages(depth, layers) == [(0, depth)]]
+    if config.strategy.name not in single or len(single) < 2:
+        return ""
+    return f"strategy.layers_per_stage {layers} is the whole encoder: {', '.join(single)} are the same run."
+
+
 def even_rounds(config: Config, names: Sequence[str]) -> str:
     """Return a sentence that names the options whose stages ``strategy.rounds_per_stage`` does not fit."""
     listed = " ".join(map(str, config.strategy.rounds_per_stage))

@@ -51,11 +51,12 @@ def test_a_run_is_a_row(nine: Path) -> None:
 def test_unfinished_and_damaged_runs_are_rows(tmp_path: Path) -> None:
     whole = {"knn": 0.5}
     write_run(tmp_path / "unfinished")
-    for name in ("summary", "no_protocol", "config", "metrics"):
+    for name in ("summary", "no_protocol", "config", "metrics", "without"):
         write_run(tmp_path / name, whole)
     (tmp_path / "summary" / "summary.json").write_text("{")
     (tmp_path / "no_protocol" / "summary.json").write_text('{"evaluation": 3}')
     (tmp_path / "config" / "config.json").write_bytes(b"\xff")
+    (tmp_path / "without" / "config.json").unlink()
     with (tmp_path / "metrics" / "metrics.jsonl").open("a") as file:
         file.write('{"round": 5, "lo')
     (tmp_path / "other").mkdir()
@@ -66,6 +67,7 @@ def test_unfinished_and_damaged_runs_are_rows(tmp_path: Path) -> None:
         "summary": "summary.json is damaged",
         "no_protocol": "summary.json is damaged",
         "config": "config.json is damaged",
+        "without": "config.json is missing",
         "metrics": "",
     }
     assert found["finished"].equals(found["fault"] == "")

@@ -131,7 +131,7 @@ def test_train_prints_progress_and_a_table_and_then_only_the_summary(
 
 
 BAD = [
-    (["fly"], "COMMAND: unknown 'fly'; accepted: train, resources, plan, sweep, report, l"),
+    (["fly"], "COMMAND: unknown 'fly'; accepted: train, resources, plan, sweep, report, e"),
     (["trian"], "COMMAND: unknown 'trian'; accepted: train"),
     (["train"], "CONFIG: must be the first argument of train, found nothing"),
     (["train", "--workdir", "x"], "CONFIG: must be the first argument of train, found '--workdir'"),

@@ -44,6 +44,7 @@ BAD_FILES = {
     "name,count,memory_gb\n": "has columns but no device class; accepted: a line per class",
     "name,count\na,1\n": "lacks the column memory_gb; accepted: ",
     "name,count,memory_gb,ram\na,1,2,3\n": "unknown or repeated column 'ram'; accepted: name, count",
+    "name;count;memory_gb\na;1;2\n": "separates columns by ';'; accepted: commas",
     "name,count,count,memory_gb\na,1,1,2\n": "unknown or repeated column 'count'",
     "name,count,memory_gb\na,1\n": "line 2 has 2 cells; accepted: 3",
     "name,count,memory_gb\na,0,2\n": "count '0' of ",

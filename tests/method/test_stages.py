@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.method.stages import Stage, make_stages, spread
+from lwfedssl_jax.config import Config, ConfigError, override
+from lwfedssl_jax.method.stages import Stage, alike, make_stages, spread
 from lwfedssl_jax.method.task import init_params, make_task, param_layers
 from lwfedssl_jax.tree import Tree
 
@@ -51,6 +51,15 @@ def test_layers_per_stage_with_a_remainder(k: int, depths: list, new: list) -> N
     stages = stages_of(small_config(strategy__layers_per_stage=k))
     assert [s.depth for s in stages] == depths
     assert [block_rows(s.trainable) for s in stages] == new
+
+
+def test_strategies_that_are_the_same_run_are_named() -> None:
+    config = small_config(model__depth=3, strategy__layers_per_stage=3)
+    assert alike(config) == (
+        "strategy.layers_per_stage 3 is the whole encoder: end_to_end, layerwise, progressive are the same run."
+    )
+    assert alike(override(config, {"strategy.layers_per_stage": 2})) == ""
+    assert alike(override(config, {"strategy.name": "end_to_end", "strategy.layers_per_stage": 1})) == ""
 
 
 def test_every_parameter_is_trained_in_exactly_one_layerwise_stage_or_all() -> None:
