@@ -53,6 +53,7 @@ SMALL: dict[str, str] = {
 }
 SETTINGS: dict[str, dict[str, str]] = {
     "layerwise": {},
+    "layerwise, adaptive": {"strategy.pacing": "adaptive"},
     "progressive, fedavgm": {"strategy.name": "progressive", "federation.aggregator": "fedavgm"},
     "end_to_end, byol, fedema": {
         "strategy.name": "end_to_end",

@@ -1,4 +1,4 @@
-"""A small run of very many rounds: does memory, or anything else that a process holds, grow?
+"""Whether memory, or anything else that a process holds, grows in a small run of very many rounds.
 
 2,000 rounds with an evaluation every 100, checkpoints, and TensorBoard's event files; ten minutes on 2 CPU cores. The
 process's memory, its threads and open files, the arrays on the device, and the size of the work directory are noted
