@@ -1,6 +1,6 @@
 """Strategies on patches of scikit-image's pictures, on which a second layer pays, with a shallow control; 5 seeds.
 
-20 runs, about half an hour on 2 CPU cores. The results are in docs/results.md.
+20 runs, about 20 minutes on 2 CPU cores. The results are in docs/results.md.
 
     python benchmarks/studies.py run pictures     # writes runs/studies/pictures.npz first; needs scikit-image
 """
