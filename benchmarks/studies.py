@@ -1,6 +1,6 @@
 """Trains the studies of docs/results.md, resumably, and writes that page and its figures.
 
-    python benchmarks/studies.py run [STUDY ...]     # three to four hours on 2 cores in all; recorded runs are not repeated
+    python benchmarks/studies.py run [STUDY ...]     # three to four hours on 2 cores; recorded runs are not repeated
     python benchmarks/studies.py record [STUDY ...]  # the finished runs of sweeps under runs/studies
     python benchmarks/studies.py report              # docs/results.md from what is recorded
 
