@@ -85,8 +85,10 @@ def run_sweep(options: SweepOptions) -> None:
             }  # fmt: skip
             groups = {run.directory: program_config(run.config) for run in runs}
             with directory.claims:
-                while left := directory.unclaimed():  # again, if a claim of another process has lapsed meanwhile
+                before, left = None, directory.unclaimed()
+                while left and left != before:  # again, if a claim of another process has lapsed meanwhile
                     Pool(request, groups, options.jobs, hear, directory.claim).run(left)
+                    before, left = left, directory.unclaimed()
         say_what_is_left(directory, progress)
         write_and_print_report([path], path)
     except KeyboardInterrupt:
