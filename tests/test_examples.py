@@ -69,11 +69,13 @@ def test_from_new_to_embed(own: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     config = str(own / "config.py")
     tiny = ["--model.width", "8", "--model.depth", "3", "--federation.rounds", "3", "--federation.local-epochs", "1",
             "--strategy.name", "newest_two", "--evaluation.labels-per-class", "0", "--strategy.first-stage-share", "0",
+            "--evaluation.neighbours", "0",
             "--objective.hidden-dim", "8", "--objective.output-dim", "8"]  # fmt: skip
     assert main(["resources", config, *tiny, "--json", "--no-memory"]) == 0
     costs = json.loads(capsys.readouterr().out)["strategies"]
     between = [costs[name]["total_bytes"] for name in ("layerwise", "newest_two", "progressive")]
     assert between == sorted(set(between))
+    tiny += ["--model.depth", "2", "--federation.rounds", "2"]
     assert main(["train", config, *tiny, "--workdir", str(tmp_path / "run")]) == 0
     (row,) = lw.load_results(tmp_path / "run").to_dict("records")
     assert (row["objective.name"], row["strategy.name"], row["model.name"]) == (

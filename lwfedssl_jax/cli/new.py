@@ -37,4 +37,4 @@ def run_new(options: NewOptions) -> None:
 
 def about(file: Path) -> str:
     """Return the first line of a file's docstring."""
-    return file.read_text(encoding="utf-8").removeprefix('"""').splitlines()[0]
+    return file.read_text(encoding="utf-8").removeprefix('"""').splitlines()[0].removesuffix('"""')

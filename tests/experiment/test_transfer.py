@@ -170,7 +170,8 @@ def test_the_same_images_under_two_names_are_refused_and_changed_ones_are_named(
         np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
 
     write(0)
-    names = (f"npz:{tmp_path}/a.npz", f"npz:{tmp_path}/../{tmp_path.name}/a.npz")
+    (tmp_path / "b.npz").symlink_to(tmp_path / "a.npz")
+    names = (f"npz:{tmp_path}/a.npz", f"npz:{tmp_path}/b.npz")
     twice = small_config(evaluation__labels_per_class=(), evaluation__data=names)
     with pytest.raises(ConfigError, match=r"^evaluation.data: '.*' has the images and labels of another one; accepted"):
         train(twice, tmp_path / "run")

@@ -146,7 +146,9 @@ def test_frozen_and_trainable_parts_together_are_the_module(model: str, mine: Pa
 def test_from_a_file_of_ones_own_to_features(
     model: str, strategy: str, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_of(model, strategy__name=strategy, runtime__remat=strategy == "progressive")
+    config = config_of(
+        model, strategy__name=strategy, runtime__remat=strategy == "progressive", evaluation__neighbours=0
+    )
     summary = train(config, tmp_path / "run")
     assert summary["resources"]["total_bytes"] > 0
     assert all(np.isfinite(list(ledger["flops_executed"] for ledger in summary["strategies"].values())))
