@@ -12,7 +12,7 @@ import pandas as pd
 from rich.console import Console
 
 from lwfedssl_jax.analysis import run_plots
-from lwfedssl_jax.config import Config, ConfigError, choose, load, override, resolve
+from lwfedssl_jax.config import Config, ConfigError, choose, code_digest, load, override, resolve
 from lwfedssl_jax.data.memory import Data, hold
 from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.experiment import train as experiment
@@ -26,6 +26,9 @@ from lwfedssl_jax.workdir.metrics import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+CODE: dict[Config, str] = {}  # of the configs that load_config has returned (code_digest)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
     config = resolve(override(load(name), overrides or {}))
     set_up()
     check(config)
+    CODE[config] = code_digest(name)
     return config
 
 
@@ -135,7 +139,8 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
     """Train, evaluate and write the work directory; an interrupted run continues, a finished one is only read.
 
     Args:
-      config: from ``load_config``, or a ``Config`` of your own.
+      config: from ``load_config``, or a ``Config`` of your own. A run of the former is known also by the text of the
+        config's own files.
       directory: the work directory; by default ``runs/STRATEGY-HASH``, one per config.
       progress: whether to show progress on standard error, or in the notebook.
       data: a data set in memory, in place of ``data.name``; it is a part of what identifies the run.
@@ -146,10 +151,12 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
       KeyboardInterrupt: on Ctrl-C, after the last finished round has been saved.
       OSError: something cannot be written; what was saved before is intact.
     """
-    config = resolve(override(config, {"data.name": hold(data)}) if data else config)
+    config = resolve(config)
+    code = CODE.get(config, "")
+    config = override(config, {"data.name": hold(data)}) if data else config
     set_up()
-    path = default_workdir(config.strategy.name, config) if directory is None else with_home(directory)
-    workdir = WorkDir(path, config)
+    path = default_workdir(config.strategy.name, config, code) if directory is None else with_home(directory)
+    workdir = WorkDir(path, config, code)
     if workdir.summary is not None or not progress:
         return Run(path, config, experiment.train(config, workdir))
     console = Console(stderr=True)

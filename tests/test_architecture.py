@@ -79,8 +79,10 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
 def test_text_files_are_utf8_whatever_the_locale() -> None:
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                name, keywords = node.func.attr, {keyword.arg for keyword in node.keywords}
-                modes = {a.value for a in node.args if isinstance(a, ast.Constant)} & {"r", "w", "a"}
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+                keywords = {keyword.arg for keyword in node.keywords}
+                values = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+                modes = {a.value for a in values if isinstance(a, ast.Constant)} & {"r", "w", "a", "x", "r+", "w+"}
                 is_text = name in ("read_text", "write_text") or (name in ("open", "fdopen") and modes)
                 assert not is_text or "encoding" in keywords, f"{module}, line {node.lineno}"

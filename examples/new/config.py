@@ -1,8 +1,8 @@
 """A config of your own: Barlow Twins on a mixer, with your own data, layer by layer.
 
-python run.py train config.py                             # one to two minutes on 2 CPU cores
-python run.py resources config.py                         # what a client spends, under each strategy
-python run.py train config.py --strategy.name newest_two  # the strategy of method.py
+lwfedssl train config.py                             # one to two minutes on 2 CPU cores
+lwfedssl resources config.py                         # what a client spends, under each strategy
+lwfedssl train config.py --strategy.name newest_two  # the strategy of method.py
 """
 
 import data

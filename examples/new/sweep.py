@@ -1,7 +1,7 @@
 """Strategies on your own config, with two seeds.
 
-python run.py sweep sweep.py --dry-run    # what would run, and how long it would take
-python run.py sweep sweep.py --jobs 2
+lwfedssl sweep sweep.py --dry-run    # what would run, and how long it would take
+lwfedssl sweep sweep.py --jobs 2
 """
 
 from lwfedssl_jax.sweep import Sweep

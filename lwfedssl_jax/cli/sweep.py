@@ -1,6 +1,8 @@
 """The command ``sweep``."""
 
 import collections
+import os
+import socket
 from typing import Any
 
 import jax
@@ -33,13 +35,14 @@ def shard_of(options: SweepOptions) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def say_what_is_left(directory: SweepDirectory, console: Console) -> None:
-    """Say which runs of the whole sweep are not finished, and who is training them."""
+def say_what_is_left(directory: SweepDirectory, console: Console) -> bool:
+    """Say who is training runs of the sweep; return whether nobody is, so that this process writes the report."""
     left = [run for run in directory.runs if not directory.is_finished(run)]
-    holders = collections.Counter(directory.holder(run) or "nobody" for run in left)
+    holders = collections.Counter(holder for run in left if (holder := directory.holder(run)))
     for holder, number in holders.items():
-        text = f"{number} of {len(directory.runs)} runs are not finished; {holder} is training them"
+        text = f"{holder} is training {number} of {len(directory.runs)} runs; the last process writes the report"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return not holders
 
 
 def run_sweep(options: SweepOptions) -> None:
@@ -82,6 +85,7 @@ def run_sweep(options: SweepOptions) -> None:
             request = {
                 "path": str(path), "sweep": options.sweep_name, "base": options.base,
                 "cache": options.compilation_cache, "together": options.together,
+                "log": f"-{socket.gethostname()}-{os.getpid()}" if options.shard else "",
             }  # fmt: skip
             groups = {run.directory: program_config(run.config) for run in runs}
             with directory.claims:
@@ -89,8 +93,9 @@ def run_sweep(options: SweepOptions) -> None:
                 while left and left != before:  # again, if a claim of another process has lapsed meanwhile
                     Pool(request, groups, options.jobs, hear, directory.claim).run(left)
                     before, left = left, directory.unclaimed()
-        say_what_is_left(directory, progress)
-        write_and_print_report([path], path)
+        if say_what_is_left(directory, progress):
+            with directory.alone_writing():
+                write_and_print_report([path], path)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues the sweep") from None
     finally:

@@ -1,6 +1,5 @@
 """The command ``train``."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from rich.console import Console
 
 from lwfedssl_jax.analysis import terminal
 from lwfedssl_jax.cli.options import TrainOptions
-from lwfedssl_jax.config import Config, code_of, named, resolve
+from lwfedssl_jax.config import Config, code_digest, named, resolve
 from lwfedssl_jax.experiment import train as experiment
 from lwfedssl_jax.experiment.progress import ConsoleProgress
 from lwfedssl_jax.system import devices
@@ -37,9 +36,8 @@ def run_train(options: TrainOptions, arguments: list[str]) -> None:
 
 def run_and_print(config: Config, arguments: Sequence[str], path: Path | None) -> None:
     """Train, with progress on standard error, and print the summary on standard output."""
-    name, text = named(arguments[0]), code_of(arguments[0])
     # A user's own file may contain more than a config, such as an objective.
-    code = hashlib.sha256(text).hexdigest() if text else ""
+    name, code = named(arguments[0]), code_digest(arguments[0])
     path = path or default_workdir(name, config, code)
     workdir, out = WorkDir(path, config, code, command=arguments), Console()
     if workdir.summary is not None:

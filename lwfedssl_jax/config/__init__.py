@@ -1,6 +1,17 @@
 """The definition of an experiment, and every check that needs only the config."""
 
-from lwfedssl_jax.config.files import CONFIG_DIR, REPLACED, SWEEPS, available, code_of, find_file, load, named, run_file
+from lwfedssl_jax.config.files import (
+    CONFIG_DIR,
+    REPLACED,
+    SWEEPS,
+    available,
+    code_digest,
+    code_of,
+    find_file,
+    load,
+    named,
+    run_file,
+)
 from lwfedssl_jax.config.flat import flat, join_lists
 from lwfedssl_jax.config.model_sizes import MODELS, ModelSize, ResNetSize, VitSize
 from lwfedssl_jax.config.plain import INERT_FIELDS, digest, from_dict, to_dict
@@ -46,6 +57,7 @@ __all__ = [
     "VitSize",
     "available",
     "choose",
+    "code_digest",
     "code_of",
     "device_classes",
     "digest",

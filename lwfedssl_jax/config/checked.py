@@ -1,7 +1,6 @@
 """The values of a config's fields: written one way, and refused if they are not valid."""
 
 import dataclasses
-import os.path
 import typing
 from typing import Any
 
@@ -39,4 +38,7 @@ def checked(config: Config) -> Config:
 def short_path(name: str) -> str:
     """Return the name of a data set with its path in the shortest form: ``folder:./data/`` as ``folder:data``."""
     kind, _, path = name.partition(":")
-    return f"{kind}:{os.path.normpath(path)}" if kind in IN_FILES and path else name
+    if kind not in IN_FILES or not path:
+        return name
+    parts = [part for part in path.split("/") if part not in ("", ".")]  # ".." may lead elsewhere, from a link
+    return f"{kind}:{'/' * path.startswith('/')}{'/'.join(parts) or '.' * (not path.startswith('/'))}"

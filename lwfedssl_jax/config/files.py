@@ -3,6 +3,7 @@
 import ast
 import csv
 import difflib
+import hashlib
 import os.path
 import sys
 import sysconfig
@@ -87,7 +88,8 @@ class UserFiles:
 
     def run(self, path: Path) -> types.ModuleType:
         """Run a file as a module."""
-        module = types.ModuleType("lwfedssl_config")
+        name = f"lwfedssl_config_{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
+        module = sys.modules[name] = types.ModuleType(name)  # where dataclasses look their annotations up
         module.__file__ = str(path)
         folder = str(path.parent.absolute())
         if not self.running:  # neighbours may have changed, and those of another folder may have the same names
@@ -95,7 +97,7 @@ class UserFiles:
                 sys.modules.pop(name, None)
             self._imported.clear()
         before, bytecode = set(sys.modules), sys.dont_write_bytecode
-        sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]  # stays, for imports when it trains
+        _search_first(folder)  # it stays, for imports when it trains
         sys.dont_write_bytecode = True  # a __pycache__ may be older than a file by less than its clock tells
         self.running.append(path)
         parts = self.parts[path.absolute()] = set()
@@ -108,12 +110,24 @@ class UserFiles:
             self._imported += new
             parts |= set(new.values())
             if self.running:
-                self.parts[self.running[-1].absolute()] |= parts | {path.absolute()}
+                outer = self.running[-1].absolute()
+                if not path.resolve().is_relative_to(CONFIG_DIR.resolve()):  # it is the user's, too
+                    self.parts[outer] |= parts | {path.absolute()}
+                if str(outer.parent) != folder:  # whose files may have the same names
+                    _search_first(str(outer.parent))
+                    for name in new:
+                        sys.modules.pop(name, None)
         return module
 
     def code(self, path: Path) -> bytes:
         """The text of a file that has run, and of the user's other files that it imported or loaded."""
-        return b"".join(file.read_bytes() for file in [path, *sorted(self.parts.get(path.absolute(), ()))])
+        folder = path.absolute().parent
+        parts = sorted(self.parts.get(path.absolute(), ()), key=lambda file: os.path.relpath(file, folder))
+        return b"".join(file.read_bytes() for file in [path, *parts])
+
+
+def _search_first(folder: str) -> None:
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
 
 
 def _own_file(module: types.ModuleType, folder: str) -> Path | None:
@@ -142,6 +156,12 @@ def code_of(name: str, config_dir: Path = CONFIG_DIR) -> bytes:
       config_dir: of the named configs, whose text does not count.
     """
     return USER_FILES.code(with_home(name)) if named(name, config_dir).endswith(".py") else b""
+
+
+def code_digest(name: str) -> str:
+    """Return the hash of ``code_of``, as work directories have it; empty for a named config."""
+    text = code_of(name)
+    return hashlib.sha256(text).hexdigest() if text else ""
 
 
 def run_file(path: Path, argument: str, what: str) -> types.ModuleType:

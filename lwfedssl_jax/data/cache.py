@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from lwfedssl_jax.config import ConfigError, DataConfig
 from lwfedssl_jax.system.errors import first_of
@@ -26,6 +26,12 @@ FORMAT = 4  # of an entry; with another number, all existing entries are unused
 GROUP_SIZE, THREAD_BATCH = 1024, 32  # images that are decoded at a time, by all threads and by one
 CLASSES = 2**20  # at most; more would make heads of gigabytes
 SECONDS_TO_ABANDON = 24 * 3600.0  # a temporary folder unchanged for longer is left over from a process that died
+
+TURN = Image.Transpose
+UPRIGHT: dict[Any, Image.Transpose] = {  # by EXIF's orientation
+    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
+    7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
+}  # fmt: skip
 
 Notify = Callable[[str], None]
 
@@ -174,10 +180,20 @@ def fit(image: np.ndarray | Image.Image, size: int, channels: int) -> np.ndarray
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if image.mode[0] in "IF":
         raise ValueError(f"its mode {image.mode} has more than 8 bits per channel")
-    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    image = upright(image).convert("RGB" if channels == 3 else "L")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data say; data that cannot be read say nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of many kinds, from damaged data of no other use here
+        return image
+    turn = UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _shapes(config: DataConfig, splits: Mapping[str, Split], channels: int) -> dict[str, tuple[int, ...]]:

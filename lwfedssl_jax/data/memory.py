@@ -79,13 +79,11 @@ def _refuse(field: str, found: str, accepted: str) -> ConfigError:
 
 
 def _has_colours(images: Images | None) -> bool:
-    if images is None or not len(images):
-        return False
-    first = images[0]
-    return (
-        first.mode not in ("1", "L")
-        if isinstance(first, Image.Image)
-        else np.ndim(first) == 3 and np.shape(first)[2] > 1
+    if isinstance(images, np.ndarray):
+        return images.ndim == 4 and images.shape[3] > 1
+    return any(
+        image.mode not in ("1", "L") if isinstance(image, Image.Image) else np.shape(image)[2:] not in ((), (1,))
+        for image in (images if images is not None else ())
     )
 
 
@@ -96,11 +94,13 @@ def _part(data: Data, prefix: str) -> tuple[list[np.ndarray | Image.Image], np.n
       ConfigError: they are not valid.
     """
     images, labels = getattr(data, f"{prefix}images"), getattr(data, f"{prefix}labels")
-    found = list(images) if images is not None else []
+    found = [x if isinstance(x, Image.Image) else np.asarray(x) for x in (images if images is not None else [])]
     if not found and not prefix:
         raise _refuse("images", "none", "at least one image")
     for i, image in enumerate(found):
         if isinstance(image, Image.Image):
+            if image.mode[0] in "IF":
+                raise _refuse(f"{prefix}images[{i}]", f"mode {image.mode}", "8 bits per channel")
             continue
         shape, dtype = np.shape(image), getattr(image, "dtype", type(image))
         if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))) or 0 in shape:

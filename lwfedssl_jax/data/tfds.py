@@ -66,7 +66,8 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
     try:
         builder = tfds.builder(name, data_dir=tfds_folder())
         if not builder.is_prepared():
-            check_host(next(iter(builder.url_infos or ()), ""), note)
+            if not any(Path(tfds_folder()).glob("downloads/*")):  # else the archive may be there
+                check_host(next(iter(builder.url_infos or ()), ""), note)
             note(f"tensorflow-datasets downloads and prepares {builder.info.full_name} in {tfds_folder()}")
             builder = tfds.builder(name, data_dir=tfds_folder(), file_format="array_record")
             builder.download_and_prepare()

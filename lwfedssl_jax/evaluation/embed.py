@@ -51,8 +51,7 @@ def find_pictures(path: Path) -> Pictures:
             found = Pictures(len(files), ((file.relative_to(path).as_posix(), file) for file in files))
         elif path.suffix == ".npz":
             arrays = image_arrays(path)
-            each = ((f"{name}[{i}]", image) for name in arrays for i, image in enumerate(npz_images(path, name)))
-            found = Pictures(sum(shape[0] for shape in arrays.values()), each)
+            found = Pictures(sum(shape[0] for shape in arrays.values()), _images_in(path, list(arrays)))
         else:
             found = Pictures(int(path.is_file()), [(path.name, path)])
     except (OSError, ValueError) as error:
@@ -62,8 +61,26 @@ def find_pictures(path: Path) -> Pictures:
     return found
 
 
+def _images_in(path: Path, arrays: list[str]) -> Iterator[tuple[str, Picture]]:
+    try:
+        for name in arrays:
+            for i, image in enumerate(npz_images(path, name)):
+                yield f"{name}[{i}]", image
+    except Exception as error:  # zipfile and NumPy raise many kinds if a byte is wrong
+        raise ConfigError(f"IMAGES: {path} cannot be read ({error}); accepted: {FORMS}") from error
+
+
 def _files_in(folder: Path) -> Iterator[Path]:
-    for root, inner, names in os.walk(folder, followlinks=False):
+    reached: set[str] = set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, inner, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(root)) in reached:  # by a link
+            inner.clear()
+            continue
+        reached.add(real)
         inner[:] = [name for name in inner if not name.startswith(".")]
         yield from (Path(root) / name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
 

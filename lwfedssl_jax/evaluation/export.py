@@ -318,8 +318,8 @@ def load_encoder(directory: str | Path, config_file: str = "") -> TrainedEncoder
         )
     if (name := dict(config.get("model", {})).get("name")) not in MODELS:
         raise ConfigError(
-            f"{about}: the model {name!r} is not one of this package; accepted: it, and the config file that adds it "
-            "(load_encoder(DIRECTORY, FILE), embed --config FILE)"
+            f"{about}: the model {name!r} is not one of this package; accepted: a model of this package, or the config "
+            "file that adds this one: load_encoder(DIRECTORY, FILE), embed --config FILE"
         )
     try:
         return TrainedEncoder(config, safetensors.numpy.load(content))

@@ -19,6 +19,7 @@ from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.tree import Tree
 
 Build = Callable[..., nn.Module]
+BUILT_IN = frozenset((*MODELS, *ARCHITECTURES))
 
 
 class Pooled(NamedTuple):
@@ -68,7 +69,12 @@ def add_model(name: str, build: Build, *, width: int, depth: int, **sizes: Any) 
         one's get, in their stage, a pool and a linear layer to D of their own.
       width, depth: that it has where a config does not set them.
       sizes: further ones that a config may set: ``heads``, ``patch_size``.
+
+    Raises:
+      ConfigError: the name is one of this package's, or it knows no such size.
     """
+    if name in BUILT_IN:
+        raise ConfigError(f"add_model: {name!r} is a name of this package; accepted: another one")
     known = {field.name for field in dataclasses.fields(ModelConfig)} - {"name"}
     if unknown := set(sizes) - known:
         raise ConfigError(f"add_model: unknown size {min(unknown)!r}; accepted: {', '.join(sorted(known))}")

@@ -1,6 +1,8 @@
 """The directory in which a sweep is stored."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lwfedssl_jax.sweep.grid import SweepFile, SweepRun
 from lwfedssl_jax.system.files import DirectoryLock, can_write, is_leftover, write_whole
 
 INDEX, SOURCE, RUNS, CLAIMS, SWEEP_LOCK = "sweep.json", "sweep.py", "runs", ".claims", ".sweep.lock"
+WRITE_LOCK, PATIENCE = ".sweep.write.lock", 60.0  # seconds that a process waits while another one writes
 
 
 def digest_of(directory: str) -> str:
@@ -66,8 +69,10 @@ class SweepDirectory:
                 for r in self.runs
             ],
         }
-        self._lock = DirectoryLock(path / SWEEP_LOCK)
-        there = [p for p in path.iterdir() if p.name != SWEEP_LOCK and not is_leftover(p)] if path.is_dir() else []
+        self._lock = DirectoryLock(path / SWEEP_LOCK, patience=0 if self._alone else PATIENCE)
+        self._writing = DirectoryLock(path / WRITE_LOCK, patience=PATIENCE)
+        known = (SWEEP_LOCK, WRITE_LOCK)
+        there = [p for p in path.iterdir() if p.name not in known and not is_leftover(p)] if path.is_dir() else []
         if (path.exists() and not path.is_dir()) or (there and not (path / INDEX).is_file()):
             raise ConfigError(f"--workdir: {path} contains no sweep; accepted: a new or empty directory, or a sweep's")
         if not can_write(path):
@@ -124,9 +129,19 @@ class SweepDirectory:
 
     def _write(self) -> None:
         mine = {run.directory for run in self.share}
-        others = {directory: why for directory, why in self._failed_before().items() if directory not in mine}
-        content = self._content | {"failed": others | self._failed}
-        write_whole(self.path / INDEX, f"{json.dumps(content, indent=1)}\n".encode())
+        with self.alone_writing():
+            others = {directory: why for directory, why in self._failed_before().items() if directory not in mine}
+            content = self._content | {"failed": others | self._failed}
+            write_whole(self.path / INDEX, f"{json.dumps(content, indent=1)}\n".encode())
+
+    @contextlib.contextmanager
+    def alone_writing(self) -> Iterator[None]:
+        """Within this context, no other shard writes to the sweep's own files."""
+        self._writing.acquire()
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     def _failed_before(self) -> dict[str, str]:
         """What other shards have noted."""

@@ -37,7 +37,7 @@ class Worker:
         self.at_work: list[SweepRun] = []
         self.begun: list[SweepRun] = []
         self.group: Any = None
-        self.log = Path(request["path"]) / LOGS / f"worker{number}.log"
+        self.log = Path(request["path"]) / LOGS / f"worker{number}{request['log']}.log"
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -84,7 +84,8 @@ class Pool:
     """Executes runs in several workers.
 
     Args:
-      request: what each worker receives first: ``path`` of the sweep's directory, ``sweep``, ``cache``, ``together``.
+      request: what each worker receives first: ``path`` of the sweep's directory, ``sweep``, ``cache``, ``together``,
+        ``log`` (what the names of its logs end in).
       groups: each run's key; runs of one are best done by one worker.
       jobs: how many workers there are.
       hear: called with what happens to each run (``event``: started, compiling, round, evaluation, finished, failed).

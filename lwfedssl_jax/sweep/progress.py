@@ -22,7 +22,7 @@ def estimates_table(runs: Sequence[SweepRun], estimates: Sequence[Estimate], fin
     for column in ("run", "setting", "seed", "operations", "training"):
         table.add_column(column, justify="right" if column in ("seed", "operations", "training") else "left")
     left = 0.0
-    scale, unit = (1e12, "T") if max(e.operations for e in estimates) >= 1e12 else (1e9, "G")
+    scale, unit = (1e12, "T") if max((e.operations for e in estimates), default=0) >= 1e12 else (1e9, "G")
     for number, (run, of_run) in enumerate(zip(runs, estimates, strict=True), 1):
         done = run.directory in finished
         left += 0.0 if done else of_run.seconds

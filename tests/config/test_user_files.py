@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from lwfedssl_jax.config import CONFIG_DIR, ConfigError, code_of, digest, load, named, override, resolve
+from lwfedssl_jax.config.checked import short_path
+from lwfedssl_jax.config.files import USER_FILES
 from lwfedssl_jax.sweep import Sweep
 from lwfedssl_jax.sweep.grid import load_sweep, make_runs
 
@@ -55,7 +57,23 @@ def test_a_run_is_known_by_its_file_and_by_all_that_this_imports(folders: tuple[
         load(str(folder / "mine.py"))
         codes.add(code_of(str(folder / "mine.py")))
     assert len(codes) == 5
-    assert b"usr/lib" not in next(iter(codes))
+    parts = USER_FILES.parts[folder / "mine.py"]
+    assert {file.name for file in parts} == {"base.py", "more.py", "helper_mod.py"}
+
+
+def test_the_own_folder_stays_first_after_another_was_loaded_and_annotations_may_be_text(
+    folders: tuple[Path, Path],
+) -> None:
+    first, second = folders
+    (first / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from lwfedssl_jax.config import load, override\n"
+        f"load({str(second / 'mine.py')!r})\nimport helper_mod\n\n"
+        "@dataclass\nclass Mine:\n    rounds: int = helper_mod.ROUNDS\n\n"
+        'config = override(load("quickstart"), {"federation.rounds": Mine().rounds})\n',
+        encoding="utf-8",
+    )
+    assert load(str(first / "mine.py")).federation.rounds == 7
 
 
 def test_a_named_config_is_the_same_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +109,11 @@ def test_numbers_of_numpy_and_lists_are_numbers_and_tuples() -> None:
 
 def test_a_path_to_data_is_one_however_it_is_written() -> None:
     base = load("quickstart")
-    names = ("folder:data", "folder:./data/", "folder:data/../data//")
+    names = ("folder:data", "folder:./data/", "folder:.//data/./")
     assert len({digest(resolve(override(base, {"data.name": name}))) for name in names}) == 1
+    assert short_path("folder:link/../data") == "folder:link/../data"
+    assert [short_path(name) for name in ("npz:/a//b", "folder:.", "folder:./", "digits")] == [
+        "npz:/a/b", "folder:.", "folder:.", "digits",
+    ]  # fmt: skip
     further = [resolve(override(base, {"evaluation.data": [f"npz:{x}a.npz", "tfds:a/b"]})) for x in ("", "./")]
     assert further[0] == further[1]

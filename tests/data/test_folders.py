@@ -91,6 +91,13 @@ def test_classes_may_have_words_of_splits(tmp_path: Path) -> None:
     assert load(f"folder:{tmp_path}/all").class_names == tuple(sorted(names))
 
 
+def test_damaged_exif_data_say_nothing(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8), (10, 20, 30))
+    image.save(tmp_path / "a.png", exif=b"Exif\0\0no such data")
+    image.save(tmp_path / "b.webp", exif=b"Exif\0\0no such data", lossless=True)
+    assert (load(f"folder:{tmp_path}", size=8).train_images == (10, 20, 30)).all()
+
+
 def test_a_lone_class_is_warned_of(tmp_path: Path) -> None:
     for i in range(5):
         picture(tmp_path / "all" / "photos" / f"{i}.png", 1)

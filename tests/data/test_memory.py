@@ -43,9 +43,9 @@ def test_splits_sizes_and_channels() -> None:
     assert (len(unlabelled.train_images), len(unlabelled.test_images), len(unlabelled.labelled)) == (40, 0, 0)
     gray = load(images=IMAGES[..., 0], labels=LABELS)
     assert gray.train_images.shape == (32, 4, 4, 1)
-    mixed = load(images=[Image.fromarray(IMAGES[0]), IMAGES[1], Image.new("L", (9, 7))])
+    mixed = load(images=[Image.fromarray(IMAGES[0]).convert("L"), IMAGES[0], Image.new("L", (9, 7))])
     assert mixed.train_images.shape == (3, 4, 4, 3)
-    np.testing.assert_array_equal(mixed.train_images[0], cache.fit(IMAGES[0], 4, 3))
+    np.testing.assert_array_equal(mixed.train_images[1], cache.fit(IMAGES[0], 4, 3))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_splits_sizes_and_channels() -> None:
         ({"images": []}, "images: none; accepted: at least one image"),
         ({"images": IMAGES / 255}, r"images\[0\]: float64 of shape \(6, 5, 3\); accepted: uint8 HxW"),
         ({"images": [IMAGES[0], IMAGES[0, 0, 0]]}, r"images\[1\]: uint8 of shape \(3,\); accepted: uint8 HxW"),
+        ({"images": [Image.new("I;16", (4, 4))]}, r"images\[0\]: mode I;16; accepted: 8 bits per channel"),
         ({"labels": LABELS[1:]}, "labels: 39 for 40 images; accepted: one for each image"),
         ({"labels": LABELS + 0.5}, "labels: type float64; accepted: whole numbers"),
         ({"labels": LABELS - 2}, "labels: a label -2; accepted: -1 to"),

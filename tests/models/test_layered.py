@@ -18,6 +18,7 @@ from lwfedssl_jax.config import MODELS, Config, ConfigError, load, override, res
 from lwfedssl_jax.costs.ledger import all_strategies
 from lwfedssl_jax.method.task import make_task
 from lwfedssl_jax.models import ARCHITECTURES
+from lwfedssl_jax.models.layered import add_model
 
 MINE = """
 import flax.linen as nn
@@ -166,7 +167,7 @@ def test_from_a_file_of_ones_own_to_features(
     with mock.patch.dict(MODELS):
         del MODELS[model]
         assert cli.main(words) == 2
-        assert f"the model {model!r} is not one of this package; accepted: it, and" in capsys.readouterr().err
+        assert f"the model {model!r} is not one of this package; accepted: a model of" in capsys.readouterr().err
 
 
 def test_the_ledger_of_ones_own_model() -> None:
@@ -209,6 +210,12 @@ def test_modules_of_another_form_are_refused(kind: str, message: str, tmp_path: 
     load(str(tmp_path / "bad.py"))
     with pytest.raises(ConfigError, match=message):
         make_task(config_of("bad"))
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_tiny", "resnet18"])
+def test_the_packages_own_names_are_taken(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^add_model: {name!r} is a name of this package; accepted: another one"):
+        add_model(name, lambda: None, width=1, depth=1)
 
 
 def test_precisions_and_sizes_that_it_does_not_have_are_refused() -> None:

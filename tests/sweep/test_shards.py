@@ -37,7 +37,7 @@ def test_a_claim_is_one_processs_until_it_is_given_back_or_lapses(tmp_path: Path
         mine.give_back("a")  # not its own any more
         assert not mine.take("a")
         file = tmp_path / "claims" / "a"
-        file.write_text("elsewhere 5 token")
+        file.write_text("elsewhere 5 machine token")
         assert mine.holder("a") == "process 5 on elsewhere"
         assert not mine.take("a")
         os.utime(file, (time.time() - claims.LAPSE_SECONDS - 5,) * 2)
@@ -45,7 +45,7 @@ def test_a_claim_is_one_processs_until_it_is_given_back_or_lapses(tmp_path: Path
         assert mine.take("a")
         ended = subprocess.Popen([sys.executable, "-c", ""])
         ended.wait()
-        (tmp_path / "claims" / "b").write_text(f"{os.uname().nodename} {ended.pid} token")
+        (tmp_path / "claims" / "b").write_text(f"elsewhere {ended.pid} {claims.machine()} token")
         assert mine.take("b")
     assert not list((tmp_path / "claims").iterdir())
 
@@ -73,6 +73,10 @@ def test_shares_are_all_runs_once(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert f"error: --shard: {shard!r} is not valid; accepted: I/N" in capsys.readouterr().err
 
 
+def claims_in(folder: Path) -> list[Path]:
+    return list((folder / "out" / ".claims").glob("[0-9a-f]*"))
+
+
 def test_three_shards_of_which_one_is_killed_and_a_fourth_that_finishes(tmp_path: Path) -> None:
     small = SMALL | {"model.depth": 1, "federation.rounds": 2, "strategy.name": "end_to_end"}
     (tmp_path / "mine.py").write_text(f"BASE = {small!r}\n{SWEEP}", encoding="utf-8")
@@ -85,13 +89,16 @@ def test_three_shards_of_which_one_is_killed_and_a_fourth_that_finishes(tmp_path
 
     first, second, killed = start("1/3"), start("2/3"), start("3/3")
     assert killed.stderr is not None
-    while not list((tmp_path / "out" / ".claims").glob("[0-9a-f]*")):
+    while not [
+        claim for claim in claims_in(tmp_path) if claim.read_text(encoding="utf-8").split()[1:2] == [str(killed.pid)]
+    ]:
         time.sleep(0.05)
+        assert killed.poll() is None
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     for process in (first, second):
-        assert process.communicate(timeout=300)
-        assert process.returncode == 0
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
     sweep = load_sweep(str(tmp_path / "mine.py"))
     directory = SweepDirectory(tmp_path / "out", sweep)
     before = {run.directory: directory.is_finished(run) for run in sweep.runs}
@@ -108,4 +115,4 @@ def test_three_shards_of_which_one_is_killed_and_a_fourth_that_finishes(tmp_path
         lines = (tmp_path / "out" / run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rounds = [entry["round"] for line in lines if "event" not in (entry := json.loads(line))]
         assert rounds == [1, 2]
-    assert not list((tmp_path / "out" / ".claims").iterdir())
+    assert not claims_in(tmp_path)
