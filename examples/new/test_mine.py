@@ -10,7 +10,10 @@ import lwfedssl_jax as lw
 from lwfedssl_jax.method.objectives import OBJECTIVES
 
 CONFIG = str(Path(__file__).parent / "config.py")
-SMALL = {"federation.rounds": 2, "federation.local_epochs": 1, "model.depth": 2, "evaluation.labels_per_class": (0,)}
+SMALL = {
+    "federation.rounds": 1, "federation.local_epochs": 1, "model.depth": 1, "strategy.name": "end_to_end",
+    "evaluation.labels_per_class": (0,), "evaluation.neighbours": 0,
+}  # fmt: skip
 
 
 def test_it_trains_and_its_encoder_can_be_loaded(tmp_path):

@@ -7,7 +7,8 @@ from rich.console import Console
 from lwfedssl_jax.analysis.results import load_results
 from lwfedssl_jax.cli.options import PlanOptions, check_plot, with_fleet
 from lwfedssl_jax.cli.status import shown_status
-from lwfedssl_jax.config import Config, ConfigError, device_classes, resolve
+from lwfedssl_jax.config import Config, ConfigError, choose, device_classes, resolve
+from lwfedssl_jax.method.stages import STRATEGIES
 from lwfedssl_jax.plan.clients import make_clients
 from lwfedssl_jax.plan.make import make_plan
 from lwfedssl_jax.plan.measured import NO_RESULTS, Results, measured_accuracies
@@ -28,6 +29,7 @@ def run_plan(options: PlanOptions, command: list[str]) -> None:
       command: the words that they were parsed from.
     """
     config = resolve(with_fleet(options))
+    choose("strategy.name", config.strategy.name, STRATEGIES)  # all are compared, but a misspelt one is a mistake
     check_plot(options.plot)
     if options.out and not can_write(options.out):
         raise ConfigError(f"--out: {options.out} cannot be written; accepted: a folder that you can write to")

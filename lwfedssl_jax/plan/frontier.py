@@ -43,6 +43,7 @@ def step(on_frontier: Sequence[Option], chosen: Option, *, up: bool) -> Option |
     """Return the option of the frontier that is next in accuracy above the chosen one, or below it; None without one.
 
     Accuracies of different kinds, measured and published, are not compared.
+    Above, only those count that leave the fewest clients out, so that no accuracy is bought with clients for nothing.
     Of several with one accuracy it is the one that most clients can take part in, then the one that takes the least
     time, then the least traffic. Below, only options that need less of something count.
     """
@@ -50,7 +51,10 @@ def step(on_frontier: Sequence[Option], chosen: Option, *, up: bool) -> Option |
     at = sign * accuracy_of(chosen)
     alike = [option for option in on_frontier if (option.measured is None) == (chosen.measured is None)]
     further = [option for option in alike if sign * accuracy_of(option) > at]
-    if not up:
+    if up:
+        most = max((option.everywhere for option in further), default=0.0)
+        further = [option for option in further if option.everywhere == most]
+    else:
         further = [option for option in further if is_cheaper(option, chosen)]
     nearest = min((sign * accuracy_of(option) for option in further), default=None)
     candidates = [option for option in further if sign * accuracy_of(option) == nearest]

@@ -181,15 +181,18 @@ def assumed(plan: Plan) -> list[str]:
     how = (
         "They are the clients that a run with this config deals out, each with its own images."
         if plan.clients.dealt
-        else f"They are as given: --examples {plan.clients.given}, the same for each class of devices."
+        else f"They are as given: --examples {plan.clients.given}, the same for each class of devices. A run of this "
+        "config deals out its own images, and may leave out other clients."
     )
     sizes = ", ".join(f"{name} {size:,.0f}" for name, size in plan.clients.quantiles.items())
+    slow = [device.name for device in plan.devices if not device.has_speed]
+    lacking = f" Some of gflops, uplink_mbps and downlink_mbps are not known for {', '.join(slow)}, nor is its time."
     speed = [
         "Time is download, training and upload after each other, at the speeds given for each class, without idle "
         "time; a round is as long as its slowest client takes. Speeds are not measured: gflops is what a device "
-        "sustains."
+        "sustains." + lacking * bool(slow)
         if any(device.has_speed for device in plan.devices)
-        else "Time is unknown: the classes have no gflops or link speeds."
+        else "Time is unknown: no class has all of gflops, uplink_mbps and downlink_mbps."
     ]
     drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
     part = (

@@ -178,6 +178,9 @@ def step_words(option: Option, best: Option, devices: Sequence[DeviceClass]) -> 
             f"{round_percent(option.everywhere)} instead of {round_percent(best.everywhere)} of the clients throughout"
             + without
         )
+        if option.everywhere < best.everywhere:
+            images = max(left.images for left in option.left)
+            changes.append(f"{round_percent(images)} of the images are left out; time is that of the other clients")
     return f"{option.name}: {'; '.join(changes)}."
 
 
