@@ -1,9 +1,9 @@
 """Whether memory, or anything else that a process holds, grows in a small run of very many rounds.
 
-2,000 rounds with an evaluation every 100, checkpoints, and TensorBoard's event files; ten minutes on 2 CPU cores. The
+2,000 rounds with an evaluation every 100, checkpoints, and TensorBoard event files; a minute or two on 2 CPU cores. The
 process's memory, its threads and open files, the arrays on the device, and the size of the work directory are noted
-every 20 rounds. Writes results/soak.json and results/soak.png; the slope of memory is a least-squares line after round
-100.
+every 20 rounds; `--seconds` are those between checkpoints, by default as in a run. Writes results/soak.json and
+results/soak.png; the slope of memory is a least-squares line after round 100.
 """
 
 import os
@@ -18,7 +18,8 @@ FIELDS = {
     "partition.clients": 4, "partition.kind": "iid", "data.name": "synthetic", "data.image_size": 8,
     "data.synthetic_examples": 80, "model.width": 16, "model.depth": 4, "model.heads": 2, "objective.hidden_dim": 16,
     "objective.output_dim": 8, "federation.local_epochs": 1, "optimizer.batch_size": 16,
-    "evaluation.labels_per_class": (0,), "evaluation.neighbours": 5, "runtime.trackers": ("tensorboard",),
+    "evaluation.labels_per_class": (0,), "evaluation.neighbours": 5, "strategy.first_stage_share": 0.0,
+    "runtime.trackers": ("tensorboard",),
 }  # fmt: skip
 EVERY, WARM = 20, 100
 KIB = 1024
@@ -40,12 +41,15 @@ def measure(directory: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    options = common.arguments(__doc__ or "", rounds={"type": int, "default": 2000})
+    options = common.arguments(
+        __doc__ or "", rounds={"type": int, "default": 2000}, seconds={"type": float, "default": 60.0}
+    )
     import numpy as np
+    import orbax.checkpoint  # noqa: F401  the first checkpoint imports it, wherever that is
     from matplotlib.figure import Figure
 
     from lwfedssl_jax.config import load, override, resolve
-    from lwfedssl_jax.experiment.train import train
+    from lwfedssl_jax.experiment import train
     from lwfedssl_jax.simulation.events import Event, RoundDone
     from lwfedssl_jax.system import devices
     from lwfedssl_jax.workdir import WorkDir
@@ -63,16 +67,25 @@ def main() -> None:
                 if event.line["round"] % (10 * EVERY) == 0:
                     print({name: round(value, 1) for name, value in noted[-1].items()}, flush=True)
 
-        train(config, WorkDir(directory, config), hear)
+        train.SECONDS_BETWEEN_CHECKPOINTS = options.seconds
+        train.train(config, WorkDir(directory, config), hear)
     after = [line for line in noted if line["round"] > min(WARM, options.rounds // 2)]
     rounds = np.array([line["round"] for line in after])
     names = [name for name in noted[0] if name != "round"]
     rows = []
     for name in names:
-        values = np.array([line[name] for line in after])
+        values = np.array([line[name] for line in after], float)
         slope = float(np.polyfit(rounds, values, 1)[0])
         shown = f"{slope * KIB:+.3f} KiB" if "MiB" in name else f"{slope:+.5f}"
-        rows.append({"what": name, "first": values[0], "last": values[-1], "largest": values.max(), "per round": shown})
+        rows.append(
+            {
+                "what": name,
+                "first": round(float(values[0]), 2),
+                "last": round(float(values[-1]), 2),
+                "largest": round(float(values.max()), 2),
+                "per round": shown,
+            }
+        )
     common.publish("soak", f"{options.rounds:,} rounds, from round {after[0]['round']} on", rows, noted=noted)
     figure = Figure(figsize=(9, 5), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, names, strict=True):
