@@ -86,7 +86,6 @@ def kill_shards(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
                 processes[number] = shard(folder, number, name)
         sweeps += 1
         differ += outcome(folder / name) != expected
-        assert not list((folder / name / ".claims").glob("[0-9a-f]*")), "claims are left"
     return {"what": "sweep in two shards", "kills": killed, "repeated": sweeps, "that differ": differ}
 
 
