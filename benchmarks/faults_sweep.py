@@ -65,7 +65,7 @@ def outcome(path: Path) -> dict[str, Any]:
 
 
 def kill_shards(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill shards so many times in all."""
+    """Kill a shard, ``kills`` times in all."""
     began = time.monotonic()
     for number in (1, 2):
         assert shard(folder, number, "whole").wait() == 0, (folder / "log").read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def kill_shards(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
 
 
 def kill_embed(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill `embed` so many times; its file must be whole or not be there."""
+    """Kill ``embed``, ``kills`` times; its file must be whole or missing."""
     (folder / "pictures").mkdir()
     for i in range(3000):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 20, 3), np.uint8)).save(
