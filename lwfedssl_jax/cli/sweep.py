@@ -3,6 +3,7 @@
 import collections
 import os
 import socket
+import time
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from lwfedssl_jax.sweep.pool import Pool
 from lwfedssl_jax.sweep.progress import SweepProgress, estimates_table
 from lwfedssl_jax.system import devices
 from lwfedssl_jax.system.errors import FailedRunsError, first_of
+
+SECONDS_TO_LOOK = 5.0  # between looks at a claim of another process
 
 
 def shard_of(options: SweepOptions) -> tuple[int, int]:
@@ -90,8 +93,11 @@ def run_sweep(options: SweepOptions) -> None:
             groups = {run.directory: program_config(run.config) for run in runs}
             with directory.claims:
                 before, left = None, directory.unclaimed()
-                while left and left != before:  # again, if a claim of another process has lapsed meanwhile
-                    Pool(request, groups, options.jobs, hear, directory.claim).run(left)
+                while (left and left != before) or (directory.alone and directory.is_waiting()):
+                    if left and left != before:
+                        Pool(request, groups, options.jobs, hear, directory.claim).run(left)
+                    else:  # a claim of a process that is gone, such as of a container, lapses by time
+                        time.sleep(SECONDS_TO_LOOK)
                     before, left = left, directory.unclaimed()
         if say_what_is_left(directory, progress):
             with directory.alone_writing():

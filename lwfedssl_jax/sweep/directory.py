@@ -41,6 +41,7 @@ class SweepDirectory:
     Attributes:
       runs: of the sweep, with the directories that they have here.
       share: those of the shard, neighbours in the sweep's order.
+      alone: whether there are no other shards.
       claims: on the runs that this process trains, by their digest.
       others: directories of an earlier version's runs, which stay but are ignored.
 
@@ -50,7 +51,7 @@ class SweepDirectory:
 
     def __init__(self, path: Path, sweep: SweepFile, shard: tuple[int, int] = (1, 1)) -> None:
         self.path, self._source, (number, count) = path, sweep.source, shard
-        self._alone = count == 1
+        self.alone = count == 1
         there_by_digest = {digest_of(run): f"{RUNS}/{run}" for run in sorted(runs_in(path), reverse=True)}
         self.runs = [
             run._replace(directory=there_by_digest.pop(digest_of(run.directory), run.directory)) for run in sweep.runs
@@ -69,7 +70,7 @@ class SweepDirectory:
                 for r in self.runs
             ],
         }
-        self._lock = DirectoryLock(path / SWEEP_LOCK, patience=0 if self._alone else PATIENCE)
+        self._lock = DirectoryLock(path / SWEEP_LOCK, patience=0 if self.alone else PATIENCE)
         self._writing = DirectoryLock(path / WRITE_LOCK, patience=PATIENCE)
         known = (SWEEP_LOCK, WRITE_LOCK)
         there = [p for p in path.iterdir() if p.name not in known and not is_leftover(p)] if path.is_dir() else []
@@ -83,7 +84,7 @@ class SweepDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         self._write()
-        if not self._alone:
+        if not self.alone:
             self._lock.release()
         write_whole(self.path / SOURCE, self._source.encode())
 
@@ -107,6 +108,10 @@ class SweepDirectory:
             for run in self.share
             if run.directory not in self._tried and not self.is_finished(run) and self.holder(run) is None
         ]
+
+    def is_waiting(self) -> bool:
+        """Whether another process has, or had until lately, a run that is not finished."""
+        return any(not self.is_finished(run) and self.holder(run) is not None for run in self.share)
 
     def claim(self, run: SweepRun) -> bool:
         """Keep a run for this process; return False if it is finished, or another process has it."""

@@ -68,6 +68,15 @@ def test_shares_are_all_runs_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     for count in (1, 2, 4, 6, 7):
         shares = [SweepDirectory(tmp_path / "out", sweep, (i, count)).share for i in range(1, count + 1)]
         assert [run for share in shares for run in share] == sweep.runs
+    directory = SweepDirectory(tmp_path / "out", sweep)
+    claim = tmp_path / "out" / ".claims" / directory.runs[2].directory.rpartition("-")[2]
+    claim.parent.mkdir(parents=True)
+    claim.write_text("elsewhere 5 machine token", encoding="utf-8")
+    assert directory.is_waiting()
+    assert directory.unclaimed() == directory.runs[:2] + directory.runs[3:]
+    os.utime(claim, (time.time() - claims.LAPSE_SECONDS - 5,) * 2)
+    assert not directory.is_waiting()
+    assert directory.unclaimed() == directory.runs
     for shard in ("0/3", "4/3", "1", "a/b", "1/0"):
         assert cli.main(["sweep", str(tmp_path / "mine.py"), "--shard", shard]) == 2
         assert f"error: --shard: {shard!r} is not valid; accepted: I/N" in capsys.readouterr().err
