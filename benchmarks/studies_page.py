@@ -110,7 +110,8 @@ def equal_traffic(study: Study, settings: Mapping[str, Setting]) -> Iterator[str
     if len(curves) < 2 or np.isnan(cost):
         return
     yield (
-        f"At {cost / MIB:.1f} MiB per drawn client, by {protocol_words(protocol)} (linear between evaluations): "
+        f"All at {cost / MIB:.1f} MiB per drawn client, the traffic of the cheapest, by {protocol_words(protocol)} "
+        "(linear between evaluations; the table below compares two at a time, at the traffic of the cheaper one): "
         + "; ".join(
             f"{words(label)} {spread(accuracy_at(cost, curve) for curve in of_setting)}"
             for label, of_setting in curves.items()
@@ -119,20 +120,26 @@ def equal_traffic(study: Study, settings: Mapping[str, Setting]) -> Iterator[str
     )
 
 
-def answer(question: Question, settings: Mapping[str, Setting]) -> Difference | None:
-    """Compare the two settings of a question over their common seeds; None if runs of one are missing."""
+def answer(question: Question, settings: Mapping[str, Setting]) -> tuple[Question, Difference] | None:
+    """Compare the two settings of a question over their common seeds; None if runs of one are missing.
+
+    At equal traffic, the question comes back with the traffic of each pair, their mean over seeds.
+    """
     if question.better not in settings or question.worse not in settings:
         return None
     better, worse, p = settings[question.better], settings[question.worse], question.protocol
     if question.at != "traffic":
-        return statistics.compare(p, better.label, worse.label, better.accuracy(p), worse.accuracy(p))
+        return question, statistics.compare(p, better.label, worse.label, better.accuracy(p), worse.accuracy(p))
+    costs: list[float] = []
     values: tuple[dict[int, float], dict[int, float]] = {}, {}
     for seed in better.summaries:
         curves = [setting.curve(seed, p) for setting in (better, worse)]
         cost = common_cost(curves)
+        costs.append(cost)
         for found, curve in zip(values, curves, strict=True):
             found[seed] = accuracy_at(cost, curve)
-    return statistics.compare(p, better.label, worse.label, *values)
+    at = f"traffic ({np.mean(costs) / MIB:.1f} MiB)"
+    return question._replace(at=at), statistics.compare(p, better.label, worse.label, *values)
 
 
 def smallest_significant(difference: Difference, comparisons: int) -> float:
@@ -156,8 +163,7 @@ def verdict(difference: Difference) -> str:
 
 def answers(study: Study, settings: Mapping[str, Setting]) -> list[tuple[Question, Difference]]:
     """The questions that the runs answer; their p-values are adjusted as one family."""
-    found = [(question, answer(question, settings)) for question in study.questions]
-    asked = [(question, difference) for question, difference in found if difference]
+    asked = [found for question in study.questions if (found := answer(question, settings))]
     adjusted = statistics.adjust([difference for _, difference in asked])
     return [(question, difference) for (question, _), difference in zip(asked, adjusted, strict=True)]
 

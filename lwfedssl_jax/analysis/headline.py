@@ -8,13 +8,14 @@ import pandas as pd
 
 from lwfedssl_jax.analysis import tables, wording
 from lwfedssl_jax.analysis.effects import World, worlds
-from lwfedssl_jax.analysis.results import END_TO_END
+from lwfedssl_jax.analysis.results import END_TO_END, SEED
 from lwfedssl_jax.analysis.settings import Setting
-from lwfedssl_jax.analysis.statistics import CHANCE, Difference, baseline_of, over_seeds, paired
+from lwfedssl_jax.analysis.statistics import CHANCE, Difference, baseline_of, common_seeds, over_seeds, paired
 from lwfedssl_jax.analysis.wording import count_of, percent, protocol_words
 
 COST_WORDS = {wording.TRAFFIC: "traffic", wording.EXECUTED: "operations", wording.MEMORY: "peak memory"}
 MAX_WORLDS = 4  # largest number of worlds that have sentences of their own
+MAX_UNRANKED = 3  # largest number of settings to name that lack seeds
 
 
 def headline(
@@ -25,7 +26,8 @@ def headline(
 ) -> Iterator[str]:
     """Sentences on each world: whether anything beats the untrained encoder, and what has the highest accuracy.
 
-    Settings are ranked by the first protocol; the others are named where they disagree. The rival of the first setting
+    Settings are ranked by the first protocol, over the seeds that they share (``statistics.common_seeds``); the other
+    protocols are named where they disagree. The rival of the first setting
     is the nearest end_to_end setting or, if the first is one itself, the most accurate of the others.
 
     Args:
@@ -43,11 +45,12 @@ def headline(
 def _on_world(
     runs: pd.DataFrame, world: World, protocols: Sequence[str], compared: Mapping[str, Sequence[Difference]]
 ) -> Iterator[str]:
-    summary, protocol = over_seeds(runs), protocols[0]
-    accuracy = summary[(f"accuracy.{protocol}", "mean")]
-    members = [s for s in world.settings if not isnan(accuracy[s.label])]
+    protocol = protocols[0]
+    runs, members, unranked = _over_common_seeds(runs, world, protocol)
     if not members:
         return
+    summary = over_seeds(runs)
+    accuracy = summary[(f"accuracy.{protocol}", "mean")]
     best = max(members, key=lambda s: float(accuracy[s.label]))
     where = f"{world.name}: " if world.name else ""
     found = _result(runs, summary, best, protocol)
@@ -69,6 +72,38 @@ def _on_world(
         difference = next(known, None) or paired(runs, best.label, rival.label, protocol)
         costs = _costs(summary, rival)
         yield f"{difference}{costs and f'; {rival.label} takes {costs}'}.{_doubt(difference)}"
+        second = max((s for s in members if s != best), key=lambda s: float(accuracy[s.label]))
+        if second != rival:
+            reached = wording.mean_words(summary.loc[second.label, f"accuracy.{protocol}"])
+            yield f"Second is {second.label} with {reached} %."
+    if unranked:
+        more = f"; and {len(unranked) - MAX_UNRANKED} more" if len(unranked) > MAX_UNRANKED else ""
+        yield f"Not ranked, for lack of runs with seeds that others have: {'; '.join(unranked[:MAX_UNRANKED])}{more}."
+
+
+def _over_common_seeds(
+    runs: pd.DataFrame, world: World, protocol: str
+) -> tuple[pd.DataFrame, list[Setting], list[str]]:
+    """Return a world's runs with the seeds that it is ranked over, its settings that have all of them, and the others.
+
+    The others are words with their accuracies over the seeds that they have.
+    """
+    known = runs[runs[f"accuracy.{protocol}"].notna()] if f"accuracy.{protocol}" in runs else runs[:0]
+    own = {s.label: frozenset(known.loc[known["setting"] == s.label, SEED]) for s in world.settings}
+    settings = [s for s in world.settings if own[s.label]]
+    seeds = common_seeds([own[s.label] for s in settings])
+    members = [s for s in settings if seeds <= own[s.label]]
+    counted = known[known["setting"].isin([s.label for s in members]) & (known[SEED].isin(seeds) | (not seeds))]
+    summary = over_seeds(known)[f"accuracy.{protocol}"]
+    rest = (s.label for s in settings if s not in members)
+    return (
+        counted,
+        members,
+        [
+            f"{label} ({wording.mean_words(summary.loc[label])} %, {count_of(len(own[label]), 'seed')})"
+            for label in rest
+        ],
+    )
 
 
 def _any_beats_untrained(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str) -> bool | None:

@@ -1,5 +1,6 @@
 """One self-contained HTML page on one or several runs, with its figures and tables as files next to it."""
 
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
@@ -11,7 +12,7 @@ import pandas as pd
 from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import tables
 from lwfedssl_jax.analysis.comparisons import compare_all
-from lwfedssl_jax.analysis.equal_cost import equal_cost_table
+from lwfedssl_jax.analysis.equal_cost import equal_cost_table, evaluated_only_at_the_end
 from lwfedssl_jax.analysis.headline import headline
 from lwfedssl_jax.analysis.report_figures import (
     Members,
@@ -95,6 +96,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
     compared = compare_all(finished, settings, names) if len(settings) > 1 else {}
     shown = _tables(finished, settings, members, [d for found in compared.values() for d in found])
     shown["equal_cost"] = equal_cost_table(members, settings, names[0]) if names else None
+    sparse = evaluated_only_at_the_end(members, names[0]) if names and len(settings) > 1 else []
     for table in filter(None, shown.values()):
         tables.write(table, out / "tables")
     (out / "tables").mkdir(parents=True, exist_ok=True)
@@ -110,6 +112,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "protocols": [protocol_words(p) for p in names],
         "headline": list(headline(finished, settings, names, compared)),
         "tables": {name: table and table.words for name, table in shown.items()},
+        "sparse": sparse,
         "differences": {protocol_words(p): list(map(str, found)) for p, found in compared.items() if found},
         "tests": sum(not isnan(d.p) for found in compared.values() for d in found),
         "by_factor": any(d.factor for found in compared.values() for d in found),
@@ -161,27 +164,40 @@ def _shared_fields(runs: Sequence[RunRecord]) -> dict[str, str]:
 def commands(runs: Sequence[RunRecord], directories: Sequence[str | Path]) -> Iterator[str]:
     """Command lines that repeat the runs and write the page."""
     for directory in filter(sweep_name, map(Path, directories)):
-        words, base = [sweep_name(directory)], sweep_base(directory)
-        if not (CONFIG_DIR / SWEEPS / f"{words[0]}.py").is_file():
-            words = [str(directory / "sweep.py"), "--workdir", str(directory)]
-        yield shlex.join([*program(), "sweep", *words, *(["--base", base] if base else [])])
-    seeds_by_command: dict[str, list[str]] = {}
+        name, base = sweep_name(directory), sweep_base(directory)
+        file = name if (CONFIG_DIR / SWEEPS / f"{name}.py").is_file() else str(directory / "sweep.py")
+        words = ["sweep", file, *(["--base", base] if base else []), "--workdir", str(directory)]
+        yield shlex.join([*program(), *words])
+    seeds_by_command: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         if run.about and not run.label:
             arguments = _given_arguments(run) if run.about.get("config_file") else _arguments(run.config)
-            seeds_by_command.setdefault(f"{shlex.join(program())} train {arguments}", []).append(
-                str(run.config.get(SEED))
-            )
-    for command, seeds in seeds_by_command.items():
+            key = f"{shlex.join(program())} train {arguments}", _given_workdir(run)
+            seeds_by_command.setdefault(key, []).append(str(run.config.get(SEED)))
+    for (command, workdir), seeds in seeds_by_command.items():
         more = f"  # and {', '.join(seeds[1:])}" if len(seeds) > 1 else ""
-        yield f"{command} --runtime.seed {seeds[0]}{more}"
+        yield f"{command} --runtime.seed {seeds[0]}{workdir}{more}"
     yield shlex.join([*program(), "report", *map(str, directories)])
+
+
+def _given_words(run: RunRecord) -> list[str]:
+    """The words after ``train`` that began the run; none if they are not known."""
+    words = run.about.get("command")
+    return words if isinstance(words, list) and all(isinstance(word, str) for word in words) else []
+
+
+def _given_workdir(run: RunRecord) -> str:
+    """``--workdir`` as it was given, with a space before it; empty without it."""
+    for word, after in itertools.pairwise([*_given_words(run), ""]):
+        if word.partition("=")[0] == "--workdir":
+            return f" --workdir {shlex.quote(word.partition('=')[2] or after)}"
+    return ""
 
 
 def _given_arguments(run: RunRecord) -> str:
     """The user's own config file with the options that were given, except for ``LOCAL_OPTIONS``."""
-    words = run.about.get("command")
-    if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
+    words = _given_words(run)
+    if not words:
         return "YOUR_CONFIG.py"
     given: list[str] = []
     rest = iter(words)

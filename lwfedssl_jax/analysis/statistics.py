@@ -1,7 +1,7 @@
 """Means over seeds, paired t-tests and Holm's correction."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,26 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     numbers = [c for c in runs.columns if c.split(".")[0] in kinds]
     numbers += [*COSTS, "measured_bytes_per_client", "rounds", "seconds"]
     return runs.groupby("setting", sort=False)[numbers].agg(["mean", "std", "count"])
+
+
+def common_seeds(each: Sequence[Collection[int]]) -> frozenset[int]:
+    """Return the seeds over which settings are ranked: as many as any two of them share.
+
+    A setting that lacks one of them is not ranked, so that no mean over few seeds wins by a lucky one. Of equally many
+    seeds, those count that most settings have, then the smallest.
+
+    Args:
+      each: the seeds of each setting.
+
+    Returns:
+      The seeds; none if no two settings share one.
+    """
+    pairs = {frozenset(a) & frozenset(b) for a, b in itertools.combinations(each, 2)}
+
+    def rank(seeds: frozenset[int]) -> tuple[int, int, list[int]]:
+        return -len(seeds), -sum(seeds <= frozenset(own) for own in each), sorted(seeds)
+
+    return min(pairs, key=rank, default=frozenset())
 
 
 class Difference(NamedTuple):

@@ -19,6 +19,7 @@ from lwfedssl_jax.analysis.wording import (
     UNKNOWN,
     cost_unit,
     cost_words,
+    count_of,
     mean_words,
     number_or_unknown,
     protocol_words,
@@ -114,16 +115,26 @@ def _settings_numbers(rows: list[dict[str, Any]], names: Sequence[str]) -> pd.Da
 
 
 def baselines(runs: pd.DataFrame, settings: Sequence[Setting]) -> list[Baseline]:
-    """Find the baselines: the untrained encoder and training from scratch, once for all settings that share them."""
+    """Find the baselines: the untrained encoder and training from scratch, once for all settings that share them.
+
+    Settings share one if its accuracies are the same for each seed that they share.
+    """
     found = []
     for kind, words in BASELINES.items():
         columns = [c for p in protocols(runs) if (c := f"{kind}.{p}") in runs]
-        groups: dict[tuple[float, ...], list[Setting]] = {}
+        groups: list[list[Setting]] = []
+        known: list[dict[Any, float]] = []  # of each group, by seed and column
         for s in settings:
-            means = runs.loc[runs["setting"] == s.label, columns].mean().dropna()
-            if len(means):
-                groups.setdefault(tuple(means.round(9)), []).append(s)
-        for members in groups.values():
+            of_setting = runs[runs["setting"] == s.label].set_index(SEED)
+            own = {(seed, c): round(x, 9) for c in columns for seed, x in of_setting[c].dropna().items()}
+            alike = (i for i, of_group in enumerate(known) if _agree(own, of_group))
+            if own and (group := next(alike, None)) is not None:
+                groups[group].append(s)
+                known[group] |= own
+            elif own:
+                groups.append([s])
+                known.append(own)
+        for members in groups:
             seeds = runs[runs["setting"].isin([s.label for s in members])].drop_duplicates(SEED)
             accuracy = {
                 c.partition(".")[2]: (seeds[c].mean(), seeds[c].std(), seeds[c].count())
@@ -134,13 +145,19 @@ def baselines(runs: pd.DataFrame, settings: Sequence[Setting]) -> list[Baseline]
     return found
 
 
+def _agree(first: Mapping[Any, float], second: Mapping[Any, float]) -> bool:
+    """Return whether there are keys that both have, with the same values."""
+    common = first.keys() & second.keys()
+    return bool(common) and all(first[key] == second[key] for key in common)
+
+
 def _owners(settings: Sequence[Setting]) -> str:
     """Name the settings that share a baseline, for the end of its label."""
     data = {str(s.values.get("data.name", "")) for s in settings}
     if len(data) == 1 and data != {""}:
         return f", {data.pop()}"
-    more = f" and {len(settings) - 1} more" if len(settings) > 1 else ""
-    return f", {settings[0].label}{more}"
+    more = f" and {count_of(len(settings) - 1, 'more setting')}" if len(settings) > 1 else ""
+    return f" (of {settings[0].label}{more})"
 
 
 def resources_table(

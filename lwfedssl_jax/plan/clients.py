@@ -51,10 +51,14 @@ class Clients(NamedTuple):
 
     @property
     def quantiles(self) -> dict[str, float]:
-        """Quantiles of the images per client."""
+        """Quantiles of the images per client; without dealt clients those that ``--examples`` gives."""
+        if self.given:
+            given = parse_examples(self.given.split())
+            at = sorted(given)
+            return {name_quantile(q): float(np.interp(q, at, [given[x] for x in at])) for q in SHOWN_QUANTILES}
         order = np.argsort(self.sizes)
         shares = (np.cumsum(self.weights[order]) - self.weights[order] / 2) / self.number
-        return {f"p{100 * q:.0f}": float(np.interp(q, shares, self.sizes[order])) for q in SHOWN_QUANTILES}
+        return {name_quantile(q): float(np.interp(q, shares, self.sizes[order])) for q in SHOWN_QUANTILES}
 
     @property
     def words(self) -> str:
@@ -69,6 +73,11 @@ class Left(NamedTuple):
     clients: float
     share: float
     images: float
+
+
+def name_quantile(share: float) -> str:
+    """Name a quantile as ``--examples`` does, such as "p10"."""
+    return f"p{100 * share:.0f}"
 
 
 def make_clients(config: Config, devices: Sequence[DeviceClass], given: Sequence[str], notify: Notify) -> Clients:

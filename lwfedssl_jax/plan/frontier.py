@@ -8,16 +8,16 @@ from lwfedssl_jax.plan.options import Option
 def frontier(options: Sequence[Option]) -> list[Option]:
     """Return the options that no other dominates: by accuracy, clients, time, traffic, energy and peak memory.
 
-    Accuracies are the measured ones if any option has one, otherwise the published ones. Options without one, and those
-    that no client can take part in throughout, are not on it.
+    Accuracies are the measured ones if any option has one, otherwise the published ones. Options without one, those
+    that are not ranked for lack of seeds, and those that no client can take part in throughout, are not on it.
     """
     known = [option for option in comparable(options) if option.everywhere]
     return [option for option in known if not any(dominates(other, option) for other in known)]
 
 
 def comparable(options: Sequence[Option]) -> list[Option]:
-    """Return the options whose accuracy is known: measured if any is, otherwise published."""
-    measured = [option for option in options if option.measured]
+    """Return the options whose accuracies can be compared: measured ones if any is ranked, otherwise published."""
+    measured = [option for option in options if option.measured and option.measured.ranked]
     return measured or [option for option in options if option.published is not None]
 
 

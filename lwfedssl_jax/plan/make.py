@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lwfedssl_jax.analysis.statistics import common_seeds
 from lwfedssl_jax.config import Config, device_classes
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs import fleet
@@ -68,10 +69,25 @@ def make_plan(
     for (strategy, layers, remat), ledger in ledgers.items():
         option_config = configs[strategy, layers, remat]
         option = make_option(option_config, ledger, devices, clients)
+        accuracy = published.accuracy(strategy, layers)
+        estimated = accuracy is not None and not published.has(strategy, layers)
         measured = results.found.get((stages_of(option_config), remat))
-        options.append(option._replace(published=published.accuracy(strategy, layers), measured=measured))
+        options.append(option._replace(published=accuracy, estimated=estimated, measured=measured))
+    options = over_common_seeds(options, results.on_fleet)
     recommendation = recommend(config, devices, options, results.protocol, published, aim, clients.dealt)
     return Plan(config, devices, clients, options, refused, recommendation, results, published)
+
+
+def over_common_seeds(options: Sequence[Option], on_fleet: bool) -> list[Option]:
+    """Rank measured options over the seeds that they share (``Measured.seeds``).
+
+    Args:
+      options: of the plan.
+      on_fleet: whether options with and without ``runtime.remat`` are measured by different runs.
+    """
+    runs = {(o.strategy, o.layers_per_stage, o.remat and on_fleet): o.measured for o in options if o.measured}
+    seeds = common_seeds([[*measured.by_seed] for measured in runs.values()])
+    return [o._replace(measured=o.measured._replace(seeds=seeds)) if o.measured else o for o in options]
 
 
 def make_option(config: Config, ledger: Ledger, devices: Sequence[DeviceClass], clients: Clients) -> Option:

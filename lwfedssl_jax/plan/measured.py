@@ -9,6 +9,7 @@ import pandas as pd
 
 from lwfedssl_jax.analysis.results import FINGERPRINT
 from lwfedssl_jax.analysis.settings import protocols
+from lwfedssl_jax.analysis.wording import percent
 from lwfedssl_jax.config import Config, ConfigError, flat, join_lists, override, to_dict
 from lwfedssl_jax.method.stages import STRATEGIES, Stages, stages_of
 
@@ -19,17 +20,53 @@ Row = Mapping[str, Any]  # of ``analysis.results.load_results``
 
 
 class Measured(NamedTuple):
-    """Accuracies in [0, 1] of an option by seed, their mean, and their sample standard deviation (NaN for one seed)."""
+    """Accuracies of an option.
+
+    Attributes:
+      by_seed: in [0, 1].
+      untrained: those of the same runs' untrained encoders, where they are known.
+      seeds: over which the options of a plan are ranked (``statistics.common_seeds``); without any, each over its own.
+    """
 
     by_seed: Mapping[int, float]
+    untrained: Mapping[int, float] = {}
+    seeds: frozenset[int] = frozenset()
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it has all the seeds over which options are ranked."""
+        return self.seeds <= self.by_seed.keys()
+
+    @property
+    def counted(self) -> dict[int, float]:
+        """The accuracies that count, by seed: over the common seeds if it is ranked by them, otherwise all."""
+        return {s: x for s, x in self.by_seed.items() if s in self.seeds or not (self.seeds and self.ranked)}
 
     @property
     def accuracy(self) -> float:
-        return sum(self.by_seed.values()) / len(self.by_seed)
+        """The mean over the seeds that count."""
+        return statistics.fmean(self.counted.values())
 
     @property
     def std(self) -> float:
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else math.nan
+        """The sample standard deviation over the seeds that count; NaN for one seed."""
+        return statistics.stdev(self.counted.values()) if len(self.counted) > 1 else math.nan
+
+    @property
+    def untrained_accuracy(self) -> float:
+        """The mean accuracy of the untrained encoder over the seeds that count; NaN if it is not known for all."""
+        known = [self.untrained[seed] for seed in self.counted if seed in self.untrained]
+        return statistics.fmean(known) if len(known) == len(self.counted) else math.nan
+
+    @property
+    def words(self) -> str:
+        """The accuracy with its spread, its seeds and that of the untrained encoder."""
+        several = len(self.counted) > 1
+        spread = f" ± {100 * self.std:.1f}" if several else ""
+        seeds = f"mean of {len(self.counted)} seeds" if several else "1 seed"
+        known = not math.isnan(self.untrained_accuracy)
+        untrained = f"; untrained: {percent(self.untrained_accuracy)}" if known else ""
+        return f"{100 * self.accuracy:.1f}{spread} % ({seeds}{untrained})"
 
 
 class Results(NamedTuple):
@@ -73,19 +110,32 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
         accepted = ", ".join(known) or "none"
         raise ConfigError(f"--protocol: {protocol or 'nothing'} has evaluated none of the runs; accepted: {accepted}")
     chosen = protocol or known[0]
-    values: dict[tuple[Stages, bool], dict[int, list[float]]] = {}
+    of_option: dict[tuple[Stages, bool], list[Row]] = {}
     for run in runs:
-        accuracy, stages = run.get(f"accuracy.{chosen}"), stages_of_run(config, run)
-        if not isinstance(accuracy, float) or not math.isfinite(accuracy) or not stages:
-            continue
+        stages = stages_of_run(config, run)
         # On a fleet, runtime.remat decides which clients take part; otherwise it does not change accuracies.
         for remat in (bool(run["runtime.remat"]),) if on_fleet else (False, True):
-            values.setdefault((stages, remat), {}).setdefault(run["runtime.seed"], []).append(accuracy)
+            if stages and is_known(run.get(f"accuracy.{chosen}")):
+                of_option.setdefault((stages, remat), []).append(run)
     found = {
-        option: Measured({seed: statistics.fmean(accuracies) for seed, accuracies in by_seed.items()})
-        for option, by_seed in values.items()
+        option: Measured(by_seed(members, f"accuracy.{chosen}"), by_seed(members, f"untrained.{chosen}"))
+        for option, members in of_option.items()
     }
     return Results(chosen, on_fleet, found)
+
+
+def is_known(value: object) -> bool:
+    """Return whether a column of a run has a number."""
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def by_seed(runs: Sequence[Row], column: str) -> dict[int, float]:
+    """Return the mean of a column over the runs with each seed that have it."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        if is_known(run.get(column)):
+            found.setdefault(run["runtime.seed"], []).append(run[column])
+    return {seed: statistics.fmean(values) for seed, values in found.items()}
 
 
 def stages_of_run(config: Config, run: Row) -> Stages:

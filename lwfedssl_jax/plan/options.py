@@ -23,9 +23,10 @@ class Option(NamedTuple):
       everywhere: share of the clients that can take part in every stage, of those that have images.
       seconds: of the whole run, each round as long as the slowest class needs that has clients; 0 if a speed of one of
         them is not known.
-      energy_wh: watt-hours of a device of the class that needs most; 0 if that is not known.
+      energy_wh: watt-hours of a device of the class that needs most, of those of which that is known; 0 without any.
       config: resolved.
       published: the accuracy in [0, 1] by which it is ranked without results, or None if the paper has none.
+      estimated: whether ``published`` is estimated from others that the paper has.
       measured: its accuracies, or None if the results contain none.
     """
 
@@ -40,6 +41,7 @@ class Option(NamedTuple):
     energy_wh: float
     config: Config
     published: float | None = None
+    estimated: bool = False
     measured: Measured | None = None
 
     @property

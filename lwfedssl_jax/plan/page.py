@@ -27,8 +27,19 @@ from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 from lwfedssl_jax.plan.plot import choice_figures
 from lwfedssl_jax.plan.published import unlike
-from lwfedssl_jax.plan.recommend import missing_for, step_words
-from lwfedssl_jax.plan.show import accuracy_cell, class_words, demand, schedule_notes, time_column, title, to_plain
+from lwfedssl_jax.plan.recommend import beats_untrained, missing_for, step_words
+from lwfedssl_jax.plan.show import (
+    accuracy_cell,
+    class_words,
+    demand,
+    fleet_notes,
+    own_study,
+    schedule_notes,
+    seeds_words,
+    time_column,
+    title,
+    to_plain,
+)
 from lwfedssl_jax.system.files import write_whole
 from lwfedssl_jax.system.program import program
 
@@ -90,7 +101,9 @@ def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "classes": [(device, class_sentences(plan, number)) for number, device in enumerate(plan.devices)],
         "assumed": list(assumed(plan)),
         "protocol": plan.results.protocol and protocol_words(plan.results.protocol),
+        "seeds": f"mean over {seeds_words(plan)}",
         "measured_on": plan.published.measured_on,
+        "own_study": own_study(plan),
         "differing": unlike(plan.config, plan.published),
         "commands": [
             shlex.join([*program(), "plan", *command]),
@@ -103,22 +116,29 @@ def sentences(plan: Plan, best: Option) -> list[str]:
     """The recommendation in three sentences: what, for whom, and for how much."""
     what = WHAT.get(best.strategy, f"Train by the strategy {best.strategy}")
     accuracy = (
-        f"measured accuracy {percent(best.measured.accuracy)}"
+        f"measured accuracy {best.measured.words}"
         if best.measured
         else "accuracy unknown"
         if best.published is None
         else f"published accuracy {percent(best.published)} on other data"
-        if plan.published.has(best.strategy, best.layers_per_stage)
+        if not best.estimated
         else f"accuracy of about {percent(best.published)} as estimated from published ones on other data"
     )
     growth = f", {count_of(best.layers_per_stage, 'new layer')} per stage" if len(best.ledger["per_stage"]) > 1 else ""
     remat = ", and recompute activations to save memory (runtime.remat)" if best.remat else ""
     who = "All clients" if best.everywhere == 1 else f"{round_percent(best.everywhere)} of the clients"
     traffic = f"{bytes_words(best.traffic_bytes)} of traffic"
-    spent = f"{traffic} and up to {short_number(best.energy_wh)} Wh" if best.energy_wh else traffic
+    of_class = zip(plan.devices, best.parts, strict=True)
+    unknown = [device.name for device, part in of_class if part.stages and part.energy_wh is None]
+    without = f" (not known for {', '.join(unknown)})" if unknown else ""
+    spent = f"{traffic} and up to {short_number(best.energy_wh)} Wh{without}" if best.energy_wh else traffic
     time = f"The whole run takes {time_words(best.seconds)}, with" if best.seconds else "It costs"
     left = f"; left out: {left_words(best.left, plan.clients.dealt)}" if any(s.clients for s in best.left) else ""
+    warning = ["No measured option is more accurate than its untrained encoder."] * (
+        beats_untrained(plan.options) is False
+    )
     return [
+        *warning,
         f"{what}{growth}{remat} ({accuracy}).",
         f"{who} can take part in every stage, which needs up to {bytes_words(best.ledger['peak_memory_bytes'])} of "
         f"memory for a training step{left}.",
@@ -210,6 +230,7 @@ def assumed(plan: Plan) -> list[str]:
         *([part] if drawn < 1 else []),
         "Traffic is 4 bytes per parameter in both directions, with what a device downloads when a stage begins; "
         "protocols and encryption come on top.",
+        *fleet_notes(plan),
         *schedule_notes(plan),
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
     ]

@@ -10,7 +10,7 @@ from lwfedssl_jax.config import Config
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.plan.clients import left_words
 from lwfedssl_jax.plan.frontier import accuracy_of, comparable, frontier, step
-from lwfedssl_jax.plan.options import Option
+from lwfedssl_jax.plan.options import Option, name_option
 from lwfedssl_jax.plan.published import Published
 
 MAX_RIVALS = 2  # largest number of options to name that the recommended one is not shown to be better than
@@ -112,6 +112,8 @@ def reasons(
     """Explain why an option is recommended, what it is not shown to be better than, and which classes it leaves out."""
     most = ", the most that any option reaches," * (best.everywhere == max(o.everywhere for o in options))
     share = f"{round_percent(best.everywhere)} of the clients{most}"
+    if beats_untrained(options) is False:
+        yield "No measured option is more accurate than its untrained encoder."
     yield f"{best.name}: {'all clients' if best.everywhere == 1 else share} can take part in every stage."
     fitting = fitting_options(options, aim)
     if len(fitting) > 1:
@@ -120,6 +122,8 @@ def reasons(
     if rivals := unresolved_rivals(best, fitting, protocol):
         more = f", and {len(rivals) - MAX_RIVALS} more" if len(rivals) > MAX_RIVALS else ""
         yield f"It is not shown to be better than {'; '.join(map(_rival_words, rivals[:MAX_RIVALS]))}{more}."
+    if unranked := _unranked_words(fitting):
+        yield unranked
     without_remat = [option for option in options if not option.remat]
     if best.remat and without_remat:
         other = choose_option(without_remat, aim)
@@ -137,25 +141,30 @@ def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published
     if aim == "cheapest":
         return f"it takes the least {least}"
     if best.measured:
-        seeds = len(best.measured.by_seed)
-        runs = f"mean of {seeds} seeds" if seeds > 1 else "1 seed"
-        measured = f"{percent(best.measured.accuracy)} ({protocol_words(protocol)}, {runs})"
-        found = f"it has the highest measured accuracy, {measured}"
+        found = f"it has the highest measured accuracy by {protocol_words(protocol)}, {best.measured.words}"
     elif best.published is None:
         return f"none has a known accuracy, and it takes the least {least}"
     else:
         unknown = f"; none of them is in the results by {protocol_words(protocol)}" if protocol else ""
-        exact = published.has(best.strategy, best.layers_per_stage)
-        what = "published accuracy" if exact else "accuracy as estimated from published ones"
-        found = f"it has the highest {what}, {percent(best.published)} (arXiv 2401.11647, on other data){unknown}"
+        what = "accuracy as estimated from published ones" if best.estimated else "published accuracy"
+        doubt = f"; {published.own_study}" if published.own_study else ""
+        source = f"arXiv 2401.11647, on other data{doubt}"
+        found = f"it has the highest {what}, {percent(best.published)} ({source}){unknown}"
     equal = [option for option in comparable(fitting) if accuracy_of(option) == accuracy_of(best)]
     return f"{found}; among equals it takes the least {least}" if len(equal) > 1 else found
+
+
+def beats_untrained(options: Sequence[Option]) -> bool | None:
+    """Return whether a ranked option is more accurate than its untrained encoder; None if that is not known."""
+    known = [o.measured for o in comparable(options) if o.measured and not math.isnan(o.measured.untrained_accuracy)]
+    return any(found.accuracy > found.untrained_accuracy for found in known) if known else None
 
 
 def step_words(option: Option, best: Option, devices: Sequence[DeviceClass]) -> str:
     """Describe what an option would bring and cost in comparison with the recommended one."""
     points = 100 * (accuracy_of(option) - accuracy_of(best))
-    kind = "measured" if option.measured else "published"
+    estimated = option.estimated or best.estimated
+    kind = "measured" if option.measured else "estimated" if estimated else "published"
     changes = [f"{points:+.1f} points of {kind} accuracy"]
     pairs = (
         ("time", option.seconds, best.seconds, time_words),
@@ -198,11 +207,25 @@ def unresolved_rivals(best: Option, options: Sequence[Option], protocol: str) ->
     others: dict[tuple[str, int, str], Difference] = {}  # the same runs may measure an option with remat and without
     for option in options:
         key = runs_key(option)
-        if option.measured and key != runs_key(best) and key not in others:
-            by_seed = option.measured.by_seed
-            others[key] = compare(protocol, best.name, option.name, best.measured.by_seed, by_seed)
+        if option.measured and option.measured.ranked and key != runs_key(best) and key not in others:
+            accuracies = best.measured.counted, option.measured.counted
+            others[key] = compare(protocol, best.name, option.name, *accuracies)
     unresolved = [d for d in adjust([*others.values()]) if not (d.p_holm < CHANCE and d.mean > 0)]
     return sorted(unresolved, key=lambda d: (not d.seeds, d.seeds and d.mean))
+
+
+def _unranked_words(options: Sequence[Option]) -> str:
+    """Name the measured options that lack seeds over which the others are ranked; empty without any."""
+    lacking = {
+        name_option(option.strategy, option.layers_per_stage): option.measured
+        for option in options
+        if option.measured and not option.measured.ranked
+    }
+    if not lacking:
+        return ""
+    seeds = ", ".join(map(str, sorted(next(iter(lacking.values())).seeds)))
+    named = "; ".join(f"{name}, {measured.words}" for name, measured in lacking.items())
+    return f"Not ranked, for lack of a run with each of the seeds {seeds}: {named}."
 
 
 def _rival_words(difference: Difference) -> str:

@@ -27,6 +27,7 @@ from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, even_rounds, rounds_fit
 from lwfedssl_jax.plan.clients import to_plain as clients_to_plain
+from lwfedssl_jax.plan.frontier import comparable
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 from lwfedssl_jax.plan.published import unlike
@@ -81,7 +82,8 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
         columns += " Times: of the class's slowest client, if it takes part in every round."
     notes = [
         columns,
-        published_note(plan),
+        *([] if any(option.measured for option in comparable(plan.options)) else [published_note(plan)]),
+        *fleet_notes(plan),
         *schedule_notes(plan),
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
     ]
@@ -90,9 +92,31 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
         several = spread and any(o.measured and len(o.measured.by_seed) > 1 for o in plan.options)
         notes.append(
             f"acc.: accuracy by {protocol_words(plan.results.protocol)}, mean{' ± standard deviation' * several} over "
-            f"seeds, of runs {where}; blank if there are none."
+            f"{seeds_words(plan)}, of runs {where}; blank if there are none."
         )
     return notes
+
+
+def seeds_words(plan: Plan) -> str:
+    """Name the seeds over which accuracies are means."""
+    measured = [option.measured for option in plan.options if option.measured]
+    seeds = sorted(measured[0].seeds) if measured else []
+    if not seeds:
+        return "seeds"
+    more = "; ?: without a run for each of these, and not ranked" * any(not found.ranked for found in measured)
+    return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}{more}"
+
+
+def fleet_notes(plan: Plan) -> list[str]:
+    """State that a run has fewer or more clients than the fleet has devices, if so."""
+    clients, devices = plan.config.partition.clients, sum(device.count for device in plan.devices)
+    if devices in (1, clients):  # a single device stands for all
+        return []
+    return [
+        f"The fleet has {devices:,} devices, and a run with this config has {count_of(clients, 'client')} "
+        "(partition.clients), which stand for them: each class has its share of the clients. Shares of clients and "
+        "images are those of the run."
+    ]
 
 
 def published_note(plan: Plan, most: int = 6) -> str:
@@ -100,10 +124,17 @@ def published_note(plan: Plan, most: int = 6) -> str:
     differ = unlike(plan.config, plan.published)
     more = f" and {len(differ) - most} more" if len(differ) > most else ""
     return (
-        f"paper: accuracy in arXiv 2401.11647, {plan.published.measured_on}; ~: estimated from it, by adding what more "
-        f"layers per stage gain with mocov3. Unlike there, this config has "
-        f"{', '.join(differ[:most])}{more}. Accuracies of your own runs (--results) count more."
+        f"paper: accuracy in arXiv 2401.11647 (without a spread there), {plan.published.measured_on}; ~: estimated "
+        "from it, by adding what more layers per stage gain with mocov3 and all clients."
+        f"{own_study(plan)} Unlike there, this config has {', '.join(differ[:most])}{more}. Accuracies of your own "
+        "runs (--results) count more."
     )
+
+
+def own_study(plan: Plan) -> str:
+    """State what a study of ours found against the published accuracies, with a space before it, if there is one."""
+    study = plan.published.own_study
+    return f" {study[0].upper()}{study[1:]}." if study else ""
 
 
 def schedule_notes(plan: Plan) -> list[str]:
@@ -168,12 +199,11 @@ def _device_head(device: DeviceClass, unit: str, *, energy: bool) -> str:
 def accuracy_cell(option: Option, plan: Plan, *, spread: bool) -> str:
     """Return an option's accuracy in %: measured if the plan has results, otherwise published, "~" if estimated."""
     if not plan.results.protocol:
-        estimated = not plan.published.has(option.strategy, option.layers_per_stage)
-        return "" if option.published is None else f"{'~' * estimated}{100 * option.published:.1f}"
+        return "" if option.published is None else f"{'~' * option.estimated}{100 * option.published:.1f}"
     if not option.measured:
         return ""
     std = "" if not spread or math.isnan(option.measured.std) else f"±{100 * option.measured.std:.1f}"
-    return f"{100 * option.measured.accuracy:.1f}{std}"
+    return f"{'?' * (not option.measured.ranked)}{100 * option.measured.accuracy:.1f}{std}"
 
 
 def _cell(part: Participation, ledger: Ledger, divisor: float, *, energy: bool) -> str:
@@ -244,6 +274,10 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def _plain_name(option: Option | None) -> dict[str, Any] | None:
     if option is None:
         return None
@@ -271,6 +305,8 @@ def _plain_option(option: Option, plan: Plan) -> dict[str, Any]:
         "published_accuracy": option.published,
         "accuracy": option.measured.accuracy if option.measured else None,
         "accuracy_by_seed": option.measured.by_seed if option.measured else {},
+        "accuracy_ranked": option.measured.ranked if option.measured else None,
+        "untrained_accuracy": _number(option.measured.untrained_accuracy) if option.measured else None,
         "classes": [
             {
                 "name": device.name,

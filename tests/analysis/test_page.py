@@ -200,6 +200,22 @@ def test_an_effect_that_has_the_names_of_two_settings_is_not_their_difference(tm
     assert said[1].startswith("progressive, batch size 512 is 30.0 points above end_to_end")
 
 
+def test_settings_are_ranked_over_the_seeds_that_they_share(tmp_path: Path) -> None:
+    """A run with one lucky seed is neither first, nor do its seeds differ from those of the differences beside it."""
+    reached = {"layerwise": (0.5, 0.3), "end_to_end": (0.52,), "progressive": (0.4, 0.41)}
+    for strategy, accuracies in reached.items():
+        for seed, accuracy in enumerate(accuracies):
+            changes: dict[str, Any] = {"strategy__name": strategy, "runtime__seed": seed}
+            write_run(tmp_path / f"{strategy}{seed}", {"knn": accuracy}, 0.2 + 0.1 * seed, **changes)
+    runs, settings = group_by_setting(results.load_results(tmp_path))
+    first, second, third = headline.headline(runs, settings, ["knn"], comparisons.compare_all(runs, settings, ["knn"]))
+    assert first.startswith("progressive has the highest accuracy: 40.5 ± 0.7 % (kNN; mean of 2 seeds; untrained: 25.0")
+    assert second.startswith("progressive is 0.5 points above layerwise (95 % CI ")
+    assert third == "Not ranked, for lack of runs with seeds that others have: end_to_end (52.0 %, 1 seed)."
+    (baseline,) = tables.baselines(runs, settings)  # one, although their means differ
+    assert (baseline.label, baseline.seeds) == ("untrained", 2)
+
+
 def test_best_is_within_a_world(tmp_path: Path) -> None:
     accuracies = {"layerwise": {"knn": (0.5, 0.6)}, "end_to_end": {"knn": (0.4, 0.5)}}
     write_all(tmp_path, accuracies, partition__kind="dirichlet", partition__beta=0.1)
@@ -210,6 +226,15 @@ def test_best_is_within_a_world(tmp_path: Path) -> None:
     runs, settings = group_by_setting(results.load_results(tmp_path))
     compared = comparisons.compare_all(runs, settings, ["knn"])["knn"]
     assert len(compared) == 2  # a pair in each world
+
+
+def test_why_there_is_no_comparison_at_equal_cost_is_said(tmp_path: Path) -> None:
+    for strategy in ("layerwise", "end_to_end"):
+        write_run(tmp_path / strategy, {"knn": 0.7}, strategy__name=strategy)
+    lines = tmp_path / "end_to_end" / "metrics.jsonl"
+    lines.write_text(lines.read_text().partition("\n")[2])  # without the evaluation of round 0
+    text = " ".join(report.write_report([tmp_path], tmp_path).read_text().split())
+    assert "there is none in runs of end_to_end. With <code>evaluation.every</code> above 0 there are." in text
 
 
 def test_the_page_stands_alone_and_values_are_inert(written: Path) -> None:
@@ -286,7 +311,7 @@ def test_the_command_that_repeats_a_run_of_ones_own_file_is_the_one_that_was_giv
     given = ["my config.py", "--partition.beta", "0.1", "--runtime.seed", "3", "--workdir", "run"]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"config_file": "0123", "command": given}))
     line = next(report.commands(results.find_runs([tmp_path]), [tmp_path]))
-    assert line == "python run.py train 'my config.py' --partition.beta 0.1 --runtime.seed 3"
+    assert line == "python run.py train 'my config.py' --partition.beta 0.1 --runtime.seed 3 --workdir run"
 
 
 def test_who_of_a_fleet_takes_part_is_on_the_page(tmp_path: Path) -> None:
