@@ -60,13 +60,13 @@ class Measured(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The accuracy with its spread, its seeds and that of the untrained encoder."""
+        """The accuracy with its spread, its seeds and that of the untrained encoder, separated by semicolons."""
         several = len(self.counted) > 1
         spread = f" ± {100 * self.std:.1f}" if several else ""
         seeds = f"mean of {len(self.counted)} seeds" if several else "1 seed"
         known = not math.isnan(self.untrained_accuracy)
         untrained = f"; untrained: {percent(self.untrained_accuracy)}" if known else ""
-        return f"{100 * self.accuracy:.1f}{spread} % ({seeds}{untrained})"
+        return f"{100 * self.accuracy:.1f}{spread} %; {seeds}{untrained}"
 
 
 class Results(NamedTuple):

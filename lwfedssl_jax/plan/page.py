@@ -39,6 +39,7 @@ from lwfedssl_jax.plan.show import (
     time_column,
     title,
     to_plain,
+    unranked_note,
 )
 from lwfedssl_jax.system.files import write_whole
 from lwfedssl_jax.system.program import program
@@ -101,7 +102,7 @@ def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "classes": [(device, class_sentences(plan, number)) for number, device in enumerate(plan.devices)],
         "assumed": list(assumed(plan)),
         "protocol": plan.results.protocol and protocol_words(plan.results.protocol),
-        "seeds": f"mean over {seeds_words(plan)}",
+        "seeds": f"mean over {seeds_words(plan)}{unranked_note(plan)}",
         "measured_on": plan.published.measured_on,
         "own_study": own_study(plan),
         "differing": unlike(plan.config, plan.published),
@@ -116,7 +117,7 @@ def sentences(plan: Plan, best: Option) -> list[str]:
     """The recommendation in three sentences: what, for whom, and for how much."""
     what = WHAT.get(best.strategy, f"Train by the strategy {best.strategy}")
     accuracy = (
-        f"measured accuracy {best.measured.words}"
+        f"measured accuracy: {best.measured.words}"
         if best.measured
         else "accuracy unknown"
         if best.published is None
@@ -156,7 +157,13 @@ def columns(plan: Plan) -> list[str]:
         for device in plan.devices
     ]
     accuracy = "accuracy (%)" if plan.results.protocol else "published accuracy (%), ~: estimated"
-    return [*heads, f"traffic per device ({traffic[1]})", accuracy]
+    energy = ["energy per device (Wh)"] if knows_energy(plan) else []
+    return [*heads, f"traffic per device ({traffic[1]})", *energy, accuracy]
+
+
+def knows_energy(plan: Plan) -> bool:
+    """Whether the energy of an option is known."""
+    return any(option.energy_wh for option in plan.options)
 
 
 def units(plan: Plan) -> list[tuple[float, str]]:
@@ -176,6 +183,11 @@ def row(option: Option, plan: Plan) -> dict[str, Any]:
         round_percent(option.everywhere).removesuffix(" %"),
         *(class_words(part, stages, time_column(plan)[0], energy=False) for part in option.parts),
         short_number(option.traffic_bytes / traffic[0]),
+        *(
+            [short_number(option.energy_wh) if option.energy_wh and option.everywhere else ""]
+            if knows_energy(plan)
+            else []
+        ),
         accuracy_cell(option, plan, spread=False),
     ]
     return {

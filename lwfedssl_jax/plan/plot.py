@@ -1,6 +1,7 @@
 """The figures of a plan."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def choice_figures(plan: Plan) -> list[Any]:
     return figures
 
 
-PALE = 0.25  # opacity of options that leave clients out
+PALE = 0.45  # opacity of options that leave clients out
 RING: dict[str, Any] = {
     "marker": "o", "markersize": 19, "markerfacecolor": "none", "color": "black", "linestyle": "none"
 }  # fmt: skip
@@ -104,14 +105,22 @@ def draw_peaks(axes: Any, plan: Plan, styles: Styles) -> None:
 
 def plot_accuracy(axes: Any, plan: Plan, options: Sequence[Option], x: Sequence[float], styles: Styles) -> None:
     """Draw the accuracies of options at their ``x``, each with its layers per stage as a number."""
+    drawn = Counter[tuple[str, bool]]()
     for option, at in zip(options, x, strict=True):
         look = styles[option.strategy] | {"linestyle": "none"} | (HOLLOW if option.remat else {})
         point = at, 100 * accuracy_of(option)
         known = option.measured and not np.isnan(option.measured.std)
         std = 100 * option.measured.std if option.measured and known else None
         axes.errorbar(*point, std, capsize=3, alpha=1 if option.everywhere == 1 else PALE, **look)
-        axes.annotate(str(option.layers_per_stage), point, (5, 3), textcoords="offset points", fontsize=8)
-        if option is plan.recommendation.option:
+        recommended = option is plan.recommendation.option
+        drawn[option.strategy, option.remat] += 1  # neighbours have their numbers on different sides
+        side = 1 if drawn[option.strategy, option.remat] % 2 else -1
+        right, up = (11, 5) if recommended else (5, -9 if option.remat else 3)
+        axes.annotate(
+            str(option.layers_per_stage), point, (side * right, up), textcoords="offset points", fontsize=8,
+            ha="left" if side > 0 else "right", fontweight="bold" if recommended else "normal",
+        )  # fmt: skip
+        if recommended:
             axes.plot(*point, **RING)
     what = protocol_words(plan.results.protocol) if plan.results.protocol else "as published, on other data"
     axes.set(ylabel=f"accuracy, {what} (%)")

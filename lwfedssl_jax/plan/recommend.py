@@ -141,7 +141,7 @@ def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published
     if aim == "cheapest":
         return f"it takes the least {least}"
     if best.measured:
-        found = f"it has the highest measured accuracy by {protocol_words(protocol)}, {best.measured.words}"
+        found = f"it has the highest measured accuracy ({protocol_words(protocol)}; {best.measured.words})"
     elif best.published is None:
         return f"none has a known accuracy, and it takes the least {least}"
     else:
@@ -224,7 +224,7 @@ def _unranked_words(options: Sequence[Option]) -> str:
     if not lacking:
         return ""
     seeds = ", ".join(map(str, sorted(next(iter(lacking.values())).seeds)))
-    named = "; ".join(f"{name}, {measured.words}" for name, measured in lacking.items())
+    named = ", ".join(f"{name} ({measured.words})" for name, measured in lacking.items())
     return f"Not ranked, for lack of a run with each of the seeds {seeds}: {named}."
 
 

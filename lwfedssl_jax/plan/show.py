@@ -92,7 +92,7 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
         several = spread and any(o.measured and len(o.measured.by_seed) > 1 for o in plan.options)
         notes.append(
             f"acc.: accuracy by {protocol_words(plan.results.protocol)}, mean{' ± standard deviation' * several} over "
-            f"{seeds_words(plan)}, of runs {where}; blank if there are none."
+            f"{seeds_words(plan)}, of runs {where}{unranked_note(plan)}; blank if there are none."
         )
     return notes
 
@@ -103,8 +103,13 @@ def seeds_words(plan: Plan) -> str:
     seeds = sorted(measured[0].seeds) if measured else []
     if not seeds:
         return "seeds"
-    more = "; ?: without a run for each of these, and not ranked" * any(not found.ranked for found in measured)
-    return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}{more}"
+    return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+
+
+def unranked_note(plan: Plan) -> str:
+    """Explain the mark of accuracies that are not over these seeds, with a semicolon before it, if there are any."""
+    unranked = any(option.measured and not option.measured.ranked for option in plan.options)
+    return "; ?: without a run for each of these seeds, and not ranked" * unranked
 
 
 def fleet_notes(plan: Plan) -> list[str]:

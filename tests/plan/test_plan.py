@@ -46,7 +46,7 @@ def test_measured_accuracy_goes_before_the_published_order() -> None:
     excluding = option("end_to_end", 2.0, measured=Measured({0: 0.99}))
     best, reason = chosen(whole, growing, layerwise, excluding, protocol="knn")
     assert best is layerwise
-    assert "highest measured accuracy by kNN, 90.0 ± 0.0 % (mean of 3 seeds)" in reason
+    assert "highest measured accuracy (kNN; 90.0 ± 0.0 %; mean of 3 seeds)" in reason
     best, reason = chosen(whole, growing, excluding, protocol="knn")
     assert best is growing
     assert "none of them is in the results by kNN" in reason
@@ -86,12 +86,15 @@ def test_options_are_ranked_over_common_seeds() -> None:
     best, reason = ranked(one=lucky, two=steady)
     assert best
     assert best.strategy == "progressive"
-    assert "accuracy by kNN, 53.0 % (1 seed). It is not shown to be better than layerwise (+1.0 points, 1 com" in reason
+    assert "accuracy (kNN; 53.0 %; 1 seed). It is not shown to be better than layerwise (+1.0 points, 1 com" in reason
     best, reason = ranked(one={0: 0.9}, two=steady, three=worse)
     assert best
     assert best.strategy == "progressive"
-    assert "49.5 ± 4.9 % (mean of 2 seeds)" in reason
-    assert "Not ranked, for lack of a run with each of the seeds 0, 1: layerwise, 1 layer per stage, 90.0 %" in reason
+    assert "49.5 ± 4.9 %; mean of 2 seeds)" in reason
+    assert (
+        "Not ranked, for lack of a run with each of the seeds 0, 1: layerwise, 1 layer per stage (90.0 %; 1 seed)"
+        in reason
+    )
     best, _ = ranked(one={0: 0.5}, two={1: 0.6})
     assert best
     assert best.strategy == "progressive"  # no seed in common: each by its own
@@ -103,7 +106,7 @@ def test_that_nothing_beats_the_untrained_encoder_is_said_first() -> None:
 
     reason = chosen(reached("layerwise", 0.5), reached("progressive", 0.6), protocol="knn")[1]
     assert reason.startswith("No measured option is more accurate than its untrained encoder. layerwise: ")
-    assert "50.0 % (1 seed; untrained: 50.0 %)" in reason
+    assert "50.0 %; 1 seed; untrained: 50.0 %)" in reason
     assert "No measured" not in chosen(reached("layerwise", 0.5), reached("progressive", 0.4), protocol="knn")[1]
 
 
