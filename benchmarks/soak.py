@@ -2,7 +2,8 @@
 
 2,000 rounds with an evaluation every 100, checkpoints, and TensorBoard event files; a minute or two on 2 CPU cores. The
 process's memory, its threads and open files, the arrays on the device, and the size of the work directory are noted
-every 20 rounds; `--seconds` are those between checkpoints, by default as in a run. Writes results/soak.json and
+every 20 rounds; `--seconds` are those between checkpoints, by default as in a run. Each of the first 50 rounds has a
+checkpoint, so that what the first ones allocate for good does not count as growth. Writes results/soak.json and
 results/soak.png; the slope of memory is a least-squares line after round 100.
 """
 
@@ -62,12 +63,14 @@ def main() -> None:
         directory = Path(folder) / "run"
 
         def hear(event: Event) -> None:
+            if isinstance(event, RoundDone) and event.line["round"] == WARM // 2:
+                train.SECONDS_BETWEEN_CHECKPOINTS = options.seconds
             if isinstance(event, RoundDone) and event.line["round"] % EVERY == 0:
                 noted.append({"round": event.line["round"], **measure(directory)})
                 if event.line["round"] % (10 * EVERY) == 0:
                     print({name: round(value, 1) for name, value in noted[-1].items()}, flush=True)
 
-        train.SECONDS_BETWEEN_CHECKPOINTS = options.seconds
+        train.SECONDS_BETWEEN_CHECKPOINTS = 0.0
         train.train(config, WorkDir(directory, config), hear)
     after = [line for line in noted if line["round"] > min(WARM, options.rounds // 2)]
     rounds = np.array([line["round"] for line in after])
