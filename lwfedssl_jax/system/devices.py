@@ -119,12 +119,22 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
             socket.getaddrinfo(host.strip("[]"), port)
             if process == 0:
                 socket.create_server(("", int(port))).close()
+        keep_output_to_python()
         # The others wait while the first process evaluates and writes.
         jax.distributed.initialize(*address, shutdown_timeout_seconds=24 * 3600)  # type: ignore[misc]
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         accepted = "SLURM or a TPU pod" if coordinator == "auto" else "HOST:PORT that process 0 can open"
         raise ConfigError(f"--coordinator: {coordinator} cannot be joined ({reason}); accepted: {accepted}") from error
+
+
+def keep_output_to_python() -> None:
+    """Let only Python write to standard output: Gloo prints a line there for each group of processes."""
+    sys.stdout.flush()
+    own = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    sys.stdout = own
 
 
 def is_one_of_several() -> bool:
