@@ -10,6 +10,7 @@ from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.costs.ledger import make_ledger
 from lwfedssl_jax.plan import make, recommend
 from lwfedssl_jax.plan.clients import Clients
+from lwfedssl_jax.plan.measured import Results
 from lwfedssl_jax.plan.options import Option
 from lwfedssl_jax.plan.published import closest
 
@@ -61,7 +62,8 @@ def option(strategy: str, *peaks_gb: float, flops: float = 1e9, traffic: int = 1
 
 def advise(*options: Option, protocol: str = "", **more: Any) -> recommend.Recommendation:
     devices = [SMALL_PHONE, LARGE_BOX]
-    return recommend.recommend(Config(), devices, options, protocol, closest(PAPER), dealt=True, **more)
+    results = Results(protocol, shallow=more.pop("shallow", {}))
+    return recommend.recommend(Config(), devices, options, results, closest(PAPER), dealt=True, **more)
 
 
 def chosen(*options: Option, protocol: str = "", **more: Any) -> tuple[Option | None, str]:

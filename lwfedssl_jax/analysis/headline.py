@@ -46,7 +46,7 @@ def _on_world(
     runs: pd.DataFrame, world: World, protocols: Sequence[str], compared: Mapping[str, Sequence[Difference]]
 ) -> Iterator[str]:
     protocol = protocols[0]
-    runs, members, unranked = _over_common_seeds(runs, world, protocol)
+    runs, members, doubt = _over_common_seeds(runs, world, protocol)
     if not members:
         return
     summary = over_seeds(runs)
@@ -70,23 +70,20 @@ def _on_world(
         pair = {best.label, rival.label}
         known = (d for d in compared.get(protocol, ()) if {d.setting, d.against} == pair and not d.factor)
         difference = next(known, None) or paired(runs, best.label, rival.label, protocol)
-        costs = _costs(summary, rival)
-        yield f"{difference}{costs and f'; {rival.label} takes {costs}'}.{_doubt(difference)}"
+        costs = _costs_against(summary, rival, best)
+        yield f"{difference}{costs and f'; it takes {costs}'}.{_doubt(difference)}"
         second = max((s for s in members if s != best), key=lambda s: float(accuracy[s.label]))
         if second != rival:
             reached = wording.mean_words(summary.loc[second.label, f"accuracy.{protocol}"])
             yield f"Second is {second.label} with {reached} %."
-    if unranked:
-        more = f"; and {len(unranked) - MAX_UNRANKED} more" if len(unranked) > MAX_UNRANKED else ""
-        yield f"Not ranked, for lack of runs with seeds that others have: {'; '.join(unranked[:MAX_UNRANKED])}{more}."
+    if doubt:
+        yield doubt
 
 
-def _over_common_seeds(
-    runs: pd.DataFrame, world: World, protocol: str
-) -> tuple[pd.DataFrame, list[Setting], list[str]]:
-    """Return a world's runs with the seeds that it is ranked over, its settings that have all of them, and the others.
+def _over_common_seeds(runs: pd.DataFrame, world: World, protocol: str) -> tuple[pd.DataFrame, list[Setting], str]:
+    """Return a world's runs with the seeds that it is ranked over, its settings that have all of them, and a sentence.
 
-    The others are words with their accuracies over the seeds that they have.
+    The sentence names the settings that lack seeds, or says that no two settings share one; otherwise it is empty.
     """
     known = runs[runs[f"accuracy.{protocol}"].notna()] if f"accuracy.{protocol}" in runs else runs[:0]
     own = {s.label: frozenset(known.loc[known["setting"] == s.label, SEED]) for s in world.settings}
@@ -94,16 +91,17 @@ def _over_common_seeds(
     seeds = common_seeds([own[s.label] for s in settings])
     members = [s for s in settings if seeds <= own[s.label]]
     counted = known[known["setting"].isin([s.label for s in members]) & (known[SEED].isin(seeds) | (not seeds))]
+    if len(members) > 1 and not seeds:
+        return counted, members, "These settings share no seed: their differences may be those of the seeds."
+    if not (rest := [s.label for s in settings if s not in members]):
+        return counted, members, ""
     summary = over_seeds(known)[f"accuracy.{protocol}"]
-    rest = (s.label for s in settings if s not in members)
-    return (
-        counted,
-        members,
-        [
-            f"{label} ({wording.mean_words(summary.loc[label])} %, {count_of(len(own[label]), 'seed')})"
-            for label in rest
-        ],
+    named = "; ".join(
+        f"{label} ({wording.mean_words(summary.loc[label])} %, {count_of(len(own[label]), 'seed')})"
+        for label in rest[:MAX_UNRANKED]
     )
+    more = f"; and {len(rest) - MAX_UNRANKED} more" if len(rest) > MAX_UNRANKED else ""
+    return counted, members, f"Not ranked, for lack of runs with seeds that others have: {named}{more}."
 
 
 def _any_beats_untrained(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str) -> bool | None:
@@ -184,8 +182,22 @@ def _costs(summary: pd.DataFrame, setting: Setting) -> str:
     if setting.strategy == END_TO_END:
         return ""
     ratios = {words: tables.ratio(summary.loc[setting.label], cost) for cost, words in COST_WORDS.items()}
+    return _ratio_words(ratios, "end_to_end")
+
+
+def _costs_against(summary: pd.DataFrame, rival: Setting, best: Setting) -> str:
+    """Costs of the best setting as ratios to its rival's, unless they are those to end_to_end that are said before."""
+    if rival.strategy == END_TO_END and best.strategy != END_TO_END:
+        return ""
+    means = {words: summary[(cost, "mean")] for cost, words in COST_WORDS.items()}
+    return _ratio_words(
+        {words: float(mean[best.label] / mean[rival.label]) for words, mean in means.items()}, rival.label
+    )
+
+
+def _ratio_words(ratios: Mapping[str, float], of: str) -> str:
     known = [f"{ratio:.2f}x the {words}" for words, ratio in ratios.items() if not isnan(ratio)]
-    return f"{', '.join(known[:-1])} and {known[-1]} of end_to_end" if len(known) > 1 else ""
+    return f"{', '.join(known[:-1])} and {known[-1]} of {of}" if len(known) > 1 else ""
 
 
 def _doubt(difference: Difference) -> str:

@@ -37,7 +37,7 @@ from lwfedssl_jax.analysis.results import (
     sweep_name,
 )
 from lwfedssl_jax.analysis.settings import Setting, group_by_setting, protocols
-from lwfedssl_jax.analysis.statistics import Difference
+from lwfedssl_jax.analysis.statistics import CHANCE, Difference
 from lwfedssl_jax.analysis.style import STYLES
 from lwfedssl_jax.analysis.tables import Table
 from lwfedssl_jax.analysis.wording import protocol_words
@@ -113,7 +113,11 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "headline": list(headline(finished, settings, names, compared)),
         "tables": {name: table and table.words for name, table in shown.items()},
         "sparse": sparse,
-        "differences": {protocol_words(p): list(map(str, found)) for p, found in compared.items() if found},
+        "differences": {
+            protocol_words(p): [f"{d}{'; may be chance' * (d.p_holm >= CHANCE)}" for d in found]
+            for p, found in compared.items()
+            if found
+        },
         "tests": sum(not isnan(d.p) for found in compared.values() for d in found),
         "by_factor": any(d.factor for found in compared.values() for d in found),
         "grids": list(grids(finished, settings, names, out)),

@@ -8,6 +8,8 @@ from lwfedssl_jax.plan.options import Option
 def frontier(options: Sequence[Option]) -> list[Option]:
     """Return the options that no other dominates: by accuracy, clients, time, traffic, energy and peak memory.
 
+    Where the time is not known, operations take its place.
+
     Accuracies are the measured ones if any option has one, otherwise the published ones. Options without one, those
     that are not ranked for lack of seeds, and those that no client can take part in throughout, are not on it.
     """
@@ -35,7 +37,8 @@ def dominates(better: Option, worse: Option) -> bool:
 def losses(option: Option) -> tuple[float, ...]:
     """Return what an option should have little of."""
     peak = float(option.ledger["peak_memory_bytes"])
-    costs = option.seconds, option.traffic_bytes, option.energy_wh, peak
+    effort = option.seconds or float(option.ledger["flops_executed"])  # time is not known for all fleets
+    costs = effort, option.traffic_bytes, option.energy_wh, peak
     return -accuracy_of(option), -option.everywhere, *costs
 
 

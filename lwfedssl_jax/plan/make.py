@@ -74,7 +74,7 @@ def make_plan(
         measured = results.found.get((stages_of(option_config), remat))
         options.append(option._replace(published=accuracy, estimated=estimated, measured=measured))
     options = over_common_seeds(options, results.on_fleet)
-    recommendation = recommend(config, devices, options, results.protocol, published, aim, clients.dealt)
+    recommendation = recommend(config, devices, options, results, published, aim, clients.dealt)
     return Plan(config, devices, clients, options, refused, recommendation, results, published)
 
 

@@ -1,5 +1,6 @@
 """Accuracies measured by finished runs, for a plan's options."""
 
+import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -76,11 +77,13 @@ class Results(NamedTuple):
       protocol: the evaluation protocol of the accuracies, or an empty string without any.
       on_fleet: whether the runs trained on the plan's fleet; otherwise all their clients took part in all stages.
       found: accuracies by the stages of an option and its ``runtime.remat``.
+      shallow: of encoders with fewer layers, trained end to end and otherwise like the config, by their depth.
     """
 
     protocol: str = ""
     on_fleet: bool = False
     found: Mapping[tuple[Stages, bool], Measured] = {}
+    shallow: Mapping[int, Measured] = {}
 
 
 NO_RESULTS = Results()
@@ -121,7 +124,20 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
         option: Measured(by_seed(members, f"accuracy.{chosen}"), by_seed(members, f"untrained.{chosen}"))
         for option, members in of_option.items()
     }
-    return Results(chosen, on_fleet, found)
+    return Results(chosen, on_fleet, found, shallow_controls(config, rows, chosen))
+
+
+def shallow_controls(config: Config, rows: Sequence[Row], protocol: str) -> dict[int, Measured]:
+    """Return the accuracies of shallower encoders that were trained end to end for as many rounds, by depth."""
+    found = {}
+    whole = [row for row in rows if row["strategy.name"] == "end_to_end" and is_known(row.get(f"accuracy.{protocol}"))]
+    for depth in sorted({row["model.depth"] for row in whole}):
+        if depth < config.model.depth:
+            layers = {"model.depth": depth, "strategy.layers_per_stage": 1}
+            with contextlib.suppress(ConfigError):  # none of that depth is like the config
+                runs, _ = runs_like(override(config, layers), whole)
+                found[depth] = Measured(by_seed(runs, f"accuracy.{protocol}"), by_seed(runs, f"untrained.{protocol}"))
+    return found
 
 
 def is_known(value: object) -> bool:

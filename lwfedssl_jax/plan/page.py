@@ -32,6 +32,7 @@ from lwfedssl_jax.plan.show import (
     accuracy_cell,
     class_words,
     demand,
+    drawn_words,
     fleet_notes,
     own_study,
     schedule_notes,
@@ -135,6 +136,7 @@ def sentences(plan: Plan, best: Option) -> list[str]:
     spent = f"{traffic} and up to {short_number(best.energy_wh)} Wh{without}" if best.energy_wh else traffic
     time = f"The whole run takes {time_words(best.seconds)}, with" if best.seconds else "It costs"
     left = f"; left out: {left_words(best.left, plan.clients.dealt)}" if any(s.clients for s in best.left) else ""
+    drawn = drawn_words(plan)
     warning = ["No measured option is more accurate than its untrained encoder."] * (
         beats_untrained(plan.options) is False
     )
@@ -143,7 +145,7 @@ def sentences(plan: Plan, best: Option) -> list[str]:
         f"{what}{growth}{remat} ({accuracy}).",
         f"{who} can take part in every stage, which needs up to {bytes_words(best.ledger['peak_memory_bytes'])} of "
         f"memory for a training step{left}.",
-        f"{time} {spent} per device.",
+        f"{time} {spent} per device{f' that takes part in every round{drawn}' if drawn else ''}.",
     ]
 
 
@@ -188,7 +190,7 @@ def row(option: Option, plan: Plan) -> dict[str, Any]:
             if knows_energy(plan)
             else []
         ),
-        accuracy_cell(option, plan, spread=False),
+        accuracy_cell(option, plan, spread=True),
     ]
     return {
         "name": option.strategy,
@@ -226,11 +228,7 @@ def assumed(plan: Plan) -> list[str]:
         if any(device.has_speed for device in plan.devices)
         else "Time is unknown: no class has all of gflops, uplink_mbps and downlink_mbps."
     ]
-    drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
-    part = (
-        "Costs are of a device that takes part in every round. Here a client takes part in about "
-        f"{round_percent(drawn)} of them."
-    )
+    drawn = drawn_words(plan)
     deadline = config.fleet.deadline_seconds
     late = f"A client that needs more than {deadline:g} s for a round (fleet.deadline_seconds) is left out."
     return [
@@ -239,7 +237,7 @@ def assumed(plan: Plan) -> list[str]:
         "comes on top. It was not measured on these devices.",
         *speed,
         *([late] if deadline else []),
-        *([part] if drawn < 1 else []),
+        *([f"Costs are of a device that takes part in every round{drawn}."] if drawn else []),
         "Traffic is 4 bytes per parameter in both directions, with what a device downloads when a stage begins; "
         "protocols and encryption come on top.",
         *fleet_notes(plan),

@@ -89,16 +89,19 @@ def draw_peaks(axes: Any, plan: Plan, styles: Styles) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     options = comparable(plan.options)
-    plot_accuracy(axes, plan, options, [o.ledger["peak_memory_bytes"] / 1e9 for o in options], styles)
+    peaks = [option.ledger["peak_memory_bytes"] for option in options]
+    divisor, unit = byte_unit(max(peaks, default=0))
+    plot_accuracy(axes, plan, options, [peak / divisor for peak in peaks], styles)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="peak memory of a training step (GB); dotted: devices")
+    axes.set(xlabel=f"peak memory of a training step ({unit}); dotted: devices")
     for device in plan.devices:
-        axes.axvline(device.memory_gb, color="0.3", linewidth=1, linestyle=":")
+        memory = 1e9 * device.memory_gb / divisor
+        axes.axvline(memory, color="0.3", linewidth=1, linestyle=":")
         axes.annotate(
-            device.name, (device.memory_gb, 1), (-3, -4), xycoords=("data", "axes fraction"),
+            device.name, (memory, 1), (-3, -4), xycoords=("data", "axes fraction"),
             textcoords="offset points", rotation=90, ha="right", va="top", fontsize=8, color="0.3",
         )  # fmt: skip
 

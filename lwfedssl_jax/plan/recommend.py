@@ -5,11 +5,20 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from lwfedssl_jax.analysis.statistics import CHANCE, Difference, adjust, compare
-from lwfedssl_jax.analysis.wording import bytes_words, percent, protocol_words, round_percent, short_number, time_words
+from lwfedssl_jax.analysis.wording import (
+    bytes_words,
+    count_of,
+    percent,
+    protocol_words,
+    round_percent,
+    short_number,
+    time_words,
+)
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.plan.clients import left_words
 from lwfedssl_jax.plan.frontier import accuracy_of, comparable, frontier, step
+from lwfedssl_jax.plan.measured import Measured, Results
 from lwfedssl_jax.plan.options import Option, name_option
 from lwfedssl_jax.plan.published import Published
 
@@ -40,7 +49,7 @@ def recommend(
     config: Config,
     devices: Sequence[DeviceClass],
     options: Sequence[Option],
-    protocol: str,
+    results: Results,
     published: Published,
     aim: Aim = "devices",
     dealt: bool = False,
@@ -51,7 +60,7 @@ def recommend(
       config: resolved, with the fleet.
       devices: its classes.
       options: of the plan.
-      protocol: of the measured accuracies, or an empty string.
+      results: measured accuracies.
       published: the paper's accuracies.
       aim: what is put first.
       dealt: as in ``Clients``.
@@ -61,7 +70,7 @@ def recommend(
         lacking = (missing_for(config, device, number, options) for number, device in enumerate(devices))
         reason = " ".join(["No class can take part in every stage of any option.", *lacking])
         return Recommendation(None, reason, on_frontier)
-    reason = " ".join(reasons(best, config, devices, options, protocol, published, aim, dealt))
+    reason = " ".join(reasons(best, config, devices, options, results, published, aim, dealt))
     up, down = (step(on_frontier, best, up=up) for up in (True, False))
     return Recommendation(best, reason, on_frontier, up, down)
 
@@ -104,7 +113,7 @@ def reasons(
     config: Config,
     devices: Sequence[DeviceClass],
     options: Sequence[Option],
-    protocol: str,
+    results: Results,
     published: Published,
     aim: Aim,
     dealt: bool,
@@ -118,17 +127,25 @@ def reasons(
     fitting = fitting_options(options, aim)
     if len(fitting) > 1:
         which = "in which any client can" if aim == "accuracy" else "with this share"
-        yield f"Of the {len(fitting)} options {which}, {_advantage(best, fitting, protocol, published, aim)}."
-    if rivals := unresolved_rivals(best, fitting, protocol):
+        which, unknown = f"{len(fitting)} options {which}", ""
+        if best.measured and aim != "cheapest":
+            measured = len(comparable(fitting))
+            which = which.replace(f"{len(fitting)} options", f"{measured} measured options")
+            unknown = f" ({len(fitting) - measured} more are not ranked)" if measured < len(fitting) else ""
+        yield f"Of the {which}{unknown}, {_advantage(best, fitting, results.protocol, published, aim)}."
+    if rivals := unresolved_rivals(best, fitting, results.protocol):
         more = f", and {len(rivals) - MAX_RIVALS} more" if len(rivals) > MAX_RIVALS else ""
         yield f"It is not shown to be better than {'; '.join(map(_rival_words, rivals[:MAX_RIVALS]))}{more}."
     if unranked := _unranked_words(fitting):
         yield unranked
+    if best.measured:
+        yield from _shallow_words(best, results)
     without_remat = [option for option in options if not option.remat]
     if best.remat and without_remat:
         other = choose_option(without_remat, aim)
-        found = f"{other.name}, {round_percent(other.everywhere)} of the clients" if other else "nothing fits"
-        yield f"Without runtime.remat, the choice is {found}."
+        unmeasured = " (not measured)" * bool(best.measured and other and not other.measured)
+        found = other and f"the choice is {other.name}{unmeasured}, {round_percent(other.everywhere)} of the clients"
+        yield f"Without runtime.remat, {found or 'nothing fits'}."
     for number, part in enumerate(best.parts):
         if not part.everywhere:
             yield missing_for(config, devices[number], number, options)
@@ -151,7 +168,32 @@ def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published
         source = f"arXiv 2401.11647, on other data{doubt}"
         found = f"it has the highest {what}, {percent(best.published)} ({source}){unknown}"
     equal = [option for option in comparable(fitting) if accuracy_of(option) == accuracy_of(best)]
-    return f"{found}; among equals it takes the least {least}" if len(equal) > 1 else found
+    return f"{found}{_among_equals(best, equal)}"
+
+
+def _among_equals(best: Option, equal: Sequence[Option]) -> str:
+    """What makes an option the choice among those with its accuracy, with a semicolon before it; empty if nothing."""
+    criteria = (
+        ("most clients can take part in it", lambda option: -option.everywhere),
+        ("it takes the least time", lambda option: option.seconds),
+        ("it takes the least traffic", lambda option: option.traffic_bytes),
+        ("it takes the fewest operations", lambda option: option.ledger["flops_executed"]),
+    )
+    for words, criterion in criteria:
+        if any(criterion(option) != criterion(best) for option in equal):
+            return f"; among equals {words}"
+    return ""
+
+
+def _shallow_words(best: Option, results: Results) -> Iterator[str]:
+    """Compare an option with the shallow controls among the results."""
+    for depth, control in results.shallow.items():
+        seeds = [seed for seed in control.by_seed if best.measured and seed in best.measured.by_seed]
+        if best.measured and seeds:
+            reached = Measured(control.by_seed, control.untrained, frozenset(seeds))
+            verdict = "reached" if reached.accuracy < best.measured.accuracy else "is as accurate, or more, with"
+            layers = count_of(depth, "layer")
+            yield f"An encoder with {layers}, trained end to end in as many rounds, {verdict} {reached.words}."
 
 
 def beats_untrained(options: Sequence[Option]) -> bool | None:
@@ -242,11 +284,15 @@ def missing_for(config: Config, device: DeviceClass, number: int, options: Seque
       number: its index in the fleet.
       options: all of the plan.
     """
+    closest = max(options, key=lambda option: (option.parts[number].everywhere, accuracy_of(option)))
+    if share := closest.parts[number].everywhere:
+        who = "it" if share == 1 else f"{round_percent(share)} of its clients"
+        return f"{device.name}: {who} could take part throughout in {closest.name}."
     smallest = min(options, key=lambda option: option.ledger["peak_memory_bytes"])
     peak, available = smallest.ledger["peak_memory_bytes"] / 1e9, device.memory_gb
     if peak > available:
         batch = 2 ** math.floor(math.log2(config.optimizer.batch_size * available / peak))
-        hint = f", or try optimizer.batch_size {batch}" if batch >= 2 else ""
+        hint = f", or try optimizer.batch_size {batch} or less" if batch >= 2 else ""
         return (
             f"{device.name}: every option needs {peak:.3g} GB or more ({smallest.name}), {peak - available:.2g} GB "
             f"above what it has{hint}."
@@ -254,9 +300,7 @@ def missing_for(config: Config, device: DeviceClass, number: int, options: Seque
     fitting = [option for option in options if option.ledger["peak_memory_bytes"] <= available * 1e9]
     slowest = {option.name: max(option.parts[number].round_seconds or [0.0]) for option in fitting}
     name = min(slowest, key=lambda name: slowest[name])
-    if 0 < config.fleet.deadline_seconds < slowest[name]:
-        return (
-            f"{device.name}: with fleet.deadline_seconds {config.fleet.deadline_seconds:g} it is too slow for every "
-            f"option that fits its memory: a round takes up to {time_words(slowest[name])} ({name})."
-        )
-    return f"{device.name}: it could take part throughout in {name}."
+    return (
+        f"{device.name}: with fleet.deadline_seconds {config.fleet.deadline_seconds:g} it is too slow for every "
+        f"option that fits its memory: a round takes up to {time_words(slowest[name])} ({name})."
+    )

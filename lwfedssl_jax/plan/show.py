@@ -76,10 +76,14 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
         "k: layers per stage. remat: with runtime.remat. memory: peak of a training step in the first stage → in the "
         f"stage that needs most, by the compiler for {jax.devices()[0].device_kind}. fleet: clients that can take part "
         "in the first stage → in every stage. out ≥s: cannot take part from stage s on. traffic: of a device that "
-        "takes part in every round. *: no other option is better in one respect and as good in the others."
+        f"takes part in every round{drawn_words(plan)}. *: no other option is better in one respect and as good in the "
+        "others."
     )
-    if any(device.has_speed for device in plan.devices):
-        columns += " Times: of the class's slowest client, if it takes part in every round."
+    columns += (
+        " Times: of the class's slowest client, if it takes part in every round."
+        if any(device.has_speed for device in plan.devices)
+        else " Times need gflops, uplink_mbps and downlink_mbps."
+    )
     notes = [
         columns,
         *([] if any(option.measured for option in comparable(plan.options)) else [published_note(plan)]),
@@ -92,9 +96,17 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
         several = spread and any(o.measured and len(o.measured.by_seed) > 1 for o in plan.options)
         notes.append(
             f"acc.: accuracy by {protocol_words(plan.results.protocol)}, mean{' ± standard deviation' * several} over "
-            f"{seeds_words(plan)}, of runs {where}{unranked_note(plan)}; blank if there are none."
+            f"{seeds_words(plan)}, of runs {where}{unranked_note(plan)}; blank if there are none. Options are "
+            "compared by paired t-tests, adjusted for those of this plan only."
         )
     return notes
+
+
+def drawn_words(plan: Plan) -> str:
+    """State in which share of the rounds a client takes part, in brackets after a space, unless it is all."""
+    config = plan.config
+    drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
+    return f" (here a client takes part in about {round_percent(drawn)} of them)" if drawn < 1 else ""
 
 
 def seeds_words(plan: Plan) -> str:
@@ -127,10 +139,14 @@ def fleet_notes(plan: Plan) -> list[str]:
 def published_note(plan: Plan, most: int = 6) -> str:
     """State what the published accuracies are of, and in which settings this config differs from the paper's."""
     differ = unlike(plan.config, plan.published)
+    estimates = (
+        "; ~: estimated from it, by adding what more layers per stage gain with mocov3 and all clients"
+        if any(option.estimated for option in plan.options)
+        else ""
+    )
     more = f" and {len(differ) - most} more" if len(differ) > most else ""
     return (
-        f"paper: accuracy in arXiv 2401.11647 (without a spread there), {plan.published.measured_on}; ~: estimated "
-        "from it, by adding what more layers per stage gain with mocov3 and all clients."
+        f"paper: accuracy in arXiv 2401.11647 (without a spread there), {plan.published.measured_on}{estimates}."
         f"{own_study(plan)} Unlike there, this config has {', '.join(differ[:most])}{more}. Accuracies of your own "
         "runs (--results) count more."
     )
