@@ -63,7 +63,7 @@ def main() -> None:
         directory = Path(folder) / "run"
 
         def hear(event: Event) -> None:
-            if isinstance(event, RoundDone) and event.line["round"] == WARM // 2:
+            if isinstance(event, RoundDone) and event.line["round"] == min(WARM, options.rounds) // 2:
                 train.SECONDS_BETWEEN_CHECKPOINTS = options.seconds
             if isinstance(event, RoundDone) and event.line["round"] % EVERY == 0:
                 noted.append({"round": event.line["round"], **measure(directory)})

@@ -109,9 +109,10 @@ def equal_traffic(study: Study, settings: Mapping[str, Setting]) -> Iterator[str
     cost = common_cost([curve for of_setting in curves.values() for curve in of_setting])
     if len(curves) < 2 or np.isnan(cost):
         return
+    two = "; the table below compares two at a time, at the traffic of the cheaper one"
     yield (
         f"All at {cost / MIB:.1f} MiB per drawn client, the traffic of the cheapest, by {protocol_words(protocol)} "
-        "(linear between evaluations; the table below compares two at a time, at the traffic of the cheaper one): "
+        f"(linear between evaluations{two * any(question.at == 'traffic' for question in study.questions)}): "
         + "; ".join(
             f"{words(label)} {spread(accuracy_at(cost, curve) for curve in of_setting)}"
             for label, of_setting in curves.items()

@@ -149,15 +149,6 @@ def equal_cost_table(
     return Table("equal_cost", frame, pd.DataFrame(numbers).assign(protocol=protocol))
 
 
-def evaluated_only_at_the_end(members: Mapping[str, Sequence[RunRecord]], protocol: str) -> list[str]:
-    """Return the labels of settings with a run whose accuracy on the way is not known."""
-    return [
-        label
-        for label, runs in members.items()
-        if any(len(cost_curve("traffic", protocol, run.lines, run.summary)[0]) < 2 for run in runs)
-    ]
-
-
 def _at_common_cost(
     kind: str, protocol: str, members: Mapping[str, Sequence[RunRecord]], settings: Sequence[Setting]
 ) -> tuple[float, dict[str, pd.Series]] | None:

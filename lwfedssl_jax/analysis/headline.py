@@ -46,6 +46,7 @@ def _on_world(
     runs: pd.DataFrame, world: World, protocols: Sequence[str], compared: Mapping[str, Sequence[Difference]]
 ) -> Iterator[str]:
     protocol = protocols[0]
+    beats = _any_beats_untrained(runs, world.settings, protocol)
     runs, members, doubt = _over_common_seeds(runs, world, protocol)
     if not members:
         return
@@ -55,7 +56,6 @@ def _on_world(
     where = f"{world.name}: " if world.name else ""
     found = _result(runs, summary, best, protocol)
     costs = _costs(summary, best)
-    beats = _any_beats_untrained(runs, members, protocol)
     if beats is False:
         which = "the most accurate setting, " if len(members) > 1 else ""
         yield f"{where}Nothing beats the untrained encoder: {which}{best.label}, reached {found}."
@@ -68,8 +68,10 @@ def _on_world(
         yield disagreement
     if beats is not False and (rival := _rival(best, members, accuracy)):
         pair = {best.label, rival.label}
+        seeds = runs.loc[runs["setting"] == best.label, SEED].nunique()  # a pair may share more than it is ranked over
         known = (d for d in compared.get(protocol, ()) if {d.setting, d.against} == pair and not d.factor)
-        difference = next(known, None) or paired(runs, best.label, rival.label, protocol)
+        tested = (d for d in known if d.seeds == seeds)
+        difference = next(tested, None) or paired(runs, best.label, rival.label, protocol)
         costs = _costs_against(summary, rival, best)
         yield f"{difference}{costs and f'; it takes {costs}'}.{_doubt(difference)}"
         second = max((s for s in members if s != best), key=lambda s: float(accuracy[s.label]))
@@ -85,7 +87,7 @@ def _over_common_seeds(runs: pd.DataFrame, world: World, protocol: str) -> tuple
 
     The sentence names the settings that lack seeds, or says that no two settings share one; otherwise it is empty.
     """
-    known = runs[runs[f"accuracy.{protocol}"].notna()] if f"accuracy.{protocol}" in runs else runs[:0]
+    known = runs[runs[f"accuracy.{protocol}"].notna()]
     own = {s.label: frozenset(known.loc[known["setting"] == s.label, SEED]) for s in world.settings}
     settings = [s for s in world.settings if own[s.label]]
     seeds = common_seeds([own[s.label] for s in settings])
@@ -106,8 +108,10 @@ def _over_common_seeds(runs: pd.DataFrame, world: World, protocol: str) -> tuple
 
 def _any_beats_untrained(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str) -> bool | None:
     """Whether a setting is more accurate than its untrained encoder in the mean over seeds; None if that is unknown."""
-    known = [gains for setting in settings if not (gains := _gains(runs, setting, protocol)).empty]
-    return any(gains.mean() > 0 for gains in known) if known else None
+    gains = [_gains(runs, setting, protocol).mean() for setting in settings]
+    if any(gain > 0 for gain in gains):
+        return True
+    return False if gains and not any(map(isnan, gains)) else None
 
 
 def _gains(runs: pd.DataFrame, setting: Setting, protocol: str) -> pd.Series:

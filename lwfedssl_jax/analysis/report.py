@@ -12,7 +12,7 @@ import pandas as pd
 from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import tables
 from lwfedssl_jax.analysis.comparisons import compare_all
-from lwfedssl_jax.analysis.equal_cost import equal_cost_table, evaluated_only_at_the_end
+from lwfedssl_jax.analysis.equal_cost import equal_cost_table
 from lwfedssl_jax.analysis.headline import headline
 from lwfedssl_jax.analysis.report_figures import (
     Members,
@@ -48,7 +48,7 @@ from lwfedssl_jax.system.program import program
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHOWN_POPULATIONS = 4
 FINGERPRINTS = (FINGERPRINT, EVALUATION_FINGERPRINT)
-LOCAL_OPTIONS = (  # options that depend on the machine or run; a command line that repeats a run omits them
+LOCAL_OPTIONS = (  # options that depend on the machine or run; a command that repeats runs omits or adds them for all
     "--runtime.seed", "--workdir", "--compilation-cache", "--coordinator", "--processes", "--process",
 )  # fmt: skip
 BASE = "quickstart"  # the config that command lines start from
@@ -96,7 +96,6 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
     compared = compare_all(finished, settings, names) if len(settings) > 1 else {}
     shown = _tables(finished, settings, members, [d for found in compared.values() for d in found])
     shown["equal_cost"] = equal_cost_table(members, settings, names[0]) if names else None
-    sparse = evaluated_only_at_the_end(members, names[0]) if names and len(settings) > 1 else []
     for table in filter(None, shown.values()):
         tables.write(table, out / "tables")
     (out / "tables").mkdir(parents=True, exist_ok=True)
@@ -112,7 +111,6 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "protocols": [protocol_words(p) for p in names],
         "headline": list(headline(finished, settings, names, compared)),
         "tables": {name: table and table.words for name, table in shown.items()},
-        "sparse": sparse,
         "differences": {
             protocol_words(p): [f"{d}{'; may be chance' * (d.p_holm >= CHANCE)}" for d in found]
             for p, found in compared.items()

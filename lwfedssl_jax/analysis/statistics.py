@@ -33,10 +33,10 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def common_seeds(each: Sequence[Collection[int]]) -> frozenset[int]:
-    """Return the seeds over which settings are ranked: as many as any two of them share.
+    """Return the seeds over which settings are ranked: of those that any two of them share, with which most runs count.
 
-    A setting that lacks one of them is not ranked, so that no mean over few seeds wins by a lucky one. Of equally many
-    seeds, those count that most settings have, then the smallest.
+    A setting that lacks one of them is not ranked, so that no mean over few seeds wins by a lucky one. The runs that
+    count are those of the other settings with these seeds. With equally many, more seeds go first, then the smallest.
 
     Args:
       each: the seeds of each setting.
@@ -47,7 +47,8 @@ def common_seeds(each: Sequence[Collection[int]]) -> frozenset[int]:
     pairs = {frozenset(a) & frozenset(b) for a, b in itertools.combinations(each, 2)}
 
     def rank(seeds: frozenset[int]) -> tuple[int, int, list[int]]:
-        return -len(seeds), -sum(seeds <= frozenset(own) for own in each), sorted(seeds)
+        having = sum(seeds <= frozenset(own) for own in each)
+        return -len(seeds) * having, -len(seeds), sorted(seeds)
 
     return min(pairs, key=rank, default=frozenset())
 

@@ -122,11 +122,16 @@ def baselines(runs: pd.DataFrame, settings: Sequence[Setting]) -> list[Baseline]
     found = []
     for kind, words in BASELINES.items():
         columns = [c for p in protocols(runs) if (c := f"{kind}.{p}") in runs]
-        groups: list[list[Setting]] = []
-        known: list[dict[Any, float]] = []  # of each group, by seed and column
+        accuracies = {}
         for s in settings:
             of_setting = runs[runs["setting"] == s.label].set_index(SEED)
-            own = {(seed, c): round(x, 9) for c in columns for seed, x in of_setting[c].dropna().items()}
+            accuracies[s.label] = {
+                (seed, c): round(x, 9) for c in columns for seed, x in of_setting[c].dropna().items()
+            }
+        groups: list[list[Setting]] = []
+        known: list[dict[Any, float]] = []  # of each group, by seed and column
+        for s in sorted(settings, key=lambda s: -len(accuracies[s.label])):  # those with few seeds join one with many
+            own = accuracies[s.label]
             alike = (i for i, of_group in enumerate(known) if _agree(own, of_group))
             if own and (group := next(alike, None)) is not None:
                 groups[group].append(s)
@@ -134,14 +139,11 @@ def baselines(runs: pd.DataFrame, settings: Sequence[Setting]) -> list[Baseline]
             elif own:
                 groups.append([s])
                 known.append(own)
-        for members in groups:
-            seeds = runs[runs["setting"].isin([s.label for s in members])].drop_duplicates(SEED)
-            accuracy = {
-                c.partition(".")[2]: (seeds[c].mean(), seeds[c].std(), seeds[c].count())
-                for c in columns
-                if seeds[c].count()
-            }
-            found.append(Baseline(words + (_owners(members) if len(groups) > 1 else ""), len(seeds), accuracy))
+        for members, of_group in zip(groups, known, strict=True):
+            summary = pd.Series(of_group).groupby(level=1, sort=False).agg(["mean", "std", "count"])
+            accuracy = {str(c).partition(".")[2]: (mean, std, count) for c, mean, std, count in summary.itertuples()}
+            seeds = len({seed for seed, _ in of_group})
+            found.append(Baseline(words + (_owners(members) if len(groups) > 1 else ""), seeds, accuracy))
     return found
 
 

@@ -19,13 +19,13 @@ def frontier(options: Sequence[Option]) -> list[Option]:
 
 def comparable(options: Sequence[Option]) -> list[Option]:
     """Return the options whose accuracies can be compared: measured ones if any is ranked, otherwise published."""
-    measured = [option for option in options if option.measured and option.measured.ranked]
+    measured = [option for option in options if option.ranked]
     return measured or [option for option in options if option.published is not None]
 
 
 def accuracy_of(option: Option) -> float:
     """Return the accuracy by which an option of ``comparable`` is ranked."""
-    return option.measured.accuracy if option.measured else option.published or 0.0
+    return option.ranked.accuracy if option.ranked else option.published or 0.0
 
 
 def dominates(better: Option, worse: Option) -> bool:
@@ -52,7 +52,7 @@ def step(on_frontier: Sequence[Option], chosen: Option, *, up: bool) -> Option |
     """
     sign = 1 if up else -1
     at = sign * accuracy_of(chosen)
-    alike = [option for option in on_frontier if (option.measured is None) == (chosen.measured is None)]
+    alike = [option for option in on_frontier if (option.ranked is None) == (chosen.ranked is None)]
     further = [option for option in alike if sign * accuracy_of(option) > at]
     if up:
         most = max((option.everywhere for option in further), default=0.0)

@@ -73,19 +73,14 @@ def make_plan(
         estimated = accuracy is not None and not published.has(strategy, layers)
         measured = results.found.get((stages_of(option_config), remat))
         options.append(option._replace(published=accuracy, estimated=estimated, measured=measured))
-    options = over_common_seeds(options, results.on_fleet)
+    options = over_common_seeds(options)
     recommendation = recommend(config, devices, options, results, published, aim, clients.dealt)
     return Plan(config, devices, clients, options, refused, recommendation, results, published)
 
 
-def over_common_seeds(options: Sequence[Option], on_fleet: bool) -> list[Option]:
-    """Rank measured options over the seeds that they share (``Measured.seeds``).
-
-    Args:
-      options: of the plan.
-      on_fleet: whether options with and without ``runtime.remat`` are measured by different runs.
-    """
-    runs = {(o.strategy, o.layers_per_stage, o.remat and on_fleet): o.measured for o in options if o.measured}
+def over_common_seeds(options: Sequence[Option]) -> list[Option]:
+    """Rank measured options over the seeds that they share (``Measured.seeds``)."""
+    runs = {option.runs_key: option.measured for option in options if option.measured}
     seeds = common_seeds([[*measured.by_seed] for measured in runs.values()])
     return [o._replace(measured=o.measured._replace(seeds=seeds)) if o.measured else o for o in options]
 

@@ -60,6 +60,12 @@ class Measured(NamedTuple):
         return statistics.fmean(known) if len(known) == len(self.counted) else math.nan
 
     @property
+    def gain(self) -> float:
+        """The mean of accuracy minus that of the untrained encoder, over all seeds in which both are known; or NaN."""
+        gains = [accuracy - self.untrained[seed] for seed, accuracy in self.by_seed.items() if seed in self.untrained]
+        return statistics.fmean(gains) if gains else math.nan
+
+    @property
     def words(self) -> str:
         """The accuracy with its spread, its seeds and that of the untrained encoder, separated by semicolons."""
         several = len(self.counted) > 1

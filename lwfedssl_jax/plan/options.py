@@ -52,6 +52,16 @@ class Option(NamedTuple):
         return f"{name}, with runtime.remat" if self.remat else name
 
     @property
+    def ranked(self) -> Measured | None:
+        """The measured accuracies, if it is ranked by them."""
+        return self.measured if self.measured and self.measured.ranked else None
+
+    @property
+    def runs_key(self) -> tuple[str, int, str]:
+        """What options have in common that the same runs measure: with and without ``runtime.remat``, off a fleet."""
+        return self.strategy, self.layers_per_stage, str(self.measured and self.measured.by_seed)
+
+    @property
     def shares(self) -> list[float]:
         """Share of the clients that can take part in each stage."""
         return [1 - left.share for left in self.left]

@@ -27,7 +27,7 @@ from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 from lwfedssl_jax.plan.plot import choice_figures
 from lwfedssl_jax.plan.published import unlike
-from lwfedssl_jax.plan.recommend import beats_untrained, missing_for, step_words
+from lwfedssl_jax.plan.recommend import NONE_BEATS_UNTRAINED, beats_untrained, missing_for, step_words
 from lwfedssl_jax.plan.show import (
     accuracy_cell,
     class_words,
@@ -97,7 +97,7 @@ def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "best": best,
         "sentences": sentences(plan, best) if best else [chosen.reason],
         "steps": [(name, step_words(option, best, plan.devices)) for name, option in steps if option and best],
-        "reason": chosen.reason,
+        "reason": chosen.reason.removeprefix(f"{NONE_BEATS_UNTRAINED} "),  # that stands above
         "columns": columns(plan),
         "rows": [row(option, plan) for option in plan.options],
         "classes": [(device, class_sentences(plan, number)) for number, device in enumerate(plan.devices)],
@@ -115,7 +115,7 @@ def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
 
 
 def sentences(plan: Plan, best: Option) -> list[str]:
-    """The recommendation in three sentences: what, for whom, and for how much."""
+    """The recommendation in three sentences: what, for whom, and for how much; before them, if nothing has learnt."""
     what = WHAT.get(best.strategy, f"Train by the strategy {best.strategy}")
     accuracy = (
         f"measured accuracy: {best.measured.words}"
@@ -137,9 +137,7 @@ def sentences(plan: Plan, best: Option) -> list[str]:
     time = f"The whole run takes {time_words(best.seconds)}, with" if best.seconds else "It costs"
     left = f"; left out: {left_words(best.left, plan.clients.dealt)}" if any(s.clients for s in best.left) else ""
     drawn = drawn_words(plan)
-    warning = ["No measured option is more accurate than its untrained encoder."] * (
-        beats_untrained(plan.options) is False
-    )
+    warning = [NONE_BEATS_UNTRAINED] * (beats_untrained(plan.options) is False)
     return [
         *warning,
         f"{what}{growth}{remat} ({accuracy}).",

@@ -19,10 +19,11 @@ from lwfedssl_jax.config.device_classes import DeviceClass
 from lwfedssl_jax.plan.clients import left_words
 from lwfedssl_jax.plan.frontier import accuracy_of, comparable, frontier, step
 from lwfedssl_jax.plan.measured import Measured, Results
-from lwfedssl_jax.plan.options import Option, name_option
+from lwfedssl_jax.plan.options import Option
 from lwfedssl_jax.plan.published import Published
 
 MAX_RIVALS = 2  # largest number of options to name that the recommended one is not shown to be better than
+NONE_BEATS_UNTRAINED = "No measured option is more accurate than its untrained encoder."
 SAME = 0.005  # share of a cost up to which it is called the same
 
 Aim = Literal["devices", "accuracy", "cheapest"]  # what is put first
@@ -121,29 +122,32 @@ def reasons(
     """Explain why an option is recommended, what it is not shown to be better than, and which classes it leaves out."""
     most = ", the most that any option reaches," * (best.everywhere == max(o.everywhere for o in options))
     share = f"{round_percent(best.everywhere)} of the clients{most}"
-    if beats_untrained(options) is False:
-        yield "No measured option is more accurate than its untrained encoder."
+    beats = beats_untrained(options)
+    if beats is False:
+        yield NONE_BEATS_UNTRAINED
     yield f"{best.name}: {'all clients' if best.everywhere == 1 else share} can take part in every stage."
     fitting = fitting_options(options, aim)
     if len(fitting) > 1:
         which = "in which any client can" if aim == "accuracy" else "with this share"
         which, unknown = f"{len(fitting)} options {which}", ""
-        if best.measured and aim != "cheapest":
+        if best.ranked and aim != "cheapest":
             measured = len(comparable(fitting))
-            which = which.replace(f"{len(fitting)} options", f"{measured} measured options")
-            unknown = f" ({len(fitting) - measured} more are not ranked)" if measured < len(fitting) else ""
+            which = which.replace(f"{len(fitting)} options", count_of(measured, "measured option"))
+            unknown = f" (without a rank: {len(fitting) - measured})" if measured < len(fitting) else ""
         yield f"Of the {which}{unknown}, {_advantage(best, fitting, results.protocol, published, aim)}."
     if rivals := unresolved_rivals(best, fitting, results.protocol):
         more = f", and {len(rivals) - MAX_RIVALS} more" if len(rivals) > MAX_RIVALS else ""
         yield f"It is not shown to be better than {'; '.join(map(_rival_words, rivals[:MAX_RIVALS]))}{more}."
-    if unranked := _unranked_words(fitting):
+    if unranked := _unranked_words(options):
         yield unranked
-    if best.measured:
-        yield from _shallow_words(best, results)
+    if beats and best.ranked and best.ranked.gain <= 0:
+        yield "It is not more accurate than its own untrained encoder, as others are."
+    if best.ranked:
+        yield from _shallow_words(best.ranked, results)
     without_remat = [option for option in options if not option.remat]
     if best.remat and without_remat:
         other = choose_option(without_remat, aim)
-        unmeasured = " (not measured)" * bool(best.measured and other and not other.measured)
+        unmeasured = " (not measured)" * bool(best.ranked and other and not other.ranked)
         found = other and f"the choice is {other.name}{unmeasured}, {round_percent(other.everywhere)} of the clients"
         yield f"Without runtime.remat, {found or 'nothing fits'}."
     for number, part in enumerate(best.parts):
@@ -157,12 +161,12 @@ def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published
     least = "time" if best.seconds else "traffic"
     if aim == "cheapest":
         return f"it takes the least {least}"
-    if best.measured:
-        found = f"it has the highest measured accuracy ({protocol_words(protocol)}; {best.measured.words})"
+    if best.ranked:
+        found = f"it has the highest measured accuracy ({protocol_words(protocol)}; {best.ranked.words})"
     elif best.published is None:
         return f"none has a known accuracy, and it takes the least {least}"
     else:
-        unknown = f"; none of them is in the results by {protocol_words(protocol)}" if protocol else ""
+        unknown = f"; none of them is ranked by {protocol_words(protocol)}" if protocol else ""
         what = "accuracy as estimated from published ones" if best.estimated else "published accuracy"
         doubt = f"; {published.own_study}" if published.own_study else ""
         source = f"arXiv 2401.11647, on other data{doubt}"
@@ -185,28 +189,29 @@ def _among_equals(best: Option, equal: Sequence[Option]) -> str:
     return ""
 
 
-def _shallow_words(best: Option, results: Results) -> Iterator[str]:
-    """Compare an option with the shallow controls among the results."""
+def _shallow_words(best: Measured, results: Results) -> Iterator[str]:
+    """Compare an option's accuracies with those of the shallow controls among the results, over common seeds."""
     for depth, control in results.shallow.items():
-        seeds = [seed for seed in control.by_seed if best.measured and seed in best.measured.by_seed]
-        if best.measured and seeds:
-            reached = Measured(control.by_seed, control.untrained, frozenset(seeds))
-            verdict = "reached" if reached.accuracy < best.measured.accuracy else "is as accurate, or more, with"
+        if seeds := best.by_seed.keys() & control.by_seed.keys():
+            reached, own = (found._replace(seeds=frozenset(seeds)) for found in (control, best))
+            verdict = "reached" if reached.accuracy < own.accuracy else "is as accurate, or more, with"
             layers = count_of(depth, "layer")
             yield f"An encoder with {layers}, trained end to end in as many rounds, {verdict} {reached.words}."
 
 
 def beats_untrained(options: Sequence[Option]) -> bool | None:
-    """Return whether a ranked option is more accurate than its untrained encoder; None if that is not known."""
-    known = [o.measured for o in comparable(options) if o.measured and not math.isnan(o.measured.untrained_accuracy)]
-    return any(found.accuracy > found.untrained_accuracy for found in known) if known else None
+    """Return whether any measured option is more accurate than its untrained encoder; None if that is not known."""
+    gains = [option.measured.gain for option in options if option.measured]
+    if any(gain > 0 for gain in gains):
+        return True
+    return False if gains and not any(map(math.isnan, gains)) else None
 
 
 def step_words(option: Option, best: Option, devices: Sequence[DeviceClass]) -> str:
     """Describe what an option would bring and cost in comparison with the recommended one."""
     points = 100 * (accuracy_of(option) - accuracy_of(best))
     estimated = option.estimated or best.estimated
-    kind = "measured" if option.measured else "estimated" if estimated else "published"
+    kind = "measured" if option.ranked else "estimated" if estimated else "published"
     changes = [f"{points:+.1f} points of {kind} accuracy"]
     pairs = (
         ("time", option.seconds, best.seconds, time_words),
@@ -240,17 +245,13 @@ def unresolved_rivals(best: Option, options: Sequence[Option], protocol: str) ->
 
     They are compared by paired t-tests, adjusted by Holm's method.
     """
-    if not best.measured:
+    if not best.ranked:
         return []
-
-    def runs_key(option: Option) -> tuple[str, int, str]:
-        return option.strategy, option.layers_per_stage, str(option.measured)
-
     others: dict[tuple[str, int, str], Difference] = {}  # the same runs may measure an option with remat and without
     for option in options:
-        key = runs_key(option)
-        if option.measured and option.measured.ranked and key != runs_key(best) and key not in others:
-            accuracies = best.measured.counted, option.measured.counted
+        key = option.runs_key
+        if option.ranked and key != best.runs_key and key not in others:
+            accuracies = best.ranked.counted, option.ranked.counted
             others[key] = compare(protocol, best.name, option.name, *accuracies)
     unresolved = [d for d in adjust([*others.values()]) if not (d.p_holm < CHANCE and d.mean > 0)]
     return sorted(unresolved, key=lambda d: (not d.seeds, d.seeds and d.mean))
@@ -258,15 +259,11 @@ def unresolved_rivals(best: Option, options: Sequence[Option], protocol: str) ->
 
 def _unranked_words(options: Sequence[Option]) -> str:
     """Name the measured options that lack seeds over which the others are ranked; empty without any."""
-    lacking = {
-        name_option(option.strategy, option.layers_per_stage): option.measured
-        for option in options
-        if option.measured and not option.measured.ranked
-    }
+    lacking = {o.runs_key: (o.name, o.measured) for o in reversed(options) if o.measured and not o.ranked}
     if not lacking:
         return ""
-    seeds = ", ".join(map(str, sorted(next(iter(lacking.values())).seeds)))
-    named = ", ".join(f"{name} ({measured.words})" for name, measured in lacking.items())
+    named = ", ".join(f"{name} ({measured.words})" for name, measured in reversed(lacking.values()))
+    seeds = ", ".join(map(str, sorted(next(iter(lacking.values()))[1].seeds)))
     return f"Not ranked, for lack of a run with each of the seeds {seeds}: {named}."
 
 

@@ -27,7 +27,6 @@ from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, even_rounds, rounds_fit
 from lwfedssl_jax.plan.clients import to_plain as clients_to_plain
-from lwfedssl_jax.plan.frontier import comparable
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
 from lwfedssl_jax.plan.published import unlike
@@ -86,14 +85,14 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
     )
     notes = [
         columns,
-        *([] if any(option.measured for option in comparable(plan.options)) else [published_note(plan)]),
+        *([] if plan.recommendation.option and plan.recommendation.option.ranked else [published_note(plan)]),
         *fleet_notes(plan),
         *schedule_notes(plan),
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
     ]
     if plan.results.protocol:
         where = "on this fleet" if plan.results.on_fleet else "in which all clients take part throughout"
-        several = spread and any(o.measured and len(o.measured.by_seed) > 1 for o in plan.options)
+        several = spread and any(o.measured and not math.isnan(o.measured.std) for o in plan.options)
         notes.append(
             f"acc.: accuracy by {protocol_words(plan.results.protocol)}, mean{' ± standard deviation' * several} over "
             f"{seeds_words(plan)}, of runs {where}{unranked_note(plan)}; blank if there are none. Options are "

@@ -16,7 +16,7 @@ from PIL import Image
 from runs import SEEDS, write_run
 
 from lwfedssl_jax import cli
-from lwfedssl_jax.analysis import comparisons, headline, report, results, setting_plots, tables
+from lwfedssl_jax.analysis import comparisons, headline, report, results, setting_plots, statistics, tables
 from lwfedssl_jax.analysis.settings import group_by_setting
 from lwfedssl_jax.cli.options import TrainOptions, parse
 from lwfedssl_jax.config import resolve, to_dict
@@ -212,6 +212,9 @@ def test_settings_are_ranked_over_the_seeds_that_they_share(tmp_path: Path) -> N
     assert first.startswith("progressive has the highest accuracy: 40.5 ± 0.7 % (kNN; mean of 2 seeds; untrained: 25.0")
     assert second.startswith("progressive is 0.5 points above layerwise (95 % CI ")
     assert third == "Not ranked, for lack of runs with seeds that others have: end_to_end (52.0 %, 1 seed)."
+    assert statistics.common_seeds([[0, 1, 2], range(4), range(4)]) == {0, 1, 2}
+    assert statistics.common_seeds([[0, 1, 2]] * 5 + [[0]]) == {0, 1, 2}
+    assert statistics.common_seeds([[0], [1], [2]]) == statistics.common_seeds([[0, 1]]) == frozenset()
     (baseline,) = tables.baselines(runs, settings)  # one, although their means differ
     assert (baseline.label, baseline.seeds) == ("untrained", 2)
 
@@ -226,15 +229,6 @@ def test_best_is_within_a_world(tmp_path: Path) -> None:
     runs, settings = group_by_setting(results.load_results(tmp_path))
     compared = comparisons.compare_all(runs, settings, ["knn"])["knn"]
     assert len(compared) == 2  # a pair in each world
-
-
-def test_why_there_is_no_comparison_at_equal_cost_is_said(tmp_path: Path) -> None:
-    for strategy in ("layerwise", "end_to_end"):
-        write_run(tmp_path / strategy, {"knn": 0.7}, strategy__name=strategy)
-    lines = tmp_path / "end_to_end" / "metrics.jsonl"
-    lines.write_text(lines.read_text().partition("\n")[2])  # without the evaluation of round 0
-    text = " ".join(report.write_report([tmp_path], tmp_path).read_text().split())
-    assert "there is none in runs of end_to_end. With <code>evaluation.every</code> above 0 there are." in text
 
 
 def test_the_page_stands_alone_and_values_are_inert(written: Path) -> None:
