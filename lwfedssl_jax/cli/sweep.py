@@ -62,7 +62,7 @@ def run_sweep(options: SweepOptions) -> None:
     shared, progress = Cache(), Console(stderr=True)
     if options.dry_run:
         with shown_status("tracing, and timing a step of each kind of run", progress):
-            estimates = estimate(runs, shared)
+            estimates = estimate(runs, shared, finished)
         Console().print(estimates_table(runs, estimates, finished))
         return
     if directory.others:

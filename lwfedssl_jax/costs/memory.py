@@ -1,10 +1,11 @@
 """Peak memory and speed of one client's training step, from the compiled program."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,17 +71,34 @@ def peak_memory(programs: Iterable[jax.stages.Lowered], notify: Notice) -> dict[
         return dict(zip(distinct, pool.map(peak, enumerate(distinct.values(), 1)), strict=True))
 
 
-def step_rate(config: Config, repeats: int = 5) -> float:
-    """Measure the multiply-adds per second of a client's step in the last stage on this device, as a median."""
+class StepSpeed(NamedTuple):
+    """Multiply-adds per second of one client's step on this device, and the seconds in which it was compiled."""
+
+    rate: float
+    compile_seconds: float
+
+
+def step_speed(config: Config, repeats: int = 5) -> StepSpeed:
+    """Measure a client's step in the last stage: the median rate of some repetitions, and the time to compile it."""
     plain = override(config, {"additions.depth_dropout": 0.0})
     part = stage_parts(plain)[-1]
     step, arguments = step_and_arguments(plain, part)
-    program, seconds = jax.jit(step).lower(*arguments).compile(), []
+    lowered, seconds = jax.jit(step).lower(*arguments), []
+    settings: Any = jax.config
+    least = settings.jax_persistent_cache_min_compile_time_secs
+    try:
+        settings.update("jax_persistent_cache_min_compile_time_secs", math.inf)  # not kept: it is compiled each time
+        began = time.perf_counter()
+        program = lowered.compile()
+        compile_seconds = time.perf_counter() - began
+    finally:
+        settings.update("jax_persistent_cache_min_compile_time_secs", least)
     for _ in range(1 + repeats):
         began = time.perf_counter()
         jax.block_until_ready(program(*arguments))
         seconds.append(time.perf_counter() - began)
-    return executed_operations(plain, part) * config.optimizer.batch_size / float(np.median(seconds[1:]))
+    operations = executed_operations(plain, part) * config.optimizer.batch_size
+    return StepSpeed(operations / float(np.median(seconds[1:])), compile_seconds)
 
 
 def step_and_arguments(config: Config, part: StagePart) -> tuple[Callable[..., Any], tuple[Any, ...]]:

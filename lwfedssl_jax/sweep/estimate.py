@@ -1,17 +1,27 @@
 """Estimates how long a sweep would take."""
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
-from lwfedssl_jax.config import Config
-from lwfedssl_jax.costs import memory
+from lwfedssl_jax.config import Config, override
+from lwfedssl_jax.costs import memory, stored
+from lwfedssl_jax.data.sources import Dataset
+from lwfedssl_jax.evaluation import frozen
 from lwfedssl_jax.experiment.ledgers import round_operations, traced_ledger
-from lwfedssl_jax.method.programs import ledger_config
-from lwfedssl_jax.simulation.setup import Cache, prepare
+from lwfedssl_jax.method.programs import ledger_config, program_config
+from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.simulation.setup import Cache, Prepared, prepare
 from lwfedssl_jax.sweep.grid import SweepRun
+
+# What a process spends before a run's first round, and on its ledgers, as multiples of the time in which one client's
+# step compiles: as measured for the quick start on 2 CPU cores.
+START, LEDGERS = 6.0, 4.0
+FORWARD = 1 / 6  # of a step's operations per image: two views, and about three times a forward pass for each
 
 
 class Estimate(NamedTuple):
@@ -19,29 +29,86 @@ class Estimate(NamedTuple):
 
     Attributes:
       operations: multiply-adds of the local training of all clients in all rounds.
-      seconds: of this training, on all lanes of this machine, at the measured speed of one client's step.
+      training: seconds of this, on all lanes of this machine, at the measured speed of one client's step.
+      evaluation: seconds of all linear probes and kNN, with features at the measured speed; without fine-tuning.
+      compiling: seconds of loading, compiling and ledgers, of the first run of those that share them.
     """
 
     operations: float
-    seconds: float
+    training: float
+    evaluation: float
+    compiling: float
+
+    @property
+    def seconds(self) -> float:
+        """The sum of all seconds."""
+        return self.training + self.evaluation + self.compiling
 
 
-def estimate(runs: Sequence[SweepRun], cache: Cache) -> list[Estimate]:
+def estimate(runs: Sequence[SweepRun], cache: Cache, finished: Collection[str] = ()) -> list[Estimate]:
     """Estimate each run; reads the data, and compiles and times one step for each distinct program of a last stage.
 
     Clients whose devices cannot afford a stage are counted as if they could.
+
+    Args:
+      runs: of a sweep.
+      cache: shared by them.
+      finished: directories of runs that compile nothing any more.
     """
-    found = []
+    found, compiled = list[Estimate](), set[Config]()
     for run in runs:
         config, plain = run.config, ledger_config(run.config)
         cost = traced_ledger(config, cache)["flops_executed"]
         ready = prepare(config, cache=cache)  # for the clients' sizes; nothing is compiled
         drawn = config.cohort_size / config.partition.clients * (1 - config.federation.dropout)
         operations = cost * float(ready.clients.sizes.sum()) * drawn
-        rate = cache.get(("rate", plain), functools.partial(memory.step_rate, plain))
+        speed = cache.get(("speed", plain), functools.partial(memory.step_speed, plain))
         at_once = ready.mesh.size if jax.default_backend() == "cpu" else ready.lanes
-        found.append(Estimate(operations, operations / rate / at_once))
+        compiling = 0.0
+        if run.directory not in finished:
+            for shared, times in ((program_config(config), START), (override(plain, {"strategy.name": ""}), LEDGERS)):
+                known = shared in compiled or (times == LEDGERS and stored.read(plain) is not None)
+                compiling += 0.0 if known else times * speed.compile_seconds
+                compiled.add(shared)
+        evaluation = evaluation_seconds(ready, cost / config.federation.rounds, speed.rate, cache)
+        found.append(Estimate(operations, operations / speed.rate / at_once, evaluation, compiling))
     return found
+
+
+def evaluation_seconds(ready: Prepared, operations: float, rate: float, cache: Cache) -> float:
+    """Estimate the seconds of all evaluations of a run.
+
+    Args:
+      ready: the run.
+      operations: multiply-adds per image of a round's training.
+      rate: multiply-adds per second.
+      cache: shared with other runs.
+    """
+    config, dataset = ready.config.evaluation, ready.dataset
+    if not len(dataset.labelled):
+        return 0.0
+    images = len(frozen.used_images(config, dataset)) + len(dataset.test_images)
+    features = FORWARD * operations / ready.config.federation.local_epochs * images / rate
+    key = "probes", ready.config.data, config, ready.task.encoder.feature_dim
+    probes = cache.get(key, lambda: probe_seconds(ready, dataset))
+    return (1 + len(evaluated_rounds(ready.stages, config.every))) * (features + probes)
+
+
+def evaluated_rounds(stages: Sequence[Stage], every: int) -> set[int]:
+    """Return the rounds after which a run evaluates its encoder: every so many, and the last one of each stage."""
+    last = {stage.last_round for stage in stages}
+    return last | (set(range(every, max(last) + 1, every)) if every else set())
+
+
+def probe_seconds(ready: Prepared, dataset: Dataset) -> float:
+    """Measure the seconds of the linear probes and kNN of one evaluation, on random features."""
+    rng, width = np.random.default_rng(0), ready.task.encoder.feature_dim
+    train, test = (
+        rng.standard_normal((len(x), width), np.float32) for x in (dataset.train_images, dataset.test_images)
+    )
+    began = time.perf_counter()
+    frozen.evaluate(ready.config.evaluation, dataset, train, test)
+    return time.perf_counter() - began
 
 
 def round_costs(config: Config, cache: Cache) -> list[float]:

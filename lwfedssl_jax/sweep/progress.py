@@ -18,18 +18,26 @@ SHOWN_AS = {"running": "bold", "failed": "red", "finished": "", "waiting": "dim"
 
 def estimates_table(runs: Sequence[SweepRun], estimates: Sequence[Estimate], finished: Collection[str]) -> Group:
     """Show a sweep before it starts: the estimate for each run, and the time of the remaining ones."""
-    table = Table(title="Multiply-adds, and seconds of training at the speed of a step timed here")
-    for column in ("run", "setting", "seed", "operations", "training"):
-        table.add_column(column, justify="right" if column in ("seed", "operations", "training") else "left")
-    left = 0.0
+    table = Table(title="Multiply-adds, and time by what was measured here: a step, its compilation, the probes")
+    for column in ("run", "setting", "seed", "operations", "training", "evaluation", "compiling"):
+        table.add_column(column, justify="left" if column in ("run", "setting") else "right")
+    left = [e for run, e in zip(runs, estimates, strict=True) if run.directory not in finished]
     scale, unit = (1e12, "T") if max((e.operations for e in estimates), default=0) >= 1e12 else (1e9, "G")
     for number, (run, of_run) in enumerate(zip(runs, estimates, strict=True), 1):
-        done = run.directory in finished
-        left += 0.0 if done else of_run.seconds
-        shown = "finished" if done else clock(of_run.seconds)
-        table.add_row(str(number), escape(run.label), str(run.seed), f"{of_run.operations / scale:,.3g} {unit}", shown)
-    text = f"{len(runs)} runs, {len(finished)} finished; about {clock(left)} of training left on this machine"
-    return Group(table, f"{text}, plus loading, compiling and evaluation; with --jobs, all processes share its devices")
+        times = (of_run.training, of_run.evaluation, of_run.compiling)
+        shown = ["finished", "", ""] if run.directory in finished else [clock(seconds) for seconds in times]
+        operations = f"{of_run.operations / scale:,.3g} {unit}"
+        table.add_row(str(number), escape(run.label), str(run.seed), operations, *shown)
+    training, evaluation, compiling, seconds = (
+        clock(sum(getattr(e, name) for e in left)) for name in ("training", "evaluation", "compiling", "seconds")
+    )
+    text = (
+        f"{len(runs)} runs, {len(finished)} finished; about {seconds} left on this machine: "
+        f"{training} of training, {evaluation} of evaluation, {compiling} of loading, compiling and ledgers, which the "
+        "first of the runs that share them needs. Fine-tuning is not counted; with --jobs, all processes share the "
+        "devices."
+    )
+    return Group(table, text)
 
 
 class SweepProgress:

@@ -22,7 +22,7 @@ from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.sweep import Sweep, cores, pool
 from lwfedssl_jax.sweep.directory import SweepDirectory
-from lwfedssl_jax.sweep.estimate import estimate
+from lwfedssl_jax.sweep.estimate import estimate, evaluated_rounds
 from lwfedssl_jax.sweep.grid import load_sweep, make_runs
 from lwfedssl_jax.sweep.progress import SweepProgress
 from lwfedssl_jax.workdir import WorkDir
@@ -226,8 +226,16 @@ def test_an_estimate_counts_the_samples_of_a_run() -> None:
     of_sample = ledger.make_ledger(small_config(), known_traces())["flops_executed"]
     assert whole.operations == pytest.approx(of_sample * 60 * 2 / 4)
     assert half.operations == pytest.approx(whole.operations / 2)
-    assert 0 < half.seconds < 60
-    assert half.seconds == pytest.approx(whole.seconds / 2)
+    assert 0 < half.training < 60
+    assert half.training == pytest.approx(whole.training / 2)
+    assert half.evaluation == pytest.approx(whole.evaluation) != 0
+    assert half.compiling == 0 < whole.compiling  # they share programs
+    assert half.seconds == half.training + half.evaluation
+    runs = make_runs(sweep)
+    assert estimate(runs, setup.Cache(), [runs[0].directory])[0].compiling == 0
+    stages = setup.prepare(small_config(federation__rounds=7)).stages
+    assert evaluated_rounds(stages, 0) == {3, 5, 7}
+    assert evaluated_rounds(stages, 2) == {2, 3, 4, 5, 6, 7}
 
 
 def test_cores_and_gpus_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
