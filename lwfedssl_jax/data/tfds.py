@@ -40,13 +40,18 @@ def is_prepared(name: str, note: Notify) -> bool:
     if not (Path(tfds_folder()) / name).is_dir():
         return False
     import tensorflow_datasets as tfds
+    from absl import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of a folder without the data set, which is the question here
     try:
         builder = tfds.builder(name, data_dir=tfds_folder())
         return builder.is_prepared() and "array_record" in [f.value for f in builder.info.available_file_formats()]
     except Exception as error:  # tfds raises many kinds
         note(f"{name} in {tfds_folder()} cannot be used ({' '.join(str(error).split()) or type(error).__name__})")
         return False
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
