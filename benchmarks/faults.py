@@ -107,14 +107,16 @@ def kill(root: Path, fields: dict[str, str], kills: int, rng: random.Random) -> 
         while not (path / "summary.json").exists():
             number = signal.SIGTERM if rng.random() < 0.25 else signal.SIGKILL
             after = rng.uniform(0, seconds) if killed < kills else None
-            begun = path.exists()
+            log = Path(f"{path}.log")
+            before = log.stat().st_size if log.exists() else 0
             last = (checkpoint.saved_rounds(path / "checkpoints") or [0])[-1]
             code, finished = start(command, path, after, number)
             if code == 0 and finished:
                 break
-            # SIGTERM ends a process that has only just begun as it ends any.
+            # SIGTERM ends a process that has only just begun, and has said nothing yet, as it ends any.
+            begun = log.stat().st_size > before
             allowed = [-number] * (number == signal.SIGKILL or not begun) + [130] * (number == signal.SIGTERM)
-            assert code in allowed, f"exit code {code}: {Path(f'{path}.log').read_text(encoding='utf-8')}"
+            assert code in allowed, f"exit code {code}: {log.read_text(encoding='utf-8')}"
             killed += 1
             at_work += any(line["round"] > last for line in WorkDir(path, config).metrics())
             assert not checkpoint.load(path / "checkpoints")[1], "a kill has damaged a checkpoint"
