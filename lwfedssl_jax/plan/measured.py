@@ -1,6 +1,5 @@
 """Accuracies measured by finished runs, for a plan's options."""
 
-import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -130,19 +129,28 @@ def measured_accuracies(config: Config, rows: Sequence[Row], protocol: str | Non
         option: Measured(by_seed(members, f"accuracy.{chosen}"), by_seed(members, f"untrained.{chosen}"))
         for option, members in of_option.items()
     }
-    return Results(chosen, on_fleet, found, shallow_controls(config, rows, chosen))
+    same_data = [row for row in rows if str(row.get(FINGERPRINT) or "") in ("", *data)]
+    return Results(chosen, on_fleet, found, shallow_controls(config, same_data, chosen, on_fleet))
 
 
-def shallow_controls(config: Config, rows: Sequence[Row], protocol: str) -> dict[int, Measured]:
-    """Return the accuracies of shallower encoders that were trained end to end for as many rounds, by depth."""
+def shallow_controls(config: Config, rows: Sequence[Row], protocol: str, on_fleet: bool) -> dict[int, Measured]:
+    """Return the accuracies of shallower encoders that were trained end to end for as many rounds, by depth.
+
+    Args:
+      config: resolved.
+      rows: of ``analysis.results.load_results``, on the data of the other runs.
+      protocol: such as ``knn``.
+      on_fleet: whether those runs, and so these, are trained on the config's fleet.
+    """
     found = {}
     whole = [row for row in rows if row["strategy.name"] == "end_to_end" and is_known(row.get(f"accuracy.{protocol}"))]
-    for depth in sorted({row["model.depth"] for row in whole}):
-        if depth < config.model.depth:
-            layers = {"model.depth": depth, "strategy.layers_per_stage": 1}
-            with contextlib.suppress(ConfigError):  # none of that depth is like the config
-                runs, _ = runs_like(override(config, layers), whole)
-                found[depth] = Measured(by_seed(runs, f"accuracy.{protocol}"), by_seed(runs, f"untrained.{protocol}"))
+    for depth in sorted({row["model.depth"] for row in whole if row["model.depth"] < config.model.depth}):
+        try:
+            runs, same_fleet = runs_like(override(config, {"model.depth": depth}), whole)
+        except ConfigError:  # none of that depth is like the config
+            continue
+        if same_fleet == on_fleet:
+            found[depth] = Measured(by_seed(runs, f"accuracy.{protocol}"), by_seed(runs, f"untrained.{protocol}"))
     return found
 
 

@@ -258,8 +258,13 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
     both = {(stages, remat): measured for stages, measured in found.items() for remat in (False, True)}
     assert measured.measured_accuracies(config, rows, "knn")[:3] == ("knn", False, both)
     control = row(config, 0.65, strategy__name="end_to_end", model__depth=1, runtime__seed=1)
+    elsewhere = row(
+        config, 0.9, strategy__name="end_to_end", model__depth=2, fleet__devices="phone count=1 memory_gb=1"
+    )
     longer = row(config, 0.9, strategy__name="end_to_end", model__depth=2, federation__rounds=99)
-    assert measured.measured_accuracies(config, [*rows, control, longer], "knn").shallow == {1: Measured({1: 0.65})}
+    assert measured.measured_accuracies(config, [*rows, control, longer, elsewhere], "knn").shallow == {
+        1: Measured({1: 0.65})
+    }
     assert measured.measured_accuracies(config, rows, None).protocol == "knn"  # as a report leads
     on_fleet = small_config(fleet__devices=("phone count=1 memory_gb=1",))
     assert measured.measured_accuracies(on_fleet, rows, "knn")[:3] == (
@@ -275,6 +280,7 @@ def test_accuracies_are_means_over_runs_that_are_like_the_config() -> None:
     other = row(config, 0.5) | {"data.fingerprint": "22"}
     assert measured.measured_accuracies(config, [*rows, other], "knn").found
     rows[0] |= {"data.fingerprint": "11"}
+    assert not measured.measured_accuracies(config, [*rows, control | {"data.fingerprint": "22"}], "knn").shallow
     with pytest.raises(
         ConfigError, match=r"^--results: 5 runs .* trained on 2 different data sets .* '22'\); accepted"
     ):
