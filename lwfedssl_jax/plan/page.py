@@ -30,6 +30,7 @@ from lwfedssl_jax.plan.published import unlike
 from lwfedssl_jax.plan.recommend import NONE_BEATS_UNTRAINED, beats_untrained, missing_for, step_words
 from lwfedssl_jax.plan.show import (
     accuracy_cell,
+    by_own_runs,
     class_words,
     demand,
     drawn_words,
@@ -102,7 +103,7 @@ def compose(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "rows": [row(option, plan) for option in plan.options],
         "classes": [(device, class_sentences(plan, number)) for number, device in enumerate(plan.devices)],
         "assumed": list(assumed(plan)),
-        "protocol": plan.results.protocol and protocol_words(plan.results.protocol),
+        "protocol": by_own_runs(plan) and protocol_words(plan.results.protocol),
         "seeds": f"mean over {seeds_words(plan)}{unranked_note(plan)}",
         "measured_on": plan.published.measured_on,
         "own_study": own_study(plan),
@@ -118,8 +119,8 @@ def sentences(plan: Plan, best: Option) -> list[str]:
     """The recommendation in three sentences: what, for whom, and for how much; before them, if nothing has learnt."""
     what = WHAT.get(best.strategy, f"Train by the strategy {best.strategy}")
     accuracy = (
-        f"measured accuracy: {best.measured.words}"
-        if best.measured
+        f"measured accuracy: {best.ranked.words}"
+        if best.ranked
         else "accuracy unknown"
         if best.published is None
         else f"published accuracy {percent(best.published)} on other data"
@@ -183,13 +184,10 @@ def row(option: Option, plan: Plan) -> dict[str, Any]:
         round_percent(option.everywhere).removesuffix(" %"),
         *(class_words(part, stages, time_column(plan)[0], energy=False) for part in option.parts),
         short_number(option.traffic_bytes / traffic[0]),
-        *(
-            [short_number(option.energy_wh) if option.energy_wh and option.everywhere else ""]
-            if knows_energy(plan)
-            else []
-        ),
-        accuracy_cell(option, plan, spread=True),
     ]
+    if knows_energy(plan):
+        cells.append(short_number(option.energy_wh) if option.energy_wh and option.everywhere else "")
+    cells.append(accuracy_cell(option, plan, spread=True))
     return {
         "name": option.strategy,
         "cells": cells,

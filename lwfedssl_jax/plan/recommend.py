@@ -88,16 +88,26 @@ def choose_option(options: Sequence[Option], aim: Aim = "devices") -> Option | N
     """
     candidates = fitting_options(options, aim)
 
-    def costs(option: Option) -> tuple[float, ...]:
-        return option.seconds, option.traffic_bytes, option.ledger["flops_executed"]
-
     def rank(option: Option) -> tuple[float, ...]:
-        accuracy = -accuracy_of(option)
-        return (*costs(option), accuracy) if aim == "cheapest" else (accuracy, -option.everywhere, *costs(option))
+        accuracy, (share, *costs) = -accuracy_of(option), among_equals(option).values()
+        return (*costs, accuracy) if aim == "cheapest" else (accuracy, share, *costs)
 
     if aim == "cheapest":
         return min(candidates, key=rank, default=None)
     return min(comparable(candidates) or candidates, key=rank, default=None)
+
+
+def among_equals(option: Option) -> dict[str, float]:
+    """Return what decides between options of one accuracy, in order, as words and what an option should have little of.
+
+    The first entry decides only where options with unequal shares of the clients are compared.
+    """
+    return {
+        "most clients can take part in it": -option.everywhere,
+        "it takes the least time": option.seconds,
+        "it takes the least traffic": option.traffic_bytes,
+        "it takes the fewest operations": option.ledger["flops_executed"],
+    }
 
 
 def fitting_options(options: Sequence[Option], aim: Aim = "devices") -> list[Option]:
@@ -129,12 +139,11 @@ def reasons(
     fitting = fitting_options(options, aim)
     if len(fitting) > 1:
         which = "in which any client can" if aim == "accuracy" else "with this share"
-        which, unknown = f"{len(fitting)} options {which}", ""
-        if best.ranked and aim != "cheapest":
-            measured = len(comparable(fitting))
-            which = which.replace(f"{len(fitting)} options", count_of(measured, "measured option"))
-            unknown = f" (without a rank: {len(fitting) - measured})" if measured < len(fitting) else ""
-        yield f"Of the {which}{unknown}, {_advantage(best, fitting, results.protocol, published, aim)}."
+        by_accuracy = best.ranked and aim != "cheapest"
+        of = count_of(len(comparable(fitting)), "measured option") if by_accuracy else f"{len(fitting)} options"
+        rest = len(fitting) - len(comparable(fitting)) if by_accuracy else 0
+        without = f" (without a rank: {rest})" if rest else ""
+        yield f"Of the {of} {which}{without}, {_advantage(best, fitting, results.protocol, published, aim)}."
     if rivals := unresolved_rivals(best, fitting, results.protocol):
         more = f", and {len(rivals) - MAX_RIVALS} more" if len(rivals) > MAX_RIVALS else ""
         yield f"It is not shown to be better than {'; '.join(map(_rival_words, rivals[:MAX_RIVALS]))}{more}."
@@ -172,21 +181,9 @@ def _advantage(best: Option, fitting: Sequence[Option], protocol: str, published
         source = f"arXiv 2401.11647, on other data{doubt}"
         found = f"it has the highest {what}, {percent(best.published)} ({source}){unknown}"
     equal = [option for option in comparable(fitting) if accuracy_of(option) == accuracy_of(best)]
-    return f"{found}{_among_equals(best, equal)}"
-
-
-def _among_equals(best: Option, equal: Sequence[Option]) -> str:
-    """What makes an option the choice among those with its accuracy, with a semicolon before it; empty if nothing."""
-    criteria = (
-        ("most clients can take part in it", lambda option: -option.everywhere),
-        ("it takes the least time", lambda option: option.seconds),
-        ("it takes the least traffic", lambda option: option.traffic_bytes),
-        ("it takes the fewest operations", lambda option: option.ledger["flops_executed"]),
-    )
-    for words, criterion in criteria:
-        if any(criterion(option) != criterion(best) for option in equal):
-            return f"; among equals {words}"
-    return ""
+    differ = (words for words, own in among_equals(best).items() if any(among_equals(o)[words] != own for o in equal))
+    decisive = next(differ, "")
+    return f"{found}; among equals {decisive}" if decisive else found
 
 
 def _shallow_words(best: Measured, results: Results) -> Iterator[str]:

@@ -85,7 +85,7 @@ def _notes(plan: Plan, *, spread: bool) -> list[str]:
     )
     notes = [
         columns,
-        *([] if plan.recommendation.option and plan.recommendation.option.ranked else [published_note(plan)]),
+        *([] if by_own_runs(plan) else [published_note(plan)]),
         *fleet_notes(plan),
         *schedule_notes(plan),
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
@@ -133,6 +133,11 @@ def fleet_notes(plan: Plan) -> list[str]:
         "(partition.clients), which stand for them: each class has its share of the clients. Shares of clients and "
         "images are those of the run."
     ]
+
+
+def by_own_runs(plan: Plan) -> bool:
+    """Return whether the recommended option is ranked by accuracies of the user's own runs, not by published ones."""
+    return bool(plan.recommendation.option and plan.recommendation.option.ranked)
 
 
 def published_note(plan: Plan, most: int = 6) -> str:
