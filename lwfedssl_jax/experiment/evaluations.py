@@ -11,6 +11,7 @@ from lwfedssl_jax.config.protocols import FINE_TUNE, LABEL_FREE, protocol_on
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.evaluation import finetune, frozen, label_free
 from lwfedssl_jax.experiment.active import ActiveRun
+from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation.events import Described, Evaluated, FineTuning, Note
 from lwfedssl_jax.simulation.setup import check_finite, initial_params
 from lwfedssl_jax.system.interrupts import Interrupts
@@ -31,6 +32,11 @@ def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
             for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
                 on = protocol_on(protocol, name)
                 _write(run, {"round": number, "depth": depth, "protocol": on, **result})
+
+
+def is_evaluated(stage: Stage, every: int, number: int) -> bool:
+    """Return whether the encoder is evaluated after a round of a stage: the last, and every so many (0: no other)."""
+    return number == stage.last_round or bool(every and number % every == 0)
 
 
 def _features(run: ActiveRun, dataset: Dataset, params: Tree, depth: int, number: int) -> tuple[np.ndarray, np.ndarray]:

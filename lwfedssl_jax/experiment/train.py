@@ -14,7 +14,7 @@ from lwfedssl_jax.config import Config, ConfigError
 from lwfedssl_jax.experiment import pictures
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.datasets import load_run_data
-from lwfedssl_jax.experiment.evaluations import log_evaluation
+from lwfedssl_jax.experiment.evaluations import is_evaluated, log_evaluation
 from lwfedssl_jax.experiment.finish import finish
 from lwfedssl_jax.experiment.ledgers import round_operations
 from lwfedssl_jax.experiment.trackers import Tracking
@@ -308,8 +308,8 @@ def record(run: ActiveRun, stage: Stage, outcome: Outcome, params: Tree) -> None
     if run.workdir:
         run.workdir.append(outcome.line)
         run.hear(RoundDone(outcome.line))
-        number, every = outcome.line["round"], run.config.evaluation.every
-        if number == stage.last_round or (every and number % every == 0):
+        number = outcome.line["round"]
+        if is_evaluated(stage, run.config.evaluation.every, number):
             log_evaluation(run, stage.depth, number, params)
 
 

@@ -22,7 +22,7 @@ from lwfedssl_jax.method.terms import TERMS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.sweep import Sweep, cores, pool
 from lwfedssl_jax.sweep.directory import SweepDirectory
-from lwfedssl_jax.sweep.estimate import estimate, evaluated_rounds
+from lwfedssl_jax.sweep.estimate import estimate, evaluations
 from lwfedssl_jax.sweep.grid import load_sweep, make_runs
 from lwfedssl_jax.sweep.progress import SweepProgress
 from lwfedssl_jax.workdir import WorkDir
@@ -234,8 +234,8 @@ def test_an_estimate_counts_the_samples_of_a_run() -> None:
     runs = make_runs(sweep)
     assert estimate(runs, setup.Cache(), [runs[0].directory])[0].compiling == 0
     stages = setup.prepare(small_config(federation__rounds=7)).stages
-    assert evaluated_rounds(stages, 0) == {3, 5, 7}
-    assert evaluated_rounds(stages, 2) == {2, 3, 4, 5, 6, 7}
+    assert evaluations(stages, 0) == 3
+    assert evaluations(stages, 2) == 6  # 2, 4, 6 and the last ones, 3, 5, 7
 
 
 def test_cores_and_gpus_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
