@@ -130,6 +130,8 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
 
 def keep_output_to_python() -> None:
     """Let only Python write to standard output: Gloo prints a line there for each group of processes."""
+    if sys.stdout is None:  # it is closed
+        return
     sys.stdout.flush()
     own = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
