@@ -153,7 +153,7 @@ def train(config: Config, directory: str | Path | None = None, progress: bool = 
     """
     config = resolve(config)
     code = CODE.get(config, "")
-    config = override(config, {"data.name": hold(data)}) if data else config
+    config = override(config, {"data.name": hold(data)}) if data is not None else config
     set_up()
     path = default_workdir(config.strategy.name, config, code) if directory is None else with_home(directory)
     workdir = WorkDir(path, config, code)

@@ -45,8 +45,10 @@ def hold(data: Data) -> str:
     """Keep a data set for this process; return the ``data.name`` that names it, by its content.
 
     Raises:
-      ConfigError: images, labels or clients are not valid, or do not fit together.
+      ConfigError: it is no ``Data``; images, labels or clients are not valid, or do not fit together.
     """
+    if not isinstance(data, Data):
+        raise ConfigError(f"data: found {type(data).__name__}; accepted: Data(images, labels)")
     channels = 3 if any(_has_colours(images) for images in (data.images, data.test_images, data.val_images)) else 1
     parts = {name: _part(data, name) for name in ("", "test_", "val_")}
     clients: np.ndarray | None = None
@@ -56,7 +58,7 @@ def hold(data: Data) -> str:
         clients, client_names = clients.astype(np.int32), tuple(map(str, names))
         if len(clients) != len(parts[""][0]):
             raise _refuse("clients", f"{len(clients)} for {len(parts[''][0])} images", "one for each image")
-    name = f"{MEMORY}:{_digest(parts, clients)}"
+    name = f"{MEMORY}:{_digest(parts, clients, data.class_names)}"
 
     def load(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
         arrays: dict[str, Any] = {}
@@ -146,7 +148,11 @@ def _with_test_images(dataset: Dataset) -> Dataset:
     )
 
 
-def _digest(parts: dict[str, tuple[list[np.ndarray | Image.Image], np.ndarray]], clients: np.ndarray | None) -> str:
+def _digest(
+    parts: dict[str, tuple[list[np.ndarray | Image.Image], np.ndarray]],
+    clients: np.ndarray | None,
+    class_names: Sequence[str],
+) -> str:
     """What changes when the data do, of eight hexadecimal digits."""
     found = hashlib.sha256()
     for images, labels in parts.values():
@@ -155,4 +161,5 @@ def _digest(parts: dict[str, tuple[list[np.ndarray | Image.Image], np.ndarray]],
             found.update(f"{array.shape}".encode() + array.tobytes())
         found.update(labels.tobytes())
     found.update(b"" if clients is None else clients.tobytes())
+    found.update(repr(list(class_names)).encode() if len(class_names) else b"")
     return found.hexdigest()[:8]

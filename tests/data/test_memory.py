@@ -68,6 +68,12 @@ def test_what_is_no_data_is_refused(fields: dict[str, Any], message: str) -> Non
         load(**fields)
 
 
+@pytest.mark.parametrize("data", [(IMAGES, LABELS), IMAGES])
+def test_what_is_not_in_a_data_object_is_refused(data: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^data: found {type(data).__name__}; accepted: Data\(images, labels\)"):
+        lw.train(small_config(), progress=False, data=data)
+
+
 def test_a_run_on_data_in_memory_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fields = {"federation.rounds": 1, "model.depth": 1, "strategy.name": "end_to_end", "partition.kind": "natural"}
@@ -86,6 +92,8 @@ def test_a_run_on_data_in_memory_is_known_by_its_content(tmp_path: Path, monkeyp
     name = memory.hold(lw.Data(other, LABELS, clients=np.arange(40) // 10))
     with pytest.raises(ConfigError, match=r"^--workdir: .* contains a run of another config: data.name is 'memory:"):
         lw.train(override(config, {"data.name": name}), run.directory, progress=False)
+    named = [memory.hold(lw.Data(IMAGES, LABELS, class_names=names)) for names in ((), tuple("abcd"), tuple("abce"))]
+    assert len(set(named)) == 3
     assert run.encoder()(IMAGES).shape == (40, 8)
     with pytest.raises(ConfigError, match=r"'memory:12345678' is not in this process; accepted: train\(config, data="):
         sources.find(DataConfig(name="memory:12345678"))
