@@ -185,6 +185,6 @@ def print_help() -> None:
     print("      a folder to begin your own work in: a config with an encoder, an objective and data of your own")
     print("  list [PATTERN ...]")
     print("      the configs and sweeps that exist, or those whose names contain or match a pattern")
-    print("  completion bash|zsh|tcsh")
+    print("  completion bash|zsh")
     print("      what a shell runs to complete commands and options\n")
     print(f"`{name} COMMAND --help` lists every option; `{name} --version` prints the version.")

@@ -21,7 +21,7 @@ PICTURES = (".png", ".pdf", ".svg")
 EMBEDDINGS = (".npz", ".csv")
 NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "[INT [INT ...]]": "whole numbers"}
 MOST_JOBS = 1024
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 
 
 def shown(value: str) -> Any:

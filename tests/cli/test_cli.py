@@ -74,7 +74,7 @@ def test_the_program_is_called_as_the_user_called_it(
     assert cli.main(["completion", "bash"]) == 0
     assert "--strategy.name" in capsys.readouterr().out
     assert cli.main(["completion", "fish"]) == 2
-    assert capsys.readouterr().err == "error: completion: unknown shell 'fish'; accepted: bash, zsh, tcsh\n"
+    assert capsys.readouterr().err == "error: completion: unknown shell 'fish'; accepted: bash, zsh\n"
 
 
 def test_resources_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
