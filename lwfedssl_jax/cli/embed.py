@@ -28,7 +28,7 @@ def run_embed(options: EmbedOptions) -> None:
     devices.set_up_cache(options.compilation_cache)
     devices.check_platform()
     encoder, began = load_encoder(options.run, options.config), time.monotonic()
-    with shown_status(f"encoding {pictures.number:,} images") as show:
+    with shown_status(f"encoding {pictures.number:,} image{'s' * (pictures.number > 1)}") as show:
         found = embed(
             encoder,
             pictures,
@@ -42,7 +42,9 @@ def run_embed(options: EmbedOptions) -> None:
         raise ConfigError(f"IMAGES: no image in {options.images} can be read; accepted: images that Pillow reads")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, content(found, options.out.suffix))
-    print(f"{options.out}: {len(found.names):,} images, {encoder.num_features} features each")
+    print(
+        f"{options.out}: {len(found.names):,} image{'s' * (len(found.names) > 1)}, {encoder.num_features} features each"
+    )
 
 
 def content(found: Features, suffix: str) -> bytes:

@@ -23,8 +23,9 @@ def run_new(options: NewOptions) -> None:
       ConfigError: the folder has files already, or cannot be written.
     """
     folder = options.directory
-    if (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(f"DIR: {folder} is not empty; accepted: a new or empty folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise ConfigError(f"DIR: {folder} {what}; accepted: a new or empty folder")
     if not can_write(folder):
         raise ConfigError(f"DIR: {folder} cannot be written; accepted: a folder that you can write to")
     folder.mkdir(parents=True, exist_ok=True)

@@ -363,7 +363,7 @@ def one_line(box: str) -> str:
     message, rest = " ".join(paragraph).rstrip("."), "\n".join(lines[end:])
     if message.startswith("Missing from"):
         missing = re.findall(r"(?::|\(required\)) (--[\w-]+|[A-Z]+)", message)
-        return f"{missing[0]}: missing; accepted: all of {', '.join(missing)}"
+        return f"{missing[0]}: missing; accepted: {'all of ' * (len(missing) > 1)}{', '.join(missing)}"
     if found := re.match("Unrecognized options: (.*)", message):
         suggested = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", rest, re.MULTILINE))
         unknown = [word for word in found[1].split(", ") if word.startswith("-")] or [found[1]]

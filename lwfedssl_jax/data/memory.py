@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from lwfedssl_jax.data.cache import CLASSES, Notify
 from lwfedssl_jax.data.folders import held_out
 from lwfedssl_jax.data.sources import HELD, MEMORY, Dataset, Source, ignore_text
 
+WHOLE = "whole numbers; names, labels = np.unique(labels, return_inverse=True) makes them, with class_names=names"
 Images = np.ndarray | Sequence[np.ndarray | Image.Image]
 
 
@@ -40,24 +42,37 @@ class Data:
     clients: Sequence[Any] | np.ndarray | None = None
     class_names: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without a config.
+
+        Raises:
+          ConfigError: images, labels or clients are not valid, or do not fit together.
+        """
+        (images, labels), *_ = (_part(self, prefix) for prefix in PREFIXES)
+        if self.clients is not None and len(np.asarray(self.clients)) != len(images):
+            raise _refuse("clients", f"{len(np.asarray(self.clients))} for {len(images)} images", "one for each image")
+        if len(self.class_names) and len(self.class_names) <= (most := int(labels.max(initial=-1))):
+            raise _refuse("class_names", f"{len(self.class_names)} for labels up to {most}", "a name for each label")
+
+
+PREFIXES = ("", "test_", "val_")  # of the splits' fields
+
 
 def hold(data: Data) -> str:
     """Keep a data set for this process; return the ``data.name`` that names it, by its content.
 
     Raises:
-      ConfigError: it is no ``Data``; images, labels or clients are not valid, or do not fit together.
+      ConfigError: it is no ``Data``.
     """
     if not isinstance(data, Data):
         raise ConfigError(f"data: found {type(data).__name__}; accepted: Data(images, labels)")
     channels = 3 if any(_has_colours(images) for images in (data.images, data.test_images, data.val_images)) else 1
-    parts = {name: _part(data, name) for name in ("", "test_", "val_")}
+    parts = {name: _part(data, name) for name in PREFIXES}
     clients: np.ndarray | None = None
     client_names: tuple[str, ...] = ()
     if data.clients is not None:
         names, clients = np.unique(np.asarray(data.clients), return_inverse=True)
         clients, client_names = clients.astype(np.int32), tuple(map(str, names))
-        if len(clients) != len(parts[""][0]):
-            raise _refuse("clients", f"{len(clients)} for {len(parts[''][0])} images", "one for each image")
     name = f"{MEMORY}:{_digest(parts, clients, data.class_names)}"
 
     def load(config: DataConfig, notify: Notify = ignore_text, note: Notify | None = None) -> Dataset:
@@ -96,7 +111,10 @@ def _part(data: Data, prefix: str) -> tuple[list[np.ndarray | Image.Image], np.n
       ConfigError: they are not valid.
     """
     images, labels = getattr(data, f"{prefix}images"), getattr(data, f"{prefix}labels")
-    found = [x if isinstance(x, Image.Image) else np.asarray(x) for x in (images if images is not None else [])]
+    given = [images] if isinstance(images, str | Path) else images if images is not None else []
+    if any(isinstance(image, str | Path) for image in given):
+        raise _refuse(f"{prefix}images", "paths", "arrays, or data.name folder:PATH without data= for files")
+    found = [x if isinstance(x, Image.Image) else np.asarray(x) for x in given]
     if not found and not prefix:
         raise _refuse("images", "none", "at least one image")
     for i, image in enumerate(found):
@@ -106,7 +124,9 @@ def _part(data: Data, prefix: str) -> tuple[list[np.ndarray | Image.Image], np.n
             continue
         shape, dtype = np.shape(image), getattr(image, "dtype", type(image))
         if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))) or 0 in shape:
-            raise _refuse(f"{prefix}images[{i}]", f"{dtype} of shape {shape}", "uint8 HxW, HxWx1 or HxWx3, or Pillow's")
+            last = len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3)
+            accepted = f"uint8 HxW, HxWx1 or HxWx3{', channels last (np.moveaxis)' if last else ''}, or Pillow's"
+            raise _refuse(f"{prefix}images[{i}]", f"{dtype} of shape {shape}", accepted)
     if labels is None:
         if prefix and found:
             raise _refuse(f"{prefix}labels", "missing", f"a label for each of {len(found)} images")
@@ -114,7 +134,7 @@ def _part(data: Data, prefix: str) -> tuple[list[np.ndarray | Image.Image], np.n
     numbers = np.asarray(labels).reshape(-1)
     least = 0 if prefix else -1
     if not np.issubdtype(numbers.dtype, np.integer) and len(numbers):
-        raise _refuse(f"{prefix}labels", f"type {numbers.dtype}", "whole numbers")
+        raise _refuse(f"{prefix}labels", f"type {numbers.dtype}", WHOLE)
     if len(numbers) != len(found):
         raise _refuse(f"{prefix}labels", f"{len(numbers)} for {len(found)} images", "one for each image")
     if wrong := [int(n) for n in (numbers.min(initial=0), numbers.max(initial=0)) if not least <= n < CLASSES]:

@@ -57,7 +57,8 @@ def find_pictures(path: Path) -> Pictures:
     except (OSError, ValueError) as error:
         raise ConfigError(f"IMAGES: {path} cannot be read ({error}); accepted: {FORMS}") from error
     if not found.number:
-        raise ConfigError(f"IMAGES: {path} {'has no images' if path.exists() else 'does not exist'}; accepted: {FORMS}")
+        lacks = "has no arrays of uint8 images" if path.suffix == ".npz" else "has no images"
+        raise ConfigError(f"IMAGES: {path} {lacks if path.exists() else 'does not exist'}; accepted: {FORMS}")
     return found
 
 

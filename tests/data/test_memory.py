@@ -56,7 +56,11 @@ def test_splits_sizes_and_channels() -> None:
         ({"images": [IMAGES[0], IMAGES[0, 0, 0]]}, r"images\[1\]: uint8 of shape \(3,\); accepted: uint8 HxW"),
         ({"images": [Image.new("I;16", (4, 4))]}, r"images\[0\]: mode I;16; accepted: 8 bits per channel"),
         ({"labels": LABELS[1:]}, "labels: 39 for 40 images; accepted: one for each image"),
+        ({"images": np.moveaxis(IMAGES, 3, 1)}, r"images\[0\]: uint8 of shape \(3, 6, 5\); .* channels last"),
+        ({"images": ["a.png", "b.png"]}, "images: paths; accepted: arrays, or data.name folder:PATH"),
         ({"labels": LABELS + 0.5}, "labels: type float64; accepted: whole numbers"),
+        ({"labels": ["cat", "dog"] * 20}, "labels: type <U3; accepted: whole numbers; .* np.unique"),
+        ({"labels": LABELS, "class_names": ["even"]}, "class_names: 1 for labels up to 1; accepted: a name for each"),
         ({"labels": LABELS - 2}, "labels: a label -2; accepted: -1 to"),
         ({"test_images": IMAGES[:2]}, "test_labels: missing; accepted: a label for each of 2 images"),
         ({"test_images": IMAGES[:2], "test_labels": [0, -1]}, "test_labels: a label -1; accepted: 0 to"),
@@ -65,7 +69,7 @@ def test_splits_sizes_and_channels() -> None:
 )
 def test_what_is_no_data_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^Data.{message}"):
-        load(**fields)
+        lw.Data(**({"images": IMAGES} | fields))
 
 
 @pytest.mark.parametrize("data", [(IMAGES, LABELS), IMAGES])
