@@ -39,17 +39,23 @@ def is_prepared(name: str, note: Notify) -> bool:
         return False
     if not (Path(tfds_folder()) / name).is_dir():
         return False
-    import tensorflow_datasets as tfds
-    from absl import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns of a folder without the data set, which is the question here
     try:
-        builder = tfds.builder(name, data_dir=tfds_folder())
+        builder = builder_of(name)
         return builder.is_prepared() and "array_record" in [f.value for f in builder.info.available_file_formats()]
     except Exception as error:  # tfds raises many kinds
         note(f"{name} in {tfds_folder()} cannot be used ({' '.join(str(error).split()) or type(error).__name__})")
         return False
+
+
+def builder_of(name: str) -> "tfds.core.DatasetBuilder":
+    """Return the builder of a data set, without the warning that its folder has no data set yet."""
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        return tfds.builder(name, data_dir=tfds_folder())
     finally:
         logging.set_verbosity(verbosity)
 
@@ -69,7 +75,7 @@ def open_tfds(config: DataConfig, name: str, note: Notify) -> Undecoded:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=tfds_folder())
+        builder = builder_of(name)
         if not builder.is_prepared():
             if not any(Path(tfds_folder()).glob("downloads/*")):  # else the archive may be there
                 check_host(next(iter(builder.url_infos or ()), ""), note)
