@@ -23,7 +23,7 @@ ROOMS = [
     {"cli", "api"},
     {"__main__"},
 ]
-HEAVY = ("tensorflow_datasets", "matplotlib", "orbax", "scipy", "jinja2", "wandb", "tensorboardX")
+HEAVY = ("dp_accounting", "tensorflow_datasets", "matplotlib", "orbax", "scipy", "jinja2", "wandb", "tensorboardX")
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

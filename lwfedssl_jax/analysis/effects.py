@@ -11,9 +11,13 @@ from lwfedssl_jax.analysis.settings import Setting, value_words
 from lwfedssl_jax.analysis.statistics import Difference, compare
 
 # Sections and fields that say what a run is trained on, and under which conditions: no choice of who trains.
-WORLD_SECTIONS = ("data", "partition", "fleet", "privacy")
-WORLD_FIELDS = (EVALUATION_FINGERPRINT, "evaluation.labelled_split")
-DATA_FIELDS = ("data.name", "data.fingerprint", *WORLD_FIELDS)  # across these, accuracies are never compared
+WORLD_SECTIONS = ("data", "partition", "fleet")
+LABELS_FIELDS = (EVALUATION_FINGERPRINT, "evaluation.labelled_split")
+PRIVACY_FIELDS = (  # what is promised; the clip is a choice
+    "federation.sampling", "privacy.epsilon", "privacy.noise_multiplier", "privacy.delta", "privacy.noise_cohort"
+)  # fmt: skip
+WORLD_FIELDS = (*LABELS_FIELDS, *PRIVACY_FIELDS)
+DATA_FIELDS = ("data.name", "data.fingerprint", *LABELS_FIELDS)  # across these, accuracies are never compared
 
 
 class World(NamedTuple):

@@ -12,6 +12,7 @@ from lwfedssl_jax.analysis.results import END_TO_END, SEED
 from lwfedssl_jax.analysis.settings import Setting
 from lwfedssl_jax.analysis.statistics import CHANCE, Difference, baseline_of, common_seeds, over_seeds, paired
 from lwfedssl_jax.analysis.wording import count_of, percent, protocol_words
+from lwfedssl_jax.config.protocols import NOISE_ONLY
 
 COST_WORDS = {wording.TRAFFIC: "traffic", wording.EXECUTED: "operations", wording.MEMORY: "peak memory"}
 MAX_WORLDS = 4  # largest number of worlds that have sentences of their own
@@ -62,6 +63,7 @@ def _on_world(
     else:
         name = f"{best.label} has the highest accuracy:" if len(members) > 1 else f"{best.label} reached"
         yield f"{where}{name} {found}{costs and f', for {costs}'}."
+    yield from _on_noise(runs, best, members, protocol)
     if beats and _any_beats_untrained(runs, [best], protocol) is False:
         yield f"{best.label} does not beat its own untrained encoder, which others do."
     if disagreement := _disagreement(runs, members, best, protocols, beats):
@@ -114,10 +116,23 @@ def _any_beats_untrained(runs: pd.DataFrame, settings: Sequence[Setting], protoc
     return False if gains and not any(map(isnan, gains)) else None
 
 
-def _gains(runs: pd.DataFrame, setting: Setting, protocol: str) -> pd.Series:
-    """The accuracy minus that of the untrained encoder of each run in which both are known."""
+def _on_noise(runs: pd.DataFrame, best: Setting, members: Sequence[Setting], protocol: str) -> Iterator[str]:
+    """Sentences on a private setting: what training adds to its noise, and what a comparison of strategies needs."""
+    gains = _gains(runs, best, protocol, NOISE_ONLY)
+    if gains.empty:
+        return
+    alone = runs.loc[gains.index, f"{NOISE_ONLY}.{protocol}"].mean()
+    above = f"above it in {int((gains > 0).sum())} of {count_of(len(gains), 'seed')}"
+    adds = "training adds" if gains.mean() > 0 else "training adds nothing:"
+    yield f"The noise of {best.label} alone gives {percent(alone)}; {adds} {100 * gains.mean():+.1f} points ({above})."
+    if len({s.strategy for s in members}) > 1:
+        yield "Under noise, strategies can be compared only if privacy.clip was tuned for each of them, on other seeds."
+
+
+def _gains(runs: pd.DataFrame, setting: Setting, protocol: str, baseline: str = "untrained") -> pd.Series:
+    """The accuracy minus that of the untrained encoder, or of another, of each run in which both are known."""
     members = runs[runs["setting"] == setting.label]
-    columns = [f"accuracy.{protocol}", f"untrained.{protocol}"]
+    columns = [f"accuracy.{protocol}", f"{baseline}.{protocol}"]
     if not all(column in members for column in columns):
         return pd.Series(dtype=float)
     return (members[columns[0]] - members[columns[1]]).dropna()

@@ -42,6 +42,7 @@ from lwfedssl_jax.analysis.style import STYLES
 from lwfedssl_jax.analysis.tables import Table
 from lwfedssl_jax.analysis.wording import protocol_words
 from lwfedssl_jax.config import CONFIG_DIR, SWEEPS, flat, join_lists, load, resolve, to_dict
+from lwfedssl_jax.costs.privacy import NOT_COVERED
 from lwfedssl_jax.system.files import write_whole
 from lwfedssl_jax.system.program import program
 
@@ -121,6 +122,8 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "grids": list(grids(finished, settings, names, out)),
         "costs": [costs_figure(finished, settings, p, out) for p in names] if len(finished) > 1 else [],
         "curves": list(curve_figures(members, settings, names, out) if settings else first_curves(runs, out)),
+        "promises": promises(members),
+        "not_covered": NOT_COVERED,
         "pacing": pacing_figure(members),
         "share_panel": len(settings) <= len(STYLES),
         "spending": spending_figure(members),
@@ -147,7 +150,17 @@ def _tables(
         "significance": tables.differences_table(compared) if compared else None,
         "label_free": tables.label_free_table(runs, settings) if settings else None,
         "fleet": tables.fleet_table(first_summaries),
+        "privacy": tables.privacy_table(first_summaries),
     }
+
+
+def promises(members: Members) -> dict[str, list[str]]:
+    """What private settings promise: the settings by the sentence that is true of them, each named once."""
+    found: dict[str, list[str]] = {}
+    for label, runs in members.items():
+        if promise := runs[0].summary.get("privacy"):
+            found.setdefault(promise["says"], []).append(label)
+    return found
 
 
 def _versions(run: RunRecord) -> list[str]:

@@ -18,7 +18,7 @@ from lwfedssl_jax.analysis.style import (
     use_whole_numbers,
 )
 from lwfedssl_jax.analysis.wording import MIB, protocol_words
-from lwfedssl_jax.config.protocols import split_protocol
+from lwfedssl_jax.config.protocols import NOISE_ONLY, split_protocol
 
 SHOWN_CLIENTS = 200
 SHOWN_EPOCHS = 10
@@ -100,7 +100,8 @@ def plot_metrics(lines: list[dict[str, Any]], workdir: Path) -> None:
     axes.set(ylabel="mean loss per sample")
     style.save_figure(figure, workdir / "plots" / "loss.png")
 
-    evaluations = [line for line in lines if "accuracy" in line and not split_protocol(line["protocol"])[1]]
+    own = [line for line in lines if "accuracy" in line and line.get("baseline") != NOISE_ONLY]
+    evaluations = [line for line in own if not split_protocol(line["protocol"])[1]]
     if evaluations:
         figure, axes = new_figure("Accuracy against traffic")
         plot_evaluations(axes, evaluations, traffic_by_round(lines))
@@ -178,7 +179,11 @@ def accuracy_against_traffic(runs: Mapping[str, Sequence[list[dict[str, Any]]]],
     figure, axes = new_figure(f"Accuracy against traffic: {protocol_words(protocol)}")
     for look, (label, seeds) in zip(itertools.cycle(STYLES), runs.items(), strict=False):
         accuracies = [
-            {line["round"]: 100 * line["accuracy"] for line in lines if line.get("protocol") == protocol}
+            {
+                line["round"]: 100 * line["accuracy"]
+                for line in lines
+                if line.get("protocol") == protocol and line.get("baseline") != NOISE_ONLY
+            }
             for lines in seeds
         ]
         rounds = sorted(set.intersection(*map(set, accuracies)))

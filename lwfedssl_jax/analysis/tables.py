@@ -24,7 +24,7 @@ from lwfedssl_jax.analysis.wording import (
     number_or_unknown,
     protocol_words,
 )
-from lwfedssl_jax.config.protocols import LABEL_FREE
+from lwfedssl_jax.config.protocols import LABEL_FREE, NOISE_ONLY
 from lwfedssl_jax.costs import fleet
 
 LABEL_FREE_TITLES = {
@@ -33,7 +33,8 @@ LABEL_FREE_TITLES = {
     "uniformity": "uniformity",
     "feature_std": "feature std",
 }
-BASELINES = {"untrained": "untrained", "scratch": "from scratch"}  # by the prefix of their columns
+# By the prefix of their columns.
+BASELINES = {"untrained": "untrained", "scratch": "from scratch", NOISE_ONLY: "noise only, nothing learnt"}
 
 
 class Table(NamedTuple):
@@ -202,7 +203,10 @@ def label_free_table(runs: pd.DataFrame, settings: Sequence[Setting]) -> Table |
     words, numbers = [], []
     for s in settings:
         members = runs[runs["setting"] == s.label]
-        for encoder, prefix in (("trained", ""), ("untrained", "untrained.")):
+        encoders = {"trained": "", "untrained": "untrained."}
+        if members.get(f"{NOISE_ONLY}.{LABEL_FREE}.effective_rank", pd.Series([nan])).notna().any():
+            encoders[BASELINES[NOISE_ONLY]] = f"{NOISE_ONLY}."
+        for encoder, prefix in encoders.items():
             row = {"setting": s.label, "encoder": encoder}
             columns = {
                 name: members.get(f"{prefix}{LABEL_FREE}.{name}", pd.Series([nan])) for name in LABEL_FREE_TITLES
@@ -263,6 +267,37 @@ def fleet_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
         for row in rows
     ]
     return Table("fleet", pd.DataFrame(words), pd.DataFrame(rows))
+
+
+def privacy_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """Make the table of what each setting promises and what it costs; None if no run clips updates.
+
+    Args:
+      summaries: ``summary.json`` of each setting's first run, by label.
+    """
+    rows, words = [], []
+    for label, summary in summaries.items():
+        if not (promise := summary.get("privacy")):
+            continue
+        stages = promise["per_stage"]
+        ratio = max(stage["noise_over_clip"] for stage in stages)
+        epsilon, poisson = promise["epsilon"], promise["epsilon_if_poisson"]
+        stands_for = promise["cohort"] != promise["simulated_cohort"]
+        clients = f"{promise['cohort']:,} of {promise['clients']:,}"
+        rows.append({"setting": label, **{k: v for k, v in promise.items() if not isinstance(v, list | dict)}})
+        words.append(
+            {
+                "setting": label,
+                "epsilon": "none" if epsilon is None else f"{epsilon:.3g}{' †' * stands_for}",
+                "delta": f"{promise['delta']:.1e}",
+                "if Poisson": UNKNOWN if poisson is None else f"{poisson:.3g}",
+                "noise multiplier": f"{promise['noise_multiplier']:.3g}",
+                "clients per round": f"{clients}, {promise['sampling']}",
+                "clip": f"{promise['clip']:g}{', adapted' * bool(promise['quantile'])}",
+                "noise over clip, a round": f"{ratio:.3g}",
+            }
+        )
+    return Table("privacy", pd.DataFrame(words), pd.DataFrame(rows)) if rows else None
 
 
 def write(table: Table, folder: Path) -> None:

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lwfedssl_jax.analysis.results import all_results
-from lwfedssl_jax.analysis.wording import MIB, accuracy_words, protocol_words, settings_words
+from lwfedssl_jax.analysis.wording import MIB, UNKNOWN, accuracy_words, protocol_words, settings_words
+from lwfedssl_jax.config.protocols import NOISE_ONLY
 from lwfedssl_jax.costs import fleet
 
 
@@ -24,19 +25,26 @@ def summary_tables(summary: dict[str, Any]) -> Group:
     accuracy.add_column("untrained %", justify="right")
     accuracy.add_column("trained %", justify="right")
     accuracy.add_column("settings")
-    results = all_results(summary)
+    results, noise = all_results(summary), summary["baselines"].get(NOISE_ONLY, {})
+    if noise:
+        accuracy.add_column("noise only %", justify="right")
     for protocol, result in results.items():
         baselines = summary["baselines"]
         if protocol in baselines["untrained"]:
             untrained = accuracy_words(baselines["untrained"][protocol])
         else:
             untrained = f"{accuracy_words(baselines['scratch'][protocol])} (scratch)"
-        accuracy.add_row(protocol_words(protocol), untrained, accuracy_words(result), settings_words(result))
-    tables = [accuracy] if results else []
+        row = [protocol_words(protocol), untrained, accuracy_words(result), settings_words(result)]
+        if noise:
+            row.append(accuracy_words(noise[protocol]) if protocol in noise else UNKNOWN)
+        accuracy.add_row(*row)
+    tables: list[Any] = [accuracy] if results else []
     tables.append(resource_table(summary["strategies"], summary["strategy"]))
-    if "fleet" not in summary:
-        return Group(*tables)
-    return Group(*tables, escape(fleet.fleet_line(summary["fleet"], len(summary["resources"]["per_stage"]))))
+    if "privacy" in summary:
+        tables.append(escape(summary["privacy"]["says"]))
+    if "fleet" in summary:
+        tables.append(escape(fleet.fleet_line(summary["fleet"], len(summary["resources"]["per_stage"]))))
+    return Group(*tables)
 
 
 def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
@@ -64,6 +72,21 @@ def resource_table(strategies: dict[str, Any], chosen: str = "") -> Table:
             ratios = [f" ({v / values[0]:.2f}x)" if values[0] else "" for v in values]
             table.add_row(label, *[f"{v / scale:,.4g} {unit}{ratio}" for v, ratio in zip(values, ratios, strict=True)])
     return table
+
+
+def privacy_lines(promises: dict[str, Any]) -> str:
+    """Say what strategies promise, all the same without a fleet, and how a round's noise compares with the clip.
+
+    Args:
+      promises: by strategy (``costs.privacy.Promise``).
+    """
+    ratios = {name: max(s["noise_over_clip"] for s in promise["per_stage"]) for name, promise in promises.items()}
+    found = "; ".join(f"{name} {ratio:,.3g}" for name, ratio in ratios.items())
+    first = next(iter(promises.values()))
+    return (
+        f"{first['says']} Noise multiplier {first['noise_multiplier']:.3g}; norm of a round's noise over the clip, in "
+        f"the stage with most parameters: {found}."
+    )
 
 
 def rich_table(words: pd.DataFrame) -> rich.table.Table:

@@ -173,7 +173,7 @@ def print_help() -> None:
     print("  plan CONFIG [--section.field VALUE ...]")
     print("       --memory-gb X [--gflops X] [--uplink-mbps X] [--downlink-mbps X] [--watts X] | --devices FILE.csv")
     print("       [--examples N | p10=N p50=N ...] [--results DIR] [--protocol NAME] [--accuracy-first | --cheapest]")
-    print("       [--json] [--out DIR] [--plot FILE.png]")
+    print("       [--epsilon X [--delta X]] [--json] [--out DIR] [--plot FILE.png]")
     print("      which strategy and how many layers per stage a fleet can afford, without training")
     print("  sweep SWEEP [--workdir DIR] [--dry-run] [--jobs N] [--together N] [--shard I/N] [--base CONFIG]")
     print("      a grid of configs and seeds, and its report; continues an unfinished sweep")

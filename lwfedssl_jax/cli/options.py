@@ -94,6 +94,10 @@ class PlanOptions:
     protocol: Annotated[str | None, shown("NAME")] = None
     """With --results: the protocol whose accuracy is shown, such as knn; by default the one that evaluated most
     runs."""
+    epsilon: Annotated[float | None, shown("FLOAT")] = None
+    """Also state the noise that differential privacy of this epsilon takes for whole clients, under each option."""
+    delta: Annotated[float | None, shown("FLOAT")] = None
+    """With --epsilon: its delta; by default the number of clients to the power -1.1."""
     accuracy_first: bool = False
     """Recommend the most accurate option that any client can take part in throughout, however few can."""
     cheapest: bool = False

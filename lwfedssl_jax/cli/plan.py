@@ -15,6 +15,7 @@ from lwfedssl_jax.plan.measured import NO_RESULTS, Results, measured_accuracies
 from lwfedssl_jax.plan.options import each_option
 from lwfedssl_jax.plan.page import PAGE, write_page
 from lwfedssl_jax.plan.plot import plot_plan
+from lwfedssl_jax.plan.privacy import asked_of
 from lwfedssl_jax.plan.recommend import Aim
 from lwfedssl_jax.plan.show import table, to_plain
 from lwfedssl_jax.system import devices
@@ -34,6 +35,7 @@ def run_plan(options: PlanOptions, command: list[str]) -> None:
     if options.out and not can_write(options.out):
         raise ConfigError(f"--out: {options.out} cannot be written; accepted: a folder that you can write to")
     aim, results = aim_of(options), read_results(options, config)
+    asked = asked_of(config, options.epsilon, options.delta)
     each_option(config)
     say = Console(stderr=True).print  # only where data must be decoded
     clients = make_clients(
@@ -42,7 +44,7 @@ def run_plan(options: PlanOptions, command: list[str]) -> None:
     devices.set_up_cache(options.compilation_cache)
     devices.check_platform()
     with shown_status("tracing") as show:
-        plan = make_plan(config, clients, results, aim, lambda what: show(f"compiling {what}"))
+        plan = make_plan(config, clients, results, aim, asked, lambda what: show(f"compiling {what}"))
     if options.plot:
         plot_plan(plan, options.plot)
     if options.out:

@@ -7,11 +7,22 @@ from rich.console import Console
 from lwfedssl_jax.analysis import run_plots, terminal
 from lwfedssl_jax.cli.options import ResourcesOptions, check_plot
 from lwfedssl_jax.cli.status import shown_status
-from lwfedssl_jax.config import override, resolve, to_dict
-from lwfedssl_jax.costs import ledger, traffic
+from lwfedssl_jax.config import Config, override, resolve, to_dict
+from lwfedssl_jax.costs import ledger, privacy, traffic
+from lwfedssl_jax.costs.operations import stage_parts
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, STRATEGIES, alike, even_rounds, rounds_fit
 from lwfedssl_jax.system import devices
+
+
+def privacy_of(strategies: dict[str, ledger.Ledger], configs: dict[str, Config]) -> dict[str, privacy.Promise]:
+    """Return what each strategy promises without a fleet, if updates are clipped; else nothing."""
+    if not any(config.privacy.clip for config in configs.values()):
+        return {}
+    return {
+        name: privacy.promise(configs[name], [part.stage for part in stage_parts(configs[name])], cost["per_stage"])
+        for name, cost in strategies.items()
+    }
 
 
 def run_resources(options: ResourcesOptions) -> None:
@@ -21,11 +32,12 @@ def run_resources(options: ResourcesOptions) -> None:
     devices.set_up_cache(options.compilation_cache)
     devices.check_platform()
     check(config)
-    _, refused = ledger.each_strategy(config)
+    configs, refused = ledger.each_strategy(config)
     by_name = {name: override(config, {"strategy.name": name}) for name in STRATEGIES if name not in refused}
     evenly = [name for name, strategy_config in by_name.items() if not rounds_fit(strategy_config)]
     with shown_status("tracing") as show:
         strategies = ledger.all_strategies(config, memory=options.memory, notify=lambda what: show(f"compiling {what}"))
+    private = privacy_of(strategies, configs)
     if options.plot:
         run_plots.plot_resources(strategies, config.federation.local_epochs, options.plot)
     if options.json:
@@ -34,11 +46,14 @@ def run_resources(options: ResourcesOptions) -> None:
             "bytes_per_parameter": traffic.BYTES_PER_PARAMETER,
             "strategies": strategies,
             "refused": refused,
+            **({"privacy": private} if private else {}),
         }
         print(json.dumps(plain, indent=1))
     else:
         out = Console()
         out.print(terminal.resource_table(strategies))
+        if private:
+            out.print(terminal.privacy_lines(private), markup=False)
         if config.strategy.pacing == "adaptive":
             out.print(ADAPTIVE_COSTS, markup=False)
         if same := alike(config):

@@ -28,6 +28,7 @@ from lwfedssl_jax.config.sections import (
     ObjectiveConfig,
     OptimizerConfig,
     PartitionConfig,
+    PrivacyConfig,
     RuntimeConfig,
     StrategyConfig,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "ResNetSize",
     "RuntimeConfig",
     "StrategyConfig",

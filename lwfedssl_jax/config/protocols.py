@@ -1,6 +1,7 @@
 """Names of evaluation protocols, as results have them."""
 
 FINE_TUNE, LABEL_FREE = "fine_tune", "label_free"
+NOISE_ONLY = "noise_only"  # the baseline of an encoder that no client has trained, with the run's noise
 ON = "@"  # between the name of a protocol and that of one of the data sets of evaluation.data
 
 

@@ -151,6 +151,58 @@ def warmup_ends(config: Config) -> str | None:
     )
 
 
+def noise_needs_a_clip(config: Config) -> str | None:
+    """Without a clip, there is no noise, and nothing that describes it."""
+    fields = ("epsilon", "noise_multiplier", "delta", "quantile", "count_noise", "noise_cohort")
+    privacy = config.privacy
+    if privacy.clip or not (found := [name for name in fields if getattr(privacy, name)]):
+        return None
+    return (
+        f"privacy.{found[0]}: {getattr(privacy, found[0])} needs privacy.clip, which is 0; "
+        f"accepted: privacy.clip above 0 (such as 0.01), or privacy.{found[0]} 0"
+    )
+
+
+def noise_is_stated_once(config: Config) -> str | None:
+    """Either the epsilon or the noise multiplier is given."""
+    privacy = config.privacy
+    if not (privacy.epsilon and privacy.noise_multiplier):
+        return None
+    return (
+        f"privacy.epsilon: {privacy.epsilon} and privacy.noise_multiplier {privacy.noise_multiplier} are both set; "
+        "accepted: one of them"
+    )
+
+
+def larger_federation_is_larger(config: Config) -> str | None:
+    """The cohort that a run stands for is at least its own."""
+    cohort = config.privacy.noise_cohort
+    if not 0 < cohort < config.cohort_size:
+        return None
+    accepted = f"0, or at least {config.cohort_size}"
+    return f"privacy.noise_cohort: {cohort} is fewer than the clients per round; accepted: {accepted}"
+
+
+def delta_is_small(config: Config) -> str | None:
+    """Delta is below one divided by the number of clients: a promise with a larger one may publish a client."""
+    delta, cohort = config.privacy.delta, config.privacy.noise_cohort or config.cohort_size
+    population = config.partition.clients * cohort / config.cohort_size
+    if delta * population < 1:
+        return None
+    accepted = f"0, or less than {1 / population:.3g}"
+    return f"privacy.delta: {delta} is not below 1 / {population:,.0f} clients; accepted: {accepted}"
+
+
+def count_noise_is_used(config: Config) -> str | None:
+    """The noise on the count belongs to an adapted clip."""
+    if not config.privacy.count_noise or config.privacy.quantile:
+        return None
+    return (
+        f"privacy.count_noise: {config.privacy.count_noise} is set, and privacy.quantile is 0; "
+        "accepted: privacy.quantile above 0 with it"
+    )
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     sizes_exist,
     depth_exists,
@@ -166,6 +218,11 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     fine_tuning_has_labels,
     further_data_differ,
     warmup_ends,
+    noise_needs_a_clip,
+    noise_is_stated_once,
+    larger_federation_is_larger,
+    delta_is_small,
+    count_noise_is_used,
 )
 
 

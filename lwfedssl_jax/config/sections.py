@@ -133,6 +133,9 @@ class FederationConfig:
     """Passes of a client over its own images per round."""
     clients_per_round: AtLeast0 = 0
     """Clients drawn per round; 0: all."""
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    """fixed: clients_per_round different clients are drawn; poisson: each client by itself, so that there are
+    clients_per_round on average."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability that a drawn client does not report to the server."""
     aggregator: str = "fedavg"
@@ -262,6 +265,32 @@ class FleetConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of whole clients (DP-FedAvg): clipped updates, with noise on their sum; off by default."""
+
+    clip: NonNegative = 0.0
+    """Largest change of a client's model, as the root mean square over the parameters that a stage trains: an update of
+    d parameters is scaled down to the L2 norm clip * sqrt(d). 0: no clipping, no noise, no privacy."""
+    epsilon: NonNegative = 0.0
+    """The epsilon of the whole run; the noise multiplier is found for it. 0: as noise_multiplier says."""
+    noise_multiplier: NonNegative = 0.0
+    """Standard deviation of the noise on the sum of the updates, in units of the norm to which these are clipped. 0
+    without an epsilon: clipping only."""
+    delta: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """The delta that epsilon belongs to, below one divided by the number of clients; 0: that number to the power
+    -1.1."""
+    quantile: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Share of the clients whose update should be within the clip, which is adapted to it in every round (Andrew et
+    al., 2021); 0: the clip is fixed."""
+    count_noise: NonNegative = 0.0
+    """quantile only: standard deviation, in clients, of the noise on the count of those within the clip; 0: a twentieth
+    of the clients expected in a round."""
+    noise_cohort: AtLeast0 = 0
+    """Clients per round of a larger federation, whose noise is added and whose epsilon is stated: clients_per_round
+    stand for so many of a population that is larger by the same factor. 0: the federation that is simulated."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -276,6 +305,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     @property
     def cpu_lanes(self) -> int:

@@ -63,7 +63,8 @@ class EvaluationLine(Scores):
       depth: number of layers, L1..L_depth, whose features were evaluated.
       protocol: ``linear_probe_K``, ``linear_probe_all``, ``knn`` or ``fine_tune``; on ``evaluation.data``,
         with ``@NAME`` after it.
-      baseline: ``scratch`` for fine-tuning of the untrained encoder.
+      baseline: ``scratch`` for fine-tuning of the untrained encoder, ``noise_only`` for an encoder with all the noise
+        of a private run and no client's training.
     """
 
     event: Literal["evaluation"]

@@ -17,7 +17,7 @@ from lwfedssl_jax.experiment.ledgers import compiled_ledger
 from lwfedssl_jax.method.pacing import paced_stages
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.simulation.events import Event, Hear, Note
-from lwfedssl_jax.simulation.setup import Cache, Prepared, prepare
+from lwfedssl_jax.simulation.setup import Cache, Prepared, prepare, with_noise
 from lwfedssl_jax.simulation.state import RoundState, state_to_save
 from lwfedssl_jax.system.devices import from_first
 from lwfedssl_jax.system.interrupts import Interrupts
@@ -101,7 +101,7 @@ class ActiveRun:
             self.hear(Note(f"checkpoint {rounds} is damaged: {why}"))
         self.done = int(from_first(np.int32(found.rounds if found else 0)))
         self.saved = found.state if found else {}
-        self.losses = self._losses_so_far()
+        self.losses = [float(loss) for loss in self.of_rounds("loss")[: self.done]]
         self.prepared = run._replace(stages=paced_stages(self.config, run.stages, self.losses))
 
     def check_data(self, data: Mapping[str, str]) -> None:
@@ -119,13 +119,13 @@ class ActiveRun:
         if from_first(np.array(fault is not None)):
             raise fault or ConfigError("--workdir: it contains a run that was begun on other data; accepted: the same")
 
-    def _losses_so_far(self) -> list[float]:
-        """Return the loss of each finished round, NaN if no client reported; the same in all processes."""
-        losses = np.full(self.config.federation.rounds, np.nan)
+    def of_rounds(self, name: str) -> np.ndarray:
+        """Return a number of each round's line, NaN if there is none; the same in all processes."""
+        values = np.full(self.config.federation.rounds, np.nan)
         for line in self.workdir.metrics() if self.workdir else ():
-            if "event" not in line and line["loss"] is not None:
-                losses[line["round"] - 1] = line["loss"]
-        return [float(loss) for loss in from_first(losses)[: self.done]]
+            if "event" not in line and line.get(name) is not None:
+                values[line["round"] - 1] = line[name]
+        return np.asarray(from_first(values))
 
     def save(self, rounds: int, params: Tree, state: RoundState | None) -> None:
         """Write a checkpoint after ``rounds`` rounds."""
@@ -144,4 +144,4 @@ def on_fleet(run: Prepared, hear: Hear, cache: Cache) -> Prepared:
     enough = run.clients.sizes >= run.task.objective.fewest
     on_devices = fleet.fleet_of_clients(run.config, per_stage, np.where(enough, run.clients.sizes, 0))
     hear(Note(fleet.fleet_line(fleet.summary(on_devices, run.clients.sizes), len(per_stage))))
-    return run._replace(fleet=on_devices)
+    return with_noise(run._replace(fleet=on_devices))

@@ -3,6 +3,7 @@
 import dataclasses
 
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.costs.privacy import check_accountant
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.experiment import trackers
 from lwfedssl_jax.method.checks import check_method
@@ -18,6 +19,7 @@ def check(config: Config) -> None:
       ConfigError: naming the field, the value and what is accepted.
     """
     check_method(config)
+    check_accountant(config)
     for name in config.evaluation.data:
         try:
             sources.find(dataclasses.replace(config.data, name=name))

@@ -1,13 +1,14 @@
 """Evaluates a run's encoder and writes each result as a line of ``metrics.jsonl``."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from lwfedssl_jax.config import Config
-from lwfedssl_jax.config.protocols import FINE_TUNE, LABEL_FREE, protocol_on
+from lwfedssl_jax.config.protocols import FINE_TUNE, LABEL_FREE, NOISE_ONLY, protocol_on
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.evaluation import finetune, frozen, label_free
 from lwfedssl_jax.experiment.active import ActiveRun
@@ -18,20 +19,37 @@ from lwfedssl_jax.system.interrupts import Interrupts
 from lwfedssl_jax.tree import Tree
 
 
-def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree) -> None:
+def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree, baseline: str = "") -> None:
     """Evaluate layers L1..L_depth and write a line per protocol; without labels, only the metrics that need none.
+
+    Args:
+      run: whose encoder it is.
+      depth: how many layers are evaluated.
+      number: of the round after which they are.
+      params: the parameters.
+      baseline: which encoder they are of, if it is not the run's own.
 
     Raises:
       FloatingPointError: a feature is not finite.
     """
     params = jax.device_get(params)  # on the mesh, every device would repeat the work
-    log_label_free(run, depth, number, params)
+    of = {"baseline": baseline} if baseline else {}
+    log_label_free(run, depth, number, params, of)
     for name, dataset in run.data.evaluated_on.items():
         if len(dataset.labelled) and (not name or _is_due(run.config, number)):
             features = _features(run, dataset, params, depth, number)
             for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
                 on = protocol_on(protocol, name)
-                _write(run, {"round": number, "depth": depth, "protocol": on, **result})
+                _write(run, {"round": number, **of, "depth": depth, "protocol": on, **result})
+
+
+def log_noise_only(run: ActiveRun, params: Tree) -> None:
+    """Evaluate an encoder that has all of a run's noise and no client's training, unless it was before."""
+    if not run.workdir:
+        return
+    written = [line for line in _lines(run) if line.get("baseline") == NOISE_ONLY]
+    if not any("accuracy" in line for line in written):
+        log_evaluation(run, run.config.model.depth, run.config.federation.rounds, params, NOISE_ONLY)
 
 
 def is_evaluated(stage: Stage, every: int, number: int) -> bool:
@@ -61,8 +79,12 @@ def _is_due(config: Config, number: int) -> bool:
     return config.evaluation.data_when == "always" or number in (0, config.federation.rounds)
 
 
-def log_label_free(run: ActiveRun, depth: int, number: int, params: Tree) -> None:
+def log_label_free(run: ActiveRun, depth: int, number: int, params: Tree, of: Mapping[str, str]) -> None:
     """Write a line with the label-free metrics of layers L1..L_depth; a note says if the features have collapsed.
+
+    Args:
+      run, depth, number, params: as for ``log_evaluation``.
+      of: the fields of a baseline's lines.
 
     Raises:
       FloatingPointError: a feature is not finite.
@@ -72,10 +94,10 @@ def log_label_free(run: ActiveRun, depth: int, number: int, params: Tree) -> Non
     x = np.stack([run.encode(params, images, depth) for images in run.images_with_views])
     check_finite(run.config, "the encoder's features are not finite", number, x)
     found = label_free.label_free(x)
-    line = {"event": "evaluation", "round": number, "depth": depth, "protocol": LABEL_FREE, **found}
+    line = {"event": "evaluation", "round": number, **of, "depth": depth, "protocol": LABEL_FREE, **found}
     run.workdir.append(line)
     run.hear(Described(line))
-    if number and found["effective_rank"] < label_free.COLLAPSED:
+    if number and not of and found["effective_rank"] < label_free.COLLAPSED:
         run.hear(
             Note(
                 f"the encoder has collapsed after round {number}: its features have an effective rank of "

@@ -7,7 +7,7 @@ from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.analysis.report import write_report
 from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.config.protocols import LABEL_FREE, split_protocol
-from lwfedssl_jax.costs import fleet, ledger
+from lwfedssl_jax.costs import fleet, ledger, privacy
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.evaluation.label_free import LabelFree
@@ -82,13 +82,17 @@ def make_summary(
         "seconds": round(measured["seconds"], 2),
         "evaluation": {name: result for name, result in trained.items() if not split_protocol(name)[1]},
         "transfer": transfer(trained),
-        "label_free": {"trained": without.get(len(rounds), {}), "untrained": without.get(0, {})},
-        "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if k == "scratch"},
+        "label_free": {"trained": without.get(len(rounds), {}), "untrained": without.get(0, {})}
+        | {k: v for k, v in without.items() if isinstance(k, str)},
+        "baselines": {"untrained": results.get(0, {})} | {k: v for k, v in results.items() if isinstance(k, str)},
         "resources": strategies[config.strategy.name] | {"measured": measured | scope},
         "strategies": strategies,
     }
     if run.prepared.fleet:
         summary["fleet"] = fleet.summary(run.prepared.fleet, run.prepared.clients.sizes)
+    if config.privacy.clip:
+        own, stages = strategies[config.strategy.name]["per_stage"], run.prepared.stages
+        summary["privacy"] = privacy.promise(config, stages, own, run.prepared.fleet)
     return summary
 
 
@@ -134,11 +138,11 @@ def transfer(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     return found
 
 
-def label_free_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Return the label-free metrics by round."""
+def label_free_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[int | str, dict[str, float]]:
+    """Return the label-free metrics by round, or by the name of a baseline."""
     names = get_type_hints(LabelFree)
     described = [line for line in lines if line.get("protocol") == LABEL_FREE]
-    return {line["round"]: {name: line[name] for name in names} for line in described}
+    return {line.get("baseline", line["round"]): {name: line[name] for name in names} for line in described}
 
 
 def write_run_report(workdir: WorkDir, run: ActiveRun) -> None:

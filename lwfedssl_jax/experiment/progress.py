@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lwfedssl_jax.analysis.wording import clock, percent
+from lwfedssl_jax.config.protocols import NOISE_ONLY
 from lwfedssl_jax.simulation.events import (
     Compiling,
     Described,
@@ -108,14 +109,11 @@ class ConsoleProgress:
         self._show(self._status, always=True)  # piped, a line for each round
 
     def _evaluation(self, line: dict[str, Any]) -> None:
-        start = "from scratch" if "baseline" in line else "untrained"
-        where = f"round {line['round']}, depth {line['depth']}" if line["round"] else start
-        self.say(f"  {where}: {line['protocol']} {percent(line['accuracy'])}")
+        self.say(f"  {encoder_words(line)}: {line['protocol']} {percent(line['accuracy'])}")
 
     def _description(self, line: dict[str, Any]) -> None:
-        where = f"round {line['round']}, depth {line['depth']}" if line["round"] else "untrained"
         self.say(
-            f"  {where}: without labels: effective rank {line['effective_rank']:.1f}, alignment "
+            f"  {encoder_words(line)}: without labels: effective rank {line['effective_rank']:.1f}, alignment "
             f"{line['alignment']:.2f}, uniformity {line['uniformity']:.2f}, feature std {line['feature_std']:.2f}"
         )
 
@@ -133,6 +131,13 @@ class ConsoleProgress:
         elif always or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self.say(text)
+
+
+def encoder_words(line: dict[str, Any]) -> str:
+    """Name the encoder that a line is about."""
+    if "baseline" in line:
+        return {"scratch": "from scratch", NOISE_ONLY: "noise only, nothing learnt"}[line["baseline"]]
+    return f"round {line['round']}, depth {line['depth']}" if line["round"] else "untrained"
 
 
 class NotebookProgress(ConsoleProgress):

@@ -204,7 +204,8 @@ class Tracking:
 def line_values(line: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a line of ``metrics.jsonl`` by their names in trackers."""
     if line.get("protocol") == LABEL_FREE:
-        return {f"{LABEL_FREE}/{name}": line[name] for name in get_type_hints(LabelFree)}
+        prefix = f"{line['baseline']}/" if "baseline" in line else ""
+        return {f"{prefix}{LABEL_FREE}/{name}": line[name] for name in get_type_hints(LabelFree)}
     if "event" in line:
         return {f"{line.get('baseline', 'evaluation')}/{line['protocol']}": line["accuracy"]}
     return {f"round/{name}": value for name, value in line.items() if name != "round" and value is not None}

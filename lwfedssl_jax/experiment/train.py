@@ -11,10 +11,11 @@ import numpy as np
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.costs.privacy import epsilon_after
 from lwfedssl_jax.experiment import pictures
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.datasets import load_run_data
-from lwfedssl_jax.experiment.evaluations import is_evaluated, log_evaluation
+from lwfedssl_jax.experiment.evaluations import is_evaluated, log_evaluation, log_noise_only
 from lwfedssl_jax.experiment.finish import finish
 from lwfedssl_jax.experiment.ledgers import round_operations
 from lwfedssl_jax.experiment.trackers import Tracking
@@ -149,6 +150,7 @@ def train_stacked(group: Sequence[ActiveRun], cache: Cache, interrupts: Interrup
         interrupts.check()
         each_active(runs, lambda i: start(runs[i], simulator.stack.select(i, position.params), cache))
         run_rounds(simulator, runs, interrupts, position)
+        log_noise(simulator, runs)
         each_active(runs, lambda i: finish(runs[i], simulator.stack.select(i, position.params), interrupts, cache))
         interrupts.check()
     except Exception as error:  # of all of them, such as of the device
@@ -306,11 +308,30 @@ def record(run: ActiveRun, stage: Stage, outcome: Outcome, params: Tree) -> None
     if outcome.error:
         raise outcome.error
     if run.workdir:
-        run.workdir.append(outcome.line)
-        run.hear(RoundDone(outcome.line))
-        number = outcome.line["round"]
-        if is_evaluated(stage, run.config.evaluation.every, number):
+        line, number = outcome.line, outcome.line["round"]
+        if evaluated := is_evaluated(stage, run.config.evaluation.every, number):
+            line = line | spent(run, number)
+        run.workdir.append(line)
+        run.hear(RoundDone(line))
+        if evaluated:
             log_evaluation(run, stage.depth, number, params)
+
+
+def spent(run: ActiveRun, rounds: int) -> dict[str, float]:
+    """Return the epsilon of a run's first rounds, for the line of the last of these; empty without noise."""
+    prepared = run.prepared
+    if not prepared.noise_multiplier:
+        return {}
+    multiplier, stages, fleet = prepared.noise_multiplier, prepared.stages, prepared.fleet
+    return {"epsilon": epsilon_after(run.config, multiplier, stages, fleet, rounds)}
+
+
+def log_noise(simulator: Simulator, runs: Sequence[ActiveRun]) -> None:
+    """Evaluate what the noise of private runs makes of an encoder that no client trains."""
+    if not any(run.is_active and run.prepared.noise_multiplier for run in runs):
+        return
+    params = simulator.noise_only([run.of_rounds("clip_norm") for run in runs])
+    each_active(runs, lambda i: log_noise_only(runs[i], simulator.stack.select(i, params)))
 
 
 def check_same_config(config: Config) -> None:

@@ -19,11 +19,15 @@ class RoundContext(NamedTuple):
       number: of the round, from 1.
       key: a random key for the aggregator's own draws; in ``add`` it differs between clients.
       hyper: the run's hyperparameters.
+      expected: how many clients were expected to report, on average over cohorts and drop-outs.
+      shared: what ``Aggregator.shared`` returned for the state before the round.
     """
 
     number: jax.Array
     key: jax.Array
     hyper: Hyper
+    expected: jax.Array
+    shared: Tree
 
 
 class Aggregator(NamedTuple):
@@ -36,6 +40,9 @@ class Aggregator(NamedTuple):
         clients that report; ``()`` if the weighted mean, which is always computed, is enough.
       finish: ``(context, state, broadcast, mean, summed) -> (state, trainable, measured)``, after the round;
         ``measured`` maps names to numbers for the round's line of ``metrics.jsonl``.
+      shared: ``state -> what clients know of it``, in ``RoundContext.shared``.
+      finishes_empty: whether ``finish`` also follows a round in which nobody reports; if not, such a round changes
+        nothing.
 
     ``broadcast`` is what the server sent, ``trained`` its trainable part after a client's training, ``mean`` the
     average over clients weighted by their examples, ``summed`` the sum of the contributions.
@@ -44,6 +51,8 @@ class Aggregator(NamedTuple):
     init: Callable[[Broadcast], Tree]
     add: Callable[[RoundContext, Broadcast, Tree, jax.Array], Tree]
     finish: Callable[[RoundContext, Tree, Broadcast, Tree, Tree], tuple[Tree, Tree, dict[str, jax.Array]]]
+    shared: Callable[[Tree], Tree] = lambda state: ()
+    finishes_empty: bool = False
 
 
 # FedAvg (McMahan et al., 2017, arXiv 1602.05629): sum of n_i * w_i over sum of n_i.

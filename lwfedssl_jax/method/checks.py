@@ -5,6 +5,7 @@ from lwfedssl_jax.data.partition import PARTITIONS
 from lwfedssl_jax.method import calibration, depth_dropout, fedca, stateful_clients
 from lwfedssl_jax.method.aggregation import make_aggregator
 from lwfedssl_jax.method.pretext import check_pretext
+from lwfedssl_jax.method.privacy import check_privacy
 from lwfedssl_jax.method.stages import stage_depths, stage_rounds
 from lwfedssl_jax.method.task import make_task
 
@@ -25,7 +26,7 @@ def check_method(config: Config) -> None:
         )
     stage_rounds(config, len(stage_depths(config)))
     choose("partition.kind", config.partition.kind, PARTITIONS)
-    make_aggregator(config)
+    check_privacy(config, task, make_aggregator(config))
     stateful_clients.check_client_start(config)
     calibration.check_calibration(config)
     fedca.check_fedca(config)

@@ -36,6 +36,11 @@ def check_fedca(config: Config) -> None:
         the base model or images on the server; such steps without the term.
     """
     count, objective, steps = config.additions.dictionary, config.objective.name, config.additions.base_steps
+    if count and config.federation.sampling != "fixed":
+        raise ConfigError(
+            f"additions.dictionary: {count} embeddings need slots for each client, and with federation.sampling "
+            f"{config.federation.sampling} there may be any number of them; accepted: 0, or federation.sampling fixed"
+        )
     having = [name for name, o in OBJECTIVES.items() if o.loss_with_negatives]
     if count and objective not in having:
         raise ConfigError(

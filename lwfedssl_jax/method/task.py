@@ -22,6 +22,22 @@ from lwfedssl_jax.models.heads import Head, mlp_head
 from lwfedssl_jax.tree import Tree
 
 
+class Mechanism(NamedTuple):
+    """The numbers of differential privacy (``privacy.py``).
+
+    Attributes:
+      clip: the root mean square to which an update is clipped.
+      noise: standard deviation of the noise on the sum of the updates, in the norm to which these are clipped.
+      quantile: share of the updates that an adapted clip leaves as they are.
+      count_noise: standard deviation of the noise on their count.
+    """
+
+    clip: ArrayLike
+    noise: ArrayLike = 0.0
+    quantile: ArrayLike = 0.0
+    count_noise: ArrayLike = 0.0
+
+
 class Hyper(NamedTuple):
     """Hyperparameters that programs take as arguments: runs that differ only in these share compiled programs.
 
@@ -29,6 +45,7 @@ class Hyper(NamedTuple):
       learning_rate: as the optimizer uses it (``Config.learning_rate``).
       weights: of the terms of the loss, in ``Task.terms``'s order.
       weight_decay, temperature, momentum, depth_dropout: the config's.
+      mechanism: the config's clip; its noise is known when the run is prepared.
     """
 
     learning_rate: ArrayLike
@@ -37,6 +54,7 @@ class Hyper(NamedTuple):
     momentum: ArrayLike
     depth_dropout: ArrayLike
     weights: tuple[ArrayLike, ...]
+    mechanism: Mechanism
 
 
 class Task(NamedTuple):
@@ -136,6 +154,7 @@ def make_task(config: Config) -> Task:
             momentum=config.objective.momentum,
             depth_dropout=config.additions.depth_dropout,
             weights=tuple(weight for _, weight in terms),
+            mechanism=Mechanism(config.privacy.clip),
         ),
     )
 

@@ -15,6 +15,7 @@ from lwfedssl_jax.method.stages import stages_of
 from lwfedssl_jax.plan.clients import Clients, left_out, members
 from lwfedssl_jax.plan.measured import NO_RESULTS, Results
 from lwfedssl_jax.plan.options import Option, each_option
+from lwfedssl_jax.plan.privacy import Asked, price
 from lwfedssl_jax.plan.published import Published, closest
 from lwfedssl_jax.plan.recommend import Aim, Recommendation, recommend
 
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
       recommendation: the option to choose, its reasons, and its neighbours.
       results: measured accuracies.
       published: the paper's.
+      asked: the epsilon that is asked for, or None.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class Plan(NamedTuple):
     recommendation: Recommendation
     results: Results
     published: Published
+    asked: Asked | None = None
 
 
 def make_plan(
@@ -48,6 +51,7 @@ def make_plan(
     clients: Clients,
     results: Results = NO_RESULTS,
     aim: Aim = "devices",
+    asked: Asked | None = None,
     notify: Notice = lambda _: None,
 ) -> Plan:
     """Compute the costs of every option, and in which of its stages each class can take part; compiles a step of each.
@@ -57,6 +61,7 @@ def make_plan(
       clients: of the fleet (``clients.make_clients``).
       results: measured accuracies (``measured_accuracies``).
       aim: what the recommendation puts first.
+      asked: the epsilon whose noise is computed, or None.
       notify: called with the name of what is being compiled.
 
     Raises:
@@ -72,10 +77,11 @@ def make_plan(
         accuracy = published.accuracy(strategy, layers)
         estimated = accuracy is not None and not published.has(strategy, layers)
         measured = results.found.get((stages_of(option_config), remat))
-        options.append(option._replace(published=accuracy, estimated=estimated, measured=measured))
+        private = price(option_config, ledger, option.shares, asked) if asked else None
+        options.append(option._replace(published=accuracy, estimated=estimated, measured=measured, privacy=private))
     options = over_common_seeds(options)
     recommendation = recommend(config, devices, options, results, published, aim, clients.dealt)
-    return Plan(config, devices, clients, options, refused, recommendation, results, published)
+    return Plan(config, devices, clients, options, refused, recommendation, results, published, asked)
 
 
 def over_common_seeds(options: Sequence[Option]) -> list[Option]:

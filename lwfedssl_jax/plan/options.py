@@ -10,6 +10,7 @@ from lwfedssl_jax.costs.ledger import Ledger, each_strategy
 from lwfedssl_jax.method.stages import STRATEGIES
 from lwfedssl_jax.plan.clients import Left
 from lwfedssl_jax.plan.measured import Measured
+from lwfedssl_jax.plan.privacy import Price
 
 
 class Option(NamedTuple):
@@ -28,6 +29,7 @@ class Option(NamedTuple):
       published: the accuracy in [0, 1] by which it is ranked without results, or None if the paper has none.
       estimated: whether ``published`` is estimated from others that the paper has.
       measured: its accuracies, or None if the results contain none.
+      privacy: what the epsilon that is asked for takes, or None if none is.
     """
 
     strategy: str
@@ -43,6 +45,7 @@ class Option(NamedTuple):
     published: float | None = None
     estimated: bool = False
     measured: Measured | None = None
+    privacy: Price | None = None
 
     @property
     def name(self) -> str:

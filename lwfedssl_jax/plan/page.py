@@ -36,6 +36,7 @@ from lwfedssl_jax.plan.show import (
     drawn_words,
     fleet_notes,
     own_study,
+    privacy_notes,
     schedule_notes,
     seeds_words,
     time_column,
@@ -237,6 +238,7 @@ def assumed(plan: Plan) -> list[str]:
         "Traffic is 4 bytes per parameter in both directions, with what a device downloads when a stage begins; "
         "protocols and encryption come on top.",
         *fleet_notes(plan),
+        *privacy_notes(plan),
         *schedule_notes(plan),
         *(f"{name} cannot run with this config: {why}" for name, why in plan.refused.items()),
     ]

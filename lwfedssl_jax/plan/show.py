@@ -26,6 +26,7 @@ from lwfedssl_jax.costs import fleet
 from lwfedssl_jax.costs.fleet import Participation
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.method.stages import ADAPTIVE_COSTS, even_rounds, rounds_fit
+from lwfedssl_jax.plan import privacy
 from lwfedssl_jax.plan.clients import to_plain as clients_to_plain
 from lwfedssl_jax.plan.make import Plan
 from lwfedssl_jax.plan.options import Option
@@ -61,12 +62,18 @@ def title(plan: Plan) -> str:
 def conclusions(plan: Plan) -> list[str]:
     """Return the recommendation, what the next steps up and down would change, and what it requires of each class."""
     chosen = plan.recommendation
-    found = [chosen.reason]
+    found = [chosen.reason, *privacy_notes(plan)]
     if best := chosen.option:
         steps = (("A step up", chosen.up), ("A step down", chosen.down))
         found += [f"{name}: {step_words(option, best, plan.devices)}" for name, option in steps if option]
         found += [demand(device, part, best) for device, part in zip(plan.devices, best.parts, strict=True)]
     return found
+
+
+def privacy_notes(plan: Plan) -> list[str]:
+    """State what the epsilon that is asked for takes under each option; ``runtime.remat`` makes no difference."""
+    prices = {option.name: option.privacy for option in plan.options if option.privacy and not option.remat}
+    return [privacy.words(plan.config, plan.asked, prices)] if plan.asked else []
 
 
 def _notes(plan: Plan, *, spread: bool) -> list[str]:
@@ -348,4 +355,5 @@ def _plain_option(option: Option, plan: Plan) -> dict[str, Any]:
             for device, part in zip(plan.devices, option.parts, strict=True)
         ],
         "per_stage": option.ledger["per_stage"],
+        **({"privacy": option.privacy._asdict()} if option.privacy else {}),
     }

@@ -37,10 +37,19 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
     """Draw the clients of a round."""
     rng = seeds.rng(run.config.runtime.seed, seeds.RngTag.SAMPLING, number)
     clients = eligible_clients(run, number)
-    drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
+    if run.config.federation.sampling == "poisson":
+        drawn = clients[rng.random(len(clients)) < run.config.cohort_size / max(len(clients), 1)]
+    else:
+        drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
     stays = rng.random(len(drawn)) >= run.config.federation.dropout
     has_data = run.clients.sizes[drawn] >= run.task.objective.fewest
     return Cohort(drawn[has_data].tolist(), drawn[has_data & stays].tolist(), int((~has_data).sum()))
+
+
+def expected_reports(run: Prepared, number: int) -> float:
+    """Return how many clients report in a round on average; it depends on the population, not on who is drawn."""
+    eligible = len(eligible_clients(run, number))
+    return min(run.config.cohort_size, eligible) * (1 - run.config.federation.dropout)
 
 
 def layout_of(run: Prepared) -> Layout:

@@ -37,6 +37,10 @@ class RoundLine(TypedDict):
       calibration_loss: with calibration, the mean loss of the server's steps.
       loss_fall: with adaptive pacing, see ``pacing.loss_fall``; None after too few rounds of a stage.
       stage_ends: with adaptive pacing, whether this is the stage's last round.
+      epsilon: with noise, of all rounds so far, for the clients that are exposed most; if the encoder is evaluated.
+      clip_norm, share_clipped, noise_norm, signal_norm: with a clip, the L2 norm to which updates are clipped, the
+        share of them that was longer, and the norms of the noise and of the clipped updates in the mean update; the
+        share and the last one are measured without noise.
 
     A line also has the numbers that the aggregator measured, by the names it gave them.
     """
@@ -61,6 +65,11 @@ class RoundLine(TypedDict):
     calibration_loss: NotRequired[float]
     loss_fall: NotRequired[float | None]
     stage_ends: NotRequired[bool]
+    epsilon: NotRequired[float]
+    clip_norm: NotRequired[float]
+    share_clipped: NotRequired[float]
+    noise_norm: NotRequired[float]
+    signal_norm: NotRequired[float]
 
 
 def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort, exchange: Tree) -> RoundLine:
@@ -104,7 +113,6 @@ def trained_fields(
         "examples_left_out": examples - work.samples,
         "steps": work.steps,
         "lane_utilisation": round(work.steps / (work.length * run.lanes), 4),
-        **{name: float(value) for name, value in measured["aggregator"].items()},
     }
     if run.config.additions.depth_dropout and stage.trained_before:
         skipped = work.steps * stage.depth - int(measured["layers"])

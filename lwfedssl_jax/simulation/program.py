@@ -38,7 +38,7 @@ from lwfedssl_jax.tree import Tree
 # Which parts of an argument have an axis over stacked runs: of a broadcast all except what the stage alone decides.
 OF_STAGE = ("present", "depth", "frozen_depth", "droppable")
 BROADCAST_BY_RUN = Broadcast._make(None if name in OF_STAGE else 0 for name in Broadcast._fields)
-CONTEXT_BY_RUN = RoundContext(number=None, key=0, hyper=0)  # type: ignore[arg-type]
+CONTEXT_BY_RUN = RoundContext(number=None, key=0, hyper=0, expected=0, shared=0)  # type: ignore[arg-type]
 
 
 class Program(NamedTuple):
@@ -66,7 +66,7 @@ class Before(NamedTuple):
 
 
 class After(NamedTuple):
-    """Parameters and states after a round (unchanged if no client's update is used), and what was measured."""
+    """Parameters and states after a round, and what was measured."""
 
     params: Tree
     state: Tree
@@ -123,10 +123,11 @@ def train_stage(
 
 
 def finish_stage(method: Method, before: Before, broadcast: Broadcast, carry: Carry, context: RoundContext) -> After:
-    """Put the round's average into the parameters, if any client's update is used."""
+    """Put the round's average into the parameters, if any client's update is used or the aggregator does without."""
     end = finish_round(method, _with_key(context), before.state, broadcast, carry)
     new = tree.put(before.params, before.rows, end.trainable), end.state
-    params, state = tree.where(carry.total.examples.sum() > 0, new, (before.params, before.state))
+    is_used = (carry.total.examples.sum() > 0) | method.aggregator.finishes_empty
+    params, state = tree.where(is_used, new, (before.params, before.state))
     return After(params, state, end.measured)
 
 
@@ -176,11 +177,14 @@ def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[j
     trainable = jax.eval_shape(tree.take, one, rows)
     extras = stack.abstract(stack.shapes(method.exchange.shapes(trainable, len(run.server_images))), ALL)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    context = RoundContext(number, *(stack.abstract(stack.shapes(x), ALL) for x in (key, run.hyper)))
     lanes, schedule_lanes = stack.spec(BY_LANE), stack.spec(SCHEDULE_BY_LANE)
     broadcast, carry = jax.eval_shape(start, params, rows, depths, extras)
     broadcast, carry = stack.abstract(broadcast, ALL), stack.abstract(carry, lanes)
-    state = stack.abstract(jax.eval_shape(init, broadcast), ALL)
+    state = jax.eval_shape(init, broadcast)
+    shared = stack.abstract(jax.eval_shape(method.aggregator.shared, state), ALL)
+    state = stack.abstract(state, ALL)
+    key, hyper, expected = (stack.abstract(stack.shapes(x), ALL) for x in (key, run.hyper, np.zeros((), np.float32)))
+    context = RoundContext(number, key, hyper, expected, shared)
     memory = stack.abstract(stack.shapes(method.start.empty_memory, run.lanes), lanes)
     work = Work(images, stack.abstract(schedule, schedule_lanes), number, number)
 

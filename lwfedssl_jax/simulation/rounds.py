@@ -177,7 +177,8 @@ def start_round(method: Method, broadcast: Broadcast, lanes: int) -> Carry:
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     client = method.start.begin(method.task, broadcast, None, none)
     update = Update(broadcast.trainable, zero, zero, none)
-    context = RoundContext(none, jax.random.key(0), method.task.hyper)
+    shared = jax.eval_shape(lambda x: method.aggregator.shared(method.aggregator.init(x)), broadcast)
+    context = RoundContext(none, jax.random.key(0), method.task.hyper, zero, shared)
     total = jax.eval_shape(functools.partial(contribution, method), context, broadcast, update)
     zeros = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), total)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lwfedssl_jax.config import Config, ConfigError, DataConfig, override
+from lwfedssl_jax.costs import privacy
 from lwfedssl_jax.costs.fleet import Fleet
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.fingerprint import fingerprint
@@ -19,6 +20,7 @@ from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import ClientStart
 from lwfedssl_jax.method.exchange import Exchange
 from lwfedssl_jax.method.fedca import dictionary_bytes, make_exchange
+from lwfedssl_jax.method.privacy import private
 from lwfedssl_jax.method.stages import Stage, make_stages
 from lwfedssl_jax.method.stateful_clients import make_client_start
 from lwfedssl_jax.method.task import Hyper, Task, init_params, make_task, param_layers
@@ -52,6 +54,7 @@ class Prepared(NamedTuple):
     start: ClientStart
     exchange: Exchange
     fleet: Fleet | None = None
+    noise_multiplier: float = 0.0
 
     @property
     def method(self) -> Method:
@@ -122,7 +125,7 @@ def prepare(
     held_by_server = server_examples(config.partition, labels, seed)
     check_dictionary(config, memory_limit(mesh))
     check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
-    return Prepared(
+    run = Prepared(
         config=config,
         dataset=dataset,
         fingerprint=data,
@@ -133,10 +136,24 @@ def prepare(
         stages=stages,
         lanes=lanes,
         mesh=mesh,
-        aggregator=make_aggregator(config),
+        aggregator=private(make_aggregator(config), config),
         start=make_client_start(config, task, stages[0]),
         exchange=make_exchange(config, task),
     )
+    return run if config.fleet.devices else with_noise(run)  # that depends on what the fleet can do
+
+
+def with_noise(run: Prepared) -> Prepared:
+    """Return a prepared run with the noise of its differential privacy, if it has any.
+
+    Raises:
+      ConfigError: there is no noise for its epsilon.
+    """
+    if not run.config.privacy.clip:
+        return run
+    multiplier = privacy.noise_multiplier(run.config, run.stages, run.fleet)
+    hyper = run.task.hyper._replace(mechanism=privacy.mechanism(run.config, multiplier))
+    return run._replace(noise_multiplier=multiplier, task=run.task._replace(hyper=hyper))
 
 
 def load_data(config: DataConfig, hear: Hear, cache: Cache) -> tuple[Dataset, dict[str, str]]:

@@ -182,8 +182,8 @@ class Simulator:
             for run, traffic, clients in per_run
         ]
         works = [cohort.pack_cohort(run, clients.reporting, number) for run, _, clients in per_run]
-        if any(works):
-            context = self._context(number)
+        if any(works) or self.run.aggregator.finishes_empty:
+            context = self._context(number, state.server)
 
             clients = state.clients
             dictionary = (
@@ -202,14 +202,17 @@ class Simulator:
                 if dictionary:
                     dictionary.add(program, self._feed, carry, broadcast, schedule, context)
 
-            carry = self._train(steps, keep, carry, clients, works, number)
+            if any(works):
+                carry = self._train(steps, keep, carry, clients, works, number)
             before = Before(params, self.stack.place(stage.rows), state.server)
             after = program.finish(before, broadcast, carry, context)
             params, state = after.params, state._replace(server=after.state)
             for i, work in enumerate(works):
+                measured = jax.device_get(self.stack.select(i, after.measured))
                 if work:
-                    measured = jax.device_get(self.stack.select(i, after.measured))
                     lines[i] |= trained_fields(self.runs[i], stage, work, drawn[i], measured)
+                if work or self.run.aggregator.finishes_empty:
+                    lines[i] |= {name: float(value) for name, value in measured["aggregator"].items()}
             if dictionary and lines[0]["left_out"] < lines[0]["clients"]:
                 state = state._replace(exchange=dictionary.state)
             if self._server.calibrates and lines[0]["left_out"] < lines[0]["clients"]:
@@ -221,6 +224,24 @@ class Simulator:
             lines[0] |= pace
         outcomes = [outcome(run, line | {"seconds": seconds}) for run, line in zip(self.runs, lines, strict=True)]
         return RoundResult(params, state, outcomes, stage)
+
+    def noise_only(self, clips: Sequence[np.ndarray]) -> Tree:
+        """Return what all rounds' noise makes of the initial parameters if no client reports (``privacy.private``).
+
+        Args:
+          clips: of each run, the clip's norm in each round, since an adapted clip depends on the clients.
+        """
+        extras, params = self._extras, self.stack.gather([initial_params(run) for run in self.runs])
+        for stage in self.run.stages:
+            program, rows, state = self.program(stage), self.stack.place(stage.rows), None
+            for number in range(stage.first_round + 1, stage.last_round + 1):
+                broadcast, carry, state = self._begin(program, stage, params, state, extras)
+                scales = [np.float32(clip[number - 1] / clip[stage.first_round]) for clip in clips]
+                server = state.server._replace(scale=self.stack.gather(scales))
+                context = self._context(number, server)
+                after = program.finish(Before(params, rows, server), broadcast, carry, context)
+                params, state = after.params, state._replace(server=after.state)
+        return params
 
     def _pace(self, stage: Stage, loss: float | None) -> tuple[Stage, dict[str, Any]]:
         """End a stage whose rounds no longer pay; return it as it is now, and what the round's line says about it."""
@@ -247,10 +268,17 @@ class Simulator:
         server = self.stack.vmap(self.run.aggregator.init, (BROADCAST_BY_RUN,))(broadcast)
         return broadcast, carry, RoundState(server, {}, exchange)
 
-    def _context(self, number: int) -> RoundContext:
+    def _context(self, number: int, server: Tree) -> RoundContext:
+        """The context of a round, before which ``server`` is the aggregator's state."""
         keys = [seeds.key(run.config.runtime.seed, seeds.KeyTag.ROUND, number) for run in self.runs]
         key_data = [np.asarray(jax.random.key_data(key)) for key in keys]
-        return RoundContext(self.stack.place(np.int32(number)), self.stack.gather(key_data), self._hyper)
+        return RoundContext(
+            number=self.stack.place(np.int32(number)),
+            key=self.stack.gather(key_data),
+            hyper=self._hyper,
+            expected=self.stack.gather([np.float32(cohort.expected_reports(run, number)) for run in self.runs]),
+            shared=self.run.aggregator.shared(server),
+        )
 
     def _train(
         self,

@@ -3,6 +3,7 @@
 from typing import Any, NotRequired, TypedDict
 
 from lwfedssl_jax.costs.ledger import Ledger
+from lwfedssl_jax.costs.privacy import Promise
 from lwfedssl_jax.evaluation.finetune import FineTuneResult
 from lwfedssl_jax.evaluation.frozen import EvaluationLine, KnnResult, ProbeResult, Scores
 from lwfedssl_jax.evaluation.label_free import LabelFree, LabelFreeLine
@@ -10,7 +11,7 @@ from lwfedssl_jax.simulation.lines import RoundLine
 
 __all__ = [
     "EvaluationLine", "FineTuneResult", "KnnResult", "LabelFree", "LabelFreeLine", "Ledger", "MeasuredCost",
-    "MetricsLine", "ProbeResult", "RoundLine", "Scores", "Summary",
+    "MetricsLine", "ProbeResult", "Promise", "RoundLine", "Scores", "Summary",
 ]  # fmt: skip
 
 MetricsLine = RoundLine | EvaluationLine | LabelFreeLine
@@ -46,12 +47,14 @@ class Summary(TypedDict):
       evaluation: the trained encoder's results by protocol, which have the fields of ``ProbeResult``, ``KnnResult`` or
         ``FineTuneResult``; empty if no image has a label.
       transfer: the same on each data set of ``evaluation.data``, by its name.
-      label_free: metrics of the ``trained`` and of the ``untrained`` encoder that need no labels.
-      baselines: results by protocol, on ``evaluation.data`` by ``PROTOCOL@NAME``: ``untrained``, and with fine-tuning
-        ``scratch``.
+      label_free: metrics that need no labels, of the ``trained`` and of the ``untrained`` encoder, with noise also of
+        ``noise_only``.
+      baselines: results by protocol, on ``evaluation.data`` by ``PROTOCOL@NAME``: ``untrained``, with fine-tuning
+        ``scratch``, and with noise ``noise_only``, an encoder with all the noise and no client's training.
       resources: the ledger of the run's strategy, with adaptive pacing with the rounds that its stages had; and
         ``measured``, a ``MeasuredCost``.
       strategies: the ledger of every strategy that can run with the config, by name.
+      privacy: with a clip, what the run promises (``costs.privacy.Promise``).
       fleet: with ``fleet.devices``, one entry per device class (``costs.fleet.summary``).
     """
 
@@ -65,4 +68,5 @@ class Summary(TypedDict):
     baselines: dict[str, dict[str, Scores]]
     resources: dict[str, Any]
     strategies: dict[str, Ledger]
+    privacy: NotRequired[Promise]
     fleet: NotRequired[list[dict[str, Any]]]

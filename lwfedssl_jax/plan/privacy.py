@@ -1,0 +1,100 @@
+"""What an epsilon takes under each option of a plan: noise, and clients in a round."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lwfedssl_jax.analysis.wording import count_of
+from lwfedssl_jax.config import Config, ConfigError, override
+from lwfedssl_jax.costs import privacy
+from lwfedssl_jax.costs.ledger import Ledger
+
+
+class Asked(NamedTuple):
+    """The epsilon and the delta that a plan is made for."""
+
+    epsilon: float
+    delta: float
+
+
+class Price(NamedTuple):
+    """What they take under an option.
+
+    Attributes:
+      noise_multiplier: standard deviation of the noise on a sum of updates, in the norm to which these are clipped.
+      noise_over_clip: norm of a round's noise over the largest that the mean update can have, in the stage with most
+        parameters.
+      clients: how many clients a round takes until that is 1, if the share that is drawn stays the same.
+    """
+
+    noise_multiplier: float
+    noise_over_clip: float
+    clients: int
+
+
+def asked_of(config: Config, epsilon: float | None, delta: float | None) -> Asked | None:
+    """Return what is asked: by the options of the command, or else by the config; None if nothing is.
+
+    Raises:
+      ConfigError: a value is out of range, or dp-accounting is not installed.
+    """
+    if epsilon is None:
+        if delta is not None:
+            raise ConfigError(f"--delta: {delta} needs --epsilon; accepted: both options, or neither")
+        own = config.privacy
+        return Asked(own.epsilon, privacy.delta_of(config)) if own.epsilon else None
+    if not 0 < epsilon < math.inf:
+        raise ConfigError(f"--epsilon: {epsilon} is out of range; accepted: above 0")
+    delta = privacy.delta_of(config) if delta is None else delta
+    least = 1 / privacy.population(config)
+    if not 0 < delta < least:
+        raise ConfigError(
+            f"--delta: {delta} is not below 1 / {config.partition.clients} clients; accepted: less than {least:.3g}"
+        )
+    try:
+        privacy.check_accountant(override(config, {"privacy.epsilon": epsilon, "privacy.noise_multiplier": 0.0}))
+    except ConfigError as error:
+        raise ConfigError(f"--{str(error).removeprefix('privacy.').replace('0.0, or ', '')}") from None
+    return Asked(epsilon, delta)
+
+
+def price(config: Config, ledger: Ledger, shares: Sequence[float], asked: Asked) -> Price:
+    """Compute the noise for a client that takes part in every stage, and what it means for a round.
+
+    Args:
+      config: of the option, resolved.
+      ledger: of the config.
+      shares: of the clients that can take part in each stage.
+      asked: epsilon and delta.
+    """
+    per_stage = ledger["per_stage"]
+    clients = [max(1, round(share * config.partition.clients)) for share in shares]
+    exposure = privacy.exposure([(cost["rounds"], n) for cost, n in zip(per_stage, clients, strict=True)], config)
+    multiplier = privacy.noise_for((exposure,), *asked)
+    parameters = max(cost["trainable_parameters"] for cost in per_stage)
+    smaller = config.cohort_size / privacy.noise_cohort(config)
+    ratio = privacy.noise_over_clip(config, parameters, multiplier * smaller)
+    return Price(multiplier, ratio, math.ceil(multiplier * math.sqrt(parameters)))
+
+
+def words(config: Config, asked: Asked, prices: dict[str, Price]) -> str:
+    """Say what an epsilon takes under the options of a plan, by their names."""
+    multipliers = [price.noise_multiplier for price in prices.values()]
+    low, high = f"{min(multipliers):.3g}", f"{max(multipliers):.3g}"
+    noise = low if low == high else f"{low} to {high}"
+    rounds = count_of(config.federation.rounds, "round")
+    ratios = "; ".join(
+        f"{name} {p.noise_over_clip:,.3g} ({count_of(p.clients, 'client')})" for name, p in prices.items()
+    )
+    drawn = {
+        "poisson": f"Poisson cohorts of about {config.cohort_size:,} of {config.partition.clients:,} clients",
+        "fixed": f"{config.cohort_size:,} of {config.partition.clients:,} clients in each",
+    }[config.federation.sampling]
+    unsampled = ""
+    if config.federation.sampling == "fixed" and config.cohort_size < config.partition.clients:
+        unsampled = " Cohorts of a fixed size hide nobody: federation.sampling poisson needs less noise."
+    return (
+        f"Privacy: epsilon {asked.epsilon:g} at delta {asked.delta:.2g} for whole clients, over {rounds} with {drawn}, "
+        f"takes a noise multiplier of {noise}.{unsampled} Norm of a round's noise over the clip, and in brackets how "
+        f"many clients a round would take for it to be 1: {ratios}."
+    )
