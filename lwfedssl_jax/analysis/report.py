@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "grids": list(grids(finished, settings, names, out)),
         "costs": [costs_figure(finished, settings, p, out) for p in names] if len(finished) > 1 else [],
         "curves": list(curve_figures(members, settings, names, out) if settings else first_curves(runs, out)),
-        "promises": promises(members),
+        "promises": promises(members, lambda promise: promise["says"]),
+        "audits": promises(members, lambda promise: promise.get("audit", {}).get("says")),
         "not_covered": NOT_COVERED,
         "pacing": pacing_figure(members),
         "share_panel": len(settings) <= len(STYLES),
@@ -154,12 +155,12 @@ def _tables(
     }
 
 
-def promises(members: Members) -> dict[str, list[str]]:
-    """What private settings promise: the settings by the sentence that is true of them, each named once."""
+def promises(members: Members, sentence: Callable[[Mapping[str, Any]], str | None]) -> dict[str, list[str]]:
+    """A sentence on the privacy of each setting's first run, once, with the settings of which it is true."""
     found: dict[str, list[str]] = {}
     for label, runs in members.items():
-        if promise := runs[0].summary.get("privacy"):
-            found.setdefault(promise["says"], []).append(label)
+        if (promise := runs[0].summary.get("privacy")) and (said := sentence(promise)):
+            found.setdefault(said, []).append(label)
     return found
 
 

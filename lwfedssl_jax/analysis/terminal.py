@@ -41,7 +41,8 @@ def summary_tables(summary: dict[str, Any]) -> Group:
     tables: list[Any] = [accuracy] if results else []
     tables.append(resource_table(summary["strategies"], summary["strategy"]))
     if "privacy" in summary:
-        tables.append(escape(summary["privacy"]["says"]))
+        audit = summary["privacy"].get("audit")
+        tables += [escape(promise["says"]) for promise in (summary["privacy"], audit) if promise]
     if "fleet" in summary:
         tables.append(escape(fleet.fleet_line(summary["fleet"], len(summary["resources"]["per_stage"]))))
     return Group(*tables)

@@ -230,7 +230,7 @@ def parse_sweep(arguments: list[str]) -> SweepOptions:
       ConfigError: no SWEEP, an unknown option, or a value that is empty or does not parse.
       SystemExit: after ``--help``.
     """
-    check_not_empty(arguments, "SWEEP")
+    check_words(arguments, "SWEEP")
     if not any(word in arguments for word in HELP) and (not arguments or arguments[0].startswith("-")):
         found = repr(arguments[0]) if arguments else "nothing"
         raise ConfigError(
@@ -252,7 +252,7 @@ def parse_report(arguments: list[str]) -> ReportOptions:
       ConfigError: no DIR, an unknown option, or a value that is empty or does not parse.
       SystemExit: after ``--help``.
     """
-    check_not_empty(arguments, "DIR")
+    check_words(arguments, "DIR")
     with refusals_in_one_line():
         options = tyro.cli(ReportOptions, prog=name_of("report"), args=arguments)
     if not options.directories:
@@ -267,7 +267,7 @@ def parse_embed(arguments: list[str]) -> EmbedOptions:
       ConfigError: RUN, IMAGES or --out is missing, an unknown option, or a value that is empty.
       SystemExit: after ``--help``.
     """
-    check_not_empty(arguments, "RUN")
+    check_words(arguments, "RUN")
     with refusals_in_one_line():
         return tyro.cli(EmbedOptions, prog=name_of("embed"), args=arguments)
 
@@ -279,7 +279,7 @@ def parse_new(arguments: list[str]) -> NewOptions:
       ConfigError: DIR is missing, or an unknown option.
       SystemExit: after ``--help``.
     """
-    check_not_empty(arguments, "DIR")
+    check_words(arguments, "DIR")
     with refusals_in_one_line():
         return tyro.cli(NewOptions, prog=name_of("new"), args=arguments)
 
@@ -307,7 +307,7 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
             f"CONFIG: must be the first argument of {command}, found {found}; "
             "accepted: a name that `list` shows, or the path of a .py file"
         )
-    check_not_empty(arguments)
+    check_words(arguments)
     default = options(config_name=arguments[0], config=load(arguments[0]))
     with refusals_in_one_line():
         return tyro.cli(options, prog=name_of(command, "CONFIG"), args=arguments, default=default)
@@ -346,13 +346,15 @@ def refusals_in_one_line() -> Iterator[None]:
         raise  # --help has been printed
 
 
-def check_not_empty(arguments: list[str], first: str = "CONFIG") -> None:
-    """Refuse empty values, which the parser would accept; ``first`` is the name of the argument before all options."""
+def check_words(arguments: list[str], first: str = "CONFIG") -> None:
+    """Refuse empty values, which the parser would accept, and line breaks; ``first`` is the name of the argument before all options."""
     option = first
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
             option = name
+        if argument and argument.splitlines() != [argument]:  # the parser's own message would be cut there
+            raise ConfigError(f"{option}: {argument!r} contains a line break; accepted: text in one line")
         if not argument or (name.startswith("--") and equals and not value):
             raise ConfigError(f"{option}: '' is empty; accepted: a value")
 

@@ -153,7 +153,7 @@ def warmup_ends(config: Config) -> str | None:
 
 def noise_needs_a_clip(config: Config) -> str | None:
     """Without a clip, there is no noise, and nothing that describes it."""
-    fields = ("epsilon", "noise_multiplier", "delta", "quantile", "count_noise", "noise_cohort")
+    fields = ("epsilon", "noise_multiplier", "delta", "quantile", "count_noise", "noise_cohort", "canaries")
     privacy = config.privacy
     if privacy.clip or not (found := [name for name in fields if getattr(privacy, name)]):
         return None
@@ -203,6 +203,19 @@ def count_noise_is_used(config: Config) -> str | None:
     )
 
 
+def canaries_are_halved(config: Config) -> str | None:
+    """Half of the canaries are in the population, and each half is enough for its spread to be known."""
+    number, cohort = config.privacy.canaries, config.privacy.noise_cohort
+    if number and cohort > config.cohort_size:
+        return (
+            f"privacy.canaries: {number} would audit the simulated federation, and with privacy.noise_cohort {cohort} "
+            "the promise is that of another; accepted: 0, or privacy.noise_cohort 0"
+        )
+    if not number or (number >= 20 and number % 2 == 0):
+        return None
+    return f"privacy.canaries: {number} cannot be compared in two halves; accepted: 0, or an even number from 20"
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     sizes_exist,
     depth_exists,
@@ -223,6 +236,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     larger_federation_is_larger,
     delta_is_small,
     count_noise_is_used,
+    canaries_are_halved,
 )
 
 

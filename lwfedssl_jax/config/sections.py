@@ -288,6 +288,9 @@ class PrivacyConfig:
     noise_cohort: AtLeast0 = 0
     """Clients per round of a larger federation, whose noise is added and whose epsilon is stated: clients_per_round
     stand for so many of a population that is larger by the same factor. 0: the federation that is simulated."""
+    canaries: AtLeast0 = 0
+    """Clients without images that audit the run: half of them upload random updates, and the other half tells how well
+    these are found in the models; an even number, from 20. 0: none."""
 
 
 @dataclass(frozen=True)

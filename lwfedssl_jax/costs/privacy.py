@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -123,8 +123,7 @@ def epsilon_of(exposure: Exposure, noise_multiplier: float, delta: float) -> flo
     sampled = [releases for releases in exposure if releases.probability < 1]
     alone = noise_multiplier / math.sqrt(unsampled) if unsampled else math.inf
     if not sampled:
-        with np.errstate(divide="ignore"):
-            return float(dp_accounting.get_epsilon_gaussian(alone, delta))
+        return epsilon_of_noise(alone, delta)
     accountant = pld.PLDAccountant()
     if unsampled:
         accountant.compose(dp_accounting.GaussianDpEvent(alone))
@@ -132,6 +131,14 @@ def epsilon_of(exposure: Exposure, noise_multiplier: float, delta: float) -> flo
         event = dp_accounting.GaussianDpEvent(noise_multiplier / releases.sensitivity)
         accountant.compose(dp_accounting.PoissonSampledDpEvent(releases.probability, event), releases.rounds)
     return float(accountant.get_epsilon(delta))
+
+
+def epsilon_of_noise(noise_multiplier: float, delta: float) -> float:
+    """Return the epsilon of one Gaussian mechanism, exactly (Balle and Wang, 2018, arXiv 1805.06530)."""
+    import dp_accounting
+
+    with np.errstate(divide="ignore", over="ignore"):
+        return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
 
 
 @functools.cache
@@ -281,6 +288,7 @@ class Promise(TypedDict):
       accountant: the library, its version and its method.
       says: the promise in words.
       not_covered: what it does not cover.
+      audit: with canaries, what these say (``audit.Audit``).
     """
 
     epsilon: float | None
@@ -301,6 +309,7 @@ class Promise(TypedDict):
     accountant: str
     says: str
     not_covered: list[str]
+    audit: NotRequired[dict[str, Any]]
 
 
 def promise(

@@ -8,6 +8,7 @@ from lwfedssl_jax.analysis.report import write_report
 from lwfedssl_jax.config import Config, override
 from lwfedssl_jax.config.protocols import LABEL_FREE, split_protocol
 from lwfedssl_jax.costs import fleet, ledger, privacy
+from lwfedssl_jax.costs.audit import audit
 from lwfedssl_jax.costs.operations import Known
 from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.evaluation.label_free import LabelFree
@@ -92,7 +93,10 @@ def make_summary(
         summary["fleet"] = fleet.summary(run.prepared.fleet, run.prepared.clients.sizes)
     if config.privacy.clip:
         own, stages = strategies[config.strategy.name]["per_stage"], run.prepared.stages
-        summary["privacy"] = privacy.promise(config, stages, own, run.prepared.fleet)
+        promise = privacy.promise(config, stages, own, run.prepared.fleet)
+        if config.privacy.canaries:
+            promise["audit"] = dict(audit(config, stages, rounds, promise["epsilon"], promise["delta"]))
+        summary["privacy"] = promise
     return summary
 
 

@@ -208,7 +208,9 @@ def line_values(line: dict[str, Any]) -> dict[str, float]:
         return {f"{prefix}{LABEL_FREE}/{name}": line[name] for name in get_type_hints(LabelFree)}
     if "event" in line:
         return {f"{line.get('baseline', 'evaluation')}/{line['protocol']}": line["accuracy"]}
-    return {f"round/{name}": value for name, value in line.items() if name != "round" and value is not None}
+    return {
+        f"round/{name}": value for name, value in line.items() if name != "round" and isinstance(value, int | float)
+    }
 
 
 def summary_values(summary: dict[str, Any]) -> dict[str, float]:

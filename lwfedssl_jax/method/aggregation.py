@@ -12,6 +12,18 @@ from lwfedssl_jax.method.task import Broadcast, Hyper, weights_of
 from lwfedssl_jax.tree import Tree
 
 
+class Canaries(NamedTuple):
+    """What a round's canaries do (``canaries.py``).
+
+    Attributes:
+      uploads: by canary, 1 or -1, or 0 if it is not in the round.
+      key: of the stage, from which their directions follow.
+    """
+
+    uploads: jax.Array
+    key: jax.Array
+
+
 class RoundContext(NamedTuple):
     """What an aggregator knows about the round.
 
@@ -21,6 +33,7 @@ class RoundContext(NamedTuple):
       hyper: the run's hyperparameters.
       expected: how many clients were expected to report, on average over cohorts and drop-outs.
       shared: what ``Aggregator.shared`` returned for the state before the round.
+      canaries: None without any.
     """
 
     number: jax.Array
@@ -28,6 +41,7 @@ class RoundContext(NamedTuple):
     hyper: Hyper
     expected: jax.Array
     shared: Tree
+    canaries: Canaries | None = None
 
 
 class Aggregator(NamedTuple):

@@ -38,12 +38,18 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
     rng = seeds.rng(run.config.runtime.seed, seeds.RngTag.SAMPLING, number)
     clients = eligible_clients(run, number)
     if run.config.federation.sampling == "poisson":
-        drawn = clients[rng.random(len(clients)) < run.config.cohort_size / max(len(clients), 1)]
+        drawn = clients[rng.random(len(clients)) < probability(run, number)]
     else:
         drawn = np.sort(rng.choice(clients, min(run.config.cohort_size, len(clients)), replace=False))
     stays = rng.random(len(drawn)) >= run.config.federation.dropout
     has_data = run.clients.sizes[drawn] >= run.task.objective.fewest
     return Cohort(drawn[has_data].tolist(), drawn[has_data & stays].tolist(), int((~has_data).sum()))
+
+
+def probability(run: Prepared, number: int) -> float:
+    """Return with which probability a client is drawn in a round by Poisson sampling; 1 otherwise."""
+    poisson = run.config.federation.sampling == "poisson"
+    return min(1.0, run.config.cohort_size / max(len(eligible_clients(run, number)), 1)) if poisson else 1.0
 
 
 def expected_reports(run: Prepared, number: int) -> float:

@@ -41,6 +41,7 @@ class RoundLine(TypedDict):
       clip_norm, share_clipped, noise_norm, signal_norm: with a clip, the L2 norm to which updates are clipped, the
         share of them that was longer, and the norms of the noise and of the clipped updates in the mean update; the
         share and the last one are measured without noise.
+      canary_cosines: with canaries, by canary, of its direction and the change of the global model.
 
     A line also has the numbers that the aggregator measured, by the names it gave them.
     """
@@ -70,6 +71,7 @@ class RoundLine(TypedDict):
     share_clipped: NotRequired[float]
     noise_norm: NotRequired[float]
     signal_norm: NotRequired[float]
+    canary_cosines: NotRequired[list[float]]
 
 
 def empty_line(run: Prepared, stage: Stage, number: int, traffic: Traffic, cohort: Cohort, exchange: Tree) -> RoundLine:

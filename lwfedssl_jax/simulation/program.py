@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from lwfedssl_jax import tree
-from lwfedssl_jax.method.aggregation import RoundContext
+from lwfedssl_jax.method.aggregation import Canaries, RoundContext
 from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
@@ -38,7 +38,7 @@ from lwfedssl_jax.tree import Tree
 # Which parts of an argument have an axis over stacked runs: of a broadcast all except what the stage alone decides.
 OF_STAGE = ("present", "depth", "frozen_depth", "droppable")
 BROADCAST_BY_RUN = Broadcast._make(None if name in OF_STAGE else 0 for name in Broadcast._fields)
-CONTEXT_BY_RUN = RoundContext(number=None, key=0, hyper=0, expected=0, shared=0)  # type: ignore[arg-type]
+CONTEXT_BY_RUN = RoundContext(number=None, key=0, hyper=0, expected=0, shared=0, canaries=0)  # type: ignore[arg-type]
 
 
 class Program(NamedTuple):
@@ -137,7 +137,10 @@ def embed_stage(method: Method, trainable: Tree, broadcast: Broadcast, work: Wor
 
 
 def _with_key(context: RoundContext) -> RoundContext:
-    return context._replace(key=jax.random.wrap_key_data(context.key))
+    canaries = context.canaries
+    if canaries is not None:
+        canaries = canaries._replace(key=jax.random.wrap_key_data(canaries.key))
+    return context._replace(key=jax.random.wrap_key_data(context.key), canaries=canaries)
 
 
 def idle_call(run: Prepared) -> Schedule:
@@ -184,7 +187,11 @@ def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[j
     shared = stack.abstract(jax.eval_shape(method.aggregator.shared, state), ALL)
     state = stack.abstract(state, ALL)
     key, hyper, expected = (stack.abstract(stack.shapes(x), ALL) for x in (key, run.hyper, np.zeros((), np.float32)))
-    context = RoundContext(number, key, hyper, expected, shared)
+    canaries = None
+    if run.config.privacy.canaries:
+        uploads = np.zeros(run.config.privacy.canaries, np.float32)
+        canaries = Canaries(stack.abstract(stack.shapes(uploads), ALL), key)
+    context = RoundContext(number, key, hyper, expected, shared, canaries)
     memory = stack.abstract(stack.shapes(method.start.empty_memory, run.lanes), lanes)
     work = Work(images, stack.abstract(schedule, schedule_lanes), number, number)
 

@@ -16,6 +16,7 @@ from lwfedssl_jax.data.fingerprint import fingerprint
 from lwfedssl_jax.data.partition import Population, partition, server_examples
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.method.aggregation import Aggregator, make_aggregator
+from lwfedssl_jax.method.canaries import with_canaries
 from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import ClientStart
 from lwfedssl_jax.method.exchange import Exchange
@@ -136,7 +137,7 @@ def prepare(
         stages=stages,
         lanes=lanes,
         mesh=mesh,
-        aggregator=private(make_aggregator(config), config),
+        aggregator=with_canaries(private(make_aggregator(config), config), config),
         start=make_client_start(config, task, stages[0]),
         exchange=make_exchange(config, task),
     )

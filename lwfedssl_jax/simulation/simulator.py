@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from lwfedssl_jax.costs.traffic import make_traffic
-from lwfedssl_jax.method.aggregation import RoundContext
+from lwfedssl_jax.method import canaries as canaries_of
+from lwfedssl_jax.method.aggregation import Canaries, RoundContext
 from lwfedssl_jax.method.pacing import end_stage, loss_fall
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
@@ -183,7 +184,7 @@ class Simulator:
         ]
         works = [cohort.pack_cohort(run, clients.reporting, number) for run, _, clients in per_run]
         if any(works) or self.run.aggregator.finishes_empty:
-            context = self._context(number, state.server)
+            context = self._context(stage, number, state.server)
 
             clients = state.clients
             dictionary = (
@@ -212,7 +213,7 @@ class Simulator:
                 if work:
                     lines[i] |= trained_fields(self.runs[i], stage, work, drawn[i], measured)
                 if work or self.run.aggregator.finishes_empty:
-                    lines[i] |= {name: float(value) for name, value in measured["aggregator"].items()}
+                    lines[i] |= {name: value.tolist() for name, value in measured["aggregator"].items()}
             if dictionary and lines[0]["left_out"] < lines[0]["clients"]:
                 state = state._replace(exchange=dictionary.state)
             if self._server.calibrates and lines[0]["left_out"] < lines[0]["clients"]:
@@ -238,7 +239,10 @@ class Simulator:
                 broadcast, carry, state = self._begin(program, stage, params, state, extras)
                 scales = [np.float32(clip[number - 1] / clip[stage.first_round]) for clip in clips]
                 server = state.server._replace(scale=self.stack.gather(scales))
-                context = self._context(number, server)
+                context = self._context(stage, number, server)
+                if context.canaries is not None:
+                    silent = jax.tree.map(np.zeros_like, jax.device_get(context.canaries.uploads))
+                    context = context._replace(canaries=context.canaries._replace(uploads=self.stack.place(silent)))
                 after = program.finish(Before(params, rows, server), broadcast, carry, context)
                 params, state = after.params, state._replace(server=after.state)
         return params
@@ -268,16 +272,27 @@ class Simulator:
         server = self.stack.vmap(self.run.aggregator.init, (BROADCAST_BY_RUN,))(broadcast)
         return broadcast, carry, RoundState(server, {}, exchange)
 
-    def _context(self, number: int, server: Tree) -> RoundContext:
+    def _context(self, stage: Stage, number: int, server: Tree) -> RoundContext:
         """The context of a round, before which ``server`` is the aggregator's state."""
-        keys = [seeds.key(run.config.runtime.seed, seeds.KeyTag.ROUND, number) for run in self.runs]
-        key_data = [np.asarray(jax.random.key_data(key)) for key in keys]
+
+        def keys(tag: seeds.KeyTag, path: int) -> jax.Array:
+            of_runs = [seeds.key(run.config.runtime.seed, tag, path) for run in self.runs]
+            placed: jax.Array = self.stack.gather([np.asarray(jax.random.key_data(key)) for key in of_runs])
+            return placed
+
+        canaries = None
+        if self.run.config.privacy.canaries:
+            uploads = [
+                canaries_of.uploads(run.config, stage, number, cohort.probability(run, number)) for run in self.runs
+            ]
+            canaries = Canaries(self.stack.gather(uploads), keys(seeds.KeyTag.CANARIES, stage.number))
         return RoundContext(
             number=self.stack.place(np.int32(number)),
-            key=self.stack.gather(key_data),
+            key=keys(seeds.KeyTag.ROUND, number),
             hyper=self._hyper,
             expected=self.stack.gather([np.float32(cohort.expected_reports(run, number)) for run in self.runs]),
             shared=self.run.aggregator.shared(server),
+            canaries=canaries,
         )
 
     def _train(

@@ -10,11 +10,13 @@ to three seeds: that of the partition, that of the initial weights (INIT), and `
                 -> KeyTag.SERVER -> round -> step -> a ServerTag
                 -> KeyTag.BASE -> step -> a ServerTag
                 -> KeyTag.EVALUATION -> number of a batch's first image -> sample
+                -> KeyTag.CANARIES -> stage -> canary
                 -> KeyTag.FINE_TUNE -> 0 for the head, or epoch (from 1) -> step -> sample
     NumPy  partition's seed -> RngTag.PARTITION
                             -> RngTag.SERVER_IMAGES
                             -> RngTag.FLEET
            seed -> RngTag.SAMPLING -> round
+                -> RngTag.CANARIES -> nothing, or stage, or stage -> round
                 -> RngTag.FINE_TUNE -> epoch (from 0)
            0    -> RngTag.TEST_SPLIT
                 -> RngTag.SYNTHETIC
@@ -42,6 +44,7 @@ class KeyTag(enum.IntEnum):
     SERVER = 2
     BASE = 3
     EVALUATION = 4
+    CANARIES = 5
     FINE_TUNE = 64
 
 
@@ -90,6 +93,7 @@ class RngTag(enum.IntEnum):
     TEST_SPLIT = 7
     SYNTHETIC = 8
     LABELLED = 9
+    CANARIES = 10
     FINE_TUNE = 64
 
 
