@@ -347,7 +347,15 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def check_words(arguments: list[str], first: str = "CONFIG") -> None:
-    """Refuse empty values, which the parser would accept, and line breaks; ``first`` is the name of the argument before all options."""
+    """Refuse empty values, which the parser would accept, and line breaks.
+
+    Args:
+      arguments: all words after the command.
+      first: the name of the argument before all options.
+
+    Raises:
+      ConfigError: naming the option.
+    """
     option = first
     for argument in arguments:
         name, equals, value = argument.partition("=")
