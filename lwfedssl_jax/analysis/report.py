@@ -152,6 +152,7 @@ def _tables(
         "label_free": tables.label_free_table(runs, settings) if settings else None,
         "fleet": tables.fleet_table(first_summaries),
         "privacy": tables.privacy_table(first_summaries),
+        "membership": tables.membership_table(first_summaries),
     }
 
 

@@ -300,6 +300,30 @@ def privacy_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
     return Table("privacy", pd.DataFrame(words), pd.DataFrame(rows)) if rows else None
 
 
+def membership_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """Make the table of membership inference; None if no run has any.
+
+    Args:
+      summaries: ``summary.json`` of each setting's first run, by label.
+    """
+    rows = [
+        {"setting": label, "encoder": encoder, **found}
+        for label, summary in summaries.items()
+        for encoder, found in summary.get("membership", {}).items()
+    ]
+    words = [
+        {
+            "setting": row["setting"],
+            "encoder": row["encoder"],
+            "images of each kind": f"{row['images']:,}",
+            "AUC": f"{row['auc']:.3f} ± {row['auc_error']:.3f}",
+            "found at 1 % false alarms (%)": f"{100 * row['tpr_at_1_percent_fpr']:.1f}",
+        }
+        for row in rows
+    ]
+    return Table("membership", pd.DataFrame(words), pd.DataFrame(rows)) if rows else None
+
+
 def write(table: Table, folder: Path) -> None:
     """Write ``NAME.csv`` of the numbers, and ``NAME.md`` and ``NAME.tex`` (a tabular for booktabs) of the words."""
     folder.mkdir(parents=True, exist_ok=True)

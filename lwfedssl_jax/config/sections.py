@@ -210,6 +210,9 @@ class EvaluationConfig:
     data_when: Literal["end", "always"] = "end"
     """When the encoder is evaluated on evaluation.data: end (untrained, and after the last round) or always (at each
     evaluation)."""
+    membership: AtLeast0 = 0
+    """Membership inference after the last round: how many images of clients are told from as many test images by the
+    similarity of their views; 0: none."""
     fine_tune_epochs: AtLeast0 = 0
     """Fine-tuning of the whole encoder after the last round: epochs (in the paper 40); 0: none."""
     fine_tune_labels_per_class: tuple[AtLeast0, ...] = (0,)

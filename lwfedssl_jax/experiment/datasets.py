@@ -9,6 +9,7 @@ from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.fingerprint import fingerprint
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.evaluation import frozen
+from lwfedssl_jax.evaluation.membership import check_membership
 from lwfedssl_jax.simulation.events import Hear, Loading, Note
 from lwfedssl_jax.simulation.setup import Cache, load_data
 from lwfedssl_jax.system.devices import from_all
@@ -48,6 +49,7 @@ def load_run_data(config: Config, hear: Hear, cache: Cache) -> RunData:
         raise ConfigError(
             "data.name: the processes of this run found different data; accepted: the same on all machines"
         )
+    check_membership(config, own)
     allowed = {name: _labelled(config, name, dataset) for name, dataset in evaluated_on.items()}
     return RunData(allowed, digests)
 

@@ -1,5 +1,6 @@
 """Evaluates a run's encoder and writes each result as a line of ``metrics.jsonl``."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from lwfedssl_jax.config import Config
 from lwfedssl_jax.config.protocols import FINE_TUNE, LABEL_FREE, NOISE_ONLY, protocol_on
 from lwfedssl_jax.data.sources import Dataset
 from lwfedssl_jax.evaluation import finetune, frozen, label_free
+from lwfedssl_jax.evaluation.membership import Membership, members_and_others, membership
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation.events import Described, Evaluated, FineTuning, Note
@@ -104,6 +106,20 @@ def log_label_free(run: ActiveRun, depth: int, number: int, params: Tree, of: Ma
                 f"{found['effective_rank']:.2f}; a lower optimizer.learning_rate or another objective may help"
             )
         )
+
+
+def attack_membership(run: ActiveRun, encoders: Mapping[str, Tree]) -> dict[str, Membership]:
+    """Tell the clients' images from test images by the features of encoders, whose parameters are given by name."""
+    prepared, config = run.prepared, run.config
+    images = members_and_others(config, prepared.dataset, prepared.clients)
+    found = {}
+    for name, params in encoders.items():
+        host = jax.device_get(params)
+        features = functools.partial(run.encode, host, depth=config.model.depth)
+        found[name] = membership(features, *images, prepared.task.recipe, config.runtime.seed)
+        auc, error = found[name]["auc"], found[name]["auc_error"]
+        run.hear(Note(f"membership inference, {name}: AUC {auc:.3f} ± {error:.3f} (chance 0.5)"))
+    return found
 
 
 def log_fine_tuning(run: ActiveRun, interrupts: Interrupts, params: Tree) -> None:

@@ -14,11 +14,11 @@ from lwfedssl_jax.evaluation import export
 from lwfedssl_jax.evaluation.label_free import LabelFree
 from lwfedssl_jax.experiment import pictures
 from lwfedssl_jax.experiment.active import ActiveRun
-from lwfedssl_jax.experiment.evaluations import log_fine_tuning
+from lwfedssl_jax.experiment.evaluations import attack_membership, log_fine_tuning
 from lwfedssl_jax.experiment.ledgers import known_traces, ledgers_of_run
 from lwfedssl_jax.method.pacing import LEAST_FALL
 from lwfedssl_jax.simulation.events import Finished, Note
-from lwfedssl_jax.simulation.setup import Cache
+from lwfedssl_jax.simulation.setup import Cache, initial_params
 from lwfedssl_jax.system.interrupts import Interrupts
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
@@ -49,6 +49,9 @@ def finish(run: ActiveRun, params: Tree, interrupts: Interrupts, cache: Cache) -
             run_plots.plot_pacing(lines, LEAST_FALL, plots / "pacing.png")
         run_plots.plot_resources(strategies, run.config.federation.local_epochs, plots / "resources.png")
     summary = make_summary(run, lines, strategies, known_traces(cache))
+    if run.config.evaluation.membership:
+        encoders = {"trained": params, "untrained": initial_params(run.prepared)}
+        summary["membership"] = attack_membership(run, encoders)
     workdir.write_json("summary.json", summary)
     write_run_report(workdir, run)
     run.hear(Finished(summary))

@@ -17,12 +17,14 @@ to three seeds: that of the partition, that of the initial weights (INIT), and `
                             -> RngTag.FLEET
            seed -> RngTag.SAMPLING -> round
                 -> RngTag.CANARIES -> nothing, or stage, or stage -> round
+                -> RngTag.MEMBERSHIP
                 -> RngTag.FINE_TUNE -> epoch (from 0)
            0    -> RngTag.TEST_SPLIT
                 -> RngTag.SYNTHETIC
                 -> RngTag.LABELLED -> draw
     hashes partition's seed -> RngTag.SHARED -> client
-           seed -> RngTag.BATCHES -> round -> client -> epoch (from 0) -> position
+           seed -> RngTag.MEMBERSHIP -> pair of views
+                -> RngTag.BATCHES -> round -> client -> epoch (from 0) -> position
 """
 
 import enum
@@ -94,6 +96,7 @@ class RngTag(enum.IntEnum):
     SYNTHETIC = 8
     LABELLED = 9
     CANARIES = 10
+    MEMBERSHIP = 11
     FINE_TUNE = 64
 
 

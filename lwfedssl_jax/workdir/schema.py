@@ -7,11 +7,12 @@ from lwfedssl_jax.costs.privacy import Promise
 from lwfedssl_jax.evaluation.finetune import FineTuneResult
 from lwfedssl_jax.evaluation.frozen import EvaluationLine, KnnResult, ProbeResult, Scores
 from lwfedssl_jax.evaluation.label_free import LabelFree, LabelFreeLine
+from lwfedssl_jax.evaluation.membership import Membership
 from lwfedssl_jax.simulation.lines import RoundLine
 
 __all__ = [
     "EvaluationLine", "FineTuneResult", "KnnResult", "LabelFree", "LabelFreeLine", "Ledger", "MeasuredCost",
-    "MetricsLine", "ProbeResult", "Promise", "RoundLine", "Scores", "Summary",
+    "Membership", "MetricsLine", "ProbeResult", "Promise", "RoundLine", "Scores", "Summary",
 ]  # fmt: skip
 
 MetricsLine = RoundLine | EvaluationLine | LabelFreeLine
@@ -54,6 +55,8 @@ class Summary(TypedDict):
       resources: the ledger of the run's strategy, with adaptive pacing with the rounds that its stages had; and
         ``measured``, a ``MeasuredCost``.
       strategies: the ledger of every strategy that can run with the config, by name.
+      membership: with ``evaluation.membership``, how well clients' images are told from test images by the features of
+        the ``trained`` and of the ``untrained`` encoder.
       privacy: with a clip, what the run promises (``costs.privacy.Promise``).
       fleet: with ``fleet.devices``, one entry per device class (``costs.fleet.summary``).
     """
@@ -68,5 +71,6 @@ class Summary(TypedDict):
     baselines: dict[str, dict[str, Scores]]
     resources: dict[str, Any]
     strategies: dict[str, Ledger]
+    membership: NotRequired[dict[str, Membership]]
     privacy: NotRequired[Promise]
     fleet: NotRequired[list[dict[str, Any]]]
