@@ -3,10 +3,10 @@
     python benchmarks/privacy.py                          # 60 runs that choose clips, 27 that are reported
     python benchmarks/privacy.py --seeds 0 1 2 --epsilon 8
 
-On digits, 200 clients of 64 images, of which 20 take part in a round (Poisson), with the noise of this federation and of
-one of 2,000 clients, 200 in a round, which they stand for. The clip of each strategy and federation is the one that is
-most accurate (linear probe, 20 labels per class) on seeds that are not reported: a choice that looks at data, without
-privacy of its own. Runs are kept in runs/privacy, and are not repeated.
+On digits, 200 clients of 64 images, of which 20 take part in a round (Poisson), with the noise of this federation and
+of one of 2,000 clients, 200 in a round, which they stand for. The clip of each strategy and federation is the one that
+is most accurate (linear probe, 20 labels per class) on seeds that are not reported: a choice that looks at data,
+without privacy of its own. Runs are kept in runs/privacy, and are not repeated.
 """
 
 import subprocess

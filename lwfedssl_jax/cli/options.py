@@ -97,7 +97,7 @@ class PlanOptions:
     epsilon: Annotated[float | None, shown("FLOAT")] = None
     """Also state the noise that differential privacy of this epsilon takes for whole clients, under each option."""
     delta: Annotated[float | None, shown("FLOAT")] = None
-    """With --epsilon: its delta; by default the number of clients to the power -1.1."""
+    """With --epsilon: its delta; by default the config's privacy.delta."""
     accuracy_first: bool = False
     """Recommend the most accurate option that any client can take part in throughout, however few can."""
     cheapest: bool = False

@@ -16,8 +16,8 @@ from lwfedssl_jax.system import devices
 
 
 def privacy_of(strategies: dict[str, ledger.Ledger], configs: dict[str, Config]) -> dict[str, privacy.Promise]:
-    """Return what each strategy promises without a fleet, if updates are clipped; else nothing."""
-    if not any(config.privacy.clip for config in configs.values()):
+    """Return what each strategy promises, if updates are clipped and all clients can take part; else nothing."""
+    if not all(config.privacy.clip and not config.fleet.devices for config in configs.values()):
         return {}
     return {
         name: privacy.promise(configs[name], [part.stage for part in stage_parts(configs[name])], cost["per_stage"])
@@ -56,6 +56,8 @@ def run_resources(options: ResourcesOptions) -> None:
             out.print(terminal.privacy_lines(private), markup=False)
         if config.strategy.pacing == "adaptive":
             out.print(ADAPTIVE_COSTS, markup=False)
+        if config.privacy.clip and config.fleet.devices:
+            out.print("What is promised to clients depends on which devices can take part: `plan` says it for a fleet.")
         if same := alike(config):
             out.print(same, markup=False)
         if evenly:

@@ -151,6 +151,10 @@ def warmup_ends(config: Config) -> str | None:
     )
 
 
+LEAST_DELTA = 1e-12  # for smaller ones, the accountant's float64 is too coarse
+LEAST_NOISE = 0.1  # for less, epsilon is in the hundreds and takes minutes to compute
+
+
 def noise_needs_a_clip(config: Config) -> str | None:
     """Without a clip, there is no noise, and nothing that describes it."""
     fields = ("epsilon", "noise_multiplier", "delta", "quantile", "count_noise", "noise_cohort", "canaries")
@@ -161,6 +165,31 @@ def noise_needs_a_clip(config: Config) -> str | None:
         f"privacy.{found[0]}: {getattr(privacy, found[0])} needs privacy.clip, which is 0; "
         f"accepted: privacy.clip above 0 (such as 0.01), or privacy.{found[0]} 0"
     )
+
+
+def promise_needs_noise(config: Config) -> str | None:
+    """Without noise, nothing is promised, and there is nothing that describes the promise."""
+    fields, privacy = ("delta", "count_noise", "noise_cohort"), config.privacy
+    found = next((name for name in fields if getattr(privacy, name)), "")
+    if not found or privacy.epsilon or privacy.noise_multiplier:
+        return None
+    return (
+        f"privacy.{found}: {getattr(privacy, found)} is set, and there is no noise; "
+        f"accepted: 0, or privacy.epsilon or privacy.noise_multiplier with it"
+    )
+
+
+def noise_is_enough(config: Config) -> str | None:
+    """Noise has a multiplier for which epsilon can be computed, and someone it hides."""
+    privacy, clients = config.privacy, config.partition.clients
+    if 0 < privacy.noise_multiplier < LEAST_NOISE:
+        return (
+            f"privacy.noise_multiplier: {privacy.noise_multiplier} is less than protects anyone; "
+            f"accepted: 0.0, or at least {LEAST_NOISE}"
+        )
+    if (privacy.epsilon or privacy.noise_multiplier) and clients < 2:
+        return f"partition.clients: {clients} client cannot be hidden among others; accepted: at least 2, or no noise"
+    return None
 
 
 def noise_is_stated_once(config: Config) -> str | None:
@@ -184,13 +213,15 @@ def larger_federation_is_larger(config: Config) -> str | None:
 
 
 def delta_is_small(config: Config) -> str | None:
-    """Delta is below one divided by the number of clients: a promise with a larger one may publish a client."""
+    """Delta is below one divided by the number of clients, or a client may be published, and not below rounding."""
     delta, cohort = config.privacy.delta, config.privacy.noise_cohort or config.cohort_size
     population = config.partition.clients * cohort / config.cohort_size
-    if delta * population < 1:
+    if not delta or LEAST_DELTA <= delta < 1 / population:
         return None
-    accepted = f"0, or less than {1 / population:.3g}"
-    return f"privacy.delta: {delta} is not below 1 / {population:,.0f} clients; accepted: {accepted}"
+    return (
+        f"privacy.delta: {delta} is not between {LEAST_DELTA} and 1 / {population:,.0f} clients; "
+        f"accepted: 0, or {LEAST_DELTA} to less than {1 / population:.3g}"
+    )
 
 
 def count_noise_is_used(config: Config) -> str | None:
@@ -232,6 +263,8 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     further_data_differ,
     warmup_ends,
     noise_needs_a_clip,
+    promise_needs_noise,
+    noise_is_enough,
     noise_is_stated_once,
     larger_federation_is_larger,
     delta_is_small,

@@ -277,17 +277,17 @@ class PrivacyConfig:
     epsilon: NonNegative = 0.0
     """The epsilon of the whole run; the noise multiplier is found for it. 0: as noise_multiplier says."""
     noise_multiplier: NonNegative = 0.0
-    """Standard deviation of the noise on the sum of the updates, in units of the norm to which these are clipped. 0
-    without an epsilon: clipping only."""
+    """Standard deviation of the noise on the sum of the updates, in units of the norm to which these are clipped, at
+    least 0.1. 0 without an epsilon: clipping only."""
     delta: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """The delta that epsilon belongs to, below one divided by the number of clients; 0: that number to the power
-    -1.1."""
+    """The delta that epsilon belongs to, from 1e-12 to below one divided by the number of clients; 0: that number to
+    the power -1.1."""
     quantile: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Share of the clients whose update should be within the clip, which is adapted to it in every round (Andrew et
-    al., 2021); 0: the clip is fixed."""
+    al., 2021), anew in each stage; 0: the clip is fixed."""
     count_noise: NonNegative = 0.0
     """quantile only: standard deviation, in clients, of the noise on the count of those within the clip; 0: a twentieth
-    of the clients expected in a round."""
+    of the clients expected in a round. It must be more than half of the noise multiplier."""
     noise_cohort: AtLeast0 = 0
     """Clients per round of a larger federation, whose noise is added and whose epsilon is stated: clients_per_round
     stand for so many of a population that is larger by the same factor. 0: the federation that is simulated."""

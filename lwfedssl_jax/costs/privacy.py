@@ -16,20 +16,24 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
-from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.costs.fleet import Fleet
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Mechanism
 
 LEAST_NOISE, MOST_NOISE = 0.1, 2.0**20  # multipliers that are tried
 TOLERANCE = 1e-3  # of a multiplier that is found
+LARGE_DELTA = 1e-3
 
 NEIGHBOURS = "add or remove one client, with all of its images"
 NOT_COVERED = (
-    "metrics.jsonl: loss, distances, cohort sizes and signal norms are measured without noise",
+    "metrics.jsonl and summary.json: loss, distances, shares, signal norms, cohort sizes, traffic and times are "
+    "measured without noise",
     "accuracies, and choices that were made by looking at them",
+    "other runs of the same seed: they share their noise, which two published models let anyone subtract",
+    "that a run ends if no client's update is finite",
     "an image that several clients own (partition.kind shared): the unit is a client",
-    "the number of clients, from which the probability of being drawn follows: it is public",
+    "how many clients there are, and in a fleet how many can take part in a stage: they are public",
     "a deployment: the seed, from which all noise follows, is in config.json, and floating-point numbers are no reals",
 )
 
@@ -84,22 +88,22 @@ def exposure(taken: Sequence[tuple[int, int]], config: Config) -> Exposure:
     """Return the exposure of a client that can take part in stages: rounds, and for how many clients each is."""
     counted: collections.Counter[tuple[float, float]] = collections.Counter()
     for rounds, eligible in taken:
-        counted[_release(config, eligible)] += rounds
+        counted[release(config, eligible)] += rounds
     return tuple(Releases(*kind, count) for kind, count in sorted(counted.items()))
 
 
-def _release(config: Config, eligible: int) -> tuple[float, float]:
-    """Probability and sensitivity of a round for which so many clients are eligible."""
-    drawn = config.cohort_size / eligible
+def release(config: Config, eligible: int) -> tuple[float, float]:
+    """Return probability and sensitivity of a round for which so many clients are eligible."""
+    cohort = config.cohort_size
     if config.federation.sampling == "poisson":
-        return min(1.0, drawn), 1.0
-    return 1.0, 2.0 if drawn < 1 else 1.0
+        return min(1.0, cohort / eligible), 1.0
+    # With as many as are drawn, one more would take the place of another, unless all clients always take part.
+    return 1.0, 1.0 if cohort == config.partition.clients or eligible < cohort else 2.0
 
 
-def as_poisson(exposure: Exposure, config: Config) -> Exposure:
-    """Return the exposure of a run as if its fixed cohorts were Poisson samples of the whole population."""
-    share = config.cohort_size / config.partition.clients
-    return tuple(r if r.sensitivity == 1 else Releases(share, 1.0, r.rounds) for r in exposure)
+def expected_reports(config: Config, eligible: int) -> float:
+    """Return how many clients report on average in a round for which so many are eligible."""
+    return min(config.cohort_size, eligible) * (1 - config.federation.dropout)
 
 
 @functools.cache
@@ -241,12 +245,13 @@ def mechanism(config: Config, multiplier: float) -> Mechanism:
 
 
 def check_accountant(config: Config) -> None:
-    """Refuse noise where its epsilon cannot be computed.
+    """Refuse noise whose epsilon cannot be computed.
 
     Raises:
-      ConfigError: dp-accounting is not installed.
+      ConfigError: dp-accounting is not installed; see ``mechanism``.
     """
     field = next((name for name in ("epsilon", "noise_multiplier") if getattr(config.privacy, name)), None)
+    mechanism(config, config.privacy.noise_multiplier)
     if field and importlib.util.find_spec("dp_accounting") is None:
         raise ConfigError(
             f'privacy.{field}: needs dp-accounting; accepted: 0.0, or pip install "lwfedssl_jax[privacy]"'
@@ -256,9 +261,9 @@ def check_accountant(config: Config) -> None:
 class StagePrivacy(TypedDict):
     """A stage's entry of ``Promise.per_stage``; norms are L2 norms over its trained parameters.
 
-    ``clip_norm`` is of one client's update, ``noise_norm`` the expected one of a round's noise, both before the average
-    over the clients that are expected; ``noise_over_clip`` their ratio after it. With an adapted clip, they are those
-    of the stage's first round.
+    ``clip_norm`` is of one client's update, ``noise_norm`` the expected one of a round's noise on the sum;
+    ``noise_over_clip`` is the norm of the noise over the largest that the mean update can have, z * sqrt(d) / K. With
+    an adapted clip, the norms are those of the stage's first round.
     """
 
     stage: int
@@ -327,8 +332,8 @@ def promise(
     exposed = exposures(config, stages, fleet)
     by_class = {name: epsilon_of(exposure, z, delta) for name, exposure in exposed.items()}
     epsilon = max(by_class.values())
-    poisson = [as_poisson(exposure, config) for exposure in exposed.values()]
-    if_poisson = max(epsilon_of(exposure, z, delta) for exposure in poisson)
+    poisson = exposures(override(config, {"federation.sampling": "poisson"}), stages, fleet)
+    if_poisson = max(epsilon_of(exposure, z, delta) for exposure in poisson.values())
     return {
         "epsilon": finite(epsilon),
         "delta": delta,
@@ -344,15 +349,20 @@ def promise(
         "noise_multiplier": z,
         "clip": config.privacy.clip,
         "quantile": config.privacy.quantile,
-        "per_stage": [stage_privacy(config, cost, z) for cost in per_stage],
+        "per_stage": [stage_privacy(config, cost, z, eligible_in(config, cost, fleet)) for cost in per_stage],
         "accountant": accountant_name() if z else "none",
-        "says": in_words(config, epsilon, delta),
+        "says": in_words(config, z, epsilon, delta),
         "not_covered": list(NOT_COVERED),
     }
 
 
-def stage_privacy(config: Config, cost: Mapping[str, Any], multiplier: float) -> StagePrivacy:
-    """Return the clip and the noise of a stage, by its entry in a ledger."""
+def eligible_in(config: Config, cost: Mapping[str, Any], fleet: Fleet | None) -> int:
+    """Return how many clients can take part in a stage, by its entry in a ledger."""
+    return int(fleet.can[cost["stage"]].sum()) if fleet else config.partition.clients
+
+
+def stage_privacy(config: Config, cost: Mapping[str, Any], multiplier: float, eligible: int) -> StagePrivacy:
+    """Return the clip and the noise of a stage, by its entry in a ledger, in which so many clients can take part."""
     parameters = cost["trainable_parameters"]
     clip_norm = config.privacy.clip * math.sqrt(parameters)
     noise = float(np.asarray(mechanism(config, multiplier).noise))
@@ -361,13 +371,8 @@ def stage_privacy(config: Config, cost: Mapping[str, Any], multiplier: float) ->
         "parameters": parameters,
         "clip_norm": clip_norm,
         "noise_norm": noise * clip_norm * math.sqrt(parameters),
-        "noise_over_clip": noise_over_clip(config, parameters, noise),
+        "noise_over_clip": noise * math.sqrt(parameters) / max(expected_reports(config, eligible), 1e-9),
     }
-
-
-def noise_over_clip(config: Config, parameters: int, noise: float) -> float:
-    """Return the norm of a round's noise over the largest norm of its mean update: z * sqrt(d) / K."""
-    return noise * math.sqrt(parameters) / (config.cohort_size * (1 - config.federation.dropout))
 
 
 def finite(epsilon: float) -> float | None:
@@ -380,9 +385,9 @@ def accountant_name() -> str:
     return f"dp-accounting {importlib.metadata.version('dp-accounting')}, PLD"
 
 
-def in_words(config: Config, epsilon: float, delta: float) -> str:
+def in_words(config: Config, multiplier: float, epsilon: float, delta: float) -> str:
     """Say what a run promises, and on what conditions."""
-    if not math.isfinite(epsilon):
+    if not multiplier:
         return "Updates are clipped, and no noise is added: nothing is promised."
     stands_for = ""
     if noise_cohort(config) != config.cohort_size:
@@ -390,10 +395,16 @@ def in_words(config: Config, epsilon: float, delta: float) -> str:
             f" That is of a federation of {population(config):,.0f} clients, {noise_cohort(config):,} per round, whose "
             f"noise was added; {config.partition.clients:,} clients were simulated in its place."
         )
-    drawn = "drawn by Poisson sampling" if config.federation.sampling == "poisson" else "drawn in any way"
+    everybody = config.cohort_size == config.partition.clients
+    drawn = {"poisson": "cohorts are drawn by Poisson sampling"}.get(
+        config.federation.sampling,
+        "all clients that can take part do so" if everybody else "cohorts are drawn uniformly, without replacement",
+    )
+    if delta > LARGE_DELTA:
+        stands_for += f" A delta of {delta:.2g} is large: with that probability nothing is promised to a client."
     return (
         f"The encoder is ({epsilon:.3g}, {delta:.2g})-differentially private for whole clients: whether any one client "
         f"with all of its images is in the population changes the probability of any outcome by at most a factor "
-        f"exp({epsilon:.3g}), and {delta:.2g}. It holds if cohorts are {drawn}, the server clips and adds the noise as "
+        f"exp({epsilon:.3g}), and {delta:.2g}. It holds if {drawn}, the server clips and adds the noise as "
         f"described and is trusted with the updates, and the seed stays secret.{stands_for}"
     )

@@ -144,4 +144,4 @@ def on_fleet(run: Prepared, hear: Hear, cache: Cache) -> Prepared:
     enough = run.clients.sizes >= run.task.objective.fewest
     on_devices = fleet.fleet_of_clients(run.config, per_stage, np.where(enough, run.clients.sizes, 0))
     hear(Note(fleet.fleet_line(fleet.summary(on_devices, run.clients.sizes), len(per_stage))))
-    return with_noise(run._replace(fleet=on_devices))
+    return with_noise(run._replace(fleet=on_devices), hear)

@@ -17,6 +17,7 @@ from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation.events import Described, Evaluated, FineTuning, Note
 from lwfedssl_jax.simulation.setup import check_finite, initial_params
+from lwfedssl_jax.system.devices import from_first
 from lwfedssl_jax.system.interrupts import Interrupts
 from lwfedssl_jax.tree import Tree
 
@@ -36,22 +37,38 @@ def log_evaluation(run: ActiveRun, depth: int, number: int, params: Tree, baseli
     """
     params = jax.device_get(params)  # on the mesh, every device would repeat the work
     of = {"baseline": baseline} if baseline else {}
-    log_label_free(run, depth, number, params, of)
+    written = protocols_of(run, baseline) if baseline else set()
+    if LABEL_FREE not in written:
+        log_label_free(run, depth, number, params, of)
     for name, dataset in run.data.evaluated_on.items():
         if len(dataset.labelled) and (not name or _is_due(run.config, number)):
             features = _features(run, dataset, params, depth, number)
             for protocol, result in frozen.evaluate(run.config.evaluation, dataset, *features).items():
                 on = protocol_on(protocol, name)
-                _write(run, {"round": number, **of, "depth": depth, "protocol": on, **result})
+                if on not in written:
+                    _write(run, {"round": number, **of, "depth": depth, "protocol": on, **result})
+
+
+def protocols_of(run: ActiveRun, baseline: str) -> set[str]:
+    """Return the protocols by which a baseline has been evaluated; "" is the untrained encoder."""
+    lines = [line for line in _lines(run) if "event" in line and line.get("baseline", "") == baseline]
+    return {line["protocol"] for line in lines if baseline or line["round"] == 0}
+
+
+def lacks_noise_only(run: ActiveRun) -> bool:
+    """Return whether the encoder of noise alone is to be evaluated as the untrained one was; alike in all processes."""
+    lacking = run.workdir is not None and not protocols_of(run, "") <= protocols_of(run, NOISE_ONLY)
+    return bool(from_first(np.array(lacking)))
 
 
 def log_noise_only(run: ActiveRun, params: Tree) -> None:
-    """Evaluate an encoder that has all of a run's noise and no client's training, unless it was before."""
+    """Evaluate an encoder that has all of a run's noise and no client's training; if that fails, a note says so."""
     if not run.workdir:
         return
-    written = [line for line in _lines(run) if line.get("baseline") == NOISE_ONLY]
-    if not any("accuracy" in line for line in written):
+    try:
         log_evaluation(run, run.config.model.depth, run.config.federation.rounds, params, NOISE_ONLY)
+    except FloatingPointError:
+        run.hear(Note("the features of an encoder with the noise alone are not finite: it is not evaluated"))
 
 
 def is_evaluated(stage: Stage, every: int, number: int) -> bool:

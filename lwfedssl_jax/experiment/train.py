@@ -15,7 +15,7 @@ from lwfedssl_jax.costs.privacy import epsilon_after
 from lwfedssl_jax.experiment import pictures
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.datasets import load_run_data
-from lwfedssl_jax.experiment.evaluations import is_evaluated, log_evaluation, log_noise_only
+from lwfedssl_jax.experiment.evaluations import is_evaluated, lacks_noise_only, log_evaluation, log_noise_only
 from lwfedssl_jax.experiment.finish import finish
 from lwfedssl_jax.experiment.ledgers import round_operations
 from lwfedssl_jax.experiment.trackers import Tracking
@@ -328,10 +328,11 @@ def spent(run: ActiveRun, rounds: int) -> dict[str, float]:
 
 def log_noise(simulator: Simulator, runs: Sequence[ActiveRun]) -> None:
     """Evaluate what the noise of private runs makes of an encoder that no client trains."""
-    if not any(run.is_active and run.prepared.noise_multiplier for run in runs):
+    noisy = [run.is_active and run.prepared.noise_multiplier > 0 and lacks_noise_only(run) for run in runs]
+    if not any(noisy):
         return
     params = simulator.noise_only([run.of_rounds("clip_norm") for run in runs])
-    each_active(runs, lambda i: log_noise_only(runs[i], simulator.stack.select(i, params)))
+    each_active(runs, lambda i: log_noise_only(runs[i], simulator.stack.select(i, params)) if noisy[i] else None)
 
 
 def check_same_config(config: Config) -> None:

@@ -111,7 +111,7 @@ def private(inner: Aggregator, config: Config) -> Aggregator:
         released = jax.tree.map(lambda x, z: (x + z) / expected.astype(x.dtype), summed.update, noise)
         average = broadcast.trainable | jax.tree.map(jnp.add, weights, released)
         inner_state, trainable, measured = inner.finish(
-            context._replace(key=inner_key), state.inner, broadcast, average, ()
+            context._replace(key=inner_key, shared=inner.shared(state.inner)), state.inner, broadcast, average, ()
         )
         scale = state.scale
         if adapts:

@@ -4,10 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from lwfedssl_jax.analysis.wording import count_of
 from lwfedssl_jax.config import Config, ConfigError, override
+from lwfedssl_jax.config.rules import LEAST_DELTA
 from lwfedssl_jax.costs import privacy
 from lwfedssl_jax.costs.ledger import Ledger
+from lwfedssl_jax.method.aggregation import make_aggregator
+from lwfedssl_jax.method.privacy import check_privacy
+from lwfedssl_jax.method.task import make_task
 
 
 class Asked(NamedTuple):
@@ -24,7 +30,7 @@ class Price(NamedTuple):
       noise_multiplier: standard deviation of the noise on a sum of updates, in the norm to which these are clipped.
       noise_over_clip: norm of a round's noise over the largest that the mean update can have, in the stage with most
         parameters.
-      clients: how many clients a round takes until that is 1, if the share that is drawn stays the same.
+      clients: how many clients a round takes until that is 1, if the shares that are drawn and drop out stay the same.
     """
 
     noise_multiplier: float
@@ -41,20 +47,24 @@ def asked_of(config: Config, epsilon: float | None, delta: float | None) -> Aske
     if epsilon is None:
         if delta is not None:
             raise ConfigError(f"--delta: {delta} needs --epsilon; accepted: both options, or neither")
-        own = config.privacy
-        return Asked(own.epsilon, privacy.delta_of(config)) if own.epsilon else None
+        privacy.check_accountant(config)
+        return Asked(config.privacy.epsilon, privacy.delta_of(config)) if config.privacy.epsilon else None
     if not 0 < epsilon < math.inf:
         raise ConfigError(f"--epsilon: {epsilon} is out of range; accepted: above 0")
     delta = privacy.delta_of(config) if delta is None else delta
-    least = 1 / privacy.population(config)
-    if not 0 < delta < least:
+    population = privacy.population(config)
+    if not LEAST_DELTA <= delta < 1 / population:
         raise ConfigError(
-            f"--delta: {delta} is not below 1 / {config.partition.clients} clients; accepted: less than {least:.3g}"
+            f"--delta: {delta} is not between {LEAST_DELTA} and 1 / {population:,.0f} clients; "
+            f"accepted: {LEAST_DELTA} to less than {1 / population:.3g}"
         )
+    clip = {"privacy.clip": config.privacy.clip or 1.0, "privacy.epsilon": epsilon, "privacy.noise_multiplier": 0.0}
+    private = override(config, clip)
     try:
-        privacy.check_accountant(override(config, {"privacy.epsilon": epsilon, "privacy.noise_multiplier": 0.0}))
+        privacy.check_accountant(private)
+        check_privacy(private, make_task(private), make_aggregator(private))
     except ConfigError as error:
-        raise ConfigError(f"--{str(error).removeprefix('privacy.').replace('0.0, or ', '')}") from None
+        raise ConfigError(f"--epsilon: {epsilon} cannot be had: {error}") from None
     return Asked(epsilon, delta)
 
 
@@ -71,10 +81,12 @@ def price(config: Config, ledger: Ledger, shares: Sequence[float], asked: Asked)
     clients = [max(1, round(share * config.partition.clients)) for share in shares]
     exposure = privacy.exposure([(cost["rounds"], n) for cost, n in zip(per_stage, clients, strict=True)], config)
     multiplier = privacy.noise_for((exposure,), *asked)
-    parameters = max(cost["trainable_parameters"] for cost in per_stage)
-    smaller = config.cohort_size / privacy.noise_cohort(config)
-    ratio = privacy.noise_over_clip(config, parameters, multiplier * smaller)
-    return Price(multiplier, ratio, math.ceil(multiplier * math.sqrt(parameters)))
+    by_stage = [privacy.stage_privacy(config, cost, multiplier, n) for cost, n in zip(per_stage, clients, strict=True)]
+    ratio, parameters = max((stage["noise_over_clip"], stage["parameters"]) for stage in by_stage)
+    larger = privacy.noise_cohort(config) / config.cohort_size
+    on_sum = float(np.asarray(privacy.mechanism(config, multiplier).noise)) * larger
+    needed = math.ceil(on_sum * math.sqrt(parameters) / (1 - config.federation.dropout))
+    return Price(multiplier, ratio, needed)
 
 
 def words(config: Config, asked: Asked, prices: dict[str, Price]) -> str:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lwfedssl_jax.costs import privacy
 from lwfedssl_jax.simulation.packing import Draw, Layout, PackedRound, pack_round
 from lwfedssl_jax.simulation.setup import Prepared
 from lwfedssl_jax.system import seeds
@@ -48,14 +49,12 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
 
 def probability(run: Prepared, number: int) -> float:
     """Return with which probability a client is drawn in a round by Poisson sampling; 1 otherwise."""
-    poisson = run.config.federation.sampling == "poisson"
-    return min(1.0, run.config.cohort_size / max(len(eligible_clients(run, number)), 1)) if poisson else 1.0
+    return privacy.release(run.config, max(len(eligible_clients(run, number)), 1))[0]
 
 
 def expected_reports(run: Prepared, number: int) -> float:
     """Return how many clients report in a round on average; it depends on the population, not on who is drawn."""
-    eligible = len(eligible_clients(run, number))
-    return min(run.config.cohort_size, eligible) * (1 - run.config.federation.dropout)
+    return privacy.expected_reports(run.config, len(eligible_clients(run, number)))
 
 
 def layout_of(run: Prepared) -> Layout:

@@ -184,7 +184,7 @@ def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[j
     broadcast, carry = jax.eval_shape(start, params, rows, depths, extras)
     broadcast, carry = stack.abstract(broadcast, ALL), stack.abstract(carry, lanes)
     state = jax.eval_shape(init, broadcast)
-    shared = stack.abstract(jax.eval_shape(method.aggregator.shared, state), ALL)
+    shared = stack.abstract(jax.eval_shape(stack.vmap(method.aggregator.shared, (0,)), state), ALL)
     state = stack.abstract(state, ALL)
     key, hyper, expected = (stack.abstract(stack.shapes(x), ALL) for x in (key, run.hyper, np.zeros((), np.float32)))
     canaries = None

@@ -29,7 +29,7 @@ from lwfedssl_jax.simulation.events import Hear, Loading, Note, ignore
 from lwfedssl_jax.simulation.lanes import SAMPLES_AT_ONCE, lanes_and_mesh
 from lwfedssl_jax.simulation.rounds import LANES, Method
 from lwfedssl_jax.system import seeds
-from lwfedssl_jax.system.devices import memory_limit
+from lwfedssl_jax.system.devices import from_first, memory_limit
 from lwfedssl_jax.tree import Tree
 
 GIB = 2**30
@@ -141,10 +141,10 @@ def prepare(
         start=make_client_start(config, task, stages[0]),
         exchange=make_exchange(config, task),
     )
-    return run if config.fleet.devices else with_noise(run)  # that depends on what the fleet can do
+    return run if config.fleet.devices else with_noise(run, hear)  # that depends on what the fleet can do
 
 
-def with_noise(run: Prepared) -> Prepared:
+def with_noise(run: Prepared, hear: Hear) -> Prepared:
     """Return a prepared run with the noise of its differential privacy, if it has any.
 
     Raises:
@@ -152,7 +152,9 @@ def with_noise(run: Prepared) -> Prepared:
     """
     if not run.config.privacy.clip:
         return run
-    multiplier = privacy.noise_multiplier(run.config, run.stages, run.fleet)
+    if run.config.privacy.epsilon:
+        hear(Loading(f"finding the noise for epsilon {run.config.privacy.epsilon:g}"))
+    multiplier = float(from_first(np.float64(privacy.noise_multiplier(run.config, run.stages, run.fleet))))
     hyper = run.task.hyper._replace(mechanism=privacy.mechanism(run.config, multiplier))
     return run._replace(noise_multiplier=multiplier, task=run.task._replace(hyper=hyper))
 

@@ -216,7 +216,8 @@ class Simulator:
                     lines[i] |= {name: value.tolist() for name, value in measured["aggregator"].items()}
             if dictionary and lines[0]["left_out"] < lines[0]["clients"]:
                 state = state._replace(exchange=dictionary.state)
-            if self._server.calibrates and lines[0]["left_out"] < lines[0]["clients"]:
+            is_used = lines[0]["left_out"] < lines[0]["clients"] or self.run.aggregator.finishes_empty
+            if self._server.calibrates and is_used:
                 calibrated, lines[0]["calibration_loss"] = self._server.after_round(stage, params, number)
                 params = self.stack.place(from_first(calibrated))
         seconds = round((time.monotonic() - began) / len(self.runs), 4)
@@ -245,6 +246,10 @@ class Simulator:
                     context = context._replace(canaries=context.canaries._replace(uploads=self.stack.place(silent)))
                 after = program.finish(Before(params, rows, server), broadcast, carry, context)
                 params, state = after.params, state._replace(server=after.state)
+                if self._server.calibrates:
+                    calibrated, _ = self._server.after_round(stage, params, number)
+                    params = self.stack.place(from_first(calibrated))
+                self._between_calls()
         return params
 
     def _pace(self, stage: Stage, loss: float | None) -> tuple[Stage, dict[str, Any]]:
@@ -291,7 +296,7 @@ class Simulator:
             key=keys(seeds.KeyTag.ROUND, number),
             hyper=self._hyper,
             expected=self.stack.gather([np.float32(cohort.expected_reports(run, number)) for run in self.runs]),
-            shared=self.run.aggregator.shared(server),
+            shared=self.stack.vmap(self.run.aggregator.shared, (0,))(server),
             canaries=canaries,
         )
 

@@ -1,5 +1,6 @@
 """What reports, terminals and commands say about private runs."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_the_page_has_the_promise_and_what_it_does_not_cover(tmp_path: Path) -> 
     write_private(tmp_path / "b", 0.6, 0.55, privacy__noise_cohort=40)
     page = report.write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")
     for text in ("What is promised to a client", "-differentially private for whole clients", *privacy.NOT_COVERED):
-        assert text in page
+        assert text in html.unescape(page)
     assert "That is of a federation of 80 clients, 40 per round" in page
     table = (tmp_path / "out" / "tables" / "privacy.md").read_text(encoding="utf-8")
     assert "†" in table
@@ -122,7 +123,11 @@ def test_a_plan_says_what_an_epsilon_takes(capsys: pytest.CaptureFixture[str]) -
     ("given", "message"),
     [
         (["--epsilon", "0"], "--epsilon: 0.0 is out of range; accepted: above 0"),
-        (["--epsilon", "8", "--delta", "0.5"], "--delta: 0.5 is not below 1 / "),
+        (["--epsilon", "8", "--delta", "0.5"], "--delta: 0.5 is not between 1e-12 and 1 / "),
+        (
+            ["--epsilon", "8", "--federation.aggregator", "ldawa"],
+            "--epsilon: 8.0 cannot be had: federation.aggregator: ldawa uses more than the mean",
+        ),
         (["--delta", "1e-5"], "--delta: 1e-05 needs --epsilon; accepted: both options, or neither"),
     ],
 )

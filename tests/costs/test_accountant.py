@@ -128,7 +128,8 @@ def test_what_a_client_is_exposed_to() -> None:
     assert privacy.exposures(config, stages(config), rounds=2) == {"": (Releases(0.25, 1.0, 2),)}
     fixed = small_config(**SHARED, federation__clients_per_round=5)
     assert privacy.exposures(fixed, stages(fixed)) == {"": (Releases(1.0, 2.0, 3),)}
-    assert privacy.as_poisson((Releases(1.0, 2.0, 3),), fixed) == (Releases(0.25, 1.0, 3),)
+    assert privacy.exposure([(3, 5)], fixed) == (Releases(1.0, 2.0, 3),)  # one more would take somebody's place
+    assert privacy.exposure([(3, 4)], fixed) == (Releases(1.0, 1.0, 3),)
     everyone = small_config(**SHARED)
     assert privacy.exposures(everyone, stages(everyone)) == {"": (Releases(1.0, 1.0, 3),)}
 
@@ -151,10 +152,11 @@ def test_device_classes_have_their_own_epsilon_and_the_largest_is_promised() -> 
     assert by_class["phone"] < by_class["laptop"] == promise["epsilon"]
     assert privacy.epsilon_after(config, 1.0, of_run, fleet, 4) == by_class["phone"]
     assert privacy.epsilon_after(config, 1.0, of_run, fleet, 12) == promise["epsilon"]
-    stage = promise["per_stage"][2]
+    stage = promise["per_stage"][2]  # in which four clients can take part
     assert stage["clip_norm"] == pytest.approx(0.01 * math.sqrt(300))
     assert stage["noise_norm"] == pytest.approx(promise["noise_multiplier"] * 0.01 * 300)
-    assert stage["noise_over_clip"] == pytest.approx(promise["noise_multiplier"] * math.sqrt(300) / 5)
+    assert stage["noise_over_clip"] == pytest.approx(promise["noise_multiplier"] * math.sqrt(300) / 4)
+    assert promise["epsilon_if_poisson"] is None
 
 
 def test_a_promise_says_whose_it_is() -> None:
@@ -176,6 +178,9 @@ def test_a_promise_says_whose_it_is() -> None:
     assert "federation of 200 clients, 50 per round" in larger["says"]
     ratio = larger["per_stage"][0]["noise_over_clip"] / poisson["per_stage"][0]["noise_over_clip"]
     assert ratio == pytest.approx(0.1 / 0.5)  # a tenth of the noise, half of the reports
+    assert "A delta of 0.037 is large" in poisson["says"]
+    assert "drawn uniformly" in fixed["says"]
+    assert "all clients that can take part do so" in promise(federation__clients_per_round=0)["says"]
     clipped = promise(privacy__noise_multiplier=0.0)
     assert (clipped["epsilon"], clipped["noise_multiplier"], clipped["accountant"]) == (None, 0, "none")
     assert "nothing is promised" in clipped["says"]

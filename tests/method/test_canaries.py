@@ -119,7 +119,10 @@ def test_half_of_the_canaries_are_in_and_signs_are_balanced() -> None:
     ("changes", "message"),
     [
         ({"privacy__canaries": 21}, "privacy.canaries: 21 cannot be compared in two halves; accepted: 0, or an even"),
-        ({"privacy__canaries": 20, "privacy__noise_cohort": 40}, "privacy.canaries: 20 would audit the simulated"),
+        (
+            {"privacy__canaries": 20, "privacy__noise_multiplier": 1.0, "privacy__noise_cohort": 40},
+            "privacy.canaries: 20 would audit the simulated",
+        ),
         ({"privacy__canaries": 20, "privacy__clip": 0.0}, "privacy.canaries: 20 needs privacy.clip, which is 0"),
     ],
 )

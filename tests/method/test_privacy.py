@@ -169,6 +169,9 @@ def test_batch_normalisation_is_refused() -> None:
         check_method(small_config(**sizes, privacy__clip=0.01))
 
 
+SET: dict[str, Any] = {"privacy.clip": 0.1, "privacy.epsilon": 1.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -178,15 +181,29 @@ def test_batch_normalisation_is_refused() -> None:
         ),
         ({"privacy.noise_cohort": 50}, r"privacy.noise_cohort: 50 needs privacy.clip, which is 0"),
         ({"privacy.clip": 0.1, "privacy.epsilon": 8.0, "privacy.noise_multiplier": 1.0}, "privacy.epsilon: 8.0 and"),
-        ({"privacy.clip": 0.1, "privacy.noise_cohort": 3}, r"privacy.noise_cohort: 3 is fewer .*; accepted: 0, or at"),
         (
-            {"privacy.clip": 0.1, "privacy.delta": 0.25},
-            r"privacy.delta: 0.25 is not below 1 / 4 clients; accepted: 0, or",
+            {"privacy.clip": 0.1, "privacy.epsilon": 1.0, "privacy.noise_cohort": 3},
+            r"privacy.noise_cohort: 3 is fewer .*; accepted: 0, or at",
+        ),
+        (SET | {"privacy.delta": 0.25}, r"privacy.delta: 0.25 is not between 1e-12 and 1 / 4 clients; accepted: 0, or"),
+        (
+            SET | {"privacy.delta": 1e-13},
+            r"privacy.delta: 1e-13 is not between 1e-12 and 1 / 4 clients; accepted: 0, or",
         ),
         (
-            {"privacy.clip": 0.1, "privacy.count_noise": 1.0},
-            "privacy.count_noise: 1.0 is set, and privacy.quantile is 0",
+            {"privacy.clip": 0.1, "privacy.delta": 0.01},
+            "privacy.delta: 0.01 is set, and there is no noise; accepted: 0",
         ),
+        ({"privacy.clip": 0.1, "privacy.noise_cohort": 8}, "privacy.noise_cohort: 8 is set, and there is no noise"),
+        (
+            {"privacy.clip": 0.1, "privacy.noise_multiplier": 0.01},
+            "privacy.noise_multiplier: 0.01 is less than protects",
+        ),
+        (
+            SET | {"partition.clients": 1},
+            "partition.clients: 1 client cannot be hidden among others; accepted: at least 2",
+        ),
+        (SET | {"privacy.count_noise": 1.0}, "privacy.count_noise: 1.0 is set, and privacy.quantile is 0"),
         ({"privacy.clip": -1.0}, r"privacy.clip: -1.0 is out of range; accepted: at least 0"),
         ({"federation.sampling": "uniform"}, r"federation.sampling: unknown 'uniform'; accepted: fixed, poisson"),
         (

@@ -116,6 +116,15 @@ def test_poisson_cohorts_are_independent_draws() -> None:
     assert np.abs(pairs).max() < 4.5 / np.sqrt(2000)
 
 
+def test_the_server_calibrates_also_after_a_round_without_a_client(cache: setup.Cache) -> None:
+    """Whether it did would tell that nobody was drawn."""
+    calibrated = {"additions__calibration_steps": 1, "partition__server_share": 0.2, "model__depth": 2}
+    run = prepare(small_config(**NOISY | calibrated), np.zeros(0, int), [0, 0, 0, 0])
+    _, line = sum_of_updates(run, 2, cache)
+    assert line["clients"] == 0
+    assert line["calibration_loss"] > 0
+
+
 POISSON = NOISY | {"federation__sampling": "poisson", "federation__clients_per_round": 2}
 
 
