@@ -10,6 +10,7 @@ import pandas as pd
 
 from lwfedssl_jax.analysis import setting_plots, tables
 from lwfedssl_jax.analysis.effects import by_data, grid_of
+from lwfedssl_jax.analysis.privacy_plots import epsilons, plot_epsilon
 from lwfedssl_jax.analysis.results import SEED, STRATEGY, RunRecord
 from lwfedssl_jax.analysis.setting_plots import Curve, Look
 from lwfedssl_jax.analysis.settings import Setting
@@ -66,6 +67,21 @@ def costs_figure(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str,
         "mean ± standard deviation over seeds; small symbols to their right: every run. Settings that cost the same "
         "stand side by side.",
     )
+
+
+def epsilon_figures(runs: pd.DataFrame, settings: Sequence[Setting], names: Sequence[str], out: Path) -> list[Figure]:
+    """Accuracy by each protocol against epsilon, if there are several."""
+    found = []
+    for protocol in names if len(epsilons(runs)) > 1 else ():
+        svg = save_with_svg(
+            plot_epsilon(runs, settings, protocol), out / "plots", f"accuracy_against_epsilon_{protocol}"
+        )
+        caption = (
+            f"Accuracy by {protocol_words(protocol)} against epsilon, mean ± standard deviation over seeds; of several "
+            "clips, the one with the highest mean. What is above the noise alone was learnt."
+        )
+        found.append(Figure(_uri("svg+xml", svg), caption, caption))
+    return found
 
 
 def first_curves(runs: Sequence[RunRecord], out: Path) -> Iterator[Figure]:

@@ -70,6 +70,11 @@ def test_the_page_has_the_promise_and_what_it_does_not_cover(tmp_path: Path) -> 
     table = (tmp_path / "out" / "tables" / "privacy.md").read_text(encoding="utf-8")
     assert "†" in table
     assert "2 of 4, poisson" in table
+    write_private(tmp_path / "c", 0.7, 0.5, privacy__noise_multiplier=0.5)
+    write_run(tmp_path / "d", {"knn": 0.75}, federation__clients_per_round=2)
+    page = report.write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")
+    assert "against epsilon, mean" in page
+    assert [*(tmp_path / "out" / "plots").glob("accuracy_against_epsilon_knn.*")]
     write_run(tmp_path / "plain" / "a", {"knn": 0.5})
     plain = report.write_report([tmp_path / "plain"], tmp_path / "plain" / "out").read_text(encoding="utf-8")
     assert "What is promised" not in plain
