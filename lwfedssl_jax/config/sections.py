@@ -138,6 +138,9 @@ class FederationConfig:
     clients_per_round on average."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability that a drawn client does not report to the server."""
+    compression: str = "none"
+    """What clients upload of their updates: none (all, as float32), int8 (8 bits per parameter, rounded at random) or
+    top=SHARE (the largest values, that share of them, with their positions)."""
     aggregator: str = "fedavg"
     """How the server combines the clients' models: fedavg, fedavgm, fedadam or ldawa."""
     server_learning_rate: NonNegative = 0.0

@@ -9,8 +9,10 @@ from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs.operations import StagePart, stage_parts
 from lwfedssl_jax.method import fedca
+from lwfedssl_jax.method.compression import upload_bytes
 from lwfedssl_jax.method.depth_dropout import PER_ROUND
 from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.method.task import weights_of
 from lwfedssl_jax.tree import Tree
 
 BYTES_PER_PARAMETER = 4
@@ -24,11 +26,13 @@ class TrafficAdditions(NamedTuple):
         calibration.
       dictionary: bytes of FedCA's dictionary that a client downloads and uploads per round.
       has_base: whether a client downloads FedCA's base model once, which is as large as the trained parameters.
+      compression: of uploads (``compression.upload_bytes``).
     """
 
     refreshes_frozen: bool
     dictionary: tuple[int, int]
     has_base: bool
+    compression: str = "none"
 
 
 class StageBytes(NamedTuple):
@@ -49,7 +53,8 @@ class StageBytes(NamedTuple):
 def traffic_additions(config: Config) -> TrafficAdditions:
     """Return what the additions of a (resolved) config transfer."""
     calibrated = bool(config.additions.calibration_steps)
-    return TrafficAdditions(calibrated, fedca.dictionary_bytes(config), fedca.has_base(config))
+    compression = config.federation.compression
+    return TrafficAdditions(calibrated, fedca.dictionary_bytes(config), fedca.has_base(config), compression)
 
 
 def stage_bytes(config: Config, part: StagePart) -> StageBytes:
@@ -59,9 +64,25 @@ def stage_bytes(config: Config, part: StagePart) -> StageBytes:
     exchanged, everything = round(rounds * trainable), round(rounds * (trainable + frozen))
     extra_download, upload = (rounds * n for n in additions.dictionary)
     extra_download += round(trainable) * additions.has_base  # such a run has a single stage
+    sent = exchanged if additions.compression == "none" else rounds * compressed_bytes(config, part)
     download = (everything if additions.refreshes_frozen else exchanged) + extra_download
     once = 0 if additions.refreshes_frozen else BYTES_PER_PARAMETER * tree.size(part.frozen)
-    return StageBytes(download, exchanged + upload, everything + extra_download + exchanged + upload, once)
+    return StageBytes(download, sent + upload, everything + extra_download + sent + upload, once)
+
+
+def compressed_bytes(config: Config, part: StagePart) -> int:
+    """Return the bytes that a client uploads in a round of a stage; running averages are not compressed."""
+    weights = weights_of(part.trainable)
+    masks = jax.tree.leaves(weights_of(part.stage.trainable))
+    shapes = jax.tree.leaves(weights, is_leaf=lambda x: x is None)
+    matrices = [
+        int(np.prod(x.shape)) // rows
+        for mask, x in zip(masks, shapes, strict=True)
+        if (rows := int(np.sum(mask)))
+        for _ in range(rows)
+    ]
+    whole = BYTES_PER_PARAMETER * (tree.size(part.trainable) - tree.size(weights))
+    return whole + upload_bytes(config.federation.compression, matrices)
 
 
 def skipped_size(config: Config, part: StagePart, params: Tree) -> float:
@@ -105,6 +126,9 @@ class Traffic:
         self._row_bytes = np.concatenate(
             [np.full(n.size, np.prod(x.shape, dtype=np.int64) * x.dtype.itemsize // n.size) for x, n in each]
         )
+        paths = jax.tree.leaves_with_path(layers)
+        self._is_weight = np.repeat(["statistics" not in jax.tree_util.keystr(path) for path, _ in paths],
+                                    [n.size for n in numbers])  # fmt: skip
         # A layer is two parts: what is stacked with other layers, which depth dropout can skip, and the rest.
         part_of_row = np.concatenate([2 * np.ravel(n) + (n.ndim > 0) for n in numbers])
         self._layer_of_part = np.arange(max(0, *part_of_row) // 2 * 2 + 2) // 2
@@ -123,7 +147,17 @@ class Traffic:
 
     def upload(self, stage: Stage, clients: list[int], held: np.ndarray | None = None) -> int:
         """Return the bytes that the round's reporting clients upload together; ``held`` is as for ``download``."""
+        if self._additions.compression != "none":
+            return len(clients) * self._compressed(stage)
         return len(clients) * self.exchanged(stage) - int(self._skipped(stage, self._holds(clients, held)).sum())
+
+    def _compressed(self, stage: Stage) -> int:
+        """The bytes that a client uploads in a round of a stage; running averages are not compressed."""
+        trained = np.concatenate([np.ravel(m) for m in jax.tree.leaves(stage.trainable)])
+        rows, is_weight = self._row_bytes[trained] // BYTES_PER_PARAMETER, self._is_weight[trained]
+        return upload_bytes(self._additions.compression, rows[is_weight].tolist()) + BYTES_PER_PARAMETER * int(
+            rows[~is_weight].sum()
+        )
 
     def download(self, stage: Stage, clients: list[int], held: np.ndarray | None = None) -> int:
         """Return the bytes that a round's drawn clients download together, and record that they have them.

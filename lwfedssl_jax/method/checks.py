@@ -4,6 +4,7 @@ from lwfedssl_jax.config import Config, ConfigError, choose
 from lwfedssl_jax.data.partition import PARTITIONS
 from lwfedssl_jax.method import calibration, depth_dropout, fedca, stateful_clients
 from lwfedssl_jax.method.aggregation import make_aggregator
+from lwfedssl_jax.method.compression import check_compression
 from lwfedssl_jax.method.pretext import check_pretext
 from lwfedssl_jax.method.privacy import check_privacy
 from lwfedssl_jax.method.stages import stage_depths, stage_rounds
@@ -27,6 +28,7 @@ def check_method(config: Config) -> None:
     stage_rounds(config, len(stage_depths(config)))
     choose("partition.kind", config.partition.kind, PARTITIONS)
     check_privacy(config, task, make_aggregator(config))
+    check_compression(config)
     stateful_clients.check_client_start(config)
     calibration.check_calibration(config)
     fedca.check_fedca(config)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lwfedssl_jax import tree
 from lwfedssl_jax.method.aggregation import Aggregator, RoundContext
 from lwfedssl_jax.method.client import ClientStart, client_step
+from lwfedssl_jax.method.compression import Compress
 from lwfedssl_jax.method.depth_dropout import PER_ROUND, routes, skipped_layers, without_layers
 from lwfedssl_jax.method.exchange import Exchange
 from lwfedssl_jax.method.task import Broadcast, ClientState, Task, weights_of
@@ -37,6 +38,7 @@ class Method(NamedTuple):
       aggregator: how the server combines the clients' models.
       start: how a client's state begins.
       exchange: what clients and server exchange in addition to models.
+      compress: what the server receives of a client's model; None if all of it.
       mesh: the devices that the lanes are split over, evenly.
     """
 
@@ -44,6 +46,7 @@ class Method(NamedTuple):
     aggregator: Aggregator
     start: ClientStart
     exchange: Exchange
+    compress: Compress | None
     mesh: Mesh
 
 
@@ -262,7 +265,10 @@ def lane_step(
     loss = jnp.where(row.step == 0, 0, lane.loss) + loss
     samples = jnp.where(row.step == 0, 0, lane.samples) + real
     own_context = context._replace(key=jax.random.fold_in(client_key, seeds.ClientTag.CONTRIBUTION))
-    update = Update(state.trainable, weight, loss, samples)
+    trained = state.trainable
+    if method.compress:
+        trained = method.compress(jax.random.fold_in(client_key, seeds.ClientTag.COMPRESSION), broadcast, trained)
+    update = Update(trained, weight, loss, samples)
     added = contribution(method, own_context, broadcast, update)
     # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
     finished, good = weight > 0, is_finite(added)

@@ -19,6 +19,7 @@ from lwfedssl_jax.method.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.method.canaries import with_canaries
 from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import ClientStart
+from lwfedssl_jax.method.compression import make_compress
 from lwfedssl_jax.method.exchange import Exchange
 from lwfedssl_jax.method.fedca import dictionary_bytes, make_exchange
 from lwfedssl_jax.method.privacy import private
@@ -60,7 +61,8 @@ class Prepared(NamedTuple):
     @property
     def method(self) -> Method:
         """All static parts of a round."""
-        return Method(self.task, self.aggregator, self.start, self.exchange, self.mesh)
+        compress = make_compress(self.config)
+        return Method(self.task, self.aggregator, self.start, self.exchange, compress, self.mesh)
 
     @property
     def hyper(self) -> Hyper:

@@ -63,6 +63,7 @@ class ClientTag(enum.IntEnum):
 
     CONTRIBUTION = 2**32 - 3
     DEPTH_DROPOUT = 2**32 - 5
+    COMPRESSION = 2**32 - 7
 
 
 @enum.unique
