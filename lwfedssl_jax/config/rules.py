@@ -152,12 +152,22 @@ def warmup_ends(config: Config) -> str | None:
 
 
 LEAST_DELTA = 1e-12  # for smaller ones, the accountant's float64 is too coarse
+SECURE_RANGE = 8  # of a sum of whole numbers: so many times what all clients' root mean squares add up to
 LEAST_NOISE = 0.1  # for less, epsilon is in the hundreds and takes minutes to compute
 
 
 def noise_needs_a_clip(config: Config) -> str | None:
     """Without a clip, there is no noise, and nothing that describes it."""
-    fields = ("epsilon", "noise_multiplier", "delta", "quantile", "count_noise", "noise_cohort", "canaries")
+    fields = (
+        "epsilon",
+        "noise_multiplier",
+        "delta",
+        "quantile",
+        "count_noise",
+        "noise_cohort",
+        "secure_sum_bits",
+        "canaries",
+    )
     privacy = config.privacy
     if privacy.clip or not (found := [name for name in fields if getattr(privacy, name)]):
         return None
@@ -234,6 +244,25 @@ def count_noise_is_used(config: Config) -> str | None:
     )
 
 
+def secure_sums_have_room(config: Config) -> str | None:
+    """Whole numbers have enough bits for the clip, and are not compressed further."""
+    bits, compression = config.privacy.secure_sum_bits, config.federation.compression
+    if not bits:
+        return None
+    if compression != "none":
+        return (
+            f"federation.compression: {compression} does not go with privacy.secure_sum_bits {bits}, whose whole "
+            "numbers must all be sent; accepted: none, or privacy.secure_sum_bits 0"
+        )
+    least = next(b for b in range(8, 64) if 2**b >= 4 * 2 * SECURE_RANGE * config.cohort_size)
+    if bits >= least:
+        return None
+    accepted = f"0, or {least} to 24" if least <= 24 else "0, or fewer federation.clients_per_round"
+    return (
+        f"privacy.secure_sum_bits: {bits} are too few for a sum of {config.cohort_size} clients; accepted: {accepted}"
+    )
+
+
 def canaries_are_halved(config: Config) -> str | None:
     """Half of the canaries are in the population, and each half is enough for its spread to be known."""
     number, cohort = config.privacy.canaries, config.privacy.noise_cohort
@@ -269,6 +298,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     larger_federation_is_larger,
     delta_is_small,
     count_noise_is_used,
+    secure_sums_have_room,
     canaries_are_halved,
 )
 

@@ -9,7 +9,7 @@ from lwfedssl_jax import tree
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs.operations import StagePart, stage_parts
 from lwfedssl_jax.method import fedca
-from lwfedssl_jax.method.compression import upload_bytes
+from lwfedssl_jax.method.compression import SECURE_SUM, upload_bytes
 from lwfedssl_jax.method.depth_dropout import PER_ROUND
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import weights_of
@@ -53,7 +53,8 @@ class StageBytes(NamedTuple):
 def traffic_additions(config: Config) -> TrafficAdditions:
     """Return what the additions of a (resolved) config transfer."""
     calibrated = bool(config.additions.calibration_steps)
-    compression = config.federation.compression
+    bits = config.privacy.secure_sum_bits
+    compression = f"{SECURE_SUM}{bits}" if bits else config.federation.compression
     return TrafficAdditions(calibrated, fedca.dictionary_bytes(config), fedca.has_base(config), compression)
 
 
@@ -82,7 +83,7 @@ def compressed_bytes(config: Config, part: StagePart) -> int:
         for _ in range(rows)
     ]
     whole = BYTES_PER_PARAMETER * (tree.size(part.trainable) - tree.size(weights))
-    return whole + upload_bytes(config.federation.compression, matrices)
+    return whole + upload_bytes(traffic_additions(config).compression, matrices)
 
 
 def skipped_size(config: Config, part: StagePart, params: Tree) -> float:

@@ -21,6 +21,7 @@ from lwfedssl_jax.method.task import Broadcast, weights_of
 from lwfedssl_jax.tree import Tree
 
 LARGEST_INT8 = 127
+SECURE_SUM = "secure_sum="  # whole numbers of so many bits (``privacy.to_integers``)
 
 
 class Quantised(NamedTuple):
@@ -76,8 +77,16 @@ def check_compression(config: Config) -> None:
 
 
 def upload_bytes(compression: str, matrices: Sequence[int]) -> int:
-    """Return the bytes of an update of matrices of so many parameters each."""
-    size, share = sum(matrices), share_of(compression)
+    """Return the bytes of an update of matrices of so many parameters each.
+
+    Args:
+      compression: as in ``federation.compression``, or of a secure sum ``SECURE_SUM`` and its bits.
+      matrices: the parameters of each.
+    """
+    size = sum(matrices)
+    if compression.startswith(SECURE_SUM):
+        return -(-size * int(compression.removeprefix(SECURE_SUM)) // 8)
+    share = share_of(compression)
     if share is not None:
         kept = kept_of(share, size)
         return min(8 * kept, 4 * kept + -(-size // 8))

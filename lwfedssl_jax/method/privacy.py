@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.config.rules import SECURE_RANGE
 from lwfedssl_jax.method.aggregation import WEIGHTED_MEAN, Aggregator, RoundContext
 from lwfedssl_jax.method.task import Broadcast, Task, init_params, weights_of
 from lwfedssl_jax.tree import Tree
@@ -51,6 +52,11 @@ def check_privacy(config: Config, task: Task, aggregator: Aggregator) -> None:
             f"model.name: {config.model.name} averages statistics of batch normalisation, which {clipped} does not "
             "bound; accepted: a model without batch normalisation, such as vit_micro, or privacy.clip 0"
         )
+    if config.privacy.secure_sum_bits and additions.depth_dropout and additions.depth_dropout_per == "round":
+        raise ConfigError(
+            f"privacy.secure_sum_bits: {config.privacy.secure_sum_bits} needs the same numbers from all clients, and "
+            "with additions.depth_dropout_per round they differ; accepted: 0, or additions.depth_dropout_per step"
+        )
     if config.strategy.pacing != "fixed" and (config.privacy.epsilon or config.privacy.noise_multiplier):
         raise ConfigError(
             f"strategy.pacing: {config.strategy.pacing} ends stages by the clients' loss, to which no noise is added; "
@@ -62,7 +68,7 @@ class Contribution(NamedTuple):
     """What one client adds to a round's sums.
 
     Attributes:
-      update: its clipped change of the weights; 0 in idle rows.
+      update: its clipped change of the weights; 0 in idle rows. With a secure sum, int32 (``to_integers``).
       within: 1 if its change was within the clip, else 0.
       clients: 1.
     """
@@ -88,15 +94,18 @@ def private(inner: Aggregator, config: Config) -> Aggregator:
     """
     if not config.privacy.clip:
         return inner
-    adapts = config.privacy.quantile > 0
+    adapts, bits = config.privacy.quantile > 0, config.privacy.secure_sum_bits
 
     def add(context: RoundContext, broadcast: Broadcast, trained: Tree, examples: jax.Array) -> Contribution:
         del examples  # weights that depend on data would change the sensitivity
         present, *models = map(weights_of, (broadcast.present, trained, broadcast.trainable))
         update = jax.tree.map(lambda has, new, old: masked(has, new - old), present, *models)
         length, bound = norm(update), clip_norm(context, broadcast)
-        factor = jnp.minimum(1, bound / jnp.maximum(length, jnp.finfo(jnp.float32).tiny)) * (1 - SLACK)
+        room = 1 - 2 * SECURE_RANGE * context.expected / 2**bits if bits else 1.0  # for rounding, in the norm
+        factor = jnp.minimum(1, room * bound / jnp.maximum(length, jnp.finfo(jnp.float32).tiny)) * (1 - SLACK)
         clipped = jax.tree.map(lambda x: factor.astype(x.dtype) * x, update)
+        if bits:
+            clipped = to_integers(context.key, clipped, step_of(context, bits))
         return Contribution(clipped, (length <= bound).astype(jnp.float32), jnp.ones((), jnp.float32))
 
     def finish(
@@ -108,7 +117,10 @@ def private(inner: Aggregator, config: Config) -> Aggregator:
         present, weights = weights_of(broadcast.present), weights_of(broadcast.trainable)
         update_key, count_key, inner_key = jax.random.split(context.key, 3)
         noise = gaussian(update_key, jnp.asarray(mechanism.noise) * bound, present, weights)
-        released = jax.tree.map(lambda x, z: (x + z) / expected.astype(x.dtype), summed.update, noise)
+        total, found = summed.update, dict[str, jax.Array]()
+        if bits:
+            total, found["wrapped"] = from_integers(total, step_of(context._replace(shared=state.scale), bits), bits)
+        released = jax.tree.map(lambda x, z: (x + z) / expected.astype(x.dtype), total, noise)
         average = broadcast.trainable | jax.tree.map(jnp.add, weights, released)
         inner_state, trainable, measured = inner.finish(
             context._replace(key=inner_key, shared=inner.shared(state.inner)), state.inner, broadcast, average, ()
@@ -117,11 +129,11 @@ def private(inner: Aggregator, config: Config) -> Aggregator:
         if adapts:
             off = summed.within - summed.clients / 2 + mechanism.count_noise * jax.random.normal(count_key)
             scale = scale * jnp.exp(-CLIP_STEP * (off / expected + 0.5 - mechanism.quantile))
-        found = {
+        found |= {
             "clip_norm": bound,
             "share_clipped": (summed.clients - summed.within) / jnp.maximum(summed.clients, 1),
             "noise_norm": norm(noise) / expected,
-            "signal_norm": norm(summed.update) / expected,
+            "signal_norm": norm(total) / expected,
         }
         return State(inner_state, scale), trainable, measured | found
 
@@ -141,6 +153,37 @@ def clip_norm(context: RoundContext, broadcast: Broadcast) -> jax.Array:
     parameters = jnp.stack(jax.tree.leaves(sizes)).sum().astype(jnp.float32)
     bound: jax.Array = context.hyper.mechanism.clip * context.shared * jnp.sqrt(parameters)
     return bound
+
+
+def step_of(context: RoundContext, bits: int) -> jax.Array:
+    """Return what 1 stands for in a secure sum, whose range is ``SECURE_RANGE`` clips of all clients, each way.
+
+    Rounding moves each of d numbers by less than a step, so an update's norm by less than ``step * sqrt(d)``, which is
+    ``2 * SECURE_RANGE * K / 2**bits`` of the clip: by so much less is clipped.
+    """
+    step: jax.Array = 2 * SECURE_RANGE * context.expected * context.hyper.mechanism.clip * context.shared / 2**bits
+    return step
+
+
+def to_integers(key: jax.Array, update: Tree, step: jax.Array) -> Tree:
+    """Return a client's message of a secure sum: int32, rounded up or down at random, so that the mean is right."""
+    leaves, structure = jax.tree.flatten(update)
+    keys = jax.random.split(key, len(leaves))
+
+    def leaf(key: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.floor(x / step.astype(x.dtype) + jax.random.uniform(key, x.shape, x.dtype)).astype(jnp.int32)
+
+    return jax.tree.unflatten(structure, [leaf(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+
+def from_integers(total: Tree, step: jax.Array, bits: int) -> tuple[Tree, jax.Array]:
+    """Return what a sum modulo ``2**bits`` stands for, and how many of its numbers were beyond that and wrapped around.
+
+    Sums of int32 do not depend on their order, and so not on lanes or devices.
+    """
+    cut = jax.tree.map(lambda x: (x << (32 - bits)) >> (32 - bits), total)  # the shift to the right keeps the sign
+    wrapped = jax.tree.map(lambda x, y: (x != y).sum(), total, cut)
+    return jax.tree.map(lambda x: x.astype(jnp.float32) * step, cut), jnp.stack(jax.tree.leaves(wrapped)).sum()
 
 
 def norm(weights: Tree) -> jax.Array:

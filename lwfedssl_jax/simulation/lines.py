@@ -41,6 +41,7 @@ class RoundLine(TypedDict):
       clip_norm, share_clipped, noise_norm, signal_norm: with a clip, the L2 norm to which updates are clipped, the
         share of them that was longer, and the norms of the noise and of the clipped updates in the mean update; the
         share and the last one are measured without noise.
+      wrapped: with a secure sum, how many of its numbers were beyond its range.
       canary_cosines: with canaries, by canary, of its direction and the change of the global model.
 
     A line also has the numbers that the aggregator measured, by the names it gave them.
@@ -71,6 +72,7 @@ class RoundLine(TypedDict):
     share_clipped: NotRequired[float]
     noise_norm: NotRequired[float]
     signal_norm: NotRequired[float]
+    wrapped: NotRequired[int]
     canary_cosines: NotRequired[list[float]]
 
 

@@ -215,3 +215,61 @@ SET: dict[str, Any] = {"privacy.clip": 0.1, "privacy.epsilon": 1.0}
 def test_settings_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         check_method(small_config(**{k.replace(".", "__"): v for k, v in changes.items()}))
+
+
+def test_a_secure_sum_does_not_depend_on_order_and_is_the_sum() -> None:
+    config = small_config(privacy__clip=0.5, privacy__secure_sum_bits=16)
+    aggregator = privacy.private(WEIGHTED_MEAN, config)
+    sent = {"a": jnp.zeros((30, 20)), "b": jnp.zeros(40)}
+    rng, bound = np.random.default_rng(0), 0.5 * np.sqrt(640)
+    updates = [
+        {k: jnp.asarray(rng.normal(size=x.shape) * 10.0**s, jnp.float32) for k, x in sent.items()}
+        for s in (-2, 0, 1, 3)
+    ]
+    added = []
+    for i, update in enumerate(updates):
+        own = context()._replace(key=jax.random.key(i))
+        found = aggregator.add(own, broadcast_of(sent), update, jnp.ones(()))
+        assert {x.dtype for x in jax.tree.leaves(found.update)} == {np.dtype(np.int32)}
+        step = float(privacy.step_of(own, 16))
+        length = step * np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in found.update.values()))
+        assert length <= bound
+        added.append(found)
+    forth, back = (jax.tree.map(lambda *x: sum(x[1:], x[0]), *group) for group in (added, added[::-1]))
+    np.testing.assert_array_equal(forth.update["a"], back.update["a"])
+    state = aggregator.init(broadcast_of(sent))
+    _, after, measured = aggregator.finish(context(), state, broadcast_of(sent), sent, forth)
+    plain = [PRIVATE.add(context(), broadcast_of(sent), update, jnp.ones(())) for update in updates]
+    expected = sum(np.asarray(p.update["a"]) for p in plain) / 4
+    assert np.abs(np.asarray(after["a"]) - expected).max() < step + 0.02 * np.abs(expected).max()
+    assert int(measured["wrapped"]) == 0
+
+
+def test_what_is_beyond_the_range_wraps_around_and_is_counted() -> None:
+    total = {"a": jnp.array([0, 127, 128, -128, -129, 300], jnp.int32)}
+    found, wrapped = privacy.from_integers(total, jnp.float32(0.5), 8)
+    np.testing.assert_array_equal(found["a"], np.array([0, 127, -128, -128, 127, 44]) / 2)
+    assert int(wrapped) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"privacy__secure_sum_bits": 7},
+            r"privacy.secure_sum_bits: 7 are too few for a sum of 4 clients; accepted: 0, or 8",
+        ),
+        (
+            {"privacy__secure_sum_bits": 25},
+            r"privacy.secure_sum_bits: 25 is out of range; accepted: at least 0 and at most 24",
+        ),
+        (
+            {"privacy__secure_sum_bits": 16, "federation__compression": "int8"},
+            "federation.compression: int8 does not go with privacy.secure_sum_bits 16",
+        ),
+        ({"privacy__secure_sum_bits": 16, "privacy__clip": 0.0}, "privacy.secure_sum_bits: 16 needs privacy.clip"),
+    ],
+)
+def test_secure_sums_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check_method(small_config(**{"privacy__clip": 0.1} | changes))

@@ -100,6 +100,17 @@ def test_noise_is_that_of_the_round_and_differs_between_stages_heads_and_seeds(c
         assert abs(np.corrcoef(first, different)[0, 1]) < 4 / np.sqrt(len(first))
 
 
+def test_the_bits_of_a_secure_sum_are_the_bytes_of_a_round(cache: setup.Cache) -> None:
+    config = small_config(**CLIPPED, privacy__secure_sum_bits=12, strategy__name="end_to_end")
+    change, line = sum_of_updates(prepare(config), 1, cache)
+    size = change.size
+    assert line["upload_bytes"] == 4 * -(-size * 12 // 8)
+    assert line["download_bytes"] == 4 * 4 * size
+    assert line["wrapped"] == 0
+    plain, _ = sum_of_updates(prepare(small_config(**CLIPPED, strategy__name="end_to_end")), 1, cache)
+    assert np.corrcoef(change, plain)[0, 1] > 0.95
+
+
 def test_poisson_cohorts_are_independent_draws() -> None:
     config = small_config(
         federation__sampling="poisson", federation__clients_per_round=5, partition__kind="shared",
