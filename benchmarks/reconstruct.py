@@ -8,7 +8,8 @@ the update (cosine; Geiping et al., 2020, arXiv 2003.14053): by Adam on the pixe
 variation, the same number of steps everywhere. The update is of one SGD step, or of a real round (three AdamW steps
 with other views); the attacker knows the random views or masks, or draws its own. Rebuilt images are matched with the
 true ones. PSNR stands beside that of the mean image and of an attack on an update of noise; the rank is the true
-image's among 100 by its distance to what was rebuilt, 1 for found and 50.5 by chance.
+image's among 100 by its distance to what was rebuilt: 1 is found, and what chance gives (50.5 for one image, less for
+several, which are matched) is that from noise.
 """
 
 import functools
