@@ -14,6 +14,7 @@ from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.method import privacy
 from lwfedssl_jax.method.aggregation import WEIGHTED_MEAN, RoundContext
 from lwfedssl_jax.method.checks import check_method
+from lwfedssl_jax.method.programs import program_config
 from lwfedssl_jax.method.task import Broadcast, Mechanism, make_task
 
 CONFIG = small_config(privacy__clip=0.5)
@@ -161,6 +162,17 @@ def test_what_releases_more_than_the_noisy_sum_is_refused(changes: dict[str, Any
     config = small_config(**{"privacy__clip": 0.01} | {k.replace(".", "__"): v for k, v in changes.items()})
     with pytest.raises(ConfigError, match=f"^{message}.*; accepted: .*, or (no )?privacy"):
         check_method(config)
+
+
+def test_a_sweep_over_promises_and_clips_shares_its_programs() -> None:
+    changes: list[dict[str, Any]] = [
+        {"privacy__epsilon": 1.0}, {"privacy__epsilon": 8.0, "privacy__clip": 0.2}, {"privacy__noise_multiplier": 2.0},
+        {"privacy__epsilon": 2.0, "privacy__delta": 1e-3, "privacy__noise_cohort": 40, "federation__sampling": "poisson"},
+    ]  # fmt: skip
+    programs = {program_config(small_config(**{"privacy__clip": 0.1} | more)) for more in changes}
+    assert len(programs) == 1
+    for other in ({"privacy__clip": 0.0}, {"privacy__quantile": 0.5}, {"privacy__canaries": 20}):
+        assert program_config(small_config(**{"privacy__clip": 0.1} | other)) not in programs
 
 
 def test_batch_normalisation_is_refused() -> None:
