@@ -2,8 +2,8 @@
 
     python benchmarks/private_rounds.py
 
-Rounds of 20 clients of 64 images on the quick start's encoder, end to end, which uploads most; each beside the same round
-without. The sweep at the end trains five epsilons, and counts the compiled rounds.
+Rounds of 20 clients of 64 images on the quick start's encoder, end to end, which uploads most; each beside the same
+round without. At the end, runs of five epsilons are trained, and the compiled programs of rounds counted.
 """
 
 import tempfile

@@ -167,7 +167,8 @@ def test_what_releases_more_than_the_noisy_sum_is_refused(changes: dict[str, Any
 def test_a_sweep_over_promises_and_clips_shares_its_programs() -> None:
     changes: list[dict[str, Any]] = [
         {"privacy__epsilon": 1.0}, {"privacy__epsilon": 8.0, "privacy__clip": 0.2}, {"privacy__noise_multiplier": 2.0},
-        {"privacy__epsilon": 2.0, "privacy__delta": 1e-3, "privacy__noise_cohort": 40, "federation__sampling": "poisson"},
+        {"privacy__epsilon": 2.0, "privacy__delta": 1e-3, "privacy__noise_cohort": 40},
+        {"privacy__epsilon": 2.0, "federation__sampling": "poisson"},
     ]  # fmt: skip
     programs = {program_config(small_config(**{"privacy__clip": 0.1} | more)) for more in changes}
     assert len(programs) == 1
