@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from lwfedssl_jax.config import Config
-from lwfedssl_jax.costs.privacy import epsilon_of_noise
+from lwfedssl_jax.costs.accountant import epsilon_of_noise
 from lwfedssl_jax.method.canaries import COSINES, inside, signs
 from lwfedssl_jax.method.stages import Stage
 

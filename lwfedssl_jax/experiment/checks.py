@@ -3,7 +3,7 @@
 import dataclasses
 
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.costs.privacy import check_accountant
+from lwfedssl_jax.costs.accountant import check_accountant
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.experiment import trackers
 from lwfedssl_jax.method.checks import check_method

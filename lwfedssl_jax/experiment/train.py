@@ -11,7 +11,7 @@ import numpy as np
 
 from lwfedssl_jax.analysis import run_plots
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.costs.privacy import epsilon_after
+from lwfedssl_jax.costs.accountant import epsilon_after
 from lwfedssl_jax.experiment import pictures
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.datasets import load_run_data

@@ -9,7 +9,7 @@ import numpy as np
 from lwfedssl_jax.analysis.wording import count_of
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.config.rules import LEAST_DELTA
-from lwfedssl_jax.costs import privacy
+from lwfedssl_jax.costs import accountant, privacy
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.method.aggregation import make_aggregator
 from lwfedssl_jax.method.privacy import check_privacy
@@ -47,12 +47,12 @@ def asked_of(config: Config, epsilon: float | None, delta: float | None) -> Aske
     if epsilon is None:
         if delta is not None:
             raise ConfigError(f"--delta: {delta} needs --epsilon; accepted: both options, or neither")
-        privacy.check_accountant(config)
-        return Asked(config.privacy.epsilon, privacy.delta_of(config)) if config.privacy.epsilon else None
+        accountant.check_accountant(config)
+        return Asked(config.privacy.epsilon, accountant.delta_of(config)) if config.privacy.epsilon else None
     if not 0 < epsilon < math.inf:
         raise ConfigError(f"--epsilon: {epsilon} is out of range; accepted: above 0")
-    delta = privacy.delta_of(config) if delta is None else delta
-    population = privacy.population(config)
+    delta = accountant.delta_of(config) if delta is None else delta
+    population = accountant.population(config)
     if not LEAST_DELTA <= delta < 1 / population:
         raise ConfigError(
             f"--delta: {delta} is not between {LEAST_DELTA} and 1 / {population:,.0f} clients; "
@@ -61,7 +61,7 @@ def asked_of(config: Config, epsilon: float | None, delta: float | None) -> Aske
     clip = {"privacy.clip": config.privacy.clip or 1.0, "privacy.epsilon": epsilon, "privacy.noise_multiplier": 0.0}
     private = override(config, clip)
     try:
-        privacy.check_accountant(private)
+        accountant.check_accountant(private)
         check_privacy(private, make_task(private), make_aggregator(private))
     except ConfigError as error:
         raise ConfigError(f"--epsilon: {epsilon} cannot be had: {error}") from None
@@ -79,12 +79,12 @@ def price(config: Config, ledger: Ledger, shares: Sequence[float], asked: Asked)
     """
     per_stage = ledger["per_stage"]
     clients = [max(1, round(share * config.partition.clients)) for share in shares]
-    exposure = privacy.exposure([(cost["rounds"], n) for cost, n in zip(per_stage, clients, strict=True)], config)
-    multiplier = privacy.noise_for((exposure,), *asked)
+    exposure = accountant.exposure([(cost["rounds"], n) for cost, n in zip(per_stage, clients, strict=True)], config)
+    multiplier = accountant.noise_for((exposure,), *asked)
     by_stage = [privacy.stage_privacy(config, cost, multiplier, n) for cost, n in zip(per_stage, clients, strict=True)]
     ratio, parameters = max((stage["noise_over_clip"], stage["parameters"]) for stage in by_stage)
-    larger = privacy.noise_cohort(config) / config.cohort_size
-    on_sum = float(np.asarray(privacy.mechanism(config, multiplier).noise)) * larger
+    larger = accountant.noise_cohort(config) / config.cohort_size
+    on_sum = float(np.asarray(accountant.mechanism(config, multiplier).noise)) * larger
     needed = math.ceil(on_sum * math.sqrt(parameters) / (1 - config.federation.dropout))
     return Price(multiplier, ratio, needed)
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lwfedssl_jax.costs import privacy
+from lwfedssl_jax.costs import accountant
 from lwfedssl_jax.simulation.packing import Draw, Layout, PackedRound, pack_round
 from lwfedssl_jax.simulation.setup import Prepared
 from lwfedssl_jax.system import seeds
@@ -49,12 +49,12 @@ def draw_cohort(run: Prepared, number: int) -> Cohort:
 
 def probability(run: Prepared, number: int) -> float:
     """Return with which probability a client is drawn in a round by Poisson sampling; 1 otherwise."""
-    return privacy.release(run.config, max(len(eligible_clients(run, number)), 1))[0]
+    return accountant.release(run.config, max(len(eligible_clients(run, number)), 1))[0]
 
 
 def expected_reports(run: Prepared, number: int) -> float:
     """Return how many clients report in a round on average; it depends on the population, not on who is drawn."""
-    return privacy.expected_reports(run.config, len(eligible_clients(run, number)))
+    return accountant.expected_reports(run.config, len(eligible_clients(run, number)))
 
 
 def layout_of(run: Prepared) -> Layout:

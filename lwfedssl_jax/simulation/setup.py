@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lwfedssl_jax.config import Config, ConfigError, DataConfig, override
-from lwfedssl_jax.costs import privacy
+from lwfedssl_jax.costs import accountant
 from lwfedssl_jax.costs.fleet import Fleet
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.data.fingerprint import fingerprint
@@ -156,8 +156,8 @@ def with_noise(run: Prepared, hear: Hear) -> Prepared:
         return run
     if run.config.privacy.epsilon:
         hear(Loading(f"finding the noise for epsilon {run.config.privacy.epsilon:g}"))
-    multiplier = float(from_first(np.float64(privacy.noise_multiplier(run.config, run.stages, run.fleet))))
-    hyper = run.task.hyper._replace(mechanism=privacy.mechanism(run.config, multiplier))
+    multiplier = float(from_first(np.float64(accountant.noise_multiplier(run.config, run.stages, run.fleet))))
+    hyper = run.task.hyper._replace(mechanism=accountant.mechanism(run.config, multiplier))
     return run._replace(noise_multiplier=multiplier, task=run.task._replace(hyper=hyper))
 
 

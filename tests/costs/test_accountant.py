@@ -10,9 +10,9 @@ from conftest import small_config
 from scipy.stats import norm
 
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.costs import privacy
+from lwfedssl_jax.costs import accountant, privacy
+from lwfedssl_jax.costs.accountant import Exposure, Releases
 from lwfedssl_jax.costs.fleet import Fleet
-from lwfedssl_jax.costs.privacy import Exposure, Releases
 from lwfedssl_jax.experiment.checks import check
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.simulation import setup
@@ -80,7 +80,7 @@ def fft_of_losses(q: float, z: float, rounds: int, delta: float, adds: bool) -> 
 def test_sampled_rounds_equal_a_composition_by_fft(
     q: float, z: float, rounds: int, delta: float, epsilon: float
 ) -> None:
-    found = privacy.epsilon_of((Releases(q, 1.0, rounds),), z, delta)
+    found = accountant.epsilon_of((Releases(q, 1.0, rounds),), z, delta)
     assert found == pytest.approx(fft_epsilon(q, z, rounds, delta), rel=1e-3)
     assert found == pytest.approx(epsilon, abs=1e-3)
 
@@ -88,18 +88,18 @@ def test_sampled_rounds_equal_a_composition_by_fft(
 @pytest.mark.parametrize(("z", "rounds", "delta"), [(10.0, 180, 1e-5), (1.0, 1, 1e-6), (30.0, 36, 1e-3)])
 def test_rounds_of_all_clients_are_one_gaussian_mechanism(z: float, rounds: int, delta: float) -> None:
     exact = gaussian_epsilon(math.sqrt(rounds) / z, delta)
-    assert privacy.epsilon_of((Releases(1.0, 1.0, rounds),), z, delta) == pytest.approx(exact, rel=1e-3)
+    assert accountant.epsilon_of((Releases(1.0, 1.0, rounds),), z, delta) == pytest.approx(exact, rel=1e-3)
     # Two clips further, as in a fixed cohort in which somebody else takes the place, is half the noise.
     exact = gaussian_epsilon(2 * math.sqrt(rounds) / z, delta)
-    assert privacy.epsilon_of((Releases(1.0, 2.0, rounds),), z, delta) == pytest.approx(exact, rel=1e-3)
+    assert accountant.epsilon_of((Releases(1.0, 2.0, rounds),), z, delta) == pytest.approx(exact, rel=1e-3)
 
 
 def test_epsilon_rises_with_rounds_and_sampling_and_falls_with_noise() -> None:
     def of(q: float, z: float, rounds: int) -> float:
-        return privacy.epsilon_of((Releases(q, 1.0, rounds),), z, 1e-4)
+        return accountant.epsilon_of((Releases(q, 1.0, rounds),), z, 1e-4)
 
     assert of(0.1, 1, 10) < of(0.1, 1, 20) < of(0.2, 1, 20) < of(1, 1, 20) < of(1, 0.8, 20)
-    assert privacy.epsilon_of((), 1, 1e-4) == 0
+    assert accountant.epsilon_of((), 1, 1e-4) == 0
     assert of(0.1, 0, 1) == math.inf
 
 
@@ -108,9 +108,9 @@ def test_epsilon_rises_with_rounds_and_sampling_and_falls_with_noise() -> None:
     [(Releases(0.1, 1.0, 36),), (Releases(1.0, 2.0, 60),), (Releases(0.5, 1.0, 4), Releases(1.0, 1.0, 5))],
 )
 def test_the_noise_for_an_epsilon_is_the_smallest(exposure: Exposure) -> None:
-    z = privacy.noise_for((exposure,), 4.0, 1e-4)
-    assert privacy.epsilon_of(exposure, z, 1e-4) <= 4.0 < privacy.epsilon_of(exposure, z * 0.997, 1e-4)
-    assert privacy.noise_for((exposure, ()), 4.0, 1e-4) == z
+    z = accountant.noise_for((exposure,), 4.0, 1e-4)
+    assert accountant.epsilon_of(exposure, z, 1e-4) <= 4.0 < accountant.epsilon_of(exposure, z * 0.997, 1e-4)
+    assert accountant.noise_for((exposure, ()), 4.0, 1e-4) == z
 
 
 def stages(config: Config) -> list[Stage]:
@@ -124,14 +124,14 @@ def test_what_a_client_is_exposed_to() -> None:
     poisson = SHARED | {"federation__sampling": "poisson", "federation__clients_per_round": 5}
     for strategy in ("layerwise", "progressive", "end_to_end"):
         config = small_config(**poisson, strategy__name=strategy)
-        assert privacy.exposures(config, stages(config)) == {"": (Releases(0.25, 1.0, 3),)}
-    assert privacy.exposures(config, stages(config), rounds=2) == {"": (Releases(0.25, 1.0, 2),)}
+        assert accountant.exposures(config, stages(config)) == {"": (Releases(0.25, 1.0, 3),)}
+    assert accountant.exposures(config, stages(config), rounds=2) == {"": (Releases(0.25, 1.0, 2),)}
     fixed = small_config(**SHARED, federation__clients_per_round=5)
-    assert privacy.exposures(fixed, stages(fixed)) == {"": (Releases(1.0, 2.0, 3),)}
-    assert privacy.exposure([(3, 5)], fixed) == (Releases(1.0, 2.0, 3),)  # one more would take somebody's place
-    assert privacy.exposure([(3, 4)], fixed) == (Releases(1.0, 1.0, 3),)
+    assert accountant.exposures(fixed, stages(fixed)) == {"": (Releases(1.0, 2.0, 3),)}
+    assert accountant.exposure([(3, 5)], fixed) == (Releases(1.0, 2.0, 3),)  # one more would take somebody's place
+    assert accountant.exposure([(3, 4)], fixed) == (Releases(1.0, 1.0, 3),)
     everyone = small_config(**SHARED)
-    assert privacy.exposures(everyone, stages(everyone)) == {"": (Releases(1.0, 1.0, 3),)}
+    assert accountant.exposures(everyone, stages(everyone)) == {"": (Releases(1.0, 1.0, 3),)}
 
 
 def test_device_classes_have_their_own_epsilon_and_the_largest_is_promised() -> None:
@@ -143,15 +143,15 @@ def test_device_classes_have_their_own_epsilon_and_the_largest_is_promised() -> 
     can = {1: np.ones(20, bool), 2: laptops, 3: laptops}
     devices: Any = [type("Device", (), {"name": name}) for name in ("laptop", "phone", "none")]
     fleet = Fleet(devices, np.where(laptops, 0, 1), [], can)
-    found = privacy.exposures(config, of_run, fleet)
+    found = accountant.exposures(config, of_run, fleet)
     assert found == {"laptop": (Releases(0.25, 1.0, 4), Releases(1.0, 1.0, 8)), "phone": (Releases(0.25, 1.0, 4),)}
     costs = [{"stage": i, "trainable_parameters": 100 * i} for i in (1, 2, 3)]
     promise = privacy.promise(config, of_run, costs, fleet)
     by_class = promise["by_class"]
-    assert by_class["phone"] == privacy.epsilon_of((Releases(0.25, 1.0, 4),), 1.0, 1e-3)
+    assert by_class["phone"] == accountant.epsilon_of((Releases(0.25, 1.0, 4),), 1.0, 1e-3)
     assert by_class["phone"] < by_class["laptop"] == promise["epsilon"]
-    assert privacy.epsilon_after(config, 1.0, of_run, fleet, 4) == by_class["phone"]
-    assert privacy.epsilon_after(config, 1.0, of_run, fleet, 12) == promise["epsilon"]
+    assert accountant.epsilon_after(config, 1.0, of_run, fleet, 4) == by_class["phone"]
+    assert accountant.epsilon_after(config, 1.0, of_run, fleet, 12) == promise["epsilon"]
     stage = promise["per_stage"][2]  # in which four clients can take part
     assert stage["clip_norm"] == pytest.approx(0.01 * math.sqrt(300))
     assert stage["noise_norm"] == pytest.approx(promise["noise_multiplier"] * 0.01 * 300)
@@ -188,13 +188,13 @@ def test_a_promise_says_whose_it_is() -> None:
 
 def test_count_and_sum_together_are_one_release() -> None:
     config = small_config(**SHARED, privacy__clip=0.01, privacy__quantile=0.5, privacy__noise_multiplier=0.5)
-    found = privacy.mechanism(config, 0.5)
+    found = accountant.mechanism(config, 0.5)
     assert found.count_noise == 1.0  # a twentieth of 20
     assert float(found.noise) ** -2 + (2 * float(found.count_noise)) ** -2 == pytest.approx(0.5**-2)
     with pytest.raises(
         ConfigError, match=r"^privacy.count_noise: 1 clients is too little .* 2; accepted: more than 1, or"
     ):
-        privacy.mechanism(config, 2.0)
+        accountant.mechanism(config, 2.0)
 
 
 def test_without_the_library_noise_is_refused_and_clipping_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,4 +206,4 @@ def test_without_the_library_noise_is_refused_and_clipping_is_not(monkeypatch: p
         with pytest.raises(ConfigError, match=rf"^privacy.{field}: needs dp-accounting; {accepted}$"):
             check(small_config(privacy__clip=0.01, **{f"privacy__{field}": value}))
     with pytest.raises(ConfigError, match=r"^privacy.epsilon: 1e-08 needs noise of more than 1,048,576 clips"):
-        privacy.noise_for(((Releases(1.0, 1.0, 100),),), 1e-8, 1e-9)
+        accountant.noise_for(((Releases(1.0, 1.0, 100),),), 1e-8, 1e-9)

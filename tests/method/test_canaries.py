@@ -9,8 +9,8 @@ import pytest
 from conftest import small_config
 
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.costs import audit, privacy
-from lwfedssl_jax.costs.privacy import Releases
+from lwfedssl_jax.costs import accountant, audit
+from lwfedssl_jax.costs.accountant import Releases
 from lwfedssl_jax.method import canaries
 from lwfedssl_jax.method.aggregation import WEIGHTED_MEAN, Aggregator, Canaries, RoundContext
 from lwfedssl_jax.method.privacy import Contribution, private
@@ -47,7 +47,7 @@ def audited(
         of_round = Canaries(uploads, jax.random.key(99))
         context = RoundContext(jnp.int32(number), key, hyper, jnp.float32(20), one, of_round)
         lines.append({"round": number, canaries.COSINES: np.asarray(finish(context)[canaries.COSINES])})
-    epsilon = privacy.epsilon_of((Releases(probability, 1.0, ROUNDS),), z, DELTA)
+    epsilon = accountant.epsilon_of((Releases(probability, 1.0, ROUNDS),), z, DELTA)
     return audit.audit(CONFIG, [STAGE], lines, epsilon, DELTA) | {"accounted": epsilon}  # type: ignore[return-value]
 
 
