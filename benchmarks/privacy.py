@@ -1,6 +1,6 @@
 """Differential privacy and the three strategies: accuracy at one epsilon, beside noise alone, with a clip for each.
 
-    python benchmarks/privacy.py                          # 60 runs that choose clips, 27 that are reported
+    python benchmarks/privacy.py                          # 84 runs that choose clips, 27 that are reported
     python benchmarks/privacy.py --seeds 0 1 2 --epsilon 8
 
 On digits, 200 clients of 64 images, of which 20 take part in a round (Poisson), with the noise of this federation and
@@ -25,7 +25,7 @@ CHOSEN_BY = "linear_probe_20"
 PROTOCOLS = ("linear_probe_20", "linear_probe_all", "knn")
 STRATEGIES = ("layerwise", "progressive", "end_to_end")
 COHORTS = {0: "200 clients, 20 per round", 200: "2,000 clients, 200 per round"}
-CLIPS = (0.0005, 0.001, 0.002, 0.004, 0.008)
+CLIPS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 SWEEP = '''"""{about}"""
 
 from lwfedssl_jax.config import load, override
