@@ -23,6 +23,7 @@ from lwfedssl_jax.analysis.wording import (
     mean_words,
     number_or_unknown,
     protocol_words,
+    short_number,
 )
 from lwfedssl_jax.config.protocols import LABEL_FREE, NOISE_ONLY
 from lwfedssl_jax.costs import fleet
@@ -294,7 +295,7 @@ def privacy_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
                 "noise multiplier": f"{promise['noise_multiplier']:.3g}",
                 "clients per round": f"{clients}, {promise['sampling']}",
                 "clip": f"{promise['clip']:g}{', adapted' * bool(promise['quantile'])}",
-                "noise over clip, a round": f"{ratio:.3g}",
+                "noise over clip, a round": short_number(ratio),
             }
         )
     return Table("privacy", pd.DataFrame(words), pd.DataFrame(rows)) if rows else None

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lwfedssl_jax.analysis.results import all_results
-from lwfedssl_jax.analysis.wording import MIB, UNKNOWN, accuracy_words, protocol_words, settings_words
+from lwfedssl_jax.analysis.wording import MIB, UNKNOWN, accuracy_words, protocol_words, settings_words, short_number
 from lwfedssl_jax.config.protocols import NOISE_ONLY
 from lwfedssl_jax.costs import fleet
 
@@ -82,7 +82,7 @@ def privacy_lines(promises: dict[str, Any]) -> str:
       promises: by strategy (``costs.privacy.Promise``).
     """
     ratios = {name: max(s["noise_over_clip"] for s in promise["per_stage"]) for name, promise in promises.items()}
-    found = "; ".join(f"{name} {ratio:,.3g}" for name, ratio in ratios.items())
+    found = "; ".join(f"{name} {short_number(ratio)}" for name, ratio in ratios.items())
     first = next(iter(promises.values()))
     return (
         f"{first['says']} Noise multiplier {first['noise_multiplier']:.3g}; norm of a round's noise over the clip, in "

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lwfedssl_jax.analysis.wording import count_of
+from lwfedssl_jax.analysis.wording import count_of, short_number
 from lwfedssl_jax.config import Config, ConfigError, override
 from lwfedssl_jax.config.rules import LEAST_DELTA
 from lwfedssl_jax.costs import accountant, privacy
@@ -96,7 +96,7 @@ def words(config: Config, asked: Asked, prices: dict[str, Price]) -> str:
     noise = low if low == high else f"{low} to {high}"
     rounds = count_of(config.federation.rounds, "round")
     ratios = "; ".join(
-        f"{name} {p.noise_over_clip:,.3g} ({count_of(p.clients, 'client')})" for name, p in prices.items()
+        f"{name} {short_number(p.noise_over_clip)} ({count_of(p.clients, 'client')})" for name, p in prices.items()
     )
     drawn = {
         "poisson": f"Poisson cohorts of about {config.cohort_size:,} of {config.partition.clients:,} clients",
