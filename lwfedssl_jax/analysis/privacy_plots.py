@@ -17,9 +17,16 @@ OF_PROMISE = ("privacy.epsilon", "privacy.noise_multiplier", "privacy.delta", "p
 
 def epsilons(runs: pd.DataFrame) -> list[float]:
     """Return the different epsilons of runs, rounded to three digits, in order; infinite for runs without noise."""
+    return sorted(set(_stated(runs)))
+
+
+def _stated(runs: pd.DataFrame) -> list[float]:
+    """The epsilon of each run: as it was asked for, or as it is, rounded."""
     if "epsilon" not in runs:
         return []
-    return sorted({float(f"{x:.3g}") for x in runs["epsilon"].fillna(np.inf)})
+    asked = runs["privacy.epsilon"] if "privacy.epsilon" in runs else 0 * runs["epsilon"]
+    pairs = zip(asked.fillna(0), runs["epsilon"].fillna(np.inf), strict=True)
+    return [float(a) if a and np.isfinite(e) else float(f"{e:.3g}") for a, e in pairs]
 
 
 def plot_epsilon(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str) -> Any:
@@ -45,7 +52,7 @@ def plot_epsilon(runs: pd.DataFrame, settings: Sequence[Setting], protocol: str)
         best: dict[float, pd.DataFrame] = {}
         for setting in members:
             own = runs[runs["setting"] == setting.label]
-            place = places.index(float(f"{own['epsilon'].fillna(np.inf).iloc[0]:.3g}"))
+            place = places.index(_stated(own)[0])
             known = best.get(place)
             if known is None or own[f"accuracy.{protocol}"].mean() > known[f"accuracy.{protocol}"].mean():
                 best[place] = own

@@ -56,8 +56,8 @@ def load_results(*directories: str | Path) -> pd.DataFrame:
       ``traffic_bytes`` (per client, both directions, by the ledger), ``measured_bytes_per_client``,
       ``flops_paper_rule`` and ``flops_executed`` (multiply-adds per sample), ``peak_memory_bytes``, and the same
       four for end_to_end with this config as ``end_to_end.traffic_bytes`` and so on; ``rounds`` and ``seconds`` so
-      far; of private runs ``epsilon`` (infinite without noise), ``delta`` and ``noise_over_clip``. Unknown numbers are
-      NaN.
+      far; of private runs ``epsilon`` (infinite without noise), ``delta``, ``noise_multiplier``, ``noise_over_clip``;
+      ``membership_auc.trained`` and ``.untrained``. Unknown numbers are NaN.
 
     Raises:
       ConfigError: a directory does not exist, cannot be read or contains no run.
@@ -258,9 +258,12 @@ def _summary_columns(run: RunRecord) -> dict[str, float]:
         prefix = "" if which == "trained" else f"{which}."
         found |= {f"{prefix}label_free.{name}": float(value) for name, value in metrics.items()}
     fleet.participation_rows(summary)  # raises if the entry is damaged
+    for encoder, attacked in summary.get("membership", {}).items():
+        found[f"membership_auc.{encoder}"] = float(attacked["auc"])
     if promise := summary.get("privacy"):
         found["epsilon"] = float("inf" if promise["epsilon"] is None else promise["epsilon"])
         found["delta"] = float(promise["delta"])
+        found["noise_multiplier"] = float(promise["noise_multiplier"])
         found["noise_over_clip"] = max(float(stage["noise_over_clip"]) for stage in promise["per_stage"])
     for baseline, results in summary["baselines"].items():
         found |= {f"{baseline}.{protocol}": float(result["accuracy"]) for protocol, result in results.items()}

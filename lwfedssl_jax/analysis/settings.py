@@ -107,6 +107,8 @@ def value_words(field: str, value: Any) -> str:
         return f"config file {shown[:8] or 'by name'}"
     if field in BY_VALUE:
         return shown
+    if field in ("privacy.epsilon", "privacy.noise_multiplier", "privacy.clip") and not value:
+        shown = "none"  # 0 would be the strongest promise
     return f"{field.partition('.')[2].replace('_', ' ')} {'unknown' if value is None else shown or 'none'}"
 
 

@@ -289,9 +289,9 @@ def privacy_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table | None:
         words.append(
             {
                 "setting": label,
-                "epsilon": "none" if epsilon is None else f"{epsilon:.3g}{' †' * stands_for}",
+                "epsilon": "none" if epsilon is None else f"{epsilon:.2f}{' †' * stands_for}",
                 "delta": f"{promise['delta']:.1e}",
-                "if Poisson": UNKNOWN if poisson is None else f"{poisson:.3g}",
+                "if Poisson": UNKNOWN if poisson is None else f"{poisson:.2f}",
                 "noise multiplier": f"{promise['noise_multiplier']:.3g}",
                 "clients per round": f"{clients}, {promise['sampling']}",
                 "clip": f"{promise['clip']:g}{', adapted' * bool(promise['quantile'])}",

@@ -81,12 +81,16 @@ def privacy_lines(promises: dict[str, Any]) -> str:
     Args:
       promises: by strategy (``costs.privacy.Promise``).
     """
-    ratios = {name: max(s["noise_over_clip"] for s in promise["per_stage"]) for name, promise in promises.items()}
-    found = "; ".join(f"{name} {short_number(ratio)}" for name, ratio in ratios.items())
     first = next(iter(promises.values()))
+    if not first["noise_multiplier"]:
+        return str(first["says"])
+    ratios = {name: max(s["noise_over_clip"] for s in promise["per_stage"]) for name, promise in promises.items()}
+    clients = {name: short_number(ratio * first["cohort"]) for name, ratio in ratios.items()}
+    found = "; ".join(f"{name} {short_number(ratio)} ({clients[name]} clients)" for name, ratio in ratios.items())
     return (
-        f"{first['says']} Noise multiplier {first['noise_multiplier']:.3g}; norm of a round's noise over the clip, in "
-        f"the stage with most parameters: {found}."
+        f"{first['says']} Noise multiplier {first['noise_multiplier']:.3g}. Norm of a round's noise over the clip, in "
+        f"the stage with most parameters, and how many clients a round, of a population as much larger, would take for "
+        f"it to be 1: {found}."
     )
 
 

@@ -263,6 +263,17 @@ def secure_sums_have_room(config: Config) -> str | None:
     )
 
 
+def members_have_owners(config: Config) -> str | None:
+    """Membership inference needs images that clients own by themselves."""
+    count = config.evaluation.membership
+    if not count or config.partition.kind != "shared":
+        return None
+    return (
+        f"evaluation.membership: {count} images need owners, and with partition.kind shared many clients own an image; "
+        "accepted: 0, or another partition.kind"
+    )
+
+
 def canaries_are_halved(config: Config) -> str | None:
     """Half of the canaries are in the population, and each half is enough for its spread to be known."""
     number, cohort = config.privacy.canaries, config.privacy.noise_cohort
@@ -300,6 +311,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     count_noise_is_used,
     secure_sums_have_room,
     canaries_are_halved,
+    members_have_owners,
 )
 
 

@@ -297,7 +297,7 @@ class PrivacyConfig:
     secure_sum_bits: Annotated[int, Range(0, 24)] = 0
     """Bits of the whole numbers that clients upload in place of floats, as for a secure sum (simulated; there is no
     cryptography): they are added modulo 2 to this power, from 8. 0: floats."""
-    canaries: AtLeast0 = 0
+    canaries: Annotated[int, Range(0, 10_000)] = 0
     """Clients without images that audit the run: half of them upload random updates, and the other half tells how well
     these are found in the models; an even number, from 20. 0: none."""
 

@@ -79,7 +79,7 @@ def audit(
     verdict = (
         "That is more than was accounted: the mechanism does not do what is promised."
         if broken
-        else "That does not prove the promise: it is the best of this attack."
+        else "That does not prove the promise: another attack may do better."
     )
     return {
         "canaries": len(found),
@@ -88,8 +88,9 @@ def audit(
         "estimate_to": high,
         "at_least": least,
         "broken": broken,
-        "says": f"{len(found)} canaries give an estimate of epsilon of {middle:.3g} ({low:.3g} to {high:.3g}) and a "
-        f"lower bound of {least:.3g}; {accounted} was accounted. {verdict}",
+        "says": f"{len(found)} canaries give an estimate of epsilon of {middle:.3g} ({low:.3g} to {high:.3g} with "
+        f"95 % confidence, if their scores are normal), and a lower bound without that assumption of {least:.3g}; "
+        f"{accounted} was accounted. {verdict}",
     }
 
 

@@ -21,7 +21,7 @@ from lwfedssl_jax.costs.accountant import (
 from lwfedssl_jax.costs.fleet import Fleet
 from lwfedssl_jax.method.stages import Stage
 
-LARGE_DELTA = 1e-3
+LARGE_EPSILON, LARGE_DELTA = 15.0, 1e-3
 
 NEIGHBOURS = "add or remove one client, with all of its images"
 NOT_COVERED = (
@@ -39,9 +39,9 @@ NOT_COVERED = (
 class StagePrivacy(TypedDict):
     """A stage's entry of ``Promise.per_stage``; norms are L2 norms over its trained parameters.
 
-    ``clip_norm`` is of one client's update, ``noise_norm`` the expected one of a round's noise on the sum;
-    ``noise_over_clip`` is the norm of the noise over the largest that the mean update can have, z * sqrt(d) / K. With
-    an adapted clip, the norms are those of the stage's first round.
+    ``clip_norm`` is of one client's update, ``noise_norm`` of a round's noise in the mean update, as in
+    ``metrics.jsonl``; ``noise_over_clip`` is the norm of the noise over the largest that the mean update can have,
+    z * sqrt(d) / K. With an adapted clip, the norms are those of the stage's first round.
     """
 
     stage: int
@@ -129,7 +129,7 @@ def promise(
         "quantile": config.privacy.quantile,
         "per_stage": [stage_privacy(config, cost, z, eligible_in(config, cost, fleet)) for cost in per_stage],
         "accountant": accountant_name() if z else "none",
-        "says": in_words(config, z, epsilon, delta),
+        "says": in_words(config, z, by_class, if_poisson),
         "not_covered": list(NOT_COVERED),
     }
 
@@ -144,12 +144,13 @@ def stage_privacy(config: Config, cost: Mapping[str, Any], multiplier: float, el
     parameters = cost["trainable_parameters"]
     clip_norm = config.privacy.clip * math.sqrt(parameters)
     noise = float(np.asarray(mechanism(config, multiplier).noise))
+    expected = max(expected_reports(config, eligible), 1e-9)
     return {
         "stage": cost["stage"],
         "parameters": parameters,
         "clip_norm": clip_norm,
-        "noise_norm": noise * clip_norm * math.sqrt(parameters),
-        "noise_over_clip": noise * math.sqrt(parameters) / max(expected_reports(config, eligible), 1e-9),
+        "noise_norm": noise * clip_norm * math.sqrt(parameters) / expected,
+        "noise_over_clip": noise * math.sqrt(parameters) / expected,
     }
 
 
@@ -158,8 +159,17 @@ def finite(epsilon: float) -> float | None:
     return epsilon if math.isfinite(epsilon) else None
 
 
-def in_words(config: Config, multiplier: float, epsilon: float, delta: float) -> str:
-    """Say what a run promises, and on what conditions."""
+def in_words(config: Config, multiplier: float, by_class: Mapping[str, float], if_poisson: float) -> str:
+    """Say what a run promises, and on what conditions.
+
+    Args:
+      config: resolved.
+      multiplier: of the noise.
+      by_class: epsilon by class of devices.
+      if_poisson: the largest epsilon if cohorts were Poisson samples.
+    """
+    found, delta = max(by_class.values()), delta_of(config)
+    epsilon = config.privacy.epsilon if found <= config.privacy.epsilon < 1.01 * found else found  # as it was asked for
     if not multiplier:
         return "Updates are clipped, and no noise is added: nothing is promised."
     stands_for = ""
@@ -173,11 +183,18 @@ def in_words(config: Config, multiplier: float, epsilon: float, delta: float) ->
         config.federation.sampling,
         "all clients that can take part do so" if everybody else "cohorts are drawn uniformly, without replacement",
     )
+    if len(by_class) > 1:
+        classes = ", ".join(f"{name} {value:.3g}" for name, value in by_class.items())
+        stands_for += f" Epsilon by class of devices: {classes}."
+    if if_poisson < found:
+        stands_for += f" If these were Poisson samples, which they are not, epsilon would be {if_poisson:.3g}."
+    if epsilon > LARGE_EPSILON:
+        stands_for += f" An epsilon of {epsilon:.3g} protects hardly anyone: more clients, or more noise, would."
     if delta > LARGE_DELTA:
         stands_for += f" A delta of {delta:.2g} is large: with that probability nothing is promised to a client."
     return (
         f"The encoder is ({epsilon:.3g}, {delta:.2g})-differentially private for whole clients: whether any one client "
         f"with all of its images is in the population changes the probability of any outcome by at most a factor "
-        f"exp({epsilon:.3g}), and {delta:.2g}. It holds if {drawn}, the server clips and adds the noise as "
+        f"exp({epsilon:.3g}), plus {delta:.2g}. It holds if {drawn}, the server clips and adds the noise as "
         f"described and is trusted with the updates, and the seed stays secret.{stands_for}"
     )

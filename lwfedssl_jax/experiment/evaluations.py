@@ -129,6 +129,8 @@ def attack_membership(run: ActiveRun, encoders: Mapping[str, Tree]) -> dict[str,
     """Tell the clients' images from test images by the features of encoders, whose parameters are given by name."""
     prepared, config = run.prepared, run.config
     images = members_and_others(config, prepared.dataset, prepared.clients)
+    if len(images[0]) < config.evaluation.membership:
+        run.hear(Note(f"membership inference: there are only {len(images[0])} images of clients, or test images"))
     found = {}
     for name, params in encoders.items():
         host = jax.device_get(params)

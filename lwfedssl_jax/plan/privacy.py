@@ -108,5 +108,5 @@ def words(config: Config, asked: Asked, prices: dict[str, Price]) -> str:
     return (
         f"Privacy: epsilon {asked.epsilon:g} at delta {asked.delta:.2g} for whole clients, over {rounds} with {drawn}, "
         f"takes a noise multiplier of {noise}.{unsampled} Norm of a round's noise over the clip, and in brackets how "
-        f"many clients a round would take for it to be 1: {ratios}."
+        f"many clients a round, of a population as much larger, would take for it to be 1: {ratios}."
     )

@@ -154,7 +154,8 @@ def test_device_classes_have_their_own_epsilon_and_the_largest_is_promised() -> 
     assert accountant.epsilon_after(config, 1.0, of_run, fleet, 12) == promise["epsilon"]
     stage = promise["per_stage"][2]  # in which four clients can take part
     assert stage["clip_norm"] == pytest.approx(0.01 * math.sqrt(300))
-    assert stage["noise_norm"] == pytest.approx(promise["noise_multiplier"] * 0.01 * 300)
+    assert stage["noise_norm"] == pytest.approx(promise["noise_multiplier"] * 0.01 * 300 / 4)
+    assert "Epsilon by class of devices: laptop" in promise["says"]
     assert stage["noise_over_clip"] == pytest.approx(promise["noise_multiplier"] * math.sqrt(300) / 4)
     assert promise["epsilon_if_poisson"] is None
 
@@ -180,6 +181,8 @@ def test_a_promise_says_whose_it_is() -> None:
     assert ratio == pytest.approx(0.1 / 0.5)  # a tenth of the noise, half of the reports
     assert "A delta of 0.037 is large" in poisson["says"]
     assert "drawn uniformly" in fixed["says"]
+    assert f"which they are not, epsilon would be {poisson['epsilon']:.3g}" in fixed["says"]
+    assert "protects hardly anyone" in promise(privacy__noise_multiplier=0.3)["says"]
     assert "all clients that can take part do so" in promise(federation__clients_per_round=0)["says"]
     clipped = promise(privacy__noise_multiplier=0.0)
     assert (clipped["epsilon"], clipped["noise_multiplier"], clipped["accountant"]) == (None, 0, "none")
