@@ -1,6 +1,6 @@
 """Differential privacy and the three strategies: accuracy at one epsilon, beside noise alone, with a clip for each.
 
-    python benchmarks/privacy.py                          # 84 runs that choose clips, 27 that are reported
+    python benchmarks/privacy.py                          # 112 runs that choose clips, 36 that are reported
     python benchmarks/privacy.py --seeds 0 1 2 --epsilon 8
 
 On digits, 200 clients of 64 images, of which 20 take part in a round (Poisson), with the noise of this federation and
@@ -23,7 +23,12 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "privacy"
 CHOSEN_BY = "linear_probe_20"
 PROTOCOLS = ("linear_probe_20", "linear_probe_all", "knn")
-STRATEGIES = ("layerwise", "progressive", "end_to_end")
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "layerwise": {"strategy.name": "layerwise", "model.depth": 6},
+    "progressive": {"strategy.name": "progressive", "model.depth": 6},
+    "end_to_end": {"strategy.name": "end_to_end", "model.depth": 6},
+    "end_to_end, 1 layer": {"strategy.name": "end_to_end", "model.depth": 1},
+}
 COHORTS = {0: "200 clients, 20 per round", 200: "2,000 clients, 200 per round"}
 CLIPS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 SWEEP = '''"""{about}"""
@@ -54,23 +59,23 @@ def main() -> None:
     )
     promised = {"privacy.epsilon": options.epsilon, "privacy.delta": options.delta}
     tried = [
-        {"strategy.name": strategy, "privacy.noise_cohort": cohort, "privacy.clip": clip} | promised
-        for strategy in STRATEGIES
+        strategy | {"privacy.noise_cohort": cohort, "privacy.clip": clip} | promised
+        for strategy in STRATEGIES.values()
         for cohort in COHORTS
         for clip in CLIPS
     ]
     found = run_sweep(f"clips_{options.epsilon:g}", "Which clip suits each strategy.", tried, options.tuning_seeds)
-    keys = ["strategy.name", "privacy.noise_cohort"]
+    keys = ["strategy", "privacy.noise_cohort"]
     means = found.groupby([*keys, "privacy.clip"])[f"accuracy.{CHOSEN_BY}"].mean()
     clips = {key: float(group.idxmax()[-1]) for key, group in means.groupby(level=keys)}
-    chosen = [{"strategy.name": strategy} for strategy in STRATEGIES]
+    chosen = [*STRATEGIES.values()]
     chosen += [
-        {"strategy.name": strategy, "privacy.noise_cohort": cohort, "privacy.clip": clip} | promised
+        STRATEGIES[strategy] | {"privacy.noise_cohort": cohort, "privacy.clip": clip} | promised
         for (strategy, cohort), clip in clips.items()
     ]
     results = run_sweep(f"chosen_{options.epsilon:g}", "The strategies with their clips.", chosen, options.seeds)
     rows = [
-        row(results[(results["strategy.name"] == strategy) & private(results, cohort)], strategy, cohort)
+        row(results[(results["strategy"] == strategy) & private(results, cohort)], strategy, cohort)
         for cohort in (None, *COHORTS)
         for strategy in STRATEGIES
     ]
@@ -93,6 +98,7 @@ def run_sweep(name: str, about: str, runs: list[dict[str, Any]], seeds: list[int
     command = [sys.executable, str(ROOT / "run.py"), "sweep", str(file), "--workdir", str(RUNS / name)]
     subprocess.run(command, check=True, cwd=ROOT)
     found = load_results(RUNS / name)
+    found["strategy"] = found["strategy.name"].where(found["model.depth"] > 1, found["strategy.name"] + ", 1 layer")
     return found[found["finished"]]
 
 
