@@ -17,6 +17,8 @@ def matching(patterns: Sequence[str]) -> list[tuple[str, str]]:
       ConfigError: there is none.
     """
     known = available()
+    if not all(patterns):
+        raise ConfigError("list: '' is empty; accepted: a part of a name, or no pattern at all")
     found = [
         (name, line)
         for name, line in known
