@@ -45,7 +45,7 @@ class Stack(NamedTuple):
 
     def vmap(self, f: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any = 0) -> Callable[..., Any]:
         """``f`` for all runs at once."""
-        return f if self.is_single else jax.vmap(f, in_axes, out_axes)
+        return f if self.is_single else jax.vmap(f, in_axes, out_axes, axis_size=self.size)
 
     def shapes(self, one: Tree, *lanes: int) -> Tree:
         """Shapes of stacked arrays, from those of one run (and of one lane, if ``lanes`` says how many there are)."""
