@@ -1,6 +1,6 @@
 """The three strategies with and without compressed uploads, on digits; 3 seeds.
 
-36 runs, about 25 minutes on 2 CPU cores. docs/results/privacy.md has the results.
+36 runs, about 25 minutes on 2 CPU cores. `python benchmarks/compressed.py` makes a table of it.
 
     python run.py sweep studies/compression --dry-run
 """

@@ -1,6 +1,6 @@
 """Accuracy against traffic of the three strategies, with and without compressed uploads.
 
-    python benchmarks/compression.py        # runs what is missing of `sweep studies/compression`, in runs/compression
+    python benchmarks/compressed.py        # runs what is missing of `sweep studies/compression`, in runs/compression
 
 The ratios of traffic are to end to end without compression. If layerwise's saving and that of a compression added up
 fully, their ratios would multiply.
@@ -30,7 +30,7 @@ def main() -> None:
     groups = found[found["finished"]].groupby(["strategy.name", "federation.compression"], sort=False)
     whole = groups.get_group(("end_to_end", "none"))["traffic_bytes"].mean()
     rows = [row(strategy, compression, runs, whole) for (strategy, compression), runs in groups]
-    common.publish("compression", "Accuracy against traffic with compressed uploads", rows)
+    common.publish("compressed", "Accuracy against traffic with compressed uploads", rows)
 
 
 def row(strategy: str, compression: str, runs: pd.DataFrame, whole: float) -> dict[str, Any]:
