@@ -106,7 +106,7 @@ def test_resources_says_what_noise_is_over_the_clip(capsys: pytest.CaptureFixtur
             clients = found["config"]["partition"]["clients"] * 0.5
             assert stage["noise_over_clip"] == pytest.approx(2 * cost["trainable_parameters"] ** 0.5 / clients)
     assert cli.main(command) == 0
-    assert "norm of a round's noise over the clip" in " ".join(capsys.readouterr().out.split())
+    assert "Norm of a round's noise over the clip" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("priced")
