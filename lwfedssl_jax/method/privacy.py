@@ -118,9 +118,14 @@ def private(inner: Aggregator, config: Config) -> Aggregator:
         update_key, count_key, inner_key = jax.random.split(context.key, 3)
         noise = gaussian(update_key, jnp.asarray(mechanism.noise) * bound, present, weights)
         total, found = summed.update, dict[str, jax.Array]()
-        if bits:
-            total, found["wrapped"] = from_integers(total, step_of(context._replace(shared=state.scale), bits), bits)
-        released = jax.tree.map(lambda x, z: (x + z) / expected.astype(x.dtype), total, noise)
+        if bits:  # noise comes before the modulus, which would otherwise change a sum by more than a client does
+            step = step_of(context._replace(shared=state.scale), bits)
+            noisy = jax.tree.map(lambda x, z: x + whole(z, step, bits), total, noise)
+            total = jax.tree.map(lambda x: x.astype(jnp.float32) * step, total)
+            noisy, found["wrapped"] = from_integers(noisy, step, bits)
+        else:
+            noisy = jax.tree.map(jnp.add, total, noise)
+        released = jax.tree.map(lambda x: x / expected.astype(x.dtype), noisy)
         average = broadcast.trainable | jax.tree.map(jnp.add, weights, released)
         inner_state, trainable, measured = inner.finish(
             context._replace(key=inner_key, shared=inner.shared(state.inner)), state.inner, broadcast, average, ()
@@ -174,6 +179,11 @@ def to_integers(key: jax.Array, update: Tree, step: jax.Array) -> Tree:
         return jnp.floor(x / step.astype(x.dtype) + jax.random.uniform(key, x.shape, x.dtype)).astype(jnp.int32)
 
     return jax.tree.unflatten(structure, [leaf(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+
+def whole(noise: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+    """Round noise to whole steps, less multiples of ``2**bits``, exactly: a whole sum and it are a noisy sum, rounded."""
+    return jnp.fmod(jnp.round(noise / step), 2.0**bits).astype(jnp.int32)
 
 
 def from_integers(total: Tree, step: jax.Array, bits: int) -> tuple[Tree, jax.Array]:

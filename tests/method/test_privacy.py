@@ -258,6 +258,20 @@ def test_a_secure_sum_does_not_depend_on_order_and_is_the_sum() -> None:
     assert int(measured["wrapped"]) == 0
 
 
+def test_noise_comes_before_the_modulus() -> None:
+    """A sum at the end of the range and its neighbour beyond it differ by one step, modulo the range, noise or not."""
+    config = small_config(privacy__clip=0.5, privacy__noise_multiplier=1.0, privacy__secure_sum_bits=8)
+    aggregator, sent = privacy.private(WEIGHTED_MEAN, config), {"a": jnp.zeros(500)}
+    state, own = aggregator.init(broadcast_of(sent)), context(noise=1.0, key=3)
+    ends = []
+    for number in (127, 128):
+        summed = privacy.Contribution({"a": jnp.full(500, number, jnp.int32)}, jnp.zeros(()), jnp.ones(()))
+        ends.append(np.asarray(aggregator.finish(own, state, broadcast_of(sent), sent, summed)[1]["a"]))
+    steps = (ends[1] - ends[0]) * 4 / float(privacy.step_of(own, 8))
+    assert set(np.round(steps).astype(int) % 256) == {1}
+    assert np.unique(np.round(ends[0], 4)).size > 20  # of noise
+
+
 def test_what_is_beyond_the_range_wraps_around_and_is_counted() -> None:
     total = {"a": jnp.array([0, 127, 128, -128, -129, 300], jnp.int32)}
     found, wrapped = privacy.from_integers(total, jnp.float32(0.5), 8)
