@@ -152,7 +152,7 @@ def warmup_ends(config: Config) -> str | None:
 
 
 LEAST_DELTA = 1e-12  # for smaller ones, the accountant's float64 is too coarse
-SECURE_RANGE = 8  # of a sum of whole numbers: so many times what all clients' root mean squares add up to
+SECURE_RANGE = 8  # of a sum of whole numbers, in sums of all clients' root mean squares
 LEAST_NOISE = 0.1  # for less, epsilon is in the hundreds and takes minutes to compute
 
 

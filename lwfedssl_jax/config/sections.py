@@ -292,8 +292,8 @@ class PrivacyConfig:
     """quantile only: standard deviation, in clients, of the noise on the count of those within the clip; 0: a twentieth
     of the clients expected in a round. It must be more than half of the noise multiplier."""
     noise_cohort: AtLeast0 = 0
-    """Clients per round of a larger federation, whose noise is added and whose epsilon is stated: clients_per_round
-    stand for so many of a population that is larger by the same factor. 0: the federation that is simulated."""
+    """Clients per round of a larger federation, whose noise is added and whose epsilon is stated; its population is
+    larger by the same factor, and the simulated clients stand for it. 0: the federation that is simulated."""
     secure_sum_bits: Annotated[int, Range(0, 24)] = 0
     """Bits of the whole numbers that clients upload in place of floats, as for a secure sum (simulated; there is no
     cryptography): they are added modulo 2 to this power, from 8. 0: floats."""

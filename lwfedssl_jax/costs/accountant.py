@@ -80,7 +80,7 @@ def exposure(taken: Sequence[tuple[int, int]], config: Config) -> Exposure:
 
 
 def release(config: Config, eligible: int) -> tuple[float, float]:
-    """Return probability and sensitivity of a round for which so many clients are eligible."""
+    """Return probability and sensitivity of a round, by the number of clients that are eligible for it."""
     cohort = config.cohort_size
     if config.federation.sampling == "poisson":
         return min(1.0, cohort / eligible), 1.0
@@ -89,7 +89,7 @@ def release(config: Config, eligible: int) -> tuple[float, float]:
 
 
 def expected_reports(config: Config, eligible: int) -> float:
-    """Return how many clients report on average in a round for which so many are eligible."""
+    """Return how many clients report in a round on average, by the number that are eligible for it."""
     return min(config.cohort_size, eligible) * (1 - config.federation.dropout)
 
 

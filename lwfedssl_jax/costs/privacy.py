@@ -140,7 +140,7 @@ def eligible_in(config: Config, cost: Mapping[str, Any], fleet: Fleet | None) ->
 
 
 def stage_privacy(config: Config, cost: Mapping[str, Any], multiplier: float, eligible: int) -> StagePrivacy:
-    """Return the clip and the noise of a stage, by its entry in a ledger, in which so many clients can take part."""
+    """Return the clip and the noise of a stage, by its ledger entry and the number of clients that can take part."""
     parameters = cost["trainable_parameters"]
     clip_norm = config.privacy.clip * math.sqrt(parameters)
     noise = float(np.asarray(mechanism(config, multiplier).noise))

@@ -72,7 +72,7 @@ def log_noise_only(run: ActiveRun, params: Tree) -> None:
 
 
 def is_evaluated(stage: Stage, every: int, number: int) -> bool:
-    """Return whether the encoder is evaluated after a round of a stage: the last, and every so many (0: no other)."""
+    """Return whether the encoder is evaluated after a round: a last one of a stage, or a multiple of ``every``."""
     return number == stage.last_round or bool(every and number % every == 0)
 
 

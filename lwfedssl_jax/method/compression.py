@@ -21,7 +21,7 @@ from lwfedssl_jax.method.task import Broadcast, weights_of
 from lwfedssl_jax.tree import Tree
 
 LARGEST_INT8 = 127
-SECURE_SUM = "secure_sum="  # whole numbers of so many bits (``privacy.to_integers``)
+SECURE_SUM = "secure_sum="  # followed by the bits of a whole number (``privacy.to_integers``)
 
 
 class Quantised(NamedTuple):
@@ -77,11 +77,11 @@ def check_compression(config: Config) -> None:
 
 
 def upload_bytes(compression: str, matrices: Sequence[int]) -> int:
-    """Return the bytes of an update of matrices of so many parameters each.
+    """Return the bytes of an update.
 
     Args:
       compression: as in ``federation.compression``, or of a secure sum ``SECURE_SUM`` and its bits.
-      matrices: the parameters of each.
+      matrices: the number of parameters of each matrix.
     """
     size = sum(matrices)
     if compression.startswith(SECURE_SUM):

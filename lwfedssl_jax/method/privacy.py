@@ -3,8 +3,8 @@
 McMahan et al., 2018 (arXiv 1710.06963). A client's update of a stage with d parameters is scaled down to the L2 norm
 ``clip * sqrt(d)``, so that one number, which is public, serves all strategies and stages: with AdamW on the clients, an
 update's norm grows with the root of d. Every client has the same weight, and the sum is divided by the number of
-reports that was expected and not by the number that came, which would depend on who takes part. ``costs.privacy`` has
-the accountant.
+reports that was expected and not by the number that came, which would depend on who takes part. ``costs.accountant``
+has the accountant.
 """
 
 from typing import NamedTuple
@@ -164,7 +164,7 @@ def step_of(context: RoundContext, bits: int) -> jax.Array:
     """Return what 1 stands for in a secure sum, whose range is ``SECURE_RANGE`` clips of all clients, each way.
 
     Rounding moves each of d numbers by less than a step, so an update's norm by less than ``step * sqrt(d)``, which is
-    ``2 * SECURE_RANGE * K / 2**bits`` of the clip: by so much less is clipped.
+    ``2 * SECURE_RANGE * K / 2**bits`` of the clip, which is lowered by as much.
     """
     step: jax.Array = 2 * SECURE_RANGE * context.expected * context.hyper.mechanism.clip * context.shared / 2**bits
     return step
@@ -182,7 +182,7 @@ def to_integers(key: jax.Array, update: Tree, step: jax.Array) -> Tree:
 
 
 def whole(noise: jax.Array, step: jax.Array, bits: int) -> jax.Array:
-    """Round noise to whole steps, less multiples of ``2**bits``, exactly: a whole sum and it are a noisy sum, rounded."""
+    """Round noise to whole steps, less multiples of ``2**bits``, exactly: added to whole numbers, it is their noise."""
     return jnp.fmod(jnp.round(noise / step), 2.0**bits).astype(jnp.int32)
 
 
