@@ -69,6 +69,8 @@ def main() -> None:
             }  # fmt: skip
             print(row, flush=True)
             rows.append(row)
+            programs.cache_clear()  # a process can map only so many programs into memory
+            jax.clear_caches()
     common.publish("reconstruct", "Images rebuilt from one client's update", rows,
                    trials=options.trials, iterations=options.iterations)  # fmt: skip
 
