@@ -29,7 +29,7 @@ class Option(NamedTuple):
       published: the accuracy in [0, 1] by which it is ranked without results, or None if the paper has none.
       estimated: whether ``published`` is estimated from others that the paper has.
       measured: its accuracies, or None if the results contain none.
-      privacy: what the epsilon that is asked for takes, or None if none is.
+      privacy: what the epsilon that is asked for takes, or None if none is, or if no client can take part.
     """
 
     strategy: str

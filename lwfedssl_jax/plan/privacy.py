@@ -68,8 +68,10 @@ def asked_of(config: Config, epsilon: float | None, delta: float | None) -> Aske
     return Asked(epsilon, delta)
 
 
-def price(config: Config, ledger: Ledger, shares: Sequence[float], asked: Asked) -> Price:
+def price(config: Config, ledger: Ledger, shares: Sequence[float], asked: Asked) -> Price | None:
     """Compute the noise for a client that takes part in every stage, and what it means for a round.
+
+    None if there is a stage in which no client can take part.
 
     Args:
       config: of the option, resolved.
@@ -78,6 +80,8 @@ def price(config: Config, ledger: Ledger, shares: Sequence[float], asked: Asked)
       asked: epsilon and delta.
     """
     per_stage = ledger["per_stage"]
+    if not all(shares):
+        return None
     clients = [max(1, round(share * config.partition.clients)) for share in shares]
     exposure = accountant.exposure([(cost["rounds"], n) for cost, n in zip(per_stage, clients, strict=True)], config)
     multiplier = accountant.noise_for((exposure,), *asked)
@@ -89,14 +93,25 @@ def price(config: Config, ledger: Ledger, shares: Sequence[float], asked: Asked)
     return Price(multiplier, ratio, needed)
 
 
-def words(config: Config, asked: Asked, prices: dict[str, Price]) -> str:
-    """Say what an epsilon takes under the options of a plan, by their names."""
+def words(config: Config, asked: Asked, prices: dict[str, Price], nobody: Sequence[str]) -> str:
+    """Say what an epsilon takes under the options of a plan.
+
+    Args:
+      config: resolved.
+      asked: epsilon and delta.
+      prices: by the option's name.
+      nobody: names of options in which no client can take part.
+    """
+    left_out = f" No client can take part in {', '.join(nobody)}." if nobody else ""
+    if not prices:
+        return f"Privacy: no option can be taken part in.{left_out}"
     multipliers = [price.noise_multiplier for price in prices.values()]
     low, high = f"{min(multipliers):.3g}", f"{max(multipliers):.3g}"
     noise = low if low == high else f"{low} to {high}"
     rounds = count_of(config.federation.rounds, "round")
     ratios = "; ".join(
-        f"{name} {short_number(p.noise_over_clip)} ({count_of(p.clients, 'client')})" for name, p in prices.items()
+        f"{name} {short_number(p.noise_over_clip)} ({p.clients:,} client{'s' * (p.clients != 1)})"
+        for name, p in prices.items()
     )
     drawn = {
         "poisson": f"Poisson cohorts of about {config.cohort_size:,} of {config.partition.clients:,} clients",
@@ -108,5 +123,5 @@ def words(config: Config, asked: Asked, prices: dict[str, Price]) -> str:
     return (
         f"Privacy: epsilon {asked.epsilon:g} at delta {asked.delta:.2g} for whole clients, over {rounds} with {drawn}, "
         f"takes a noise multiplier of {noise}.{unsampled} Norm of a round's noise over the clip, and in brackets how "
-        f"many clients a round, of a population as much larger, would take for it to be 1: {ratios}."
+        f"many clients a round, of a population as much larger, would take for it to be 1: {ratios}.{left_out}"
     )

@@ -71,9 +71,15 @@ def conclusions(plan: Plan) -> list[str]:
 
 
 def privacy_notes(plan: Plan) -> list[str]:
-    """State what the epsilon that is asked for takes under each option; ``runtime.remat`` makes no difference."""
-    prices = {option.name: option.privacy for option in plan.options if option.privacy and not option.remat}
-    return [privacy.words(plan.config, plan.asked, prices)] if plan.asked else []
+    """State what the epsilon that is asked for takes under each option, with ``runtime.remat`` where it needs that."""
+    if not plan.asked:
+        return []
+    stages: dict[tuple[str, int], list[Option]] = {}
+    for option in sorted(plan.options, key=lambda option: option.remat):
+        stages.setdefault((option.strategy, option.layers_per_stage), []).append(option)
+    priced = [next((o for o in options if o.privacy), options[0]) for options in stages.values()]
+    prices = {option.name: option.privacy for option in priced if option.privacy}
+    return [privacy.words(plan.config, plan.asked, prices, [o.name for o in priced if not o.privacy])]
 
 
 def _notes(plan: Plan, *, spread: bool) -> list[str]:

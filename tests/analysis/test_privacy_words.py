@@ -124,6 +124,19 @@ def test_a_plan_says_what_an_epsilon_takes(capsys: pytest.CaptureFixture[str]) -
     assert "Cohorts of a fixed size hide nobody" in said or "10 of 10 clients" in said
 
 
+@pytest.mark.usefixtures("priced")
+def test_a_plan_names_the_options_in_which_nobody_can_take_part(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "quickstart", *TINY, "--examples", "100", "--epsilon", "8", "--delta", "1e-5"]
+    assert cli.main([*command, "--memory-gb", "4", "--json"]) == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    needs = sorted({max(s["peak_memory_bytes"] for s in option["per_stage"]) for option in options})
+    assert cli.main([*command, "--memory-gb", str((needs[0] + needs[-1]) / 2e9)]) == 0
+    said = " ".join(capsys.readouterr().out.split()).partition("Privacy:")[2]
+    assert "No client can take part in end_to_end" in said
+    assert "1: layerwise, 1 layer per stage" in said
+    assert "end_to_end" not in said.partition("No client")[0]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
