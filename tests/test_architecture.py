@@ -19,7 +19,7 @@ ROOMS = [
     {"workdir"},
     {"analysis"},
     {"experiment"},
-    {"sweep", "plan"},
+    {"sweep", "plan", "pilot"},
     {"cli", "api"},
     {"__main__"},
 ]

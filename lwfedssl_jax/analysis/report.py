@@ -12,6 +12,7 @@ import pandas as pd
 from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import tables
 from lwfedssl_jax.analysis.comparisons import compare_all
+from lwfedssl_jax.analysis.device_tables import device_table, event_words
 from lwfedssl_jax.analysis.equal_cost import equal_cost_table
 from lwfedssl_jax.analysis.headline import headline
 from lwfedssl_jax.analysis.report_figures import (
@@ -127,6 +128,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "promises": promises(members, lambda promise: promise["says"]),
         "audits": promises(members, lambda promise: promise.get("audit", {}).get("says")),
         "not_covered": NOT_COVERED,
+        "events": {label: said for label, runs in members.items() if (said := list(event_words(runs[0].path)))},
         "pacing": pacing_figure(members),
         "share_panel": len(settings) <= len(STYLES),
         "spending": spending_figure(members),
@@ -155,6 +157,7 @@ def _tables(
         "fleet": tables.fleet_table(first_summaries),
         "privacy": tables.privacy_table(first_summaries),
         "membership": tables.membership_table(first_summaries),
+        "devices": device_table({label: runs[0].path for label, runs in members.items()}),
     }
 
 

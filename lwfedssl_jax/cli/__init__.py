@@ -148,6 +148,36 @@ def new_command(arguments: list[str]) -> None:
     run_new(options)
 
 
+def pilot_command(arguments: list[str]) -> None:
+    """Run the ``pilot`` command."""
+    from lwfedssl_jax.cli import pilot_options
+
+    what, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
+    with Interrupts():
+        if what == "local":
+            local = pilot_options.parse_local(rest)
+            from lwfedssl_jax.cli.pilot import run_pilot_local
+
+            run_pilot_local(local, rest)
+        elif what == "server":
+            server = pilot_options.parse_server(rest)
+            from lwfedssl_jax.cli.pilot import run_pilot_server
+
+            run_pilot_server(server, rest)
+        elif what == "device":
+            device = pilot_options.parse_device(rest)
+            from lwfedssl_jax.cli.pilot import run_pilot_device
+
+            run_pilot_device(device)
+        elif what == "keys":
+            keys = pilot_options.parse_keys(rest)
+            from lwfedssl_jax.cli.pilot import run_pilot_keys
+
+            run_pilot_keys(keys)
+        else:
+            raise ConfigError(f"pilot: unknown {what!r}; accepted: local, server, device, keys")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "resources": resources_command,
@@ -156,6 +186,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "report": report_command,
     "embed": embed_command,
     "new": new_command,
+    "pilot": pilot_command,
     "list": list_command,
     "completion": completion_command,
 }
@@ -183,6 +214,11 @@ def print_help() -> None:
     print("      the features of your own images, from the encoder of a finished run")
     print("  new DIR")
     print("      a folder to begin your own work in: a config with an encoder, an objective and data of your own")
+    print("  pilot local CONFIG [--devices N] [--workdir DIR] [--compare] [--tls]")
+    print("  pilot server CONFIG --devices N [--workdir DIR] [--keys DIR] [--port N]")
+    print("  pilot device HOST:PORT --data FOLDER [--name NAME] [--ca FILE --key FILE]")
+    print("  pilot keys DIR --devices NAME [NAME ...] [--hosts HOST ...]")
+    print("      the same rounds on real devices, or on processes of this machine")
     print("  list [PATTERN ...]")
     print("      the configs and sweeps that exist, or those whose names contain or match a pattern")
     print("  completion bash|zsh")

@@ -172,7 +172,7 @@ class NewOptions:
     """The folder, which must be new or empty."""
 
 
-Options = TypeVar("Options", TrainOptions, ResourcesOptions, PlanOptions)
+Options = TypeVar("Options", bound="Any")
 
 
 def with_fleet(options: PlanOptions) -> Config:
@@ -291,14 +291,19 @@ def can_draw(path: Path) -> bool:
     return os.access(path, os.W_OK) if os.path.isfile(path) else can_write(path)
 
 
-def parse(options: type[Options], arguments: list[str]) -> Options:
+def parse(options: type[Options], arguments: list[str], command: str = "") -> Options:
     """Parse a command that starts with CONFIG; the config's values are the defaults of the options.
+
+    Args:
+      options: of the command.
+      arguments: all words after it.
+      command: its words, if they do not follow from the name of the options.
 
     Raises:
       ConfigError: no CONFIG, an unknown option or choice, or a value that is empty or does not parse.
       SystemExit: after ``--help``.
     """
-    command = options.__name__.removesuffix("Options").lower()
+    command = command or options.__name__.removesuffix("Options").lower()
     if arguments and arguments[0] in HELP:
         arguments = ["quickstart", "--help"]
     if not arguments or arguments[0].startswith("-"):

@@ -1,5 +1,6 @@
 """Traffic: bytes that clients download and upload, by the stages' shapes and as measured in a run."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -178,6 +179,11 @@ class Traffic:
         self._has_base[clients] = True
         skipped = int(self._skipped(stage, holds).sum())
         return models * self.exchanged(stage) - skipped + int((missing @ self._part_bytes).sum())
+
+    def of_client(self, stage: Stage, lacking: Collection[int]) -> tuple[int, int]:
+        """Return the bytes that a client downloads and uploads in a round; ``lacking``: the frozen layers it lacks."""
+        layers = self._part_bytes[np.isin(self._layer_of_part, list(lacking))].sum()
+        return self.exchanged(stage) + int(layers), self.upload(stage, [0])
 
     def _holds(self, clients: list[int], held: np.ndarray | None) -> np.ndarray:
         """Which parts clients hold, one row each."""

@@ -23,11 +23,25 @@ class Population(Sequence[np.ndarray]):
       sizes: N, the number of examples of each client.
       at: the examples of any clients at any positions, 0 to the client's size - 1.
       own: N, which of the data set's own clients each is; None if they are not its clients.
+      is_here: whether the examples are on this machine.
     """
+
+    is_here = True
 
     def __init__(self, sizes_N: np.ndarray, at: Examples) -> None:
         self.sizes, self.at = sizes_N, at
         self.own: np.ndarray | None = None
+
+    @classmethod
+    def elsewhere(cls, sizes_N: np.ndarray) -> "Population":
+        """Clients whose examples are not here: only their numbers are known."""
+
+        def at(clients: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            raise LookupError("the clients' images are not on this machine")
+
+        population = cls(sizes_N, at)
+        population.is_here = False
+        return population
 
     @classmethod
     def disjoint(cls, order: np.ndarray, sizes_N: np.ndarray) -> "Population":

@@ -38,7 +38,7 @@ def draw_views(run: ActiveRun) -> None:
     assert run.workdir
     prepared = run.prepared
     clients = [int(n) for n in np.flatnonzero(prepared.clients.sizes >= IMAGES)[:CLIENTS]]
-    if not clients:
+    if not clients or not prepared.clients.is_here:
         return
     rows = np.concatenate([np.sort(prepared.clients[n][:IMAGES]) for n in clients])
     images = np.asarray(prepared.dataset.train_images[rows])

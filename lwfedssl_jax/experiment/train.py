@@ -21,7 +21,7 @@ from lwfedssl_jax.experiment.ledgers import round_operations
 from lwfedssl_jax.experiment.trackers import Tracking
 from lwfedssl_jax.method.stages import Stage, alike
 from lwfedssl_jax.simulation.events import Event, Hear, Note, RoundDone, StageBegan, Started, ignore
-from lwfedssl_jax.simulation.setup import Cache
+from lwfedssl_jax.simulation.setup import Cache, Prepared
 from lwfedssl_jax.simulation.simulator import Outcome, Simulator
 from lwfedssl_jax.simulation.state import RoundState
 from lwfedssl_jax.system.devices import from_all, from_first
@@ -59,13 +59,16 @@ def train(config: Config, workdir: WorkDir | None, hear: Hear = ignore, cache: C
     return run.summary or {}
 
 
-def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> None:
+def train_together(
+    runs: Sequence[ActiveRun], cache: Cache | None = None, make: Callable[..., Simulator] = Simulator
+) -> None:
     """Run several experiments, or continue them; each ends with a summary or an error.
 
     Args:
       runs: one, or several with one ``program_config`` that can be stacked (``can_stack``); those that have finished
         different numbers of rounds, or do not fit into memory together, run one after the other.
       cache: shared with other runs of this process.
+      make: makes the simulator, with the arguments of the class.
 
     Raises:
       ConfigError: processes of one run have different configs.
@@ -86,7 +89,7 @@ def train_together(runs: Sequence[ActiveRun], cache: Cache | None = None) -> Non
                     run.listeners.append(trackers.enter_context(Tracking(run.config, run.workdir, run.hear)))
             interrupts.check()
             for group in load_groups(runs, cache, interrupts):
-                train_group(group, cache, interrupts)
+                train_group(group, cache, interrupts, make)
     except KeyboardInterrupt:
         saved = max((run.workdir.saved_rounds for run in runs if run.workdir), default=0)
         goes_on = f"continues after round {saved}" if saved else "begins again; no round is saved"
@@ -125,13 +128,15 @@ def load_groups(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts)
     return list(groups.values())
 
 
-def train_group(group: list[ActiveRun], cache: Cache, interrupts: Interrupts) -> None:
+def train_group(group: list[ActiveRun], cache: Cache, interrupts: Interrupts, make: Callable[..., Simulator]) -> None:
     """Train the runs of a group: stacked, as many at a time as fit into memory."""
     while group:
-        del group[: train_stacked(group, cache, interrupts)]
+        del group[: train_stacked(group, cache, interrupts, make)]
 
 
-def train_stacked(group: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> int:
+def train_stacked(
+    group: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts, make: Callable[..., Simulator]
+) -> int:
     """Train the first runs of a group to their end, as many as fit into memory together.
 
     Returns:
@@ -140,7 +145,7 @@ def train_stacked(group: Sequence[ActiveRun], cache: Cache, interrupts: Interrup
     runs, simulator = list(group), None
     while simulator is None:
         try:
-            simulator, position = simulate(runs, cache, interrupts)
+            simulator, position = simulate(runs, cache, interrupts, make)
         except Exception as error:  # before anything of any of them is written
             if len(runs) == 1 or not is_out_of_memory(error):
                 fail(runs, error)
@@ -194,7 +199,9 @@ class Position:
         runs[number].save(self.done, params, state)
 
 
-def simulate(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) -> tuple[Simulator, Position]:
+def simulate(
+    runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts, make: Callable[..., Simulator]
+) -> tuple[Simulator, Position]:
     """Make a simulator of the runs, with the programs of all remaining stages, and the position where it continues."""
 
     def hear(event: Event) -> None:
@@ -203,7 +210,7 @@ def simulate(runs: Sequence[ActiveRun], cache: Cache, interrupts: Interrupts) ->
 
     done = runs[0].done
     left = [stage for stage in runs[0].prepared.stages if done < stage.last_round]
-    simulator = Simulator([run.prepared for run in runs], left, hear, interrupts.check, cache)
+    simulator = make([run.prepared for run in runs], left, hear, interrupts.check, cache)
     params, state = simulator.resume(done, [run.saved for run in runs], runs[0].losses)
     for run, prepared in zip(runs, simulator.runs, strict=True):
         run.prepared, run.saved, run.losses = prepared, {}, []
@@ -216,9 +223,8 @@ def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
     if not run.workdir:
         return
     run.workdir.open(prepared.lanes, prepared.mesh.size, run.data.fingerprint)
-    with run.workdir.writing("plots"):
-        dataset, names = prepared.dataset, pictures.names_of_clients(prepared)
-        run_plots.plot_clients(dataset.train_labels, prepared.clients, run.workdir.path, dataset.class_names, names)
+    if prepared.clients.is_here:
+        plot_clients(run.workdir, prepared)
     run.hear(
         Started(
             config=run.config,
@@ -234,6 +240,13 @@ def start(run: ActiveRun, params: Tree, cache: Cache) -> None:
         run.hear(Note(same))
     if not run.done:
         log_evaluation(run, run.config.model.depth, 0, params)
+
+
+def plot_clients(workdir: WorkDir, prepared: Prepared) -> None:
+    """Draw which classes the clients' images have."""
+    with workdir.writing("plots"):
+        dataset, names = prepared.dataset, pictures.names_of_clients(prepared)
+        run_plots.plot_clients(dataset.train_labels, prepared.clients, workdir.path, dataset.class_names, names)
 
 
 def run_rounds(simulator: Simulator, runs: Sequence[ActiveRun], interrupts: Interrupts, position: Position) -> None:

@@ -98,26 +98,44 @@ def kept_of(share: float, size: int) -> int:
     return min(size, math.ceil(np.float32(share) * np.float32(size)))
 
 
-Compress = Callable[[jax.Array, Broadcast, Tree], Tree]
+class Message(NamedTuple):
+    """What a client sends of its model: its compressed update, and the running averages of batch normalisation."""
+
+    update: Quantised | Sparse
+    statistics: Tree
 
 
-def make_compress(config: Config) -> Compress | None:
-    """Return ``(key, broadcast, trained) -> trained as the server receives it``; None without compression."""
+class Compression(NamedTuple):
+    """How a client's model is sent.
+
+    Attributes:
+      pack: ``(key, broadcast, trained) -> message``, on the client.
+      unpack: ``(broadcast, message) -> trained``, as the server has it.
+    """
+
+    pack: Callable[[jax.Array, Broadcast, Tree], Message]
+    unpack: Callable[[Broadcast, Message], Tree]
+
+
+def make_compression(config: Config) -> Compression | None:
+    """Return how the clients of a config send their models; None if as they are."""
     compression = config.federation.compression
     if compression == "none":
         return None
     share = share_of(compression)
 
-    def compress(key: jax.Array, broadcast: Broadcast, trained: Tree) -> Tree:
+    def pack(key: jax.Array, broadcast: Broadcast, trained: Tree) -> Message:
         sent, present = weights_of(broadcast.trainable), weights_of(broadcast.present)
         update = jax.tree.map(jnp.subtract, weights_of(trained), sent)
-        if share is None:
-            received = dequantise(quantise(key, update, present))
-        else:
-            received = scatter(largest(update, present, share), update)
-        return trained | jax.tree.map(jnp.add, sent, received)
+        packed = quantise(key, update, present) if share is None else largest(update, present, share)
+        return Message(packed, {k: v for k, v in trained.items() if k == "statistics"})
 
-    return compress
+    def unpack(broadcast: Broadcast, message: Message) -> Tree:
+        sent, update = weights_of(broadcast.trainable), message.update
+        received = dequantise(update) if isinstance(update, Quantised) else scatter(update, sent)
+        return jax.tree.map(jnp.add, sent, received) | message.statistics
+
+    return Compression(pack, unpack)
 
 
 def quantise(key: jax.Array, update: Tree, present: Tree) -> Quantised:

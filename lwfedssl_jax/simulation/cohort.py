@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lwfedssl_jax.costs import accountant
-from lwfedssl_jax.simulation.packing import Draw, Layout, PackedRound, pack_round
+from lwfedssl_jax.simulation.packing import Draw, Layout, PackedRound, make_queue, pack_round, queues
 from lwfedssl_jax.simulation.setup import Prepared
 from lwfedssl_jax.system import seeds
 
@@ -72,6 +72,12 @@ def layout_of(run: Prepared) -> Layout:
 def draw_of(run: Prepared, number: int) -> Draw:
     """Return what the order of the examples depends on in a round."""
     return Draw(run.config.runtime.seed, number)
+
+
+def order_in_lane(run: Prepared, clients: list[int]) -> list[int]:
+    """Return clients in the order in which a single lane trains them."""
+    queue = make_queue(np.asarray(clients), run.clients.sizes[clients].astype(np.int64), layout_of(run))
+    return [clients[i] for i in queues(queue.steps.tolist(), 1)[0]]
 
 
 def pack_cohort(run: Prepared, clients: list[int], number: int) -> PackedRound | None:

@@ -1,8 +1,8 @@
 """The compiled programs of a stage, made ahead of time: they refuse other shapes instead of recompiling."""
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +49,14 @@ class Program(NamedTuple):
       steps: ``(carry, broadcast, memory, work, context) -> carry``; a context's key is key data.
       finish: ``(before, broadcast, carry, context) -> After``.
       embed: ``(the lanes' trainable parts, broadcast, work, context) -> embeddings``, if clients upload any.
+
+    A pilot's server has no ``steps`` and its devices no ``finish``.
     """
 
-    start: jax.stages.Compiled
-    steps: jax.stages.Compiled
-    finish: jax.stages.Compiled
-    embed: jax.stages.Compiled | None = None
+    start: Any
+    steps: Any = None
+    finish: Any = None
+    embed: Any = None
 
 
 class Before(NamedTuple):
@@ -82,10 +84,14 @@ class Programs:
       feed: provides the images.
       cache: shared with other simulators of this process.
       hear: called when a compilation begins.
+      skipped: names of programs that are not needed.
     """
 
-    def __init__(self, run: Prepared, stack: Stack, feed: Feed, cache: Cache, hear: Hear) -> None:
+    def __init__(
+        self, run: Prepared, stack: Stack, feed: Feed, cache: Cache, hear: Hear, skipped: Collection[str] = ()
+    ) -> None:
         self._run, self._stack, self._feed, self._cache, self._hear = run, stack, feed, cache, hear
+        self._skipped = skipped
 
     def of(self, stage: Stage) -> Program:
         """Return the programs of a stage, compiled once for all stages of the same shapes."""
@@ -94,10 +100,10 @@ class Programs:
         def compiled() -> Program:
             together = "" if self._stack.is_single else f"{count} runs, each with "
             self._hear(Compiling(f"the round, {together}{run.lanes} lane{'s' * (run.lanes > 1)}"))
-            return compile_stage(run, stage, self._feed, self._stack)
+            return compile_stage(run, stage, self._feed, self._stack, self._skipped)
 
         shapes = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
-        layout = run.lanes, run.mesh, count, self._feed.is_resident
+        layout = run.lanes, run.mesh, count, self._feed.is_resident, *self._skipped
         return self._cache.get(("round", program_config(run.config), layout, shapes), compiled)
 
 
@@ -119,12 +125,12 @@ def train_stage(
     method: Method, carry: Carry, broadcast: Broadcast, memory: Tree, work: Work, context: RoundContext
 ) -> Carry:
     """Call ``run_steps`` with a context whose key is key data, which every process can place on all devices."""
-    return run_steps(method, carry, broadcast, memory, work, _with_key(context))
+    return run_steps(method, carry, broadcast, memory, work, with_key(context))
 
 
 def finish_stage(method: Method, before: Before, broadcast: Broadcast, carry: Carry, context: RoundContext) -> After:
     """Put the round's average into the parameters, if any client's update is used or the aggregator does without."""
-    end = finish_round(method, _with_key(context), before.state, broadcast, carry)
+    end = finish_round(method, with_key(context), before.state, broadcast, carry)
     new = tree.put(before.params, before.rows, end.trainable), end.state
     is_used = (carry.total.examples.sum() > 0) | method.aggregator.finishes_empty
     params, state = tree.where(is_used, new, (before.params, before.state))
@@ -133,10 +139,11 @@ def finish_stage(method: Method, before: Before, broadcast: Broadcast, carry: Ca
 
 def embed_stage(method: Method, trainable: Tree, broadcast: Broadcast, work: Work, context: RoundContext) -> jax.Array:
     """Call ``embed_row`` with a context whose key is key data."""
-    return embed_row(method, trainable, broadcast, work, _with_key(context))
+    return embed_row(method, trainable, broadcast, work, with_key(context))
 
 
-def _with_key(context: RoundContext) -> RoundContext:
+def with_key(context: RoundContext) -> RoundContext:
+    """Return a context whose keys, which are key data, are keys."""
     canaries = context.canaries
     if canaries is not None:
         canaries = canaries._replace(key=jax.random.wrap_key_data(canaries.key))
@@ -148,9 +155,10 @@ def idle_call(run: Prepared) -> Schedule:
     return idle_schedule(cohort.CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
 
 
-def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> Program:
-    """Compile a stage's programs (see ``trace_stage``)."""
-    return Program(*(traced.lower().compile() for traced in trace_stage(run, stage, feed, stack)))
+def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack, skipped: Collection[str] = ()) -> Program:
+    """Compile a stage's programs (see ``trace_stage``), except for those whose names are given."""
+    traced = zip(Program._fields, trace_stage(run, stage, feed, stack), strict=False)
+    return Program(*(None if name in skipped else program.lower().compile() for name, program in traced))
 
 
 def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[jax.stages.Traced]:

@@ -13,11 +13,12 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.method.aggregation import Aggregator, RoundContext
 from lwfedssl_jax.method.client import ClientStart, client_step
-from lwfedssl_jax.method.compression import Compress
+from lwfedssl_jax.method.compression import Compression
 from lwfedssl_jax.method.depth_dropout import PER_ROUND, routes, skipped_layers, without_layers
 from lwfedssl_jax.method.exchange import Exchange
 from lwfedssl_jax.method.task import Broadcast, ClientState, Task, weights_of
@@ -38,7 +39,7 @@ class Method(NamedTuple):
       aggregator: how the server combines the clients' models.
       start: how a client's state begins.
       exchange: what clients and server exchange in addition to models.
-      compress: what the server receives of a client's model; None if all of it.
+      compression: how clients' models are sent; None if as they are.
       mesh: the devices that the lanes are split over, evenly.
     """
 
@@ -46,7 +47,7 @@ class Method(NamedTuple):
     aggregator: Aggregator
     start: ClientStart
     exchange: Exchange
-    compress: Compress | None
+    compression: Compression | None
     mesh: Mesh
 
 
@@ -264,18 +265,31 @@ def lane_step(
     loss = jnp.where(real > 0, loss.astype(jnp.float32) * real.astype(jnp.float32), 0)
     loss = jnp.where(row.step == 0, 0, lane.loss) + loss
     samples = jnp.where(row.step == 0, 0, lane.samples) + real
-    own_context = context._replace(key=jax.random.fold_in(client_key, seeds.ClientTag.CONTRIBUTION))
     trained = state.trainable
-    if method.compress:
-        trained = method.compress(jax.random.fold_in(client_key, seeds.ClientTag.COMPRESSION), broadcast, trained)
-    update = Update(trained, weight, loss, samples)
-    added = contribution(method, own_context, broadcast, update)
-    # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
-    finished, good = weight > 0, is_finite(added)
-    total = tree.where(finished & good, jax.tree.map(jnp.add, lane.total, added), lane.total)
-    left_out = lane.left_out + (finished & ~good).astype(jnp.int32)
+    if method.compression:
+        message = method.compression.pack(compression_key(context, row.client), broadcast, trained)
+        trained = method.compression.unpack(broadcast, message)
     layers = sum(count for count, _ in routes(broadcast, skipped_L))
-    return Carry(state, loss, samples, total, left_out, lane.layers + jnp.where(row.busy, layers, 0))
+    lane = lane._replace(client=state, loss=loss, samples=samples)
+    lane = lane._replace(layers=lane.layers + jnp.where(row.busy, layers, 0))
+    return accumulate(method, context, broadcast, lane, row.client, Update(trained, weight, loss, samples))
+
+
+def compression_key(context: RoundContext, client: ArrayLike) -> jax.Array:
+    """Return the key with which a client's update is compressed."""
+    return jax.random.fold_in(jax.random.fold_in(context.key, client), seeds.ClientTag.COMPRESSION)
+
+
+def accumulate(
+    method: Method, context: RoundContext, broadcast: Broadcast, lane: Carry, client: ArrayLike, update: Update
+) -> Carry:
+    """Add a client's update to a lane's sums, if the client has finished: before that, its weight is 0."""
+    own_key = jax.random.fold_in(jax.random.fold_in(context.key, client), seeds.ClientTag.CONTRIBUTION)
+    added = contribution(method, context._replace(key=own_key), broadcast, update)
+    # `where`, not a product with 0: NaN, also of an unfinished client, must not reach the sum.
+    finished, good = update.examples > 0, is_finite(added)
+    total = tree.where(finished & good, jax.tree.map(jnp.add, lane.total, added), lane.total)
+    return lane._replace(total=total, left_out=lane.left_out + (finished & ~good).astype(jnp.int32))
 
 
 def over_lanes(f: Callable[..., Tree], vmap_on_cpu: bool, *lanes: Tree) -> Tree:

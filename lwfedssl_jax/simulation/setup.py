@@ -19,7 +19,7 @@ from lwfedssl_jax.method.aggregation import Aggregator, make_aggregator
 from lwfedssl_jax.method.canaries import with_canaries
 from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import ClientStart
-from lwfedssl_jax.method.compression import make_compress
+from lwfedssl_jax.method.compression import make_compression
 from lwfedssl_jax.method.exchange import Exchange
 from lwfedssl_jax.method.fedca import dictionary_bytes, make_exchange
 from lwfedssl_jax.method.privacy import private
@@ -61,8 +61,8 @@ class Prepared(NamedTuple):
     @property
     def method(self) -> Method:
         """All static parts of a round."""
-        compress = make_compress(self.config)
-        return Method(self.task, self.aggregator, self.start, self.exchange, compress, self.mesh)
+        compression = make_compression(self.config)
+        return Method(self.task, self.aggregator, self.start, self.exchange, compression, self.mesh)
 
     @property
     def hyper(self) -> Hyper:
@@ -117,23 +117,35 @@ def prepare(
         incompatible; the server's images do not fit on a device.
     """
     check_method(config)
-    task, cache = make_task(config), cache or Cache()
-    layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
-    stages = make_stages(config, layers)
-    dataset, data = load_data(config.data, hear, cache)
+    make_stages(config, layers_of(make_task(config)))  # which refuses before the data are loaded
+    dataset, data = load_data(config.data, hear, cache or Cache())
     labels, seed = dataset.train_labels, config.partition_seed
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
     clients = partition(config.partition, labels, seed, dataset.train_clients)
-    hear_short_batches(config, clients.sizes, task.objective.fewest, hear)
+    hear_short_batches(config, clients.sizes, make_task(config).objective.fewest, hear)
     held_by_server = server_examples(config.partition, labels, seed)
     check_dictionary(config, memory_limit(mesh))
     check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
-    run = Prepared(
+    server_images = dataset.train_images[held_by_server]
+    run = lay_out(config, dataset, clients, lanes, mesh)._replace(fingerprint=data, server_images=server_images)
+    return run if config.fleet.devices else with_noise(run, hear)  # that depends on what the fleet can do
+
+
+def lay_out(config: Config, dataset: Dataset, clients: Population, lanes: int, mesh: Mesh) -> Prepared:
+    """Lay out the stages and the method of a run over given clients; neither data nor what they have is checked.
+
+    Raises:
+      ConfigError: parts of the config are incompatible.
+    """
+    task = make_task(config)
+    layers = layers_of(task)
+    stages = make_stages(config, layers)
+    return Prepared(
         config=config,
         dataset=dataset,
-        fingerprint=data,
+        fingerprint={},
         clients=clients,
-        server_images=dataset.train_images[held_by_server],
+        server_images=dataset.train_images[:0],
         task=task,
         layers=layers,
         stages=stages,
@@ -143,7 +155,11 @@ def prepare(
         start=make_client_start(config, task, stages[0]),
         exchange=make_exchange(config, task),
     )
-    return run if config.fleet.devices else with_noise(run, hear)  # that depends on what the fleet can do
+
+
+def layers_of(task: Task) -> Tree:
+    """Return the layer number of every parameter of a task."""
+    return param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
 
 
 def with_noise(run: Prepared, hear: Hear) -> Prepared:

@@ -21,7 +21,7 @@ from lwfedssl_jax.simulation.events import Hear, StepsDone, ignore
 from lwfedssl_jax.simulation.feed import Feed, resident, streamed
 from lwfedssl_jax.simulation.lanes import placer
 from lwfedssl_jax.simulation.lines import empty_line, trained_fields
-from lwfedssl_jax.simulation.memories import Memories, recall, remember
+from lwfedssl_jax.simulation.memories import recall, remember
 from lwfedssl_jax.simulation.packing import PackedRound, Schedule, side_by_side
 from lwfedssl_jax.simulation.program import BROADCAST_BY_RUN, Before, Program, Programs, idle_call
 from lwfedssl_jax.simulation.rounds import ALL, BY_LANE, SCHEDULE_BY_LANE, Carry, Work
@@ -35,7 +35,7 @@ from lwfedssl_jax.simulation.setup import (
     with_fewer_lanes,
 )
 from lwfedssl_jax.simulation.stack import Stack
-from lwfedssl_jax.simulation.state import RoundState, resume_one
+from lwfedssl_jax.simulation.state import RoundStart, RoundState, Trained, resume_one
 from lwfedssl_jax.system import seeds
 from lwfedssl_jax.system.devices import from_first, memory_limit, program_memory
 from lwfedssl_jax.tree import Tree
@@ -78,11 +78,14 @@ class Simulator:
 
     Attributes:
       runs: with the lanes and devices that are used.
+      skipped: names of programs that are not needed (``Program``).
 
     Raises:
       ConfigError: the number of lanes that the config sets, or a single lane, does not fit into memory.
       MemoryError: the stacked runs do not fit into memory together.
     """
+
+    skipped: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -109,7 +112,7 @@ class Simulator:
     def _set_up(self) -> None:
         self.stack = Stack(len(self.runs), self.run.mesh)
         self._feed = self._make_feed()
-        self._programs = Programs(self.run, self.stack, self._feed, self._cache, self._hear)
+        self._programs = Programs(self.run, self.stack, self._feed, self._cache, self._hear, self.skipped)
         self._server = ServerTraining(self.run, self._cache, self._hear)
         self._hyper = self.stack.gather([run.hyper for run in self.runs])
 
@@ -175,47 +178,26 @@ class Simulator:
         """
         extras = self._extras  # before the clock starts: the base model's training is not part of a round
         began, program = time.monotonic(), self.program(stage)
-        drawn = [cohort.draw_cohort(run, number) for run in self.runs]
-        broadcast, carry, state = self._begin(program, stage, params, state, extras)
-        per_run = list(zip(self.runs, self._traffic, drawn, strict=True))
+        broadcast, carry, state = self.begin(program, stage, params, state, extras)
+        context = self.context(stage, number, state.server)
+        trained = self.train_cohorts(RoundStart(stage, number, program, broadcast, carry, context, state, params))
+        per_run = list(zip(self.runs, self._traffic, trained.cohorts, trained.fields, strict=True))
         lines = [
-            dict[str, Any](empty_line(run, stage, number, traffic, clients, state.exchange))
-            for run, traffic, clients in per_run
+            dict[str, Any](empty_line(run, stage, number, traffic, clients, state.exchange)) | fields
+            for run, traffic, clients, fields in per_run
         ]
-        works = [cohort.pack_cohort(run, clients.reporting, number) for run, _, clients in per_run]
-        if any(works) or self.run.aggregator.finishes_empty:
-            context = self._context(stage, number, state.server)
-
-            clients = state.clients
-            dictionary = (
-                Dictionary(self.run, drawn[0].drawn, number, self._between_calls)
-                if self.run.exchange.embeddings
-                else None
-            )
-
-            def steps(carry: Carry, memory: Tree, work: Work) -> Carry:
-                after: Carry = program.steps(carry, broadcast, memory, work, context)
-                return after
-
-            def keep(carry: Carry, schedule: Schedule) -> None:
-                if self.run.keeps_clients:
-                    remember(clients, carry, schedule, stage)
-                if dictionary:
-                    dictionary.add(program, self._feed, carry, broadcast, schedule, context)
-
-            if any(works):
-                carry = self._train(steps, keep, carry, clients, works, number)
+        if any(trained.works) or self.run.aggregator.finishes_empty:
             before = Before(params, self.stack.place(stage.rows), state.server)
-            after = program.finish(before, broadcast, carry, context)
+            after = program.finish(before, broadcast, trained.carry, context)
             params, state = after.params, state._replace(server=after.state)
-            for i, work in enumerate(works):
+            for i, work in enumerate(trained.works):
                 measured = jax.device_get(self.stack.select(i, after.measured))
                 if work:
-                    lines[i] |= trained_fields(self.runs[i], stage, work, drawn[i], measured)
+                    lines[i] |= trained_fields(self.runs[i], stage, work, trained.cohorts[i], measured)
                 if work or self.run.aggregator.finishes_empty:
                     lines[i] |= {name: value.tolist() for name, value in measured["aggregator"].items()}
-            if dictionary and lines[0]["left_out"] < lines[0]["clients"]:
-                state = state._replace(exchange=dictionary.state)
+            if trained.exchange and lines[0]["left_out"] < lines[0]["clients"]:
+                state = state._replace(exchange=trained.exchange)
             is_used = lines[0]["left_out"] < lines[0]["clients"] or self.run.aggregator.finishes_empty
             if self._server.calibrates and is_used:
                 calibrated, lines[0]["calibration_loss"] = self._server.after_round(stage, params, number)
@@ -227,6 +209,29 @@ class Simulator:
         outcomes = [outcome(run, line | {"seconds": seconds}) for run, line in zip(self.runs, lines, strict=True)]
         return RoundResult(params, state, outcomes, stage)
 
+    def train_cohorts(self, start: RoundStart) -> Trained:
+        """Draw each run's cohort, and train the clients that report; changes ``start.state.clients``."""
+        program, number = start.program, start.number
+        cohorts = [cohort.draw_cohort(run, number) for run in self.runs]
+        works = [
+            cohort.pack_cohort(run, clients.reporting, number) for run, clients in zip(self.runs, cohorts, strict=True)
+        ]
+        trained = Trained(start.carry, cohorts, works, [{} for _ in self.runs])
+        if not any(works):
+            return trained
+        dictionary = None
+        if self.run.exchange.embeddings:
+            dictionary = Dictionary(self.run, cohorts[0].drawn, number, self._between_calls)
+
+        def keep(carry: Carry, schedule: Schedule) -> None:
+            if self.run.keeps_clients:
+                remember(start.state.clients, carry, schedule, start.stage)
+            if dictionary:
+                dictionary.add(program, self._feed, carry, start.broadcast, schedule, start.context)
+
+        carry = self.train(start, works, keep)
+        return trained._replace(carry=carry, exchange=dictionary.state if dictionary else None)
+
     def noise_only(self, clips: Sequence[np.ndarray]) -> Tree:
         """Return what all rounds' noise makes of the initial parameters if no client reports (``privacy.private``).
 
@@ -237,10 +242,10 @@ class Simulator:
         for stage in self.run.stages:
             program, rows, state = self.program(stage), self.stack.place(stage.rows), None
             for number in range(stage.first_round + 1, stage.last_round + 1):
-                broadcast, carry, state = self._begin(program, stage, params, state, extras)
+                broadcast, carry, state = self.begin(program, stage, params, state, extras)
                 scales = [np.float32(clip[number - 1] / clip[stage.first_round]) for clip in clips]
                 server = state.server._replace(scale=self.stack.gather(scales))
-                context = self._context(stage, number, server)
+                context = self.context(stage, number, server)
                 if context.canaries is not None:
                     silent = jax.tree.map(np.zeros_like, jax.device_get(context.canaries.uploads))
                     context = context._replace(canaries=context.canaries._replace(uploads=self.stack.place(silent)))
@@ -260,13 +265,8 @@ class Simulator:
         stage = self.run.stages[stage.number - 1]
         return stage, {"loss_fall": pace, "stage_ends": stage.last_round == len(self._losses)}
 
-    def _begin(
-        self,
-        program: Program,
-        stage: Stage,
-        params: Tree,
-        state: RoundState | None,
-        extras: Tree,
+    def begin(
+        self, program: Program, stage: Stage, params: Tree, state: RoundState | None, extras: Tree
     ) -> tuple[Broadcast, Carry, RoundState]:
         """The round's broadcast, the empty round, and the state, of which this round may change ``clients``."""
         exchange = state.exchange if state else self.run.exchange.start()
@@ -277,7 +277,7 @@ class Simulator:
         server = self.stack.vmap(self.run.aggregator.init, (BROADCAST_BY_RUN,))(broadcast)
         return broadcast, carry, RoundState(server, {}, exchange)
 
-    def _context(self, stage: Stage, number: int, server: Tree) -> RoundContext:
+    def context(self, stage: Stage, number: int, server: Tree) -> RoundContext:
         """The context of a round, before which ``server`` is the aggregator's state."""
 
         def keys(tag: seeds.KeyTag, path: int) -> jax.Array:
@@ -300,16 +300,14 @@ class Simulator:
             canaries=canaries,
         )
 
-    def _train(
+    def train(
         self,
-        run_steps: Callable[[Carry, Tree, Work], Carry],
-        keep: Callable[[Carry, Schedule], None],
-        carry: Carry,
-        clients: Memories,
+        start: RoundStart,
         works: Sequence[PackedRound | None],
-        number: int,
+        keep: Callable[[Carry, Schedule], None] = lambda carry, schedule: None,
     ) -> Carry:
-        """Run the round's local training, call by call, and ``keep`` after each; ``clients``: what these have kept."""
+        """Run the round's local training, call by call, and ``keep`` after each."""
+        carry, number = start.carry, start.number
         put_schedule = placer(self.run.mesh, self.stack.spec(SCHEDULE_BY_LANE))
         total, done = max(work.length for work in works if work), 0
         calls = self._feed.serve(self._calls(works))
@@ -319,13 +317,13 @@ class Simulator:
             schedule = jax.tree.map(put_schedule, host_schedule)
             memory = None
             if self.run.keeps_clients:
-                memory = recall(self.run.start.empty_memory, clients, host_schedule, self.run.mesh)
+                memory = recall(self.run.start.empty_memory, start.state.clients, host_schedule, self.run.mesh)
             first, call = 0, None
             while first < steps:
                 count = min(self._call_steps, steps - first)
                 asked = time.monotonic()
                 work = Work(images, schedule, *self.stack.place((np.int32(first), np.int32(count))))
-                carry = run_steps(carry, memory, work)
+                carry = start.program.steps(carry, start.broadcast, memory, work, start.context)
                 if first + count == steps:
                     call = next(calls, None)  # made while the device works
                 jax.block_until_ready(carry)

@@ -1,17 +1,22 @@
 """The state that lasts between rounds, and how it is saved and resumed."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lwfedssl_jax.costs.traffic import Traffic
+from lwfedssl_jax.method.aggregation import RoundContext
 from lwfedssl_jax.method.depth_dropout import held_layers
 from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
+from lwfedssl_jax.simulation.cohort import Cohort
 from lwfedssl_jax.simulation.memories import Memories
-from lwfedssl_jax.simulation.program import make_broadcast
+from lwfedssl_jax.simulation.packing import PackedRound
+from lwfedssl_jax.simulation.program import Program, make_broadcast
+from lwfedssl_jax.simulation.rounds import Carry
 from lwfedssl_jax.simulation.setup import Prepared, initial_params
 from lwfedssl_jax.system.devices import from_first
 from lwfedssl_jax.tree import Tree
@@ -29,6 +34,39 @@ class RoundState(NamedTuple):
     server: Tree
     clients: Memories
     exchange: Tree
+
+
+class RoundStart(NamedTuple):
+    """A round before its clients train: its stage and number, programs, broadcast, empty sums, context and state.
+
+    ``params`` are all parameters.
+    """
+
+    stage: Stage
+    number: int
+    program: Program
+    broadcast: Broadcast
+    carry: Carry
+    context: RoundContext
+    state: RoundState
+    params: Tree = None
+
+
+class Trained(NamedTuple):
+    """A round after its clients have trained.
+
+    Attributes:
+      carry: the sums over the clients that report.
+      cohorts, works: of each run; no work if no client reports.
+      fields: of each run's line, in place of those that are computed.
+      exchange: the state of the method's additional exchange, if it has any.
+    """
+
+    carry: Carry
+    cohorts: list[Cohort]
+    works: list[PackedRound | None]
+    fields: list[dict[str, Any]]
+    exchange: Tree = None
 
 
 def resume_one(run: Prepared, traffic: Traffic, rounds: int, saved: Tree) -> tuple[Tree, RoundState | None]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lwfedssl_jax.workdir.schema import Summary
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lwfedssl_jax")
-LOCK = ".lock"
+LOCK, PILOT = ".lock", "pilot"  # the latter is the folder of a pilot's processes
 
 
 class WorkDir:
@@ -59,7 +59,7 @@ class WorkDir:
                 raise ConfigError(
                     f"--workdir: {path} is not a directory; accepted: a new or empty directory, or a run's"
                 )
-            if path.is_dir() and any(p.name != LOCK and not is_leftover(p) for p in path.iterdir()):
+            if path.is_dir() and any(p.name not in (LOCK, PILOT) and not is_leftover(p) for p in path.iterdir()):
                 self._check_same_run()
                 self._is_new = False
                 summary = path / "summary.json"

@@ -1,21 +1,21 @@
-"""Reading ``metrics.jsonl``."""
+"""Reading ``metrics.jsonl``, and ``pilot.jsonl``, whose lines have a round, too."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
+METRICS, PILOT_LINES = "metrics.jsonl", "pilot.jsonl"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a work directory's ``metrics.jsonl``, in order; none if there is no such file."""
-    file = path / METRICS
+def read_lines(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Return the complete lines of a file of a work directory, in order; none if there is no such file."""
+    file = path / name
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     return [content for line in lines if (content := whole_line(line))]
 
 
 def whole_line(line: bytes) -> dict[str, Any] | None:
-    """Return the content of a line of ``metrics.jsonl``, or None if the line is truncated or damaged."""
+    """Return the content of a line, or None if the line is truncated or damaged."""
     try:
         content = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

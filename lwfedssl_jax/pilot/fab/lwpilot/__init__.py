@@ -1,0 +1,1 @@
+"""Passes the messages of a pilot of lwfedssl_jax on."""

@@ -1,0 +1,131 @@
+"""The device's side of a pilot: answers the server's messages, whatever carries them."""
+
+import json
+import os
+import platform
+import resource
+import secrets
+import sys
+import time
+
+import jax
+
+from lwfedssl_jax import __version__
+from lwfedssl_jax.config import ConfigError, from_dict, resolve
+from lwfedssl_jax.data import sources
+from lwfedssl_jax.pilot import protocol
+from lwfedssl_jax.pilot.cache import LayerCache
+from lwfedssl_jax.pilot.images import DeviceImages
+from lwfedssl_jax.pilot.protocol import Ask, Hello, Message, Missing, ProtocolError, Refused, Result, Train
+from lwfedssl_jax.pilot.update import LocalUpdate
+from lwfedssl_jax.pilot.wire import Wire, WireError
+from lwfedssl_jax.simulation.setup import Cache
+
+
+class Worker:
+    """A device: its name, its images and the layers that it has.
+
+    Args:
+      name: the same whenever the device returns.
+      images: its own.
+      layers: that it has.
+      programs: compiled ones; by default, its own.
+    """
+
+    def __init__(self, name: str, images: DeviceImages, layers: LayerCache, programs: Cache | None = None) -> None:
+        self._name, self._images, self._cache, self._programs = name, images, layers, programs
+        self._boot, self._baseline = secrets.token_hex(8), peak_bytes()
+        self._update: tuple[tuple[str, int], LocalUpdate] | None = None
+
+    def handle(self, message: Message) -> Message:
+        """Return the answer to a message; what cannot be done is refused, with the reason."""
+        began = time.monotonic()
+        try:
+            request = protocol.read(message)
+        except ProtocolError as error:
+            return protocol.write(Refused(f"{self._name} was sent {error}"))
+        if isinstance(request, Ask):
+            return protocol.write(self.hello())
+        if not isinstance(request, Train):
+            return protocol.write(Refused(f"{self._name} was sent a message {message.kind}"))
+        try:
+            return protocol.write(self._train(request, began))
+        except (ConfigError, WireError, MemoryError) as error:
+            return protocol.write(Refused(f"{self._name}: {error}", request.round))
+
+    def hello(self) -> Hello:
+        """Say who the device is."""
+        versions = f"lwfedssl_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+        return Hello(
+            name=self._name,
+            boot=self._boot,
+            software=versions,
+            platform=f"{platform.system()} {platform.machine()}",
+            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            baseline_bytes=self._baseline,
+            images=len(self._images.files),
+            data=self._images.digest,
+            layers=",".join(self._cache.digests()),
+            time=time.time(),
+        )
+
+    def _train(self, request: Train, began: float) -> Result | Missing | Refused:
+        update = self._update_of(request.config, request.client)
+        stages = {stage.number: stage for stage in update.run.stages}
+        if request.stage not in stages:
+            raise WireError(f"a stage {request.stage} of {len(stages)}")
+        stage, wire = stages[request.stage], Wire(update.run)
+        layers, missing = dict[int, bytes](), []
+        for number, digest in enumerate(protocol.split(request.frozen), start=1):
+            content = request.arrays.get(digest)
+            if content is not None:
+                if wire.digest(number, content) != digest:
+                    raise WireError(f"a layer {number} that is not the one with the hash {digest}")
+                self._cache.put(digest, wire.header(number) + content)
+            elif (kept := self._cache.get(digest)) is not None:
+                content = kept.removeprefix(wire.header(number))
+            if content is None:
+                missing.append(digest)
+            else:
+                layers[number] = content
+        if len(layers) + len(missing) != stage.frozen_depth:
+            raise WireError(f"{len(layers) + len(missing)} frozen layers where there are {stage.frozen_depth}")
+        if missing:
+            return Missing(request.run, request.round, ",".join(missing))
+        params = wire.params(stage, request.arrays.get("trainable", b""), layers)
+        if time.monotonic() - began > request.seconds:
+            return Refused(f"{self._name}: the time for round {request.round} is over", request.round)
+        trained = update(stage, params, request.round)
+        return Result(
+            run=request.run,
+            round=request.round,
+            client=request.client,
+            examples=trained.examples,
+            loss=trained.loss,
+            samples=trained.samples,
+            layers=trained.layers,
+            train_seconds=trained.train_seconds,
+            compile_seconds=trained.compile_seconds,
+            peak_bytes=peak_bytes(),
+            program_bytes=trained.program_bytes,
+            arrays={"update": wire.update(stage, trained.trained)},
+        )
+
+    def _update_of(self, text: str, client: int) -> LocalUpdate:
+        """The local training of a config, whose programs last as long as the run."""
+        if self._update is None or self._update[0] != (text, client):
+            try:
+                config = resolve(from_dict(json.loads(text)))
+            except (ValueError, TypeError) as error:
+                raise WireError(f"a config that cannot be read ({error})") from error
+            source = sources.find(config.data)
+            images = self._images.load(config.data.image_size, source.channels)
+            self._update = (text, client), LocalUpdate(config, images, client, self._programs)
+        return self._update[1]
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else 1024 * int(peak)
