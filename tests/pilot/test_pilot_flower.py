@@ -127,7 +127,7 @@ def test_a_device_that_is_too_slow_is_left_out_and_takes_part_again(pilots: Call
     assert rounds[1] == (3, 0)
     assert rounds[2] == (2, 1)
     assert rounds[3] == (3, 0)
-    assert any(event in ("late", "failed") and name == "local-1" for event, name in pilot.events())
+    assert any(event in ("late", "failed", "left") and name == "local-1" for event, name in pilot.events())
 
 
 def test_the_command_goes_on_after_the_server_is_killed(tmp_path: Path) -> None:
