@@ -149,7 +149,7 @@ def read(message: Message) -> Content:
     Raises:
       ProtocolError: it is of another version or kind, or a field is missing or of another type.
     """
-    if (version := message.fields.get("version")) != VERSION:
+    if type(version := message.fields.get("version")) is not int or version != VERSION:
         raise ProtocolError(f"a message of protocol {version}; accepted: {VERSION}")
     if message.kind not in KINDS:
         raise ProtocolError(f"a message {message.kind!r}; accepted: {', '.join(KINDS)}")

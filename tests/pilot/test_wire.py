@@ -154,7 +154,7 @@ def test_messages_come_back_as_they_were(content: protocol.Content) -> None:
 
 
 @given(
-    name=st.sampled_from([*protocol.write(RESULT).fields]),
+    name=st.sampled_from(sorted({*protocol.write(RESULT).fields} - {"version"})),
     value=st.one_of(st.none(), st.text(), st.booleans(), st.binary(), st.floats(), st.integers(2, 3)),
 )
 def test_damaged_messages_are_refused_or_of_the_right_types(name: str, value: object) -> None:
