@@ -41,7 +41,8 @@ def run_pilot_local(options: LocalOptions, arguments: list[str]) -> None:
 
 def run_pilot_server(options: ServerOptions, arguments: list[str]) -> None:
     """Run ``pilot server``."""
-    from lwfedssl_jax.pilot.server import check_pilot, serve
+    from lwfedssl_jax.pilot.checks import check_pilot
+    from lwfedssl_jax.pilot.server import serve
     from lwfedssl_jax.pilot.superlink import FlowerLink
 
     changes = {"partition.clients": options.devices, "runtime.lanes": 1}

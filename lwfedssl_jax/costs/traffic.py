@@ -180,9 +180,9 @@ class Traffic:
         skipped = int(self._skipped(stage, holds).sum())
         return models * self.exchanged(stage) - skipped + int((missing @ self._part_bytes).sum())
 
-    def of_client(self, stage: Stage, lacking: Collection[int]) -> tuple[int, int]:
-        """Return the bytes that a client downloads and uploads in a round; ``lacking``: the frozen layers it lacks."""
-        layers = self._part_bytes[np.isin(self._layer_of_part, list(lacking))].sum()
+    def round_bytes(self, stage: Stage, missing_layers: Collection[int]) -> tuple[int, int]:
+        """Return the bytes that a client down- and uploads in a round; ``missing_layers``: frozen ones, by number."""
+        layers = self._part_bytes[np.isin(self._layer_of_part, list(missing_layers))].sum()
         return self.exchanged(stage) + int(layers), self.upload(stage, [0])
 
     def _holds(self, clients: list[int], held: np.ndarray | None) -> np.ndarray:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from lwfedssl_jax.system.files import write_whole
+from lwfedssl_jax.system.files import is_leftover, write_whole
 
 LIMIT = 2**30
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -26,6 +26,8 @@ class LayerCache:
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         self._folder, self._limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in filter(is_leftover, folder.iterdir()):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
 
     def get(self, digest: str) -> bytes | None:
         """Return a layer, or None if it is not there or damaged."""
@@ -47,18 +49,21 @@ class LayerCache:
         """Keep a layer, unless the folder cannot be written or the content has another hash."""
         if hashlib.sha256(content).hexdigest() != digest:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # also if the folder, or a file, is removed meanwhile
+            self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._folder / digest, content)
-        files = sorted(self._files(), key=lambda path: path.stat().st_mtime)
-        size = sum(path.stat().st_size for path in files)
-        for path in files:
-            if size > self._limit and path.name != digest:
-                size -= path.stat().st_size
-                path.unlink(missing_ok=True)
+            sizes = {path: path.stat() for path in self._files()}
+            size = sum(stat.st_size for stat in sizes.values())
+            for path in sorted(sizes, key=lambda path: sizes[path].st_mtime):
+                if size > self._limit and path.name != digest:
+                    size -= sizes[path].st_size
+                    path.unlink(missing_ok=True)
 
     def digests(self) -> list[str]:
         """Return the hashes of the layers, in order; whether they are intact is not known."""
         return sorted(path.name for path in self._files())
 
     def _files(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
         return [path for path in self._folder.iterdir() if DIGEST.fullmatch(path.name) and path.is_file()]

@@ -1,18 +1,27 @@
-"""The server's view of the devices: who is there, who owes an answer, and a round's updates as they come in."""
+"""The server's view of the devices: which are there, which have yet to answer, and a round's updates as they come."""
 
+import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lwfedssl_jax.pilot import protocol
-from lwfedssl_jax.pilot.journal import Journal
+from lwfedssl_jax.pilot.journal import Entry, Journal
 from lwfedssl_jax.pilot.link import Answer, Link
-from lwfedssl_jax.pilot.protocol import Ask, Content, Hello, Missing, ProtocolError, Refused, Result, Train
+from lwfedssl_jax.pilot.protocol import Ask, Content, Hello, Message, Missing, ProtocolError, Refused, Result, Train
 
 SECONDS_BETWEEN_POLLS = 0.25
-LONGEST_NAME = 64
 SECONDS_TO_ANSWER = 60.0  # a question that needs no training
+SECONDS_TO_GREET = 15.0  # that a round waits for who it is that has come
+SECONDS_TO_ASK_AGAIN = 10.0  # after a question without an answer
+SECONDS_TO_LEAVE = 5.0  # that a node must be gone: a transport that starts again has no nodes for a moment
+MOST_REQUESTS = 3  # to a device in a round
+MOST_IMAGES = 2**24  # whose number float32, in which updates are weighted, has exactly
+LONGEST_NAME, LONGEST_REASON = 64, 200
+ABOUT = ("software", "platform", "cores", "memory_bytes", "baseline_bytes")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Request(NamedTuple):
@@ -40,17 +49,25 @@ class Report(NamedTuple):
     """A device's update, and what it took.
 
     Attributes:
-      result: as it was received.
-      lacking: numbers of the frozen layers that it was expected to lack.
+      result: as it was received, without its bytes.
+      missing_layers: numbers of the frozen layers that it was expected not to have.
       payload_down, payload_up: bytes of parameters that were sent to it and received.
       message_seconds: from the first message of the round to its result.
     """
 
     result: Result
-    lacking: list[int]
+    missing_layers: list[int]
     payload_down: int
     payload_up: int
     message_seconds: float
+
+
+class Collected(NamedTuple):
+    """A round's reports by the devices' numbers, and the bytes that all devices together were sent, and returned."""
+
+    reports: dict[int, Report]
+    payload_down: int
+    payload_up: int
 
 
 @dataclass
@@ -59,32 +76,61 @@ class Device:
 
     Attributes:
       name, number: of the device.
-      node: where it is reached; None while it is away.
-      boot: of its present start.
       layers: hashes of the layers that it has, as far as is known.
-      owes: the message that it has not answered.
+      sent: hashes of those that were in the last message.
+      owes: number of the message that it has not answered.
+      until: when that answer will no longer come.
       round: of that message.
     """
 
     name: str
     number: int
-    node: str | None
-    boot: str
     layers: set[str]
+    sent: set[str] = field(default_factory=set)
     owes: int | None = None
+    until: float = 0.0
     round: int = 0
 
 
 @dataclass
-class Open:
-    """A round that is being collected: clients to be asked or waited for, when each was asked first, bytes, reports."""
+class Node:
+    """Where a device can be reached.
+
+    Attributes:
+      seen: when it was last there.
+      device: that answers there; None as long as that is not known.
+      question: number of the message that asks who it is, until the answer.
+      asked: when it was asked.
+      is_refused: whether it may not join.
+    """
+
+    seen: float
+    device: Device | None = None
+    question: int | None = None
+    asked: float = -SECONDS_TO_ASK_AGAIN
+    is_refused: bool = False
+
+
+@dataclass
+class OpenRound:
+    """A round whose updates are being collected.
+
+    Attributes:
+      request: to all devices.
+      waiting: numbers of the devices that may still report.
+      began: when its time began to run.
+      first_asked, requests, sent_bytes, missing_layers: of each device that was asked.
+      reports: of each device that has reported.
+      payload_up: bytes of parameters that were received.
+    """
 
     request: Request
     waiting: set[int]
     began: float | None = None
-    asked: dict[int, float] = field(default_factory=dict)
+    first_asked: dict[int, float] = field(default_factory=dict)
+    requests: dict[int, int] = field(default_factory=dict)
     sent_bytes: dict[int, int] = field(default_factory=dict)
-    lacking: dict[int, list[int]] = field(default_factory=dict)
+    missing_layers: dict[int, list[int]] = field(default_factory=dict)
     reports: dict[int, Report] = field(default_factory=dict)
 
 
@@ -114,28 +160,33 @@ class Devices:
     ) -> None:
         self._link, self._journal, self._most, self._fewest = link, journal, most, fewest
         self._deadline, self._between_polls, self._now, self._sleep = deadline, between_polls, now, sleep
-        self._asked: dict[str, tuple[int, float]] = {}  # nodes that have been asked who they are
-        self._named: dict[str, Device] = {}  # by node
-        self._strangers: set[str] = set()  # nodes that may not join
-        self._devices: dict[str, Device] = {}  # by name
-        self._round = 0
+        self._nodes: dict[str, Node] = {}
+        self._boots: dict[str, str] = {}  # of each device that is there, which differs each time that it starts
+        self._round, self._looked = 0, 0.0
+        self.last_reason = ""
+
+    @property
+    def here(self) -> list[Device]:
+        """The devices that can be reached."""
+        return [node.device for node in self._nodes.values() if node.device]
 
     def gather(self, count: int, hear: Callable[[list[str]], None]) -> None:
         """Wait until a number of devices are there; ``hear`` is called with their names when these change."""
-        here: list[str] | None = None
-        while here is None or len(here) < count:
+        names: list[str] | None = None
+        while names is None or len(names) < count:
             self._step(None)
-            found = sorted(device.name for device in self._named.values())
-            if found != here:
-                here = found
-                hear(here)
-            if len(here) < count:
+            found = sorted(device.name for device in self.here)
+            if found != names:
+                names = found
+                hear(names)
+            if len(names) < count:
                 self._wait()
 
-    def collect(self, request: Request, clients: Sequence[int], hear: Callable[[int, int], None]) -> dict[int, Report]:
+    def collect(self, request: Request, clients: Sequence[int], hear: Callable[[int, int], None]) -> Collected:
         """Ask clients for a round of local training; return the reports of those that answer within the deadline.
 
-        The round ends when no client that can be reached owes an answer; while none can be reached, it waits.
+        The round ends when nobody who can be reached has to answer any more, without any report only at the deadline.
+        Its time runs from the first message on, or, if none of its devices is there, while any other is.
 
         Args:
           request: to all of them.
@@ -143,183 +194,228 @@ class Devices:
           hear: called with how many reports there are, and may be.
         """
         self._round = request.round
-        open_round = Open(request, set(clients))
-        told, is_alone = -1, False
+        open_round, heard, is_told = OpenRound(request, set(clients)), -1, False
         while open_round.waiting:
             self._step(open_round)
+            if open_round.began is None and any(n.device and n.seen == self._looked for n in self._nodes.values()):
+                open_round.began = self._now()
             if open_round.began is None:
-                if not is_alone and not self._reachable(open_round):
-                    self._event("waiting", "", "no device of the round can be reached")
-                    is_alone = True
-            elif self._now() - open_round.began > self._deadline or not self._reachable(open_round):
+                if not is_told:
+                    self._event("waiting", "", "no device can be reached")
+                    is_told = True
+            elif self._is_over(open_round, self._now() - open_round.began):
                 break
-            if len(open_round.reports) > told:
-                told = len(open_round.reports)
-                hear(told, len(clients))
+            if len(open_round.reports) > heard:
+                heard = len(open_round.reports)
+                hear(heard, len(clients))
             if open_round.waiting:
                 self._wait()
-        for device in self._devices.values():
+        for device in self.here:
             if device.number in open_round.waiting and device.owes is not None and device.round == request.round:
                 self._event("late", device.name, f"no update within {self._deadline:g} s")
-        return open_round.reports
+        received = sum(report.payload_up for report in open_round.reports.values())
+        return Collected(open_round.reports, sum(open_round.sent_bytes.values()), received)
 
     def name_of(self, number: int) -> str:
         """Return the name of a device."""
         return next(entry.name for entry in self._journal.roster.values() if entry.number == number)
 
-    def _reachable(self, open_round: Open) -> bool:
-        """Whether a client that is waited for can be reached, or a node has not said yet who it is.
-
-        Once others have been asked, one that is still busy with an earlier round is not waited for.
-        """
-        number, unnamed = open_round.request.round, set(self._asked) - set(self._named) - self._strangers
-        devices = [device for device in self._named.values() if device.number in open_round.waiting]
-        if open_round.began is not None:
-            devices = [device for device in devices if device.owes is None or device.round == number]
-        return bool(unnamed or devices)
+    def _is_over(self, open_round: OpenRound, seconds: float) -> bool:
+        if seconds > self._deadline:
+            return True
+        coming = [node for node in self._nodes.values() if node.question is not None]
+        is_busy = any(self._now() - node.asked <= SECONDS_TO_GREET for node in coming)
+        for device in self.here:  # one that is still busy with an earlier round is not waited for
+            has_to_answer = device.owes is None or device.round == open_round.request.round
+            is_busy |= device.number in open_round.waiting and has_to_answer
+        return not is_busy and bool(open_round.reports)
 
     def _wait(self) -> None:
         self._between_polls()
         self._sleep(SECONDS_BETWEEN_POLLS)
 
-    def _event(self, event: str, name: str, why: str = "") -> None:
-        self._journal.write({"event": event, "round": self._round, "name": name} | ({"why": why} if why else {}))
+    def _event(self, event: str, name: str, why: str = "", about: Mapping[str, object] | None = None) -> None:
+        why = " ".join(why.split())[:LONGEST_REASON]
+        self.last_reason = f"{name}: {why}" if name and why else why or self.last_reason
+        line = {"event": event, "round": self._round, "name": name}
+        self._journal.write(line | ({"why": why} if why else {}) | ({"device": dict(about)} if about else {}))
 
-    def _step(self, open_round: Open | None) -> None:
-        """See who is there, read what came, and ask who can be asked."""
-        nodes = set(self._link.nodes())
-        for node in set(self._asked) - nodes:
-            del self._asked[node]
-            self._strangers.discard(node)
-            if device := self._named.pop(node, None):
-                self._away(device, "left")
-        for node in sorted(nodes - set(self._asked)):
-            self._asked[node] = self._link.send(node, protocol.write(Ask()), SECONDS_TO_ANSWER), self._now()
+    def _step(self, open_round: OpenRound | None) -> None:
+        """See which nodes are there, read what came, and ask those that can be asked."""
+        names = sorted(self._link.nodes())
+        self._looked = now = self._now()
+        for name in names:
+            self._nodes.setdefault(name, Node(now)).seen = now
         for answer in self._link.poll():
             self._read(answer, open_round)
-        for node, (_, when) in list(self._asked.items()):
-            if node not in self._named and node not in self._strangers and self._now() - when > 2 * SECONDS_TO_ANSWER:
-                del self._asked[node]  # to be asked again
-        if open_round:
-            for device in self._named.values():
-                if device.number in open_round.waiting and device.owes is None:
-                    self._ask_for_training(device, open_round)
+        for name, node in list(self._nodes.items()):
+            if now - node.seen > SECONDS_TO_LEAVE:
+                del self._nodes[name]
+                if device := node.device:
+                    self._leave(device, "while it was training" if device.owes is not None else "")
+            elif name in names:
+                self._ask(name, node, open_round)
 
-    def _away(self, device: Device, event: str) -> None:
-        device.node = None
-        self._event(event, device.name, "while it was training" if device.owes is not None else "")
-        device.owes = None
+    def _leave(self, device: Device, why: str) -> None:
+        self._boots.pop(device.name, None)
+        self._event("left", device.name, why)
 
-    def _ask_for_training(self, device: Device, open_round: Open) -> None:
-        request, now = open_round.request, self._now()
+    def _ask(self, name: str, node: Node, open_round: OpenRound | None) -> None:
+        """Ask a node who it is, or for training, unless it has to answer first or has nothing to do."""
+        now, device = self._now(), node.device
+        if node.question is not None:
+            if now - node.asked > 2 * SECONDS_TO_ANSWER:
+                node.question = None  # it is lost
+        elif device is None:
+            if not node.is_refused and now - node.asked >= SECONDS_TO_ASK_AGAIN:
+                node.question, node.asked = self._link.send(name, protocol.write(Ask()), SECONDS_TO_ANSWER), now
+        elif device.owes is not None:
+            if now > device.until:
+                self._fail(node, device, "its answer is lost")
+        elif open_round and device.number in open_round.waiting:
+            self._ask_for_training(name, device, open_round)
+
+    def _ask_for_training(self, node: str, device: Device, open_round: OpenRound) -> None:
+        request, now, number = open_round.request, self._now(), device.number
         open_round.began = now if open_round.began is None else open_round.began
         left = self._deadline - (now - open_round.began)
-        if left <= 0 or device.node is None:
+        if left <= 0:
             return
-        lacking = {digest: content for digest, content in request.frozen.items() if digest not in device.layers}
+        open_round.requests[number] = open_round.requests.get(number, 0) + 1
+        if open_round.requests[number] > MOST_REQUESTS:
+            self._event("failed", device.name, f"it was asked {MOST_REQUESTS} times")
+            open_round.waiting.discard(number)
+            return
+        missing = {digest: content for digest, content in request.frozen.items() if digest not in device.layers}
         train = Train(
             run=request.run,
             round=request.round,
             stage=request.stage,
-            client=device.number,
+            client=number,
             config=request.config,
             frozen=",".join(request.frozen),
             seconds=left,
-            arrays={"trainable": request.trainable} | lacking,
+            arrays={"trainable": request.trainable} | missing,
         )
-        device.owes, device.round = self._link.send(device.node, protocol.write(train), left), request.round
-        device.layers |= set(lacking)
-        open_round.asked.setdefault(device.number, now)
-        numbers = [number for number, digest in enumerate(request.frozen, start=1) if digest in lacking]
-        open_round.lacking.setdefault(device.number, numbers)
+        device.owes, device.round = self._link.send(node, protocol.write(train), left), request.round
+        device.until, device.sent = now + left + SECONDS_TO_ANSWER, set(missing)
+        device.layers |= device.sent
+        open_round.first_asked.setdefault(number, now)
+        layers = [layer for layer, digest in enumerate(request.frozen, start=1) if digest in missing]
+        open_round.missing_layers.setdefault(number, layers)
         size = sum(map(len, train.arrays.values()))
-        open_round.sent_bytes[device.number] = open_round.sent_bytes.get(device.number, 0) + size
+        open_round.sent_bytes[number] = open_round.sent_bytes.get(number, 0) + size
 
-    def _read(self, answer: Answer, open_round: Open | None) -> None:
-        device = self._named.get(answer.node)
-        if device is None:
-            if answer.node in self._asked and answer.sent == self._asked[answer.node][0]:
-                self._greet(answer)
-            return
-        if answer.sent != device.owes:
-            return  # from before it left
-        device.owes = None
-        try:
-            content: Content | None = protocol.read(answer.message) if answer.message else None
-        except ProtocolError as error:
-            content = Refused(str(error))
-        if content is None:
-            self._event("failed", device.name, answer.why)
-            self._give_up(device, open_round)
-        elif isinstance(content, Missing):
-            lost = set(protocol.split(content.layers))
+    def _read(self, answer: Answer, open_round: OpenRound | None) -> None:
+        node = self._nodes.get(answer.node)
+        if node is None:
+            return  # it has left
+        if answer.sent == node.question:
+            node.question = None
+            self._greet(node, answer)
+        elif (device := node.device) and answer.sent == device.owes:
+            device.owes = None
+            if answer.message is None:
+                self._fail(node, device, answer.why)
+            else:
+                self._read_content(node, device, content_of(answer.message), open_round)
+
+    def _fail(self, node: Node, device: Device, why: str) -> None:
+        """Ask a device whose answer did not come who it is, since it may have started again; then for training."""
+        self._event("failed", device.name, why)
+        node.device = None
+
+    def _read_content(self, node: Node, device: Device, content: Content, open_round: OpenRound | None) -> None:
+        is_in_round = open_round is not None and device.round == open_round.request.round
+        if not open_round or not is_in_round:
+            self._event("late", device.name, f"its answer of round {device.round} came after the round")
+        elif isinstance(content, Missing) and not (lost := set(protocol.split(content.layers))) & device.sent:
             device.layers -= lost
             self._event("missing", device.name, f"{len(lost)} layers that it had are lost or damaged")
-            if open_round and not lost & set(open_round.request.frozen):
-                self._give_up(device, open_round)
-        elif isinstance(content, Result):
-            self._accept(device, content, open_round)
         else:
-            why = content.why if isinstance(content, Refused) else f"it answered {type(content).__name__}"
-            self._event("refused", device.name, why)
-            self._give_up(device, open_round)
-
-    def _give_up(self, device: Device, open_round: Open | None) -> None:
-        """Wait no longer for a device in this round, if it was asked in it."""
-        if open_round and device.round == open_round.request.round:
             open_round.waiting.discard(device.number)
+            try:
+                self._accept(device, content, open_round)
+            except ValueError as error:
+                self._event("refused", device.name, str(error))
+                node.device = None  # it is asked again who it is: its images may be others now
 
-    def _accept(self, device: Device, result: Result, open_round: Open | None) -> None:
-        if not open_round or (result.run, result.round) != (open_round.request.run, open_round.request.round):
-            self._event("late", device.name, f"its update of round {result.round} came after the round")
-            return
-        request = open_round.request
-        try:
-            if result.client != device.number:
-                raise ValueError(f"an update of client {result.client}, and it is client {device.number}")
-            if result.examples != self._journal.roster[device.name].images:
-                raise ValueError(f"an update from {result.examples} images")
-            request.check(result)
-        except ValueError as error:
-            self._event("refused", device.name, str(error))
-            self._give_up(device, open_round)
-            return
-        open_round.waiting.discard(device.number)
-        open_round.reports[device.number] = Report(
-            result=result,
-            lacking=open_round.lacking[device.number],
-            payload_down=open_round.sent_bytes[device.number],
-            payload_up=sum(map(len, result.arrays.values())),
-            message_seconds=self._now() - open_round.asked[device.number],
+    def _accept(self, device: Device, result: Content, open_round: OpenRound) -> None:
+        """Take a result into the round.
+
+        Raises:
+          ValueError: it is none, or not one of this device and round.
+        """
+        if not isinstance(result, Result):
+            raise ValueError(result.why if isinstance(result, Refused) else f"it answered {type(result).__name__}")
+        request, number = open_round.request, device.number
+        if (result.run, result.round, result.client) != (request.run, request.round, number):
+            raise ValueError(
+                f"an update of round {result.round} from client {result.client}; "
+                f"accepted: of round {request.round} from client {number}"
+            )
+        if result.examples != self._journal.roster[device.name].images:
+            raise ValueError(f"an update from {result.examples} images, which is not the number that it joined with")
+        if result.arrays.keys() != {"update"}:
+            raise ValueError(f"an update with {len(result.arrays)} arrays; accepted: one")
+        request.check(result)
+        open_round.reports[number] = Report(
+            result=dataclasses.replace(result, arrays={}),
+            missing_layers=open_round.missing_layers[number],
+            payload_down=open_round.sent_bytes[number],
+            payload_up=len(result.arrays["update"]),
+            message_seconds=self._now() - open_round.first_asked[number],
         )
 
-    def _greet(self, answer: Answer) -> None:
-        """Read who a node is, and enter it into the roster."""
+    def _greet(self, node: Node, answer: Answer) -> None:
+        """Read who answers at a node, and enter it into the roster."""
+        if answer.message is None:
+            return  # it is asked again
+        content, node.asked = content_of(answer.message), -SECONDS_TO_ASK_AGAIN
         try:
-            hello: Any = protocol.read(answer.message) if answer.message else Refused(answer.why)
-            if not isinstance(hello, Hello):
-                raise ValueError(hello.why if isinstance(hello, Refused) else "it does not say who it is")
-            if not (hello.name.isprintable() and 0 < len(hello.name) <= LONGEST_NAME):
-                raise ValueError(
-                    f"its name is {hello.name[:LONGEST_NAME]!r}; accepted: at most {LONGEST_NAME} characters"
-                )
-            if hello.images < self._fewest:
-                raise ValueError(f"it has {hello.images} images; accepted: at least {self._fewest}")
-            before = self._journal.roster.get(hello.name)
-            is_new = before is None or not before.images
-            changed = before is not None and not is_new and (before.images, before.data) != (hello.images, hello.data)
-            entry = self._journal.enter(hello.name, hello.images, hello.data, self._most)
-            if entry is None:
-                raise ValueError(f"there are {self._most} devices already, and {hello.name} is none of them")
+            hello, before, entry = self._enter(content)
         except ValueError as error:
             self._event("refused", "", f"a device: {error}")
-            self._strangers.add(answer.node)
+            node.is_refused = True
             return
-        known = self._devices.get(hello.name)
-        if known and known.node is not None:  # it is faster than the news that it left
-            self._named.pop(known.node, None)
-            self._away(known, "left")
-        device = Device(hello.name, entry.number, answer.node, hello.boot, set(protocol.split(hello.layers)))
-        self._devices[hello.name] = self._named[answer.node] = device
-        what = "joined" if is_new else "returned"
-        self._event(what, hello.name, "with other images than before" if changed else "")
+        changed = before.images > 0 and (before.images, before.data) != (hello.images, hello.data)
+        for other in self._nodes.values():
+            if other.device and other.device.name == hello.name:  # where it was before, or a copy of it
+                self._leave(other.device, "it came again elsewhere")
+                other.device, other.is_refused = None, True
+        node.device = Device(hello.name, entry.number, set(protocol.split(hello.layers)))
+        if changed or self._boots.get(hello.name) != hello.boot:
+            event = "returned" if before.images else "joined"
+            why = "with other images than before" if changed else ""
+            self._event(event, hello.name, why, {name: getattr(hello, name) for name in ABOUT})
+        self._boots[hello.name] = hello.boot
+
+    def _enter(self, content: Content) -> tuple[Hello, Entry, Entry]:
+        """Return who a device is, its entry of the roster as it was, without images if it is new, and as it is now.
+
+        Raises:
+          ValueError: it may not join.
+        """
+        if not isinstance(content, Hello):
+            raise ValueError(content.why if isinstance(content, Refused) else "it does not say who it is")
+        name = content.name
+        if not (name.isprintable() and 0 < len(name) <= LONGEST_NAME):
+            raise ValueError(f"its name is {name[:LONGEST_NAME]!r}; accepted: 1 to {LONGEST_NAME} characters")
+        if not self._fewest <= content.images <= MOST_IMAGES:
+            raise ValueError(f"it has {content.images} images; accepted: {self._fewest} to {MOST_IMAGES}")
+        if not DIGEST.fullmatch(content.data):
+            raise ValueError("the hash of its images is none; accepted: SHA-256")
+        known = self._journal.roster.get(name)
+        before = dataclasses.replace(known) if known else Entry(-1, name, 0, "")
+        entry = self._journal.enter(name, content.images, content.data, self._most)
+        if entry is None:
+            raise ValueError(f"there are {self._most} devices already, and {name} is not in the roster")
+        return content, before, entry
+
+
+def content_of(message: Message) -> Content:
+    """Return what a device says; what cannot be read is a refusal."""
+    try:
+        return protocol.read(message)
+    except ProtocolError as error:
+        return Refused(str(error))

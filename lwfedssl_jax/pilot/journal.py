@@ -47,10 +47,13 @@ class Journal:
         self._is_open = False
         path = folder / ROSTER
         try:
-            for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else ():
+            text = path.read_bytes().decode() if path.exists() else ""
+            for row in csv.DictReader(io.StringIO(text, newline="")):
                 entry = Entry(int(row["number"]), row["name"], int(row["images"]), row["data"])
                 self.roster[entry.name] = entry
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if sorted(entry.number for entry in self.roster.values()) != list(range(len(self.roster))):
+                raise ValueError("its numbers are not 0, 1, 2 and so on, each once")
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise ConfigError(f"--workdir: {path} cannot be read ({error}); accepted: as the pilot wrote it") from error
         for line in read_lines(folder, PILOT_LINES):
             if "event" in line or line["round"] <= rounds:

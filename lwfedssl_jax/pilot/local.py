@@ -11,10 +11,11 @@ from safetensors.numpy import load_file
 
 from lwfedssl_jax.config import Config, ConfigError, override, resolve
 from lwfedssl_jax.experiment import train as experiment
+from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.images import write_images
 from lwfedssl_jax.pilot.keys import CA, DEVICES, make_keys
 from lwfedssl_jax.pilot.processes import Process, check_flower, free_port
-from lwfedssl_jax.pilot.server import check_pilot, serve
+from lwfedssl_jax.pilot.server import serve
 from lwfedssl_jax.pilot.superlink import FlowerLink
 from lwfedssl_jax.simulation.events import Hear
 from lwfedssl_jax.simulation.setup import prepare

@@ -45,7 +45,6 @@ class Hello:
       images: how many it has.
       data: a hash of its images' names and sizes.
       layers: hashes of the layers that it has, separated by commas.
-      time: seconds since 1970 by its clock.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Hello:
     images: int
     data: str
     layers: str
-    time: float
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Train:
       client: the device's number in the run, from 0, on which its random draws depend.
       config: of the run, as JSON.
       frozen: hashes of the frozen layers, from the first one, separated by commas.
-      seconds: that are left.
+      seconds: until the round's deadline.
       arrays: ``trainable``, and frozen layers by their hash.
     """
 
@@ -116,7 +114,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Missing:
-    """A device lacks layers, by their hashes, separated by commas."""
+    """Hashes of the layers that a device does not have, separated by commas."""
 
     run: str
     round: int
@@ -152,13 +150,16 @@ def read(message: Message) -> Content:
     if type(version := message.fields.get("version")) is not int or version != VERSION:
         raise ProtocolError(f"a message of protocol {version}; accepted: {VERSION}")
     if message.kind not in KINDS:
-        raise ProtocolError(f"a message {message.kind!r}; accepted: {', '.join(KINDS)}")
+        raise ProtocolError(f"a message {message.kind!r:.100}; accepted: {', '.join(KINDS)}")
     kind, values = KINDS[message.kind], dict[str, Any]()
     for known in dataclasses.fields(kind):
         value = message.arrays if known.name == "arrays" else message.fields.get(known.name)
         if not isinstance(value, TYPES[known.type]) or isinstance(value, bool):
-            raise ProtocolError(f"a message {message.kind} whose {known.name} is {value!r}")
-        values[known.name] = value
+            raise ProtocolError(f"a message {message.kind} whose {known.name} is {value!r:.100}")
+        try:
+            values[known.name] = float(value) if known.type is float else value
+        except OverflowError as error:
+            raise ProtocolError(f"a message {message.kind} whose {known.name} is too large") from error
     if any(not isinstance(content, bytes) for content in message.arrays.values()):
         raise ProtocolError(f"a message {message.kind} whose arrays are not bytes")
     content: Content = kind(**values)

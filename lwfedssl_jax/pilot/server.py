@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from lwfedssl_jax.experiment.train import train_together
 from lwfedssl_jax.method.aggregation import RoundContext
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
+from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.devices import Devices, Report, Request
 from lwfedssl_jax.pilot.journal import Journal
 from lwfedssl_jax.pilot.link import Link
@@ -31,53 +33,28 @@ from lwfedssl_jax.simulation.lanes import placer
 from lwfedssl_jax.simulation.program import with_key
 from lwfedssl_jax.simulation.rounds import BY_LANE, LANES, Carry, Method, Update, accumulate
 from lwfedssl_jax.simulation.setup import Cache, Prepared
-from lwfedssl_jax.simulation.simulator import Simulator
-from lwfedssl_jax.simulation.state import RoundStart, Trained
+from lwfedssl_jax.simulation.simulator import Outcome, RoundResult, Simulator
+from lwfedssl_jax.simulation.state import RoundStart, RoundState, Trained
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
 
-ACCEPTED: dict[str, tuple[Any, str]] = {
-    "federation.client_start": ("global", "keeps models on clients between rounds"),
-    "federation.dropout": (0.0, "devices drop out by themselves"),
-    "additions.dictionary": (0, "uploads embeddings"),
-    "additions.base_steps": (0, "sends a base model and images"),
-    "privacy.secure_sum_bits": (0, "secure sums are only simulated"),
-    "fleet.devices": ((), "the devices are real"),
-    "evaluation.membership": (0, "looks at the clients' images"),
-}
+MOST_EMPTY_ROUNDS = 5
+LARGEST_LOSS = 1e30
 
 
-def check_pilot(config: Config) -> None:
-    """Refuse what devices cannot do.
-
-    Args:
-      config: resolved.
-
-    Raises:
-      ConfigError: naming the field, the value and what is accepted.
-    """
-    for name, (accepted, why) in ACCEPTED.items():
-        section, field = name.split(".")
-        if (value := getattr(getattr(config, section), field)) != accepted:
-            raise ConfigError(f"{name}: {value!r} cannot be part of a pilot: {why}; accepted: {accepted!r}")
-    if config.additions.depth_dropout and config.additions.depth_dropout_per == "round":
-        raise ConfigError(
-            "additions.depth_dropout_per: 'round' cannot be part of a pilot: each device would have other layers; "
-            "accepted: 'step'"
-        )
-    if config.data.name.startswith("memory:"):
-        raise ConfigError(f"data.name: {config.data.name!r} is only in this process; accepted: data that have a name")
-
-
-def check_numbers(config: Config, result: Result) -> None:
+def check_numbers(run: Prepared, result: Result) -> None:
     """Refuse a device's result whose numbers cannot be.
 
     Raises:
       ValueError: naming one of them.
     """
-    most = result.examples * config.federation.local_epochs
-    if not 0 < result.samples <= most or not 0 <= result.layers <= most * config.model.depth:
-        raise ValueError(f"an update after {result.samples} samples and {result.layers} layers, of {most} samples")
+    samples = cohort.samples_of(run, result.examples)
+    if result.samples != samples or not 0 <= result.layers <= samples * run.config.model.depth:
+        raise ValueError(
+            f"an update after {result.samples} samples and {result.layers} layers; it has {samples} samples"
+        )
+    if abs(result.loss) > LARGEST_LOSS:  # its own, and not only the sum over devices, is finite; NaN is left out later
+        raise ValueError(f"an update whose loss is {result.loss}")
     for name in ("train_seconds", "compile_seconds", "peak_bytes", "program_bytes"):
         if not 0 <= getattr(result, name) < math.inf:
             raise ValueError(f"an update whose {name} is {getattr(result, name)}")
@@ -106,7 +83,7 @@ def serve(
       config: resolved; ``partition.clients`` devices can join.
       workdir: belongs to this config.
       link: to the devices.
-      at_start: wait for so many devices before the first round.
+      at_start: how many devices have to be there before the first round; a run that continues waits for one.
       deadline: seconds for a round.
       hear: called with each event.
       now, sleep: the clock.
@@ -117,16 +94,22 @@ def serve(
       The content of ``summary.json``.
 
     Raises:
-      ConfigError: the config cannot be run on devices, and as ``experiment.train.train``.
+      ConfigError: the config cannot be run on devices, ``at_start`` is more than can join, and as
+        ``experiment.train.train``.
+      OSError: no update could be used in ``MOST_EMPTY_ROUNDS`` rounds; and as ``experiment.train.train``.
     """
     check_pilot(config)
+    if not 1 <= at_start <= config.partition.clients:
+        raise ConfigError(f"--at-start: {at_start} is out of range; accepted: 1 to {config.partition.clients}")
     run = ActiveRun(config, workdir, [hear])
 
     def make(runs: Sequence[Prepared], stages: Sequence[Stage], *rest: Any) -> PilotSimulator:
         journal, (_, between_calls, _) = Journal(workdir.path, run.done, names), rest
         fewest = runs[0].task.objective.fewest
         devices = Devices(link, journal, config.partition.clients, fewest, deadline, between_calls, now, sleep)
-        return PilotSimulator(runs, stages, *rest, devices=devices, journal=journal, at_start=at_start)
+        return PilotSimulator(
+            runs, stages, *rest, devices=devices, journal=journal, at_start=1 if run.done else at_start
+        )
 
     train_together([run], cache, make)
     if run.error:
@@ -134,8 +117,8 @@ def serve(
     return run.summary or {}
 
 
-class Told(NamedTuple):
-    """Numbers of a device's result, as in ``Result``."""
+class ResultNumbers(NamedTuple):
+    """Numbers of a device's result, as in ``Result``, for a program."""
 
     examples: jax.Array
     loss: jax.Array
@@ -144,7 +127,13 @@ class Told(NamedTuple):
 
 
 def fold(
-    method: Method, context: RoundContext, broadcast: Broadcast, carry: Carry, client: jax.Array, sent: Tree, told: Told
+    method: Method,
+    context: RoundContext,
+    broadcast: Broadcast,
+    carry: Carry,
+    client: jax.Array,
+    sent: Tree,
+    numbers: ResultNumbers,
 ) -> Carry:
     """Add a device's update to the sums of the only lane, in one program, as the simulator does: bit for bit.
 
@@ -155,13 +144,13 @@ def fold(
       carry: the sums.
       client: the device's number.
       sent: its trainable part, or with compression its message.
-      told: the rest of its result.
+      numbers: of its result.
     """
     trained = method.compression.unpack(broadcast, sent) if method.compression else sent
     lane: Carry = jax.tree.map(lambda x: x[0], carry)
-    update = Update(trained, told.examples, told.loss, told.samples)
+    update = Update(trained, numbers.examples, numbers.loss, numbers.samples)
     lane = accumulate(method, with_key(context), broadcast, lane, client, update)
-    lane = lane._replace(layers=lane.layers + told.layers)
+    lane = lane._replace(layers=lane.layers + numbers.layers)
     return jax.tree.map(lambda x: x[None], lane)
 
 
@@ -172,7 +161,7 @@ class PilotSimulator(Simulator):
       runs: a single one, which gets one lane.
       devices: the clients, by their numbers.
       journal: their roster.
-      at_start: wait for so many of them.
+      at_start: how many of them have to be there before it begins.
       stages, hear, between_calls, cache: as for ``Simulator``.
     """
 
@@ -192,7 +181,7 @@ class PilotSimulator(Simulator):
     ) -> None:
         mesh = Mesh(runs[0].mesh.devices.flat[:1], (LANES,))
         super().__init__([runs[0]._replace(lanes=1, mesh=mesh)], stages, hear, between_calls, cache)
-        self._devices, self._journal, self._heard = devices, journal, hear
+        self._devices, self._journal, self._empty_rounds = devices, journal, 0
         self._wire = Wire(self.run)
         self._fold = jax.jit(functools.partial(fold, self.run.method))
         devices.gather(at_start, lambda names: hear(Note(f"{len(names)} of {at_start} devices: {', '.join(names)}")))
@@ -201,12 +190,32 @@ class PilotSimulator(Simulator):
     def _make_feed(self) -> Feed:
         return streamed(self.run.dataset.train_images, placer(self.run.mesh, BY_LANE))  # of no image, in fact
 
-    def _count_images(self) -> None:
-        """Take the numbers of images from the roster; who never joined is drawn and does not report."""
+    def _count_images(self, reported: Mapping[int, int] = MappingProxyType({})) -> None:
+        """Take the numbers of images from the roster, and of devices that have just reported from their results.
+
+        A device that has never joined is drawn as well, and does not report.
+        """
         sizes = np.full(self.run.config.partition.clients, self.run.task.objective.fewest, np.int64)
         for entry in self._journal.roster.values():
-            sizes[entry.number] = entry.images or sizes[entry.number]
+            sizes[entry.number] = reported.get(entry.number, entry.images or sizes[entry.number])
         self.runs = (self.run._replace(clients=Population.elsewhere(sizes)),)
+
+    def run_rounds(self, stage: Stage, params: Tree, state: RoundState | None, number: int) -> RoundResult:
+        """Run one round; one in which no update can be used changes nothing, and several of them end the run.
+
+        Raises:
+          OSError: it is the last of ``MOST_EMPTY_ROUNDS`` such rounds.
+        """
+        result = super().run_rounds(stage, params, state, number)
+        line = result.outcomes[0].line
+        is_empty = line["left_out"] == line["clients"] and line["clients"] + line["dropped"] > 0
+        self._empty_rounds = self._empty_rounds + 1 if is_empty else 0
+        if self._empty_rounds == MOST_EMPTY_ROUNDS:
+            why = self._devices.last_reason or "none was there in time"
+            raise OSError(
+                f"no device's update could be used in {MOST_EMPTY_ROUNDS} rounds, the last time because: {why}"
+            )
+        return result._replace(outcomes=[Outcome(line, None)])
 
     def train_cohorts(self, start: RoundStart) -> Trained:
         """Draw the cohort, ask its devices for their updates, and add up those that come."""
@@ -216,9 +225,8 @@ class PilotSimulator(Simulator):
         stage, updates = start.stage, dict[int, Any]()
 
         def check(result: Result) -> None:
-            check_numbers(self.run.config, result)
-            content = result.arrays.get("update", b"")
-            updates[result.client] = self._wire.read_update(stage, content, sent)
+            check_numbers(self.run, result)
+            updates[result.client] = self._wire.read_update(stage, result.arrays["update"], sent)
 
         layers = [self._wire.layer(number, params) for number in range(1, stage.frozen_depth + 1)]
         request = Request(
@@ -230,29 +238,30 @@ class PilotSimulator(Simulator):
             frozen={self._wire.digest(number, content): content for number, content in enumerate(layers, start=1)},
             check=check,
         )
-        reports = self._devices.collect(
-            request, drawn.drawn, lambda done, of: self._heard(StepsDone(start.number, done, of))
+        collected = self._devices.collect(
+            request, drawn.drawn, lambda done, of: self._hear(StepsDone(start.number, done, of))
         )
-        self._count_images()
+        reports = collected.reports
+        self._count_images({client: report.result.examples for client, report in reports.items()})
         clients = [client for client in drawn.drawn if client in reports]
         carry = start.carry
         for client in cohort.order_in_lane(self.run, clients) if clients else []:
             result = reports[client].result
-            numbers = np.float32(result.examples), np.float32(result.loss), result.samples, result.layers
-            told = Told(*map(jax.numpy.asarray, numbers))
-            carry = self._fold(start.context, start.broadcast, carry, np.int32(client), updates[client], told)
+            values = np.float32(result.examples), np.float32(result.loss), result.samples, result.layers
+            numbers = ResultNumbers(*map(jax.numpy.asarray, values))
+            carry = self._fold(start.context, start.broadcast, carry, np.int32(client), updates[client], numbers)
         self._record(stage, start.number, reports)
         work = cohort.pack_cohort(self.run, clients, start.number)
         fields = {
-            "download_bytes": sum(report.payload_down for report in reports.values()),
-            "upload_bytes": sum(report.payload_up for report in reports.values()),
+            "download_bytes": collected.payload_down,
+            "upload_bytes": collected.payload_up,
         }
         return Trained(carry, [drawn._replace(reporting=clients)], [work], [fields])
 
     def _record(self, stage: Stage, number: int, reports: dict[int, Report]) -> None:
         """Write a line for each report: what it took, beside what the ledger says."""
         for client, report in reports.items():
-            download, upload = self._traffic[0].of_client(stage, report.lacking)
+            download, upload = self._traffic[0].round_bytes(stage, report.missing_layers)
             result = report.result
             self._journal.write(
                 {

@@ -11,12 +11,16 @@ from jax.sharding import Mesh
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.data.partition import Population
 from lwfedssl_jax.data.sources import Dataset
+from lwfedssl_jax.method.aggregation import RoundContext
+from lwfedssl_jax.method.compression import Message
 from lwfedssl_jax.method.stages import Stage
+from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
 from lwfedssl_jax.simulation.feed import Feed, streamed
 from lwfedssl_jax.simulation.lanes import placer
+from lwfedssl_jax.simulation.program import with_key
 from lwfedssl_jax.simulation.rounds import BY_LANE, LANES, compression_key
-from lwfedssl_jax.simulation.setup import Cache, Prepared, lay_out
+from lwfedssl_jax.simulation.setup import Cache, Prepared, lay_out, parts_of
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.simulation.state import RoundStart
 from lwfedssl_jax.system.devices import program_memory
@@ -62,10 +66,6 @@ class LocalUpdate:
         self.run = client_run(config, images_NxHxWxC, client)
         self._simulator, self._client = DeviceSimulator([self.run], cache=cache), client
 
-    def compile(self, stage: Stage) -> None:
-        """Compile the programs of a stage, unless they are."""
-        self._simulator.program(stage)
-
     def __call__(self, stage: Stage, params: Tree, number: int) -> Update:
         """Train for one round.
 
@@ -82,6 +82,7 @@ class LocalUpdate:
         context = simulator.context(stage, number, state.server)
         start = RoundStart(stage, number, program, broadcast, carry, context, state)
         carry = simulator.train(start, [cohort.pack_cohort(run, [self._client], number)])
+        seconds = time.monotonic() - compiled
         trained, loss, samples, layers = jax.tree.map(
             lambda x: x[0], (carry.client.trainable, carry.loss, carry.samples, carry.layers)
         )
@@ -94,7 +95,7 @@ class LocalUpdate:
             loss=float(loss),
             samples=int(samples),
             layers=int(layers),
-            train_seconds=time.monotonic() - compiled,
+            train_seconds=seconds,
             compile_seconds=compiled - began,
             program_bytes=program_memory(program.steps),
         )
@@ -105,9 +106,8 @@ class LocalUpdate:
         if not compression:
             return None
 
-        def pack(context, client, broadcast, trained):  # type: ignore[no-untyped-def]
-            context = context._replace(key=jax.random.wrap_key_data(context.key))
-            return compression.pack(compression_key(context, client), broadcast, trained)
+        def pack(context: RoundContext, client: jax.Array, broadcast: Broadcast, trained: Tree) -> Message:
+            return compression.pack(compression_key(with_key(context), client), broadcast, trained)
 
         return jax.jit(pack)
 
@@ -129,4 +129,4 @@ def client_run(config: Config, images_NxHxWxC: np.ndarray, client: int) -> Prepa
     none = np.full(len(images), -1, np.int32)
     dataset = Dataset(images, none, images[:0], none[:0])
     clients = Population(sizes, lambda clients, positions: positions)
-    return lay_out(config, dataset, clients, 1, Mesh(np.array(jax.devices()[:1]), (LANES,)))
+    return lay_out(config, parts_of(config), dataset, clients, 1, Mesh(np.array(jax.devices()[:1]), (LANES,)))

@@ -4,7 +4,6 @@ The parameters of a stage, or of a frozen layer, follow each other in the order 
 stage does not use: little-endian, as they are or compressed.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -47,19 +46,18 @@ class Wire:
         return flatten(params, self._layer_mask(number))
 
     def digest(self, number: int, content: bytes) -> str:
-        """Return the SHA-256 of a layer with the names, types and shapes of its parameters."""
+        """Return the SHA-256 of a layer with its number and the names, types and shapes of its parameters."""
         return hashlib.sha256(self.header(number) + content).hexdigest()
 
-    @functools.cache  # noqa: B019  (as many entries as the model has layers)
     def header(self, number: int) -> bytes:
-        """Return a line that describes a layer's parameters."""
+        """Return a line that describes a layer: its number and its parameters."""
         mask = jax.tree.leaves(self._layer_mask(number))
         rows = [
             [jax.tree_util.keystr(path), int(np.sum(m)), str(x.dtype), list(x.shape[np.ndim(m) :])]
             for (path, x), m in zip(jax.tree.leaves_with_path(self._shapes), mask, strict=True)
             if np.any(m)
         ]
-        return f"{json.dumps(rows)}\n".encode()
+        return f"{json.dumps([number, rows])}\n".encode()
 
     def params(self, stage: Stage, trainable: bytes, layers: Mapping[int, bytes]) -> Tree:
         """Return all parameters, with zeros in place of those that were not sent.

@@ -13,13 +13,17 @@ import jax
 from lwfedssl_jax import __version__
 from lwfedssl_jax.config import ConfigError, from_dict, resolve
 from lwfedssl_jax.data import sources
+from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.pilot import protocol
 from lwfedssl_jax.pilot.cache import LayerCache
+from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.images import DeviceImages
 from lwfedssl_jax.pilot.protocol import Ask, Hello, Message, Missing, ProtocolError, Refused, Result, Train
 from lwfedssl_jax.pilot.update import LocalUpdate
 from lwfedssl_jax.pilot.wire import Wire, WireError
 from lwfedssl_jax.simulation.setup import Cache
+
+LONGEST_REASON = 500
 
 
 class Worker:
@@ -35,7 +39,7 @@ class Worker:
     def __init__(self, name: str, images: DeviceImages, layers: LayerCache, programs: Cache | None = None) -> None:
         self._name, self._images, self._cache, self._programs = name, images, layers, programs
         self._boot, self._baseline = secrets.token_hex(8), peak_bytes()
-        self._update: tuple[tuple[str, int], LocalUpdate] | None = None
+        self._prepared: tuple[tuple[str, int], LocalUpdate, Wire] | None = None
 
     def handle(self, message: Message) -> Message:
         """Return the answer to a message; what cannot be done is refused, with the reason."""
@@ -50,8 +54,10 @@ class Worker:
             return protocol.write(Refused(f"{self._name} was sent a message {message.kind}"))
         try:
             return protocol.write(self._train(request, began))
-        except (ConfigError, WireError, MemoryError) as error:
-            return protocol.write(Refused(f"{self._name}: {error}", request.round))
+        except Exception as error:  # whatever a server sends, and whatever training lacks, the device goes on
+            known = isinstance(error, ConfigError | WireError)
+            why = str(error) if known else f"{type(error).__name__}: {error}"
+            return protocol.write(Refused(f"{self._name}: {why}"[:LONGEST_REASON], request.round))
 
     def hello(self) -> Hello:
         """Say who the device is."""
@@ -67,15 +73,16 @@ class Worker:
             images=len(self._images.files),
             data=self._images.digest,
             layers=",".join(self._cache.digests()),
-            time=time.time(),
         )
 
     def _train(self, request: Train, began: float) -> Result | Missing | Refused:
-        update = self._update_of(request.config, request.client)
+        update, wire = self._prepare(request.config, request.client)
         stages = {stage.number: stage for stage in update.run.stages}
         if request.stage not in stages:
             raise WireError(f"a stage {request.stage} of {len(stages)}")
-        stage, wire = stages[request.stage], Wire(update.run)
+        if not 1 <= request.round <= update.run.config.federation.rounds:
+            raise WireError(f"a round {request.round} of {update.run.config.federation.rounds}")
+        stage = stages[request.stage]
         layers, missing = dict[int, bytes](), []
         for number, digest in enumerate(protocol.split(request.frozen), start=1):
             content = request.arrays.get(digest)
@@ -112,17 +119,21 @@ class Worker:
             arrays={"update": wire.update(stage, trained.trained)},
         )
 
-    def _update_of(self, text: str, client: int) -> LocalUpdate:
-        """The local training of a config, whose programs last as long as the run."""
-        if self._update is None or self._update[0] != (text, client):
+    def _prepare(self, text: str, client: int) -> tuple[LocalUpdate, Wire]:
+        """The local training of a config, whose programs last as long as the run, and its bytes."""
+        if self._prepared is None or self._prepared[0] != (text, client):
             try:
                 config = resolve(from_dict(json.loads(text)))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise WireError(f"a config that cannot be read ({error})") from error
-            source = sources.find(config.data)
-            images = self._images.load(config.data.image_size, source.channels)
-            self._update = (text, client), LocalUpdate(config, images, client, self._programs)
-        return self._update[1]
+            check_method(config)
+            check_pilot(config)
+            if not 0 <= client < config.partition.clients:
+                raise WireError(f"a client {client} of {config.partition.clients}")
+            images = self._images.load(config.data.image_size, sources.find(config.data).channels)
+            update = LocalUpdate(config, images, client, self._programs)
+            self._prepared = (text, client), update, Wire(update.run)
+        return self._prepared[1:]
 
 
 def peak_bytes() -> int:

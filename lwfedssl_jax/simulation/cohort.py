@@ -74,6 +74,13 @@ def draw_of(run: Prepared, number: int) -> Draw:
     return Draw(run.config.runtime.seed, number)
 
 
+def samples_of(run: Prepared, examples: int) -> int:
+    """Return on how many samples a client with so many examples trains in a round."""
+    layout = layout_of(run)
+    (per_epoch,) = make_queue(np.zeros(1), np.array([examples], np.int64), layout).per_epoch.tolist()
+    return layout.epochs * min(examples, per_epoch * layout.batch_size)
+
+
 def order_in_lane(run: Prepared, clients: list[int]) -> list[int]:
     """Return clients in the order in which a single lane trains them."""
     queue = make_queue(np.asarray(clients), run.clients.sizes[clients].astype(np.int64), layout_of(run))

@@ -28,12 +28,14 @@ class FakeLink:
     def __init__(self) -> None:
         self.now = 0.0
         self.change: Change = lambda node, answer: answer
+        self.is_silent = False  # messages without an answer do not expire either
         self.log: list[tuple[str, str]] = []
         self.bytes: dict[str, int] = {}
         self.workers: dict[str, Worker] = {}
         self.delays: dict[str, float] = {}
         self.at: list[tuple[float, Callable[[], None]]] = []
         self._answers: list[tuple[float, Answer]] = []
+        self._busy: dict[str, float] = {}  # until when, since a node does one thing after the other
         self._sent = 0
 
     def clock(self) -> float:
@@ -54,9 +56,12 @@ class FakeLink:
         self.bytes[node] = self.bytes.get(node, 0) + sum(map(len, message.arrays.values()))
         answer = self.change(node, self.workers[node].handle(message))
         delay = self.delays.get(node, 0.0) if message.kind == "Train" else 0.0
-        if answer is not None:
-            self._answers.append((self.now + delay, Answer(node, self._sent, answer)))
-        elif seconds != float("inf"):
+        self._busy[node] = done = max(self.now, self._busy.get(node, 0.0)) + delay
+        if answer is not None and done <= self.now + seconds:
+            self._answers.append((done, Answer(node, self._sent, answer)))
+        elif answer is None and self.is_silent:
+            pass
+        else:
             self._answers.append((self.now + seconds, Answer(node, self._sent, None, "the message has expired")))
         return self._sent
 

@@ -1,9 +1,11 @@
-"""Who is there, who owes an answer, and what becomes of answers that are late, lost or wrong; no model is trained."""
+"""Devices that leave, return, or answer late, wrongly or never; no model is trained."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake import FakeLink
@@ -21,15 +23,16 @@ BOOTS = itertools.count()
 class Answering:
     """A device that answers without any training."""
 
-    def __init__(self, name: str, images: int = 10, data: str = "d", layers: str = "") -> None:
+    def __init__(self, name: str, images: int = 10, data: str = "d" * 64, layers: str = "") -> None:
         self.name, self.images, self.data, self.layers = name, images, data, layers
         self.boot, self.trains = f"boot {next(BOOTS)}", list[Train]()
+        self.hello: dict[str, Any] = {}  # what it says in place of the truth
 
     def handle(self, message: Message) -> Message:
         request = protocol.read(message)
         if isinstance(request, Ask):
-            hello = Hello(self.name, self.boot, "", "", 1, 2**30, 2**28, self.images, self.data, self.layers, 0.0)
-            return protocol.write(hello)
+            hello = Hello(self.name, self.boot, "", "", 1, 2**30, 2**28, self.images, self.data, self.layers)
+            return protocol.write(dataclasses.replace(hello, **self.hello))
         assert isinstance(request, Train)
         self.trains.append(request)
         result = Result(
@@ -64,7 +67,7 @@ class Fleet:
         self, number: int = 1, clients: tuple[int, ...] = (0, 1, 2), check: Callable[[Result], None] = lambda r: None
     ) -> dict[int, Report]:
         request = Request("run", number, 1, "{}", b"trainable", {"h1": b"layer 1", "h2": b"layer 2"}, check)
-        return self.devices.collect(request, clients, lambda done, of: None)
+        return self.devices.collect(request, clients, lambda done, of: None).reports
 
     def events(self) -> list[tuple[str, int, str]]:
         return [(line["event"], line["round"], line["name"]) for line in read_lines(self.folder, PILOT_LINES)]
@@ -85,7 +88,7 @@ def test_all_report_and_frozen_layers_are_sent_once(fleet: Fleet) -> None:
     reports = fleet.collect()
     assert sorted(reports) == [0, 1, 2]
     assert reports[0].payload_down == len(b"trainable") + 2 * len(b"layer 1")
-    assert reports[0].lacking == [1, 2]
+    assert reports[0].missing_layers == [1, 2]
     assert reports[0].payload_up == len(b"up")
     assert fleet.collect(2)[1].payload_down == len(b"trainable")
     assert fleet.events() == [("joined", 0, name) for name in "abc"]
@@ -97,7 +100,7 @@ def test_a_device_that_leaves_is_not_waited_for_and_keeps_its_number_when_it_ret
     fleet.link.change = lambda node, answer: answer if node != "node-b" else None
     fleet.link.at.append((5.0, lambda: fleet.link.leave("node-b")))
     assert sorted(fleet.collect()) == [0, 2]
-    assert fleet.link.now < 10
+    assert fleet.link.now < 20
     fleet.link.change = lambda node, answer: answer
     fleet.link.workers["another node"] = Answering("b", layers="h1,h2")  # type: ignore[assignment]
     reports = fleet.collect(2)
@@ -134,8 +137,8 @@ def test_a_device_that_is_too_slow_is_not_in_the_round_nor_asked_before_it_has_a
     fleet.link.delays.clear()
     fleet.link.sleep(50)
     assert sorted(fleet.collect(3)) == [0, 1, 2]
-    assert fleet.events()[3:] == [("late", 1, "c"), ("late", 3, "c")]
-    assert "came after the round" in fleet.why()
+    assert fleet.events()[3:] == [("failed", 1, "c")]
+    assert [kind for node, kind in fleet.link.log if node == "node-c"] == ["Ask", "Train", "Ask", "Train"]
 
 
 def test_a_lost_layer_is_sent_again(fleet: Fleet) -> None:
@@ -155,10 +158,92 @@ def test_a_lost_layer_is_sent_again(fleet: Fleet) -> None:
     assert fleet.events()[-1] == ("missing", 2, "a")
 
 
+def test_a_layer_that_is_lost_again_and_again_ends_the_devices_part(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.change = lambda node, right: protocol.write(Missing("run", 1, "h2")) if node == "node-a" else right
+    assert sorted(fleet.collect()) == [1, 2]
+    assert fleet.events()[-1] == ("refused", 1, "a")  # h2 was in the message that it answers
+    assert "it answered Missing" in fleet.why()
+
+
+def test_a_moment_without_nodes_ends_nothing(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.delays |= dict.fromkeys(("node-a", "node-b", "node-c"), 30.0)
+    workers = dict(fleet.link.workers)
+    fleet.link.at += [(10.0, fleet.link.workers.clear), (12.0, lambda: fleet.link.workers.update(workers))]
+    assert sorted(fleet.collect()) == [0, 1, 2]
+    assert fleet.events()[3:] == []
+
+
+def test_a_round_whose_devices_are_gone_ends_at_its_deadline_while_others_are_there(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.leave("node-a")
+    assert fleet.collect(clients=(0,)) == {}
+    assert 100 <= fleet.link.now < 110
+    assert fleet.events()[3:] == [("left", 1, "a")]
+
+
+def test_all_leave_in_a_round_and_return_in_time(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.delays |= dict.fromkeys(("node-a", "node-b", "node-c"), 30.0)
+    workers = dict(fleet.link.workers)
+    fleet.link.at += [(10.0, fleet.link.workers.clear), (40.0, lambda: fleet.link.workers.update(workers))]
+    assert sorted(fleet.collect()) == [0, 1, 2]
+    assert fleet.events()[3:] == [
+        *[("left", 1, name) for name in "abc"], *[("returned", 1, name) for name in "abc"],
+    ]  # fmt: skip
+
+
+def test_a_question_without_an_answer_is_asked_again(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, names="a")
+    fleet.link.change = lambda node, answer: answer if fleet.link.now > 100 else None
+    fleet.devices.gather(1, lambda names: None)
+    assert fleet.events() == [("joined", 0, "a")]
+    assert fleet.link.log == [("node-a", "Ask")] * 3
+
+
+def test_an_answer_that_never_comes_is_given_up(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.is_silent = True
+    fleet.link.change = lambda node, answer: answer if node != "node-a" or fleet.link.now > 1 else None
+    assert sorted(fleet.collect()) == [1, 2]
+    for number in (2, 3, 4):
+        fleet.link.sleep(50)
+        reports = fleet.collect(number)
+    assert sorted(reports) == [0, 1, 2]
+
+
+def test_a_device_that_starts_again_at_the_same_node_is_asked_who_it_is(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.workers["node-a"] = Answering("a", images=11, data="e" * 64)  # type: ignore[assignment]
+    assert sorted(fleet.collect()) == [1, 2]
+    assert sorted(fleet.collect(2)) == [0, 1, 2]
+    assert fleet.events()[3:] == [("refused", 1, "a"), ("returned", 2, "a")]
+
+
+def test_two_devices_of_one_name_do_not_drive_each_other_out(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.workers["node-a2"] = Answering("a")  # type: ignore[assignment]
+    for number in range(1, 5):
+        assert sorted(fleet.collect(number)) == [0, 1, 2]
+        fleet.link.sleep(100)
+    assert fleet.events()[3:] == [("left", 1, "a"), ("returned", 1, "a")]
+
+
+def test_bytes_that_were_sent_for_nothing_count(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    fleet.link.change = lambda node, right: protocol.write(Refused("busy")) if node == "node-a" else right
+    request = Request("run", 1, 1, "{}", b"trainable", {}, lambda result: None)
+    collected = fleet.devices.collect(request, (0, 1, 2), lambda done, of: None)
+    assert (collected.payload_down, collected.payload_up) == (3 * len(b"trainable"), 2 * len(b"up"))
+    assert fleet.devices.last_reason == "a: busy"
+
+
 def test_without_any_device_the_round_waits_and_its_time_does_not_run(fleet: Fleet) -> None:
     fleet.devices.gather(3, lambda names: None)
     workers = dict(fleet.link.workers)
     fleet.link.workers.clear()
+    fleet.link.sleep(1)
     fleet.link.at.append((1000.0, lambda: fleet.link.workers.update(workers)))
     assert sorted(fleet.collect()) == [0, 1, 2]
     assert fleet.link.now >= 1000
@@ -188,7 +273,12 @@ def test_what_is_no_result_is_not_in_the_round(fleet: Fleet, answer: Message | N
 
 @pytest.mark.parametrize(
     ("field", "value", "why"),
-    [("client", 2, "an update of client 2"), ("examples", 10**6, "an update from 1000000 images")],
+    [
+        ("client", 2, "from client 2; accepted: of round 1 from client 1"),
+        ("examples", 10**6, "an update from 1000000 images"),
+        ("round", 7, "of round 7"),
+        ("run", "other", "accepted: of round 1"),
+    ],
 )
 def test_results_that_do_not_fit_the_roster_are_refused(fleet: Fleet, field: str, value: int, why: str) -> None:
     fleet.devices.gather(3, lambda names: None)
@@ -215,19 +305,23 @@ def test_who_may_join(tmp_path: Path) -> None:
     assert sorted(fleet.collect(clients=(0, 1))) == [0, 1]
     assert fleet.link.now < 10
     fleet.link.workers["node-f"] = Answering("f\n")  # type: ignore[assignment]
+    fleet.link.workers["node-g"] = Answering("g", images=2**40)  # type: ignore[assignment]
+    fleet.link.workers["node-h"] = Answering("h", data="\u2028" * 200_000)  # type: ignore[assignment]
     assert sorted(fleet.collect(2, clients=(0, 1))) == [0, 1]
     whys = [line["why"] for line in read_lines(tmp_path, PILOT_LINES) if line["event"] == "refused"]
     assert whys == [
-        "a device: there are 2 devices already, and d is none of them",
-        "a device: it has 1 images; accepted: at least 2",
-        "a device: its name is 'f\\n'; accepted: at most 64 characters",
+        "a device: there are 2 devices already, and d is not in the roster",
+        "a device: it has 1 images; accepted: 2 to 16777216",
+        "a device: its name is 'f\\n'; accepted: 1 to 64 characters",
+        f"a device: it has {2**40} images; accepted: 2 to 16777216",
+        "a device: the hash of its images is none; accepted: SHA-256",
     ]
 
 
 def test_a_device_whose_images_have_changed_counts_with_its_new_number(fleet: Fleet) -> None:
     fleet.devices.gather(3, lambda names: None)
     fleet.link.leave("node-a")
-    fleet.link.workers["node-a2"] = Answering("a", images=11, data="e")  # type: ignore[assignment]
+    fleet.link.workers["node-a2"] = Answering("a", images=11, data="e" * 64)  # type: ignore[assignment]
     assert fleet.collect()[0].result.examples == 11
     assert fleet.journal.roster["a"].images == 11
     returned = next(line for line in read_lines(fleet.folder, PILOT_LINES) if line["event"] == "returned")
@@ -252,7 +346,8 @@ def test_a_journal_forgets_what_was_measured_in_rounds_that_are_run_again(tmp_pa
         (True, 2),
     ]
     assert again.roster == journal.roster
-    (tmp_path / "roster.csv").write_text("number,name\nx,a\n")
-    with pytest.raises(ConfigError, match=r"roster\.csv cannot be read"):
-        Journal(tmp_path, 1)
+    for text in ("number,name\nx,a\n", "number,name,images,data\n7,a,10,d\n", f"number,name\n0,{'a' * 200_000}\n"):
+        (tmp_path / "roster.csv").write_text(text)
+        with pytest.raises(ConfigError, match=r"roster\.csv cannot be read"):
+            Journal(tmp_path, 1)
     assert json.loads((tmp_path / "pilot.jsonl").read_text().splitlines()[0]) == {"round": 1, "measured": {}}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from fake import FakeLink, worker
 
 from lwfedssl_jax.config import Config, ConfigError, to_dict
 from lwfedssl_jax.pilot import protocol
+from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.devices import Devices
 from lwfedssl_jax.pilot.journal import Journal
 from lwfedssl_jax.pilot.protocol import Message, Missing, Refused, Result, Train
-from lwfedssl_jax.pilot.server import PilotSimulator, check_numbers, check_pilot, serve
+from lwfedssl_jax.pilot.server import MOST_EMPTY_ROUNDS, PilotSimulator, check_numbers, serve
 from lwfedssl_jax.pilot.wire import Wire
 from lwfedssl_jax.simulation.setup import Cache, initial_params, prepare
 from lwfedssl_jax.simulation.simulator import Simulator
@@ -80,6 +82,7 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"federation__aggregator": "ldawa"},
     {"federation__aggregator": "fedadam"},
     {"federation__clients_per_round": 2},
+    {"strategy__pacing": "adaptive", "federation__rounds": 6},
     {"additions__depth_dropout": 0.5},
     {"additions__calibration_steps": 2, "partition__server_share": 0.2},
     {"model__name": "resnet18", "model__patch_size": 0, "model__heads": 0, "model__width": 4, "model__depth": 2},
@@ -156,6 +159,7 @@ def serve_and_kill(config: Config, path: Path, before: int | None, monkeypatch: 
         arguments = {"now": link.clock, "sleep": link.sleep, "cache": PROGRAMS}
         try:
             serve(config, WorkDir(path, config), link, 3, 100.0, **arguments)
+            assert before is None
         except Killed:
             serve(config, WorkDir(path, config), link_to(config, path.parent / "devices"), 3, 100.0, **arguments)
     return writes[0]
@@ -174,15 +178,45 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path: Path, cheap_views: N
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+def test_a_run_ends_after_some_rounds_without_any_update_and_says_why(tmp_path: Path, cheap_views: None) -> None:
+    config = pilot_config(federation__rounds=20, strategy__name="end_to_end")
+
+    def not_finite(node: str, answer: Message) -> Message:
+        if "update" in answer.arrays:
+            return answer._replace(arrays={"update": answer.arrays["update"][:-4] + np.float32("nan").tobytes()})
+        return answer
+
+    def refused(node: str, answer: Message) -> Message:
+        return protocol.write(Refused("no room", 1)) if answer.kind == "Result" else answer
+
+    with pytest.raises(OSError, match=rf"in {MOST_EMPTY_ROUNDS} rounds, at last because: .*no room"):
+        on_devices(config, tmp_path / "refused", refused)
+    with pytest.raises(OSError, match="no device's update could be used"):
+        on_devices(config, tmp_path / "not finite", not_finite)
+
+
+def test_more_devices_than_can_join_are_not_waited_for(tmp_path: Path) -> None:
+    config = pilot_config()
+    with pytest.raises(ConfigError, match="--at-start: 4 is out of range; accepted: 1 to 3"):
+        serve(config, WorkDir(tmp_path / "run", config), FakeLink(), 4, 100.0)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("samples", 2**40), ("samples", 0), ("layers", -1), ("train_seconds", float("nan")), ("peak_bytes", -1)],
+    [
+        ("samples", 2**40),
+        ("samples", 23),
+        ("loss", 3e38),
+        ("layers", -1),
+        ("train_seconds", float("nan")),
+        ("peak_bytes", -1),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(name: str, value: Any) -> None:
-    right = Result("r", 1, 0, 12, 1.0, 24, 48, 0.5, 0.5, 2**30, 2**20, {})
-    check_numbers(pilot_config(), right)
+    right, run = Result("r", 1, 0, 12, 1.0, 24, 48, 0.5, 0.5, 2**30, 2**20, {}), prepare(pilot_config())
+    check_numbers(run, right)
     with pytest.raises(ValueError, match="an update"):
-        check_numbers(pilot_config(), dataclasses.replace(right, **{name: value}))
+        check_numbers(run, dataclasses.replace(right, **{name: value}))
 
 
 def test_a_round_in_which_nobody_reports_changes_nothing(tmp_path: Path, cheap_views: None) -> None:
@@ -234,9 +268,22 @@ def test_a_device_refuses_what_it_cannot_train_and_asks_for_layers_that_it_lacks
     assert "unknown 'nothing'" in str(answer(config='{"data": {"name": "nothing"}}'))
     assert "the time for round 2 is over" in str(answer(seconds=0.0, arrays=request.arrays | {digest: layer}))
     assert "bytes of parameters where" in str(answer(arrays={"trainable": b""}))  # it has kept the layer
+    assert "a round 1099511627776 of 3" in str(answer(round=2**40))
+    assert "a client -1 of 3" in str(answer(client=-1))
+    assert "federation.dropout: 0.5 cannot" in str(
+        answer(config=json.dumps(to_dict(pilot_config(federation__dropout=0.5))))
+    )
+    assert "RecursionError" in str(answer(config="[" * 100_000)) or "cannot be read" in str(
+        answer(config="[" * 100_000)
+    )
     assert isinstance(answer(), Result)
     (tmp_path / "d0-layers" / digest).write_bytes(b"damaged")
     assert answer() == Missing("r", 2, digest)
+    shutil.rmtree(tmp_path / "d0-layers")
+    assert answer() == Missing("r", 2, digest)
+    assert device.hello().layers == ""
+    assert isinstance(answer(arrays=request.arrays | {digest: layer}), Result)
+    assert device.hello().layers == digest
     assert "was sent a message Refused" in str(protocol.read(device.handle(protocol.write(Refused("x")))))
     assert "protocol None" in str(protocol.read(device.handle(Message("Train", {}, {}))))
 

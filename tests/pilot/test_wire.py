@@ -52,7 +52,7 @@ def test_models_have_the_bytes_that_the_ledger_counts_and_arrive_whole(strategy:
         layers = {number: wire.layer(number, params) for number in range(1, stage.frozen_depth + 1)}
         broadcast, trained = trained_part(run, stage, params, 0)
         update = wire.update(stage, trained)
-        predicted = traffic.of_client(stage, list(layers))
+        predicted = traffic.round_bytes(stage, list(layers))
         assert predicted == (len(trainable) + sum(map(len, layers.values())), len(update))
         there = wire.params(stage, trainable, layers)
         exists = jax.tree.map(lambda a, b: a | b, stage.trainable, stage.frozen)
@@ -76,7 +76,7 @@ def test_compressed_updates_have_the_bytes_that_the_ledger_counts_and_arrive_who
         assert packing
         message = packing.pack(jax.random.key(0), broadcast, trained)
         content = wire.update(stage, jax.device_get(message))
-        assert len(content) == traffic.of_client(stage, [])[1]
+        assert len(content) == traffic.round_bytes(stage, [])[1]
         received = wire.read_update(stage, content, jax.device_get(broadcast.trainable))
         unpacked = (packing.unpack(broadcast, m) for m in (message, received))
         jax.tree.map(np.testing.assert_array_equal, *unpacked)
@@ -108,7 +108,7 @@ def test_bytes_that_are_not_what_they_should_be_are_refused() -> None:
     stage = run.stages[0]
     with pytest.raises(WireError, match="bytes where"):
         wire.read_update(stage, b"\0" * 12, jax.device_get(sent))
-    size = make_traffic(run.config, params, run.layers, 1).of_client(stage, [])[1]
+    size = make_traffic(run.config, params, run.layers, 1).round_bytes(stage, [])[1]
     with pytest.raises(WireError, match="positions"):  # all of them the first one
         wire.read_update(stage, b"\0" * size, jax.device_get(sent))
 
@@ -143,7 +143,7 @@ def test_the_cache_gives_what_was_put_or_nothing(tmp_path: Path) -> None:
     assert digests[2] in cache.digests()
 
 
-HELLO = Hello("pi", "b", "s", "p", 4, 2**32, 2**28, 12, "d", "", 1.5)
+HELLO = Hello("pi", "b", "s", "p", 4, 2**32, 2**28, 12, "d", "")
 TRAIN = Train("r", 1, 2, 0, "{}", "", 60.0, {"trainable": b"\0\1"})
 RESULT = Result("r", 1, 0, 12, 1.25, 24, 48, 0.5, 0.0, 2**30, 2**20, {"update": b"\2"})
 
