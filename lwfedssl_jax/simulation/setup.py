@@ -117,49 +117,55 @@ def prepare(
         incompatible; the server's images do not fit on a device.
     """
     check_method(config)
-    make_stages(config, layers_of(make_task(config)))  # which refuses before the data are loaded
+    parts = parts_of(config)
     dataset, data = load_data(config.data, hear, cache or Cache())
     labels, seed = dataset.train_labels, config.partition_seed
     lanes, mesh = lanes_and_mesh(config, LANES, devices)
     clients = partition(config.partition, labels, seed, dataset.train_clients)
-    hear_short_batches(config, clients.sizes, make_task(config).objective.fewest, hear)
+    hear_short_batches(config, clients.sizes, parts.task.objective.fewest, hear)
     held_by_server = server_examples(config.partition, labels, seed)
     check_dictionary(config, memory_limit(mesh))
     check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
     server_images = dataset.train_images[held_by_server]
-    run = lay_out(config, dataset, clients, lanes, mesh)._replace(fingerprint=data, server_images=server_images)
+    run = lay_out(config, parts, dataset, clients, lanes, mesh)
+    run = run._replace(fingerprint=data, server_images=server_images)
     return run if config.fleet.devices else with_noise(run, hear)  # that depends on what the fleet can do
 
 
-def lay_out(config: Config, dataset: Dataset, clients: Population, lanes: int, mesh: Mesh) -> Prepared:
-    """Lay out the stages and the method of a run over given clients; neither data nor what they have is checked.
+class Parts(NamedTuple):
+    """What follows from a config alone: its task, the layer number of every parameter, and its stages."""
+
+    task: Task
+    layers: Tree
+    stages: list[Stage]
+
+
+def parts_of(config: Config) -> Parts:
+    """Make the parts of a (resolved) config that need no data.
 
     Raises:
       ConfigError: parts of the config are incompatible.
     """
     task = make_task(config)
-    layers = layers_of(task)
-    stages = make_stages(config, layers)
+    layers = param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
+    return Parts(task, layers, make_stages(config, layers))
+
+
+def lay_out(config: Config, parts: Parts, dataset: Dataset, clients: Population, lanes: int, mesh: Mesh) -> Prepared:
+    """Put a run over given clients together; neither data nor what they have is checked."""
     return Prepared(
         config=config,
         dataset=dataset,
         fingerprint={},
         clients=clients,
         server_images=dataset.train_images[:0],
-        task=task,
-        layers=layers,
-        stages=stages,
+        **parts._asdict(),
         lanes=lanes,
         mesh=mesh,
         aggregator=with_canaries(private(make_aggregator(config), config), config),
-        start=make_client_start(config, task, stages[0]),
-        exchange=make_exchange(config, task),
+        start=make_client_start(config, parts.task, parts.stages[0]),
+        exchange=make_exchange(config, parts.task),
     )
-
-
-def layers_of(task: Task) -> Tree:
-    """Return the layer number of every parameter of a task."""
-    return param_layers(task, jax.eval_shape(lambda: init_params(task, jax.random.key(0))))
 
 
 def with_noise(run: Prepared, hear: Hear) -> Prepared:
