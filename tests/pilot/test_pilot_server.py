@@ -1,7 +1,6 @@
 """Rounds on devices are those of a simulator with one lane, bit for bit, whatever happens on the way."""
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -85,7 +84,14 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"strategy__pacing": "adaptive", "federation__rounds": 6},
     {"additions__depth_dropout": 0.5},
     {"additions__calibration_steps": 2, "partition__server_share": 0.2},
-    {"model__name": "resnet18", "model__patch_size": 0, "model__heads": 0, "model__width": 4, "model__depth": 2},
+    {
+        "model__name": "resnet18",
+        "model__patch_size": 0,
+        "model__heads": 0,
+        "model__width": 4,
+        "model__depth": 2,
+        "strategy__name": "end_to_end",
+    },
 ]
 
 
@@ -96,11 +102,8 @@ def test_rounds_on_devices_are_those_of_one_lane_bit_for_bit(
     config = pilot_config(**changes)
     params, lines = on_devices(config, tmp_path)
     expected, expected_lines = all_rounds(Simulator([prepare(config)], cache=PROGRAMS))
-    if config.model.name == "resnet18":  # at the tests' level of optimization, one bias rounds otherwise
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), params, expected)
-    else:
-        jax.tree.map(np.testing.assert_array_equal, params, expected)
-        assert lines == expected_lines
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert lines == expected_lines
     for line in read_lines(tmp_path, PILOT_LINES):
         if "measured" in line:
             measured = line["measured"]
@@ -189,7 +192,7 @@ def test_a_run_ends_after_some_rounds_without_any_update_and_says_why(tmp_path: 
     def refused(node: str, answer: Message) -> Message:
         return protocol.write(Refused("no room", 1)) if answer.kind == "Result" else answer
 
-    with pytest.raises(OSError, match=rf"in {MOST_EMPTY_ROUNDS} rounds, at last because: .*no room"):
+    with pytest.raises(OSError, match=rf"in {MOST_EMPTY_ROUNDS} rounds, the last time because: .*no room"):
         on_devices(config, tmp_path / "refused", refused)
     with pytest.raises(OSError, match="no device's update could be used"):
         on_devices(config, tmp_path / "not finite", not_finite)
@@ -273,9 +276,7 @@ def test_a_device_refuses_what_it_cannot_train_and_asks_for_layers_that_it_lacks
     assert "federation.dropout: 0.5 cannot" in str(
         answer(config=json.dumps(to_dict(pilot_config(federation__dropout=0.5))))
     )
-    assert "RecursionError" in str(answer(config="[" * 100_000)) or "cannot be read" in str(
-        answer(config="[" * 100_000)
-    )
+    assert "a config that cannot be read" in str(answer(config="[" * 100_000))
     assert isinstance(answer(), Result)
     (tmp_path / "d0-layers" / digest).write_bytes(b"damaged")
     assert answer() == Missing("r", 2, digest)
