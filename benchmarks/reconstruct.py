@@ -69,7 +69,7 @@ def main() -> None:
             }  # fmt: skip
             print(row, flush=True)
             rows.append(row)
-            programs.cache_clear()  # a process can map only so many programs into memory
+            programs.cache_clear()  # the number of programs that a process can hold is limited
             jax.clear_caches()
     common.publish("reconstruct", "Images rebuilt from one client's update", rows,
                    trials=options.trials, iterations=options.iterations)  # fmt: skip

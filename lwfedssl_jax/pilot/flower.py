@@ -40,14 +40,14 @@ def carry(grid: Any, path: str) -> None:
         else:
             answer["answers"] = []
             for number, reply in enumerate(grid.pull_messages(asked["ids"]) if asked["ids"] else ()):
-                told: dict[str, Any] = {"id": reply.metadata.reply_to_message_id}
+                entry: dict[str, Any] = {"id": reply.metadata.reply_to_message_id}
                 if reply.has_error():
-                    told["why"] = f"Flower's error {reply.error.code}"
+                    entry["why"] = f"Flower's error {reply.error.code}"
                 else:
                     read = from_records(reply.content)
-                    told |= {"kind": read.kind, "fields": read.fields, "arrays": list(read.arrays)}
+                    entry |= {"kind": read.kind, "fields": read.fields, "arrays": list(read.arrays)}
                     packed |= {f"{number} {name}": content for name, content in read.arrays.items()}
-                answer["answers"].append(told)
+                answer["answers"].append(entry)
         channel.send(connection, Packet(answer, packed))
 
 

@@ -26,7 +26,7 @@ MOST_DEVICES = 64
 
 
 def local_config(config: Config, devices: int) -> Config:
-    """Return a config whose clients are so many devices, all of which take part in every round.
+    """Return a config with this number of devices as clients, all of which take part in every round.
 
     Raises:
       ConfigError: it cannot be run on devices, or there are too few or too many.

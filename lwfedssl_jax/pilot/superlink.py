@@ -93,13 +93,13 @@ class FlowerLink:
         """Return the answers that came."""
         found, self._lost = self._lost, []
         packet = self._do(do="poll", ids=list(self._open))
-        for number, told in enumerate(packet.data["answers"] if packet else ()):
-            sent, node = self._open.pop(told["id"], (0, ""))
-            if "why" in told:
-                found.append(Answer(node, sent, None, told["why"]))
+        for number, entry in enumerate(packet.data["answers"] if packet else ()):
+            sent, node = self._open.pop(entry["id"], (0, ""))
+            if "why" in entry:
+                found.append(Answer(node, sent, None, entry["why"]))
             elif packet:
-                arrays = {name: packet.arrays[f"{number} {name}"] for name in told["arrays"]}
-                found.append(Answer(node, sent, Message(told["kind"], told["fields"], arrays)))
+                arrays = {name: packet.arrays[f"{number} {name}"] for name in entry["arrays"]}
+                found.append(Answer(node, sent, Message(entry["kind"], entry["fields"], arrays)))
         return found
 
     def _do(self, arrays: dict[str, bytes] | None = None, **request: Any) -> Packet | None:
@@ -150,7 +150,7 @@ class FlowerLink:
         """Start the SuperLink.
 
         Raises:
-          OSError: it has not started in time.
+          OSError: it does not start in time.
         """
         command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self._port), *self._security()]
         end_leftover(self._folder / SUPERLINK, command[0])
@@ -165,7 +165,7 @@ class FlowerLink:
             if self._is_healthy():
                 return self._register()
             time.sleep(0.2)
-        raise OSError(f"Flower's SuperLink has not started: {self._superlink.last_lines()}")
+        raise OSError(f"Flower's SuperLink did not start: {self._superlink.last_lines()}")
 
     def _security(self) -> list[str]:
         """Options of the SuperLink."""
@@ -200,9 +200,11 @@ class FlowerLink:
         if not app.exists():
             shutil.copytree(FAB, app, ignore=shutil.ignore_patterns("__pycache__"))
         path = self._temporary / "server"
-        is_started, told = self._flwr("run", str(app), "pilot", "--run-config", f'socket="{path}"', "--format", "json")
+        is_started, output = self._flwr(
+            "run", str(app), "pilot", "--run-config", f'socket="{path}"', "--format", "json"
+        )
         if not is_started:
-            raise OSError(f"Flower's run has not started: {told}")
+            raise OSError(f"Flower's run did not start: {output}")
 
     def _flwr(self, *words: str) -> tuple[bool, str]:
         """Run a command of Flower's; return whether it says that it succeeded, and the end of what it said."""
