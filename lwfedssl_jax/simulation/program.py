@@ -50,13 +50,13 @@ class Program(NamedTuple):
       finish: ``(before, broadcast, carry, context) -> After``.
       embed: ``(the lanes' trainable parts, broadcast, work, context) -> embeddings``, if clients upload any.
 
-    A pilot's server has no ``steps`` and its devices no ``finish``.
+    A pilot's server does without ``steps`` and its devices without ``finish``, which are then None.
     """
 
-    start: Any
-    steps: Any = None
-    finish: Any = None
-    embed: Any = None
+    start: jax.stages.Compiled
+    steps: jax.stages.Compiled
+    finish: jax.stages.Compiled
+    embed: jax.stages.Compiled | None = None
 
 
 class Before(NamedTuple):
@@ -158,7 +158,8 @@ def idle_call(run: Prepared) -> Schedule:
 def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack, skipped: Collection[str] = ()) -> Program:
     """Compile a stage's programs (see ``trace_stage``), except for those whose names are given."""
     traced = zip(Program._fields, trace_stage(run, stage, feed, stack), strict=False)
-    return Program(*(None if name in skipped else program.lower().compile() for name, program in traced))
+    compiled: list[Any] = [None if name in skipped else program.lower().compile() for name, program in traced]
+    return Program(*compiled)
 
 
 def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[jax.stages.Traced]:
