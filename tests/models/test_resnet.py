@@ -273,9 +273,9 @@ def test_layerwise_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ledger, "all_strategies", lambda config, **_: {"layerwise": ledger.make_ledger(config)})
     compile_stage, programs = program.compile_stage, dict[int, program.Program]()
 
-    def compile_once(run: setup.Prepared, stage: Stage, feed: Any, stack: Any) -> program.Program:
+    def compile_once(run: setup.Prepared, stage: Stage, *rest: Any) -> program.Program:
         if stage.number not in programs:
-            programs[stage.number] = compile_stage(run, stage, feed, stack)
+            programs[stage.number] = compile_stage(run, stage, *rest)
         return programs[stage.number]
 
     monkeypatch.setattr(program, "compile_stage", compile_once)
