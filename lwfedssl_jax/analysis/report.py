@@ -12,13 +12,14 @@ import pandas as pd
 from lwfedssl_jax import __version__
 from lwfedssl_jax.analysis import tables
 from lwfedssl_jax.analysis.comparisons import compare_all
-from lwfedssl_jax.analysis.device_tables import device_table, event_words
+from lwfedssl_jax.analysis.device_tables import device_table, event_words, stage_table
 from lwfedssl_jax.analysis.equal_cost import equal_cost_table
 from lwfedssl_jax.analysis.headline import headline
 from lwfedssl_jax.analysis.report_figures import (
     Members,
     costs_figure,
     curve_figures,
+    device_figures,
     epsilon_figures,
     first_curves,
     grids,
@@ -129,6 +130,7 @@ def compose(runs: Sequence[RunRecord], out: Path) -> dict[str, Any]:
         "audits": promises(members, lambda promise: promise.get("audit", {}).get("says")),
         "not_covered": NOT_COVERED,
         "events": {label: said for label, runs in members.items() if (said := list(event_words(runs[0].path)))},
+        "device_figures": device_figures(members, out),
         "pacing": pacing_figure(members),
         "share_panel": len(settings) <= len(STYLES),
         "spending": spending_figure(members),
@@ -148,6 +150,7 @@ def _tables(
 ) -> dict[str, Table | None]:
     """Make the tables of the page by name; None for a table without content."""
     first_summaries = {label: runs[0].summary for label, runs in members.items()}
+    paths = {label: runs[0].path for label, runs in members.items()}
     ledgers = first_summaries[settings[0].label]["strategies"] if len(settings) == 1 else None
     return {
         "settings": tables.settings_table(runs, settings) if settings else None,
@@ -157,7 +160,8 @@ def _tables(
         "fleet": tables.fleet_table(first_summaries),
         "privacy": tables.privacy_table(first_summaries),
         "membership": tables.membership_table(first_summaries),
-        "devices": device_table({label: runs[0].path for label, runs in members.items()}),
+        "devices": device_table(paths),
+        "device_stages": stage_table(paths),
     }
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lwfedssl_jax.analysis import setting_plots, tables
+from lwfedssl_jax.analysis.device_plots import plot_ratios
+from lwfedssl_jax.analysis.device_tables import measured_lines
 from lwfedssl_jax.analysis.effects import by_data, grid_of
 from lwfedssl_jax.analysis.privacy_plots import epsilons, plot_epsilon
 from lwfedssl_jax.analysis.results import SEED, STRATEGY, RunRecord
@@ -81,6 +83,21 @@ def epsilon_figures(runs: pd.DataFrame, settings: Sequence[Setting], names: Sequ
             "clips, the one with the highest mean. What is above the noise alone was learnt."
         )
         found.append(Figure(_uri("svg+xml", svg), caption, caption))
+    return found
+
+
+def device_figures(members: Members, out: Path) -> list[Figure]:
+    """What was measured on the devices of each setting's first run over what was predicted, by stage."""
+    found = []
+    for number, (label, (first, *_)) in enumerate(members.items(), 1):
+        if lines := measured_lines(first.path):
+            svg = save_with_svg(plot_ratios(lines), out / "plots", f"devices_{number}")
+            caption = (
+                f"Measured over predicted, by stage{f', of {label}' * (len(members) > 1)}: the median over devices and "
+                "rounds, with its range. The time is predicted from the ledger's operations and the device's speed in "
+                "the rounds before."
+            )
+            found.append(Figure(_uri("svg+xml", svg), caption, caption))
     return found
 
 

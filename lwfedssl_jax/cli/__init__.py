@@ -166,7 +166,7 @@ def pilot_command(arguments: list[str]) -> None:
             run_pilot_server(server, rest)
         elif what == "device":
             device = pilot_options.parse_device(rest)
-            from lwfedssl_jax.cli.pilot import run_pilot_device
+            from lwfedssl_jax.cli.pilot_device import run_pilot_device
 
             run_pilot_device(device)
         elif what == "keys":
@@ -174,8 +174,13 @@ def pilot_command(arguments: list[str]) -> None:
             from lwfedssl_jax.cli.pilot import run_pilot_keys
 
             run_pilot_keys(keys)
+        elif what == "calibrate":
+            directory = pilot_options.parse_calibrate(rest)
+            from lwfedssl_jax.cli.pilot import run_pilot_calibrate
+
+            run_pilot_calibrate(directory)
         else:
-            raise ConfigError(f"pilot: unknown {what!r}; accepted: local, server, device, keys")
+            raise ConfigError(f"pilot: unknown {what!r}; accepted: local, server, device, keys, calibrate")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -218,6 +223,7 @@ def print_help() -> None:
     print("  pilot server CONFIG --devices N [--workdir DIR] [--keys DIR] [--port N]")
     print("  pilot device HOST:PORT --data FOLDER [--name NAME] [--ca FILE --key FILE]")
     print("  pilot keys DIR --devices NAME [NAME ...] [--hosts HOST ...]")
+    print("  pilot calibrate DIR")
     print("      the same rounds on real devices, or on processes of this machine")
     print("  list [PATTERN ...]")
     print("      the configs and sweeps that exist, or those whose names contain or match a pattern")

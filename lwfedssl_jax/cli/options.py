@@ -73,7 +73,7 @@ class PlanOptions:
     """CONFIG: a name that `list` shows, or a path to a Python file that defines `config`."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # --section.field VALUE, always
     memory_gb: Annotated[float | None, shown("FLOAT")] = None
-    """A single class of devices: memory available for training, in GB (1e9 bytes)."""
+    """A single class of devices: memory that the process which trains can have, in GB (1e9 bytes)."""
     gflops: Annotated[float | None, shown("FLOAT")] = None
     """With --memory-gb: sustained speed in 1e9 floating-point operations per second; a multiply-add counts as two.
     Without it or without a link speed, no time is reported."""
@@ -83,9 +83,11 @@ class PlanOptions:
     """With --memory-gb: download speed of the device, in 1e6 bit/s."""
     watts: Annotated[float | None, shown("FLOAT")] = None
     """With --memory-gb: power in watts while the device trains, uploads or downloads; needed for its energy."""
+    baseline_gb: Annotated[float | None, shown("FLOAT")] = None
+    """With --memory-gb: the part of it that the process needs before any model; by default, all is for the model."""
     devices: Annotated[Path | None, shown("FILE")] = None
     """Several classes of devices instead: a CSV file with the columns name, count, memory_gb and, where known, gflops,
-    uplink_mbps, downlink_mbps and watts. Without --memory-gb and --devices: the config's fleet.devices."""
+    uplink_mbps, downlink_mbps, watts and baseline_gb. Without --memory-gb and --devices: the config's fleet.devices."""
     examples: Annotated[tuple[str, ...], shown("INT | p10=INT p50=INT ...")] = ()
     """Images per client: a number, or quantiles over clients. By default, the clients of the data set as train deals
     them, if it is on this machine."""

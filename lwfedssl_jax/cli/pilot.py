@@ -1,15 +1,14 @@
 """The command ``pilot``: rounds on real devices."""
 
-import socket
-import time
-from pathlib import Path
-
+import pandas as pd
 from rich.console import Console
 
 from lwfedssl_jax.analysis import terminal
-from lwfedssl_jax.cli.pilot_options import DeviceOptions, KeysOptions, LocalOptions, ServerOptions, address
+from lwfedssl_jax.cli.pilot_options import CalibrateOptions, KeysOptions, LocalOptions, ServerOptions
 from lwfedssl_jax.config import code_digest, named, override, resolve
+from lwfedssl_jax.config.device_classes import describe
 from lwfedssl_jax.experiment.progress import ConsoleProgress
+from lwfedssl_jax.pilot.calibrate import CLASSES, Calibration, calibrate, write_classes
 from lwfedssl_jax.pilot.keys import DEVICES, make_keys
 from lwfedssl_jax.pilot.local import compare, local_config, run_local
 from lwfedssl_jax.pilot.processes import check_flower
@@ -22,7 +21,7 @@ from lwfedssl_jax.workdir.directory import PILOT, default_workdir
 def run_pilot_local(options: LocalOptions, arguments: list[str]) -> None:
     """Run ``pilot local``."""
     config = local_config(options.config, options.devices)
-    set_up(options.compilation_cache)
+    devices.set_up(options.compilation_cache)
     name, code, out = named(arguments[0]), code_digest(arguments[0]), Console()
     path = options.workdir or default_workdir(f"pilot-{name}", config, code)
     workdir = WorkDir(path, config, code, command=arguments)
@@ -49,7 +48,7 @@ def run_pilot_server(options: ServerOptions, arguments: list[str]) -> None:
     config = resolve(override(options.config, changes))
     check_pilot(config)
     check_flower()
-    set_up(options.compilation_cache)
+    devices.set_up(options.compilation_cache)
     name, code, out = named(arguments[0]), code_digest(arguments[0]), Console()
     path = options.workdir or default_workdir(f"pilot-{name}", config, code)
     workdir = WorkDir(path, config, code, command=arguments)
@@ -68,31 +67,6 @@ def run_pilot_server(options: ServerOptions, arguments: list[str]) -> None:
     out.print(f"metrics, plots, encoder, roster.csv and pilot.jsonl are in {path}")
 
 
-def run_pilot_device(options: DeviceOptions) -> None:
-    """Run ``pilot device``."""
-    from lwfedssl_jax.pilot.cache import LayerCache
-    from lwfedssl_jax.pilot.device import run_device
-    from lwfedssl_jax.pilot.images import DeviceImages
-    from lwfedssl_jax.pilot.worker import Worker
-
-    host, port = address(options.server)
-    check_flower()
-    images, folder = DeviceImages(options.data), options.folder or Path.home() / ".lwfedssl-device"
-    set_up(options.compilation_cache)
-    worker = Worker(options.name or socket.gethostname(), images, LayerCache(folder / "layers"))
-    security = ["--insecure"] if options.insecure else []
-    if options.ca:
-        security += ["--root-certificates", str(options.ca)]
-    if options.key:
-        security += ["--auth-supernode-private-key", str(options.key)]
-
-    def tell(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-    tell(f"{len(images.files)} images in {options.data}; waiting for {options.server}")
-    run_device(worker, host, port, folder, tell, security)
-
-
 def run_pilot_keys(options: KeysOptions) -> None:
     """Run ``pilot keys``."""
     made = make_keys(options.directory, options.devices, options.hosts)
@@ -103,8 +77,24 @@ def run_pilot_keys(options: KeysOptions) -> None:
     )
 
 
-def set_up(compilation_cache: str | None) -> None:
-    """Set up JAX as ``train`` does."""
-    devices.set_up_cpu()
-    devices.set_up_cache(compilation_cache)
-    devices.check_platform()
+def run_pilot_calibrate(options: CalibrateOptions) -> None:
+    """Run ``pilot calibrate``."""
+    found, path, out = calibrate(options.directory), options.directory / CLASSES, Console()
+    write_classes(found.classes, path)
+    out.print(terminal.rich_table(calibration_words(found)))
+    for device, members in zip(found.classes, found.members, strict=True):
+        out.print(f"{describe(device)}: {', '.join(members)}", markup=False, highlight=False, soft_wrap=True)
+    out.print(
+        f"written to {path}; for lwfedssl plan CONFIG --devices {path}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def calibration_words(found: Calibration) -> pd.DataFrame:
+    """Return the speed of each device in each stage as a table, in GFLOP/s."""
+    stages = sorted({stage for of_one in found.speeds.values() for stage in of_one})
+    rows = [
+        {"device": name}
+        | {f"stage {stage} (GFLOP/s)": f"{of_one[stage] / 1e9:.3g}" if stage in of_one else "" for stage in stages}
+        for name, of_one in sorted(found.speeds.items())
+    ]
+    return pd.DataFrame(rows)

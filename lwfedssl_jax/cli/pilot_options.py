@@ -71,6 +71,14 @@ class KeysOptions:
 
 
 @dataclass(frozen=True)
+class CalibrateOptions:
+    """Make classes of devices for `plan --devices` from what a pilot has measured, in DIR/devices.csv."""
+
+    directory: Annotated[tyro.conf.Positional[Path], shown("DIR")]
+    """The work directory of the pilot."""
+
+
+@dataclass(frozen=True)
 class DeviceOptions:
     """Take part in a pilot with the images of this device, which do not leave it."""
 
@@ -131,6 +139,21 @@ def parse_keys(arguments: list[str]) -> KeysOptions:
     check_words(arguments, "DIR")
     with refusals_in_one_line():
         return tyro.cli(KeysOptions, prog=name_of("pilot keys"), args=arguments)
+
+
+def parse_calibrate(arguments: list[str]) -> CalibrateOptions:
+    """Parse the options of ``pilot calibrate``.
+
+    Raises:
+      ConfigError: DIR is missing or none, or an option is unknown.
+      SystemExit: after ``--help``.
+    """
+    check_words(arguments, "DIR")
+    with refusals_in_one_line():
+        options = tyro.cli(CalibrateOptions, prog=name_of("pilot calibrate"), args=arguments)
+    if not options.directory.is_dir():
+        raise ConfigError(f"DIR: {options.directory} is not a directory; accepted: the work directory of a pilot")
+    return options
 
 
 def parse_device(arguments: list[str]) -> DeviceOptions:

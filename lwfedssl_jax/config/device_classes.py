@@ -18,10 +18,11 @@ class DeviceClass:
     Attributes:
       name: of the class.
       count: number of devices.
-      memory_gb: memory available for a training step, in GB of 1e9 bytes.
+      memory_gb: memory that the process which trains can have, in GB of 1e9 bytes.
       gflops: 1e9 floating-point operations per second, sustained; a multiply-add is two.
       uplink_mbps, downlink_mbps: from and to the device, in 1e6 bit/s.
       watts: power while it trains and transfers.
+      baseline_gb: the part of memory_gb that this process needs before any model; without it, all is for the model.
     """
 
     name: str
@@ -31,6 +32,12 @@ class DeviceClass:
     uplink_mbps: float | None = None
     downlink_mbps: float | None = None
     watts: float | None = None
+    baseline_gb: float | None = None
+
+    @property
+    def step_gb(self) -> float:
+        """Memory for a training step, in GB; not above 0 if the process needs all of it."""
+        return self.memory_gb - (self.baseline_gb or 0.0)
 
     @property
     def has_speed(self) -> bool:
@@ -39,10 +46,11 @@ class DeviceClass:
 
 
 REQUIRED = ("count", "memory_gb")
-QUANTITIES = ("memory_gb", "gflops", "uplink_mbps", "downlink_mbps", "watts")
+QUANTITIES = ("memory_gb", "gflops", "uplink_mbps", "downlink_mbps", "watts", "baseline_gb")
 COLUMNS = tuple(field.name for field in dataclasses.fields(DeviceClass))
 FORM = (
-    "NAME count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=50 watts=3, all but count and memory_gb optional"
+    "NAME count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=50 watts=3 baseline_gb=0.5, "
+    "all but count and memory_gb optional"
 )
 
 

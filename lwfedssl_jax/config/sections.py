@@ -264,8 +264,9 @@ class FleetConfig:
 
     devices: tuple[str, ...] = ()
     """Classes of devices, each as "NAME count=30 memory_gb=2 gflops=50 uplink_mbps=10 downlink_mbps=50 watts=3", the
-    last four if known; or the path of a CSV file with a column name and these columns. Clients whose class does not
-    have the memory for a stage do not take part in it."""
+    last four if known, and baseline_gb=0.5 for the memory that the process needs before any model; or the path of a
+    CSV file with a column name and these columns. Clients whose class does not have the memory for a stage do not take
+    part in it."""
     deadline_seconds: NonNegative = 0.0
     """Devices that need longer for a round of a stage do not take part in that stage either; 0: no deadline."""
 

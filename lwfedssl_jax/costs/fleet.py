@@ -124,7 +124,7 @@ def affords(device: DeviceClass, cost: StageCost, examples_N: np.ndarray, deadli
     Returns:
       N booleans.
     """
-    if cost["peak_memory_bytes"] > device.memory_gb * 1e9:
+    if cost["peak_memory_bytes"] > device.step_gb * 1e9:
         return np.zeros(len(examples_N), bool)
     if not deadline:
         return np.ones(len(examples_N), bool)
@@ -136,9 +136,14 @@ def seconds_of_a_round(device: DeviceClass, cost: StageCost, examples_N: np.ndar
     assert device.gflops is not None
     assert device.uplink_mbps is not None
     assert device.downlink_mbps is not None
-    seconds_per_example = 2 * cost["flops_executed"] / (device.gflops * 1e9)
     download, upload = cost["download_bytes"] / device.downlink_mbps, cost["upload_bytes"] / device.uplink_mbps
-    return (examples_N * seconds_per_example + 8 * (download + upload) / 1e6) / cost["rounds"]
+    training = operations_of_a_round(cost, examples_N) / (device.gflops * 1e9)
+    return training + 8 * (download + upload) / 1e6 / cost["rounds"]
+
+
+def operations_of_a_round(cost: StageCost, examples_N: np.ndarray) -> np.ndarray:
+    """Return N numbers of floating-point operations: two per executed multiply-add."""
+    return 2 * cost["flops_executed"] / cost["rounds"] * examples_N
 
 
 def deal(devices: Sequence[DeviceClass], clients: int, seed: int) -> np.ndarray:
@@ -188,12 +193,13 @@ def fleet_of_clients(config: Config, per_stage: Sequence[StageCost], examples_N:
     fleet = make_fleet(devices, per_stage, examples_N, deadline, config.partition_seed)
     for cost in per_stage:
         if not (fleet.can[cost["stage"]] & (examples_N > 0)).any():
-            most = max(device.memory_gb for device in devices)
+            most = max(device.step_gb for device in devices)
             slow = f", or a round in fleet.deadline_seconds {deadline:g}" if deadline else ""
             raise ConfigError(
                 f"fleet.devices: no client can take part in stage {cost['stage']} of {len(per_stage)}, which needs "
-                f"{cost['peak_memory_bytes'] / 1e9:.3g} GB (they have up to {most:.3g} GB){slow}; accepted: devices "
-                "that can, a smaller optimizer.batch_size, runtime.remat True, or strategy.name layerwise"
+                f"{cost['peak_memory_bytes'] / 1e9:.3g} GB (they have up to {max(most, 0):.3g} GB for it){slow}; "
+                "accepted: devices that can, a smaller optimizer.batch_size, runtime.remat True, or strategy.name "
+                "layerwise"
             )
     return fleet
 

@@ -19,21 +19,19 @@ from lwfedssl_jax.pilot.worker import Worker
 SECONDS_BETWEEN_STARTS = 5.0
 
 
-def run_device(
-    worker: Worker, host: str, port: int, folder: Path, tell: Callable[[str], None], security: list[str]
-) -> None:
+def run_device(worker: Worker, relay: Relay, folder: Path, tell: Callable[[str], None], security: list[str]) -> None:
     """Serve a pilot until interrupted.
 
     Args:
       worker: the device.
-      host, port: of the server.
+      relay: to the server; it is closed in the end.
       folder: for Flower's settings and logs.
       tell: hears of progress.
       security: options of the SuperNode.
     """
     temporary = Path(tempfile.mkdtemp(prefix="lwfedssl-"))
     folder.mkdir(parents=True, exist_ok=True)
-    listener, relay = channel.listen(temporary / "worker"), Relay(host, port)
+    listener = channel.listen(temporary / "worker")
     threading.Thread(target=answer, args=(listener, worker, tell), daemon=True).start()
     command = ["flower-supernode", *security, "--superlink", f"127.0.0.1:{relay.port}", "--port", str(free_port())]
     command += ["--node-config", f'socket="{temporary / "worker"}"']
@@ -65,3 +63,4 @@ def answer(listener: socket.socket, worker: Worker, tell: Callable[[str], None])
                 answer = worker.handle(Message(about["kind"], about["fields"], dict(arrays)))
                 tell(f"{about['kind']}: {answer.kind}")
                 channel.send(connection, Packet({"kind": answer.kind, "fields": answer.fields}, answer.arrays))
+            worker.compile_ahead()

@@ -5,22 +5,24 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lwfedssl_jax.pilot import protocol
 from lwfedssl_jax.pilot.journal import Entry, Journal
 from lwfedssl_jax.pilot.link import Answer, Link
 from lwfedssl_jax.pilot.protocol import Ask, Content, Hello, Message, Missing, ProtocolError, Refused, Result, Train
+from lwfedssl_jax.pilot.relay import Counted
 
 SECONDS_BETWEEN_POLLS = 0.25
 SECONDS_TO_ANSWER = 60.0  # a question that needs no training
 SECONDS_TO_GREET = 15.0  # that a round waits for who it is that has come
 SECONDS_TO_ASK_AGAIN = 10.0  # after a question without an answer
 SECONDS_TO_LEAVE = 5.0  # that a node must be gone: a transport that starts again has no nodes for a moment
+MOST_BYTES = 2.0**63
 MOST_REQUESTS = 3  # to a device in a round
 MOST_IMAGES = 2**24  # whose number float32, in which updates are weighted, has exactly
 LONGEST_NAME, LONGEST_REASON = 64, 200
-ABOUT = ("software", "platform", "cores", "memory_bytes", "baseline_bytes")
+ABOUT = ("software", "platform", "cores", "memory_bytes", "available_bytes", "baseline_bytes")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,6 +55,7 @@ class Report(NamedTuple):
       missing_layers: numbers of the frozen layers that it was expected not to have.
       payload_down, payload_up: bytes of parameters that were sent to it and received.
       message_seconds: from the first message of the round to its result.
+      wire_down: bytes from the server since its last report, as ``relay.Counted``; None if that is not known.
     """
 
     result: Result
@@ -60,6 +63,7 @@ class Report(NamedTuple):
     payload_down: int
     payload_up: int
     message_seconds: float
+    wire_down: int | None
 
 
 class Collected(NamedTuple):
@@ -90,6 +94,19 @@ class Device:
     owes: int | None = None
     until: float = 0.0
     round: int = 0
+
+
+@dataclass
+class Tally:
+    """What a device has exchanged until it was last asked, and the line that lacks what its last upload took.
+
+    Attributes:
+      counted: as it says.
+      line: round, client and name of that upload; None if there is none.
+    """
+
+    counted: Counted
+    line: dict[str, Any] | None = None
 
 
 @dataclass
@@ -162,6 +179,7 @@ class Devices:
         self._deadline, self._between_polls, self._now, self._sleep = deadline, between_polls, now, sleep
         self._nodes: dict[str, Node] = {}
         self._boots: dict[str, str] = {}  # of each device that is there, which differs each time that it starts
+        self._tallies: dict[str, Tally] = {}
         self._round, self._looked = 0, 0.0
         self.last_reason = ""
 
@@ -215,6 +233,21 @@ class Devices:
                 self._event("late", device.name, f"no update within {self._deadline:g} s")
         received = sum(report.payload_up for report in open_round.reports.values())
         return Collected(open_round.reports, sum(open_round.sent_bytes.values()), received)
+
+    def settle(self) -> None:
+        """After the last round, ask the devices for what its upload took on the wire; wait for a short while."""
+        began = self._now()
+        for name, node in self._nodes.items():
+            if self._is_open(node) and node.question is None:
+                node.question, node.asked = self._link.send(name, protocol.write(Ask()), SECONDS_TO_ANSWER), began
+        while any(map(self._is_open, self._nodes.values())) and self._now() - began < SECONDS_TO_GREET:
+            self._wait()
+            self._step(None)
+
+    def _is_open(self, node: Node) -> bool:
+        """Whether what the last upload of a node's device took is not known."""
+        tally = self._tallies.get(node.device.name) if node.device else None
+        return tally is not None and tally.line is not None
 
     def name_of(self, number: int) -> str:
         """Return the name of a device."""
@@ -320,12 +353,32 @@ class Devices:
             else:
                 self._read_content(node, device, content_of(answer.message), open_round)
 
+    def _count(self, name: str, content: Hello | Result) -> int | None:
+        """Take note of what a device has exchanged; return the bytes from the server since it was last asked.
+
+        What its last upload took is known now, and is written. None if the device has started again since.
+        """
+        try:
+            now = check_counted(content)
+        except ValueError:
+            return None
+        tally = self._tallies.get(name)
+        self._tallies[name] = Tally(now)
+        if tally is None or now.wire_down < tally.counted.wire_down or now.wire_up < tally.counted.wire_up:
+            return None
+        if tally.line:
+            polling = max(0, now.polling_bytes - tally.counted.polling_bytes)
+            measured = {"wire_up": now.wire_up - tally.counted.wire_up, "polling_bytes": polling}
+            self._journal.write(tally.line | {"measured": measured})
+        return now.wire_down - tally.counted.wire_down
+
     def _fail(self, node: Node, device: Device, why: str) -> None:
         """Ask a device whose answer did not come who it is, since it may have started again; then for training."""
         self._event("failed", device.name, why)
         node.device = None
 
     def _read_content(self, node: Node, device: Device, content: Content, open_round: OpenRound | None) -> None:
+        wire_down = self._count(device.name, content) if isinstance(content, Result) else None
         is_in_round = open_round is not None and device.round == open_round.request.round
         if not open_round or not is_in_round:
             self._event("late", device.name, f"its answer of round {device.round} came after the round")
@@ -335,12 +388,12 @@ class Devices:
         else:
             open_round.waiting.discard(device.number)
             try:
-                self._accept(device, content, open_round)
+                self._accept(device, content, open_round, wire_down)
             except ValueError as error:
                 self._event("refused", device.name, str(error))
                 node.device = None  # it is asked again who it is: its images may be others now
 
-    def _accept(self, device: Device, result: Content, open_round: OpenRound) -> None:
+    def _accept(self, device: Device, result: Content, open_round: OpenRound, wire_down: int | None) -> None:
         """Take a result into the round.
 
         Raises:
@@ -356,6 +409,7 @@ class Devices:
             )
         if result.examples != self._journal.roster[device.name].images:
             raise ValueError(f"an update from {result.examples} images, which is not the number that it joined with")
+        check_counted(result)
         if result.arrays.keys() != {"update"}:
             raise ValueError(f"an update with {len(result.arrays)} arrays; accepted: one")
         request.check(result)
@@ -365,7 +419,11 @@ class Devices:
             payload_down=open_round.sent_bytes[number],
             payload_up=len(result.arrays["update"]),
             message_seconds=self._now() - open_round.first_asked[number],
+            wire_down=wire_down,
         )
+        if any(self._tallies[device.name].counted):  # without a relay, there is nothing to wait for
+            line = {"round": request.round, "client": number, "name": device.name}
+            self._tallies[device.name].line = line
 
     def _greet(self, node: Node, answer: Answer) -> None:
         """Read who answers at a node, and enter it into the roster."""
@@ -380,7 +438,9 @@ class Devices:
             return
         changed = before.images > 0 and (before.images, before.data) != (hello.images, hello.data)
         for other in self._nodes.values():
-            if other.device and other.device.name == hello.name:  # where it was before, or a copy of it
+            if (
+                other is not node and other.device and other.device.name == hello.name
+            ):  # where it was before, or a copy of it
                 self._leave(other.device, "it came again elsewhere")
                 other.device, other.is_refused = None, True
         node.device = Device(hello.name, entry.number, set(protocol.split(hello.layers)))
@@ -388,6 +448,9 @@ class Devices:
             event = "returned" if before.images else "joined"
             why = "with other images than before" if changed else ""
             self._event(event, hello.name, why, {name: getattr(hello, name) for name in ABOUT})
+        if self._boots.get(hello.name) != hello.boot:
+            self._tallies.pop(hello.name, None)
+        self._count(hello.name, hello)
         self._boots[hello.name] = hello.boot
 
     def _enter(self, content: Content) -> tuple[Hello, Entry, Entry]:
@@ -405,12 +468,25 @@ class Devices:
             raise ValueError(f"it has {content.images} images; accepted: {self._fewest} to {MOST_IMAGES}")
         if not DIGEST.fullmatch(content.data):
             raise ValueError("the hash of its images is none; accepted: SHA-256")
+        check_counted(content)
         known = self._journal.roster.get(name)
         before = dataclasses.replace(known) if known else Entry(-1, name, 0, "")
         entry = self._journal.enter(name, content.images, content.data, self._most)
         if entry is None:
             raise ValueError(f"there are {self._most} devices already, and {name} is not in the roster")
         return content, before, entry
+
+
+def check_counted(content: Hello | Result) -> Counted:
+    """Return what a device says it has exchanged, unless it cannot be.
+
+    Raises:
+      ValueError: naming it.
+    """
+    for name in Counted._fields:
+        if not 0 <= (value := getattr(content, name)) < MOST_BYTES:
+            raise ValueError(f"its {name} is {value}")
+    return Counted(*(getattr(content, name) for name in Counted._fields))
 
 
 def content_of(message: Message) -> Content:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.system.files import write_whole
-from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines
+from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines, read_pilot
 
 ROSTER = "roster.csv"
 
@@ -35,6 +35,7 @@ class Journal:
 
     Attributes:
       roster: the devices, by name.
+      measured: lines of the rounds that are finished, as they were written.
 
     Raises:
       ConfigError: the roster cannot be read.
@@ -58,6 +59,7 @@ class Journal:
         for line in read_lines(folder, PILOT_LINES):
             if "event" in line or line["round"] <= rounds:
                 self._lines.append(json.dumps(line))
+        self.measured = [line for line in read_pilot(folder) if "measured" in line and line["round"] <= rounds]
 
     def enter(self, name: str, images: int, data: str, most: int) -> Entry | None:
         """Return a device's entry, which is made if it is new, or None if there are as many devices already."""

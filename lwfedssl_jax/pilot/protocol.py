@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-VERSION = 1
+VERSION = 2
 
 
 class ProtocolError(ValueError):
@@ -41,10 +41,12 @@ class Hello:
       platform: its operating system and processor.
       cores: how many the process may use.
       memory_bytes: of the machine.
+      available_bytes: that its process could have when it started.
       baseline_bytes: of its process, before it has seen any model.
       images: how many it has.
       data: a hash of its images' names and sizes.
       layers: hashes of the layers that it has, separated by commas.
+      wire_down, wire_up, polling_bytes, downlink_mbps, uplink_mbps: as ``relay.Counted``, until it was asked.
     """
 
     name: str
@@ -53,10 +55,16 @@ class Hello:
     platform: str
     cores: int
     memory_bytes: int
+    available_bytes: int
     baseline_bytes: int
     images: int
     data: str
     layers: str
+    wire_down: int
+    wire_up: int
+    polling_bytes: int
+    downlink_mbps: float
+    uplink_mbps: float
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,11 @@ class Result:
       examples: how many images it has trained on.
       loss, samples: its loss summed over samples, and their number.
       layers: layers run, summed over the steps.
-      train_seconds, compile_seconds: that training and compilation took.
+      train_seconds, compile_seconds: that training took, and compiling its programs before the first round of a stage.
+      overlap_seconds: of the training, in which the device also compiled programs for the next stage.
       peak_bytes: most memory that its process ever had.
       program_bytes: of the compiled program.
+      wire_down, wire_up, polling_bytes, downlink_mbps, uplink_mbps: as ``relay.Counted``, until it was asked.
       arrays: ``update``.
     """
 
@@ -107,8 +117,14 @@ class Result:
     layers: int
     train_seconds: float
     compile_seconds: float
+    overlap_seconds: float
     peak_bytes: int
     program_bytes: int
+    wire_down: int
+    wire_up: int
+    polling_bytes: int
+    downlink_mbps: float
+    uplink_mbps: float
     arrays: dict[str, bytes] = field(repr=False)
 
 

@@ -14,12 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.costs.fleet import operations_of_a_round
 from lwfedssl_jax.data.partition import Population
 from lwfedssl_jax.experiment.active import ActiveRun
+from lwfedssl_jax.experiment.ledgers import compiled_ledger
 from lwfedssl_jax.experiment.train import train_together
 from lwfedssl_jax.method.aggregation import RoundContext
 from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
+from lwfedssl_jax.pilot.calibrate import operations_per_second
 from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.devices import Devices, Report, Request
 from lwfedssl_jax.pilot.journal import Journal
@@ -55,7 +58,7 @@ def check_numbers(run: Prepared, result: Result) -> None:
         )
     if abs(result.loss) > LARGEST_LOSS:  # its own, and not only the sum over devices, is finite; NaN is left out later
         raise ValueError(f"an update whose loss is {result.loss}")
-    for name in ("train_seconds", "compile_seconds", "peak_bytes", "program_bytes"):
+    for name in ("train_seconds", "compile_seconds", "overlap_seconds", "peak_bytes", "program_bytes"):
         if not 0 <= getattr(result, name) < math.inf:
             raise ValueError(f"an update whose {name} is {getattr(result, name)}")
 
@@ -183,6 +186,7 @@ class PilotSimulator(Simulator):
         super().__init__([runs[0]._replace(lanes=1, mesh=mesh)], stages, hear, between_calls, cache)
         self._devices, self._journal, self._empty_rounds = devices, journal, 0
         self._wire = Wire(self.run)
+        self._measured = list(journal.measured)
         self._fold = jax.jit(functools.partial(fold, self.run.method))
         devices.gather(at_start, lambda names: hear(Note(f"{len(names)} of {at_start} devices: {', '.join(names)}")))
         self._count_images()
@@ -215,6 +219,8 @@ class PilotSimulator(Simulator):
             raise OSError(
                 f"no device's update could be used in {MOST_EMPTY_ROUNDS} rounds, the last time because: {why}"
             )
+        if number == self.run.config.federation.rounds:
+            self._devices.settle()
         return result._replace(outcomes=[Outcome(line, None)])
 
     def train_cohorts(self, start: RoundStart) -> Trained:
@@ -260,24 +266,38 @@ class PilotSimulator(Simulator):
 
     def _record(self, stage: Stage, number: int, reports: dict[int, Report]) -> None:
         """Write a line for each report: what it took, beside what the ledger says."""
+        cost = compiled_ledger(self.run.config, self._hear, self._cache)["per_stage"][stage.number - 1]
         for client, report in reports.items():
             download, upload = self._traffic[0].round_bytes(stage, report.missing_layers)
-            result = report.result
-            self._journal.write(
-                {
-                    "round": number,
-                    "stage": stage.number,
-                    "client": client,
-                    "name": self._devices.name_of(client),
-                    "predicted": {"download": download, "upload": upload},
-                    "measured": {
-                        "payload_down": report.payload_down,
-                        "payload_up": report.payload_up,
-                        "train_seconds": round(result.train_seconds, 4),
-                        "compile_seconds": round(result.compile_seconds, 4),
-                        "message_seconds": round(report.message_seconds, 4),
-                        "peak_rss": result.peak_bytes,
-                        "program_bytes": result.program_bytes,
-                    },
-                }
-            )
+            result, name = report.result, self._devices.name_of(client)
+            operations = float(operations_of_a_round(cost, np.array(result.examples)))
+            speed = operations_per_second([line for line in self._measured if line["name"] == name])
+            line = {
+                "round": number,
+                "stage": stage.number,
+                "client": client,
+                "name": name,
+                "examples": result.examples,
+                "predicted": {
+                    "download": download,
+                    "upload": upload,
+                    "operations": operations,
+                    "seconds": speed and round(operations / speed, 4),
+                    "memory": cost["peak_memory_bytes"],
+                },
+                "measured": {
+                    "payload_down": report.payload_down,
+                    "payload_up": report.payload_up,
+                    "wire_down": report.wire_down,
+                    "train_seconds": round(result.train_seconds, 4),
+                    "compile_seconds": round(result.compile_seconds, 4),
+                    "overlap_seconds": round(result.overlap_seconds, 4),
+                    "message_seconds": round(report.message_seconds, 4),
+                    "peak_rss": result.peak_bytes,
+                    "program_bytes": result.program_bytes,
+                    "downlink_mbps": round(result.downlink_mbps, 4) or None,
+                    "uplink_mbps": round(result.uplink_mbps, 4) or None,
+                },
+            }
+            self._journal.write(line)
+            self._measured.append(line)

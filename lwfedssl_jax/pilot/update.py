@@ -2,6 +2,7 @@
 
 import functools
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.simulation import cohort
 from lwfedssl_jax.simulation.feed import Feed, streamed
 from lwfedssl_jax.simulation.lanes import placer
-from lwfedssl_jax.simulation.program import with_key
+from lwfedssl_jax.simulation.program import Program, with_key
 from lwfedssl_jax.simulation.rounds import BY_LANE, LANES, compression_key
 from lwfedssl_jax.simulation.setup import Cache, Prepared, lay_out, parts_of
 from lwfedssl_jax.simulation.simulator import Simulator
@@ -35,7 +36,9 @@ class Update(NamedTuple):
       examples: its number of images.
       loss, samples: its loss summed over samples, and their number.
       layers: layers run, summed over the steps.
-      train_seconds, compile_seconds: that training, and compiling its programs before, took.
+      train_seconds: that training took.
+      compile_seconds: that compiling its programs took, before or ahead of the first round of a stage; 0 in later ones.
+      overlap_seconds: of the training, in which other programs were compiled.
       program_bytes: of device memory, of the compiled program.
     """
 
@@ -46,7 +49,16 @@ class Update(NamedTuple):
     layers: int
     train_seconds: float
     compile_seconds: float
+    overlap_seconds: float
     program_bytes: int
+
+
+class Compiled(NamedTuple):
+    """A stage's programs, and when compiling them began and ended."""
+
+    program: Program
+    began: float
+    ended: float
 
 
 class LocalUpdate:
@@ -65,6 +77,28 @@ class LocalUpdate:
     def __init__(self, config: Config, images_NxHxWxC: np.ndarray, client: int, cache: Cache | None = None) -> None:
         self.run = client_run(config, images_NxHxWxC, client)
         self._simulator, self._client = DeviceSimulator([self.run], cache=cache), client
+        self._compiler = ThreadPoolExecutor(1)
+        self._compiled, self._used = dict[int, Future[Compiled]](), set[int]()
+
+    def compile(self, stage: Stage) -> Future[Compiled]:
+        """Begin to compile a stage's programs in a thread, one stage after the other, unless that was done before."""
+        known = self._compiled.get(stage.number)
+        if known is None or (known.done() and known.exception()):  # which may have been for lack of memory
+            known = self._compiled[stage.number] = self._compiler.submit(self._compile, stage)
+        return known
+
+    def _compile(self, stage: Stage) -> Compiled:
+        began = time.monotonic()
+        return Compiled(self._simulator.program(stage), began, time.monotonic())
+
+    def _overlap(self, began: float, ended: float, stage: Stage) -> float:
+        """Seconds of an interval in which another stage's programs were being compiled."""
+        seconds = 0.0
+        for number, future in self._compiled.items():
+            if number != stage.number and not (future.done() and future.exception()):
+                start, end = future.result()[1:] if future.done() else (began, ended)
+                seconds += max(0.0, min(end, ended) - max(start, began))
+        return seconds
 
     def __call__(self, stage: Stage, params: Tree, number: int) -> Update:
         """Train for one round.
@@ -75,28 +109,30 @@ class LocalUpdate:
           number: of the round, from 1.
         """
         simulator, run = self._simulator, self.run
-        began = time.monotonic()
-        program = simulator.program(stage)
-        compiled = time.monotonic()
+        compiled = self.compile(stage).result()
+        program, began = compiled.program, time.monotonic()
         broadcast, carry, state = simulator.begin(program, stage, simulator.stack.place(params), None, {})
         context = simulator.context(stage, number, state.server)
         start = RoundStart(stage, number, program, broadcast, carry, context, state)
         carry = simulator.train(start, [cohort.pack_cohort(run, [self._client], number)])
-        seconds = time.monotonic() - compiled
+        jax.block_until_ready(carry)
+        ended = time.monotonic()
         trained, loss, samples, layers = jax.tree.map(
             lambda x: x[0], (carry.client.trainable, carry.loss, carry.samples, carry.layers)
         )
         if pack := self._pack:
             trained = pack(context, self._client, broadcast, trained)
-        trained = jax.device_get(trained)
+        trained, is_first = jax.device_get(trained), stage.number not in self._used
+        self._used.add(stage.number)
         return Update(
             trained=trained,
             examples=int(run.clients.sizes[self._client]),
             loss=float(loss),
             samples=int(samples),
             layers=int(layers),
-            train_seconds=seconds,
-            compile_seconds=compiled - began,
+            train_seconds=ended - began,
+            compile_seconds=compiled.ended - compiled.began if is_first else 0.0,
+            overlap_seconds=self._overlap(began, ended, stage),
             program_bytes=program_memory(program.steps),
         )
 

@@ -1,12 +1,10 @@
 """The device's side of a pilot: answers the server's messages, whatever carries them."""
 
 import json
-import os
 import platform
-import resource
 import secrets
-import sys
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -14,11 +12,12 @@ from lwfedssl_jax import __version__
 from lwfedssl_jax.config import ConfigError, from_dict, resolve
 from lwfedssl_jax.data import sources
 from lwfedssl_jax.method.checks import check_method
-from lwfedssl_jax.pilot import protocol
+from lwfedssl_jax.pilot import machine, protocol
 from lwfedssl_jax.pilot.cache import LayerCache
 from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.images import DeviceImages
 from lwfedssl_jax.pilot.protocol import Ask, Hello, Message, Missing, ProtocolError, Refused, Result, Train
+from lwfedssl_jax.pilot.relay import Counted
 from lwfedssl_jax.pilot.update import LocalUpdate
 from lwfedssl_jax.pilot.wire import Wire, WireError
 from lwfedssl_jax.simulation.setup import Cache
@@ -34,32 +33,53 @@ class Worker:
       images: its own.
       layers: that it has.
       programs: compiled ones; by default, its own.
+      counted: returns what the connections to the server have carried so far.
     """
 
-    def __init__(self, name: str, images: DeviceImages, layers: LayerCache, programs: Cache | None = None) -> None:
-        self._name, self._images, self._cache, self._programs = name, images, layers, programs
-        self._boot, self._baseline = secrets.token_hex(8), peak_bytes()
+    def __init__(
+        self,
+        name: str,
+        images: DeviceImages,
+        layers: LayerCache,
+        programs: Cache | None = None,
+        counted: Callable[[], Counted] = Counted,
+    ) -> None:
+        self._name, self._images, self._cache, self._programs, self._counted = name, images, layers, programs, counted
+        self._boot, self._baseline, self._available = (
+            secrets.token_hex(8),
+            machine.peak_bytes(),
+            machine.available_bytes(),
+        )
         self._prepared: tuple[tuple[str, int], LocalUpdate, Wire] | None = None
+        self._stage = 0
 
     def handle(self, message: Message) -> Message:
         """Return the answer to a message; what cannot be done is refused, with the reason."""
-        began = time.monotonic()
+        began, counted = time.monotonic(), self._counted()
         try:
             request = protocol.read(message)
         except ProtocolError as error:
             return protocol.write(Refused(f"{self._name} was sent {error}"))
         if isinstance(request, Ask):
-            return protocol.write(self.hello())
+            return protocol.write(self.hello(counted))
         if not isinstance(request, Train):
             return protocol.write(Refused(f"{self._name} was sent a message {message.kind}"))
         try:
-            return protocol.write(self._train(request, began))
+            return protocol.write(self._train(request, began, counted))
         except Exception as error:  # whatever a server sends, and whatever training lacks, the device goes on
             known = isinstance(error, ConfigError | WireError)
             why = str(error) if known else f"{type(error).__name__}: {error}"
             return protocol.write(Refused(f"{self._name}: {why}"[:LONGEST_REASON], request.round))
 
-    def hello(self) -> Hello:
+    def compile_ahead(self) -> None:
+        """Begin to compile the programs of the stage after the last request's, beside whatever else is done."""
+        if self._prepared and self._stage:
+            _, update, _ = self._prepared
+            following = [stage for stage in update.run.stages if stage.number == self._stage + 1]
+            for stage in following:
+                update.compile(stage)
+
+    def hello(self, counted: Counted) -> Hello:
         """Say who the device is."""
         versions = f"lwfedssl_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
         return Hello(
@@ -67,15 +87,17 @@ class Worker:
             boot=self._boot,
             software=versions,
             platform=f"{platform.system()} {platform.machine()}",
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            cores=machine.cores(),
+            memory_bytes=machine.memory_bytes(),
+            available_bytes=self._available,
             baseline_bytes=self._baseline,
             images=len(self._images.files),
             data=self._images.digest,
             layers=",".join(self._cache.digests()),
+            **counted._asdict(),
         )
 
-    def _train(self, request: Train, began: float) -> Result | Missing | Refused:
+    def _train(self, request: Train, began: float, counted: Counted) -> Result | Missing | Refused:
         update, wire = self._prepare(request.config, request.client)
         stages = {stage.number: stage for stage in update.run.stages}
         if request.stage not in stages:
@@ -103,6 +125,7 @@ class Worker:
         params = wire.params(stage, request.arrays.get("trainable", b""), layers)
         if time.monotonic() - began > request.seconds:
             return Refused(f"{self._name}: the time for round {request.round} is over", request.round)
+        self._stage = stage.number
         trained = update(stage, params, request.round)
         return Result(
             run=request.run,
@@ -114,14 +137,17 @@ class Worker:
             layers=trained.layers,
             train_seconds=trained.train_seconds,
             compile_seconds=trained.compile_seconds,
-            peak_bytes=peak_bytes(),
+            overlap_seconds=trained.overlap_seconds,
+            peak_bytes=machine.peak_bytes(),
             program_bytes=trained.program_bytes,
+            **counted._asdict(),
             arrays={"update": wire.update(stage, trained.trained)},
         )
 
     def _prepare(self, text: str, client: int) -> tuple[LocalUpdate, Wire]:
         """The local training of a config, whose programs last as long as the run, and its bytes."""
         if self._prepared is None or self._prepared[0] != (text, client):
+            self._stage = 0
             try:
                 config = resolve(from_dict(json.loads(text)))
             except (ValueError, TypeError, RecursionError) as error:
@@ -134,9 +160,3 @@ class Worker:
             update = LocalUpdate(config, images, client, self._programs)
             self._prepared = (text, client), update, Wire(update.run)
         return self._prepared[1:]
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process ever had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else 1024 * int(peak)

@@ -155,7 +155,7 @@ def columns(plan: Plan) -> list[str]:
     heads = ["strategy", "layers per stage", "remat", f"peak memory ({memory[1]})", "clients in every stage (%)"]
     unit = time_column(plan)[1]
     heads += [
-        f"{device.name}, {device.count:,} x {device.memory_gb:g} GB{f' ({unit})' * device.has_speed}"
+        f"{device.name}, {device.count:,} x {device.step_gb:.3g} GB{f' ({unit})' * device.has_speed}"
         for device in plan.devices
     ]
     accuracy = "accuracy (%)" if plan.results.protocol else "published accuracy (%), ~: estimated"

@@ -97,13 +97,18 @@ def draw_peaks(axes: Any, plan: Plan, styles: Styles) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel=f"peak memory of a training step ({unit}); dotted: devices")
-    for device in plan.devices:
-        memory = 1e9 * device.memory_gb / divisor
+    for device in able(plan.devices):
+        memory = 1e9 * device.step_gb / divisor
         axes.axvline(memory, color="0.3", linewidth=1, linestyle=":")
         axes.annotate(
             device.name, (memory, 1), (-3, -4), xycoords=("data", "axes fraction"),
             textcoords="offset points", rotation=90, ha="right", va="top", fontsize=8, color="0.3",
         )  # fmt: skip
+
+
+def able(devices: Sequence[DeviceClass]) -> list[DeviceClass]:
+    """Return the device classes that have memory for a training step."""
+    return [device for device in devices if device.step_gb > 0]
 
 
 def plot_accuracy(axes: Any, plan: Plan, options: Sequence[Option], x: Sequence[float], styles: Styles) -> None:
@@ -134,11 +139,11 @@ def plot_memory(axes: Any, devices: Sequence[DeviceClass], options: Sequence[Opt
     """Draw the peak memory of options by stage, and the memory of each device class as a dotted line."""
     peaks = [[row["peak_memory_bytes"] / 1e9 for row in option.ledger["per_stage"]] for option in options]
     plot_by_stage(axes, options, peaks, styles)
-    for device in devices:
-        axes.axhline(device.memory_gb, color="0.3", linewidth=1, linestyle=":")
+    for device in able(devices):
+        axes.axhline(device.step_gb, color="0.3", linewidth=1, linestyle=":")
         axes.annotate(
-            f"{device.name} {device.memory_gb:g} GB",
-            (1, device.memory_gb), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+            f"{device.name} {device.step_gb:.3g} GB",
+            (1, device.step_gb), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", fontsize=8, bbox={"facecolor": "white", "alpha": 0.7, "pad": 0.5, "linewidth": 0},
         )  # fmt: skip
     axes.set(yscale="log", ylabel="peak memory of a step (GB)")

@@ -283,9 +283,9 @@ def missing_for(config: Config, device: DeviceClass, number: int, options: Seque
         who = "it" if share == 1 else f"{round_percent(share)} of its clients"
         return f"{device.name}: {who} could take part throughout in {closest.name}."
     smallest = min(options, key=lambda option: option.ledger["peak_memory_bytes"])
-    peak, available = smallest.ledger["peak_memory_bytes"] / 1e9, device.memory_gb
+    peak, available = smallest.ledger["peak_memory_bytes"] / 1e9, device.step_gb
     if peak > available:
-        batch = 2 ** math.floor(math.log2(config.optimizer.batch_size * available / peak))
+        batch = 2 ** math.floor(math.log2(max(config.optimizer.batch_size * available / peak, 1)))
         hint = f", or try optimizer.batch_size {batch} or less" if batch >= 2 else ""
         return (
             f"{device.name}: every option needs {peak:.3g} GB or more ({smallest.name}), {peak - available:.2g} GB "

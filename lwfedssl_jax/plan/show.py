@@ -229,7 +229,8 @@ def _options_table(plan: Plan, *, energy: bool, spread: bool) -> Table:
 
 
 def _device_head(device: DeviceClass, unit: str, *, energy: bool) -> str:
-    memory = f"{device.memory_gb:.3g} GB" if device.memory_gb >= 0.1 else f"{1000 * device.memory_gb:.3g} MB"
+    size = max(device.step_gb, 0)
+    memory = f"{size:.3g} GB" if size >= 0.1 else f"{1000 * size:.3g} MB"
     watt_hours = " / Wh" if energy and device.watts is not None else ""
     return escape(f"{device.name}\n{device.count:,} x\n{memory}" + f"\n{unit}{watt_hours}" * device.has_speed)
 

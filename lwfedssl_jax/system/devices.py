@@ -20,6 +20,13 @@ from lwfedssl_jax.tree import Tree
 MEMORY_SHARE = 0.9  # of a device's memory that a program may ask for
 
 
+def set_up(compilation_cache: str | None) -> None:
+    """Set JAX up before a run (``set_up_cpu``, ``set_up_cache``, ``check_platform``)."""
+    set_up_cpu()
+    set_up_cache(compilation_cache)
+    check_platform()
+
+
 def set_up_cpu() -> None:
     """Make each CPU core a device of its own, unless ``XLA_FLAGS`` or ``JAX_NUM_CPU_DEVICES`` say otherwise.
 

@@ -14,6 +14,20 @@ def read_lines(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
     return [content for line in lines if (content := whole_line(line))]
 
 
+def read_pilot(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``pilot.jsonl``; what was measured after a round is put into the device's line of it."""
+    found, rounds = list[dict[str, Any]](), dict[tuple[Any, Any], dict[str, Any]]()
+    for line in read_lines(path, PILOT_LINES):
+        key = line["round"], line.get("name")
+        if "measured" not in line or "predicted" in line:
+            found.append(line)
+            if "measured" in line:
+                rounds[key] = line
+        elif key in rounds:
+            rounds[key]["measured"] |= line["measured"]
+    return found
+
+
 def whole_line(line: bytes) -> dict[str, Any] | None:
     """Return the content of a line, or None if the line is truncated or damaged."""
     try:

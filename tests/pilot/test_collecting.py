@@ -15,6 +15,7 @@ from lwfedssl_jax.pilot import protocol
 from lwfedssl_jax.pilot.devices import Devices, Report, Request
 from lwfedssl_jax.pilot.journal import Journal
 from lwfedssl_jax.pilot.protocol import Ask, Hello, Message, Missing, Refused, Result, Train
+from lwfedssl_jax.pilot.relay import Counted
 from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines
 
 BOOTS = itertools.count()
@@ -27,11 +28,14 @@ class Answering:
         self.name, self.images, self.data, self.layers = name, images, data, layers
         self.boot, self.trains = f"boot {next(BOOTS)}", list[Train]()
         self.hello: dict[str, Any] = {}  # what it says in place of the truth
+        self.counted = Counted()
 
     def handle(self, message: Message) -> Message:
         request = protocol.read(message)
         if isinstance(request, Ask):
-            hello = Hello(self.name, self.boot, "", "", 1, 2**30, 2**28, self.images, self.data, self.layers)
+            machine = {"cores": 1, "memory_bytes": 2**30, "available_bytes": 2**30, "baseline_bytes": 2**28}
+            own = {"images": self.images, "data": self.data, "layers": self.layers}
+            hello = Hello(self.name, self.boot, "", "", **machine, **own, **self.counted._asdict())
             return protocol.write(dataclasses.replace(hello, **self.hello))
         assert isinstance(request, Train)
         self.trains.append(request)
@@ -45,8 +49,10 @@ class Answering:
             4,
             0.5,
             0.0,
+            0.0,
             2**29,
             2**20,
+            *self.counted,
             {"update": b"up"},
         )
         return protocol.write(result)
@@ -228,6 +234,34 @@ def test_two_devices_of_one_name_do_not_drive_each_other_out(fleet: Fleet) -> No
         assert sorted(fleet.collect(number)) == [0, 1, 2]
         fleet.link.sleep(100)
     assert fleet.events()[3:] == [("left", 1, "a"), ("returned", 1, "a")]
+
+
+def test_what_an_upload_took_is_known_when_the_device_is_asked_again(fleet: Fleet) -> None:
+    fleet.devices.gather(3, lambda names: None)
+    a, b, c = (fleet.link.workers[f"node-{name}"] for name in "abc")
+    a.counted = b.counted = c.counted = Counted(1000, 0, 50)  # type: ignore[attr-defined]
+    assert [report.wire_down for report in fleet.collect().values()] == [1000] * 3
+    a.counted = b.counted = Counted(1500, 300, 70)  # type: ignore[attr-defined]
+    fleet.link.leave("node-b")
+    fleet.link.workers["node-b2"] = Answering("b")  # type: ignore[assignment]  # which has started again
+    fleet.link.workers["node-b2"].counted = Counted(90, 0, 10)  # type: ignore[attr-defined]
+    c.counted = Counted(-1)  # type: ignore[attr-defined]
+    reports = fleet.collect(2)
+    assert {client: report.wire_down for client, report in reports.items()} == {0: 500, 1: 0}
+    assert [line["why"] for line in read_lines(fleet.folder, PILOT_LINES) if line.get("event") == "refused"] == [
+        "its wire_down is -1",
+        "a device: its wire_down is -1",  # when it is asked again
+    ]
+    a.counted = Counted(1500, 620, 80)  # type: ignore[attr-defined]
+    fleet.link.change = lambda node, answer: answer if node == "node-a" else None
+    began = fleet.link.now
+    fleet.devices.settle()
+    assert 15 <= fleet.link.now - began < 16  # b does not answer
+    measured = [line for line in read_lines(fleet.folder, PILOT_LINES) if "measured" in line]
+    assert [(line["round"], line["name"], line["measured"]) for line in measured] == [
+        (1, "a", {"wire_up": 300, "polling_bytes": 20}),
+        (2, "a", {"wire_up": 320, "polling_bytes": 10}),
+    ]
 
 
 def test_bytes_that_were_sent_for_nothing_count(fleet: Fleet) -> None:

@@ -15,6 +15,7 @@ from conftest import small_config
 from fake import FakeLink, worker
 
 from lwfedssl_jax.config import Config, ConfigError, to_dict
+from lwfedssl_jax.costs.ledger import ledgers_of
 from lwfedssl_jax.pilot import protocol
 from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.devices import Devices
@@ -26,7 +27,7 @@ from lwfedssl_jax.simulation.setup import Cache, initial_params, prepare
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
-from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines
+from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines, read_pilot
 
 PROGRAMS = Cache()
 
@@ -104,10 +105,13 @@ def test_rounds_on_devices_are_those_of_one_lane_bit_for_bit(
     expected, expected_lines = all_rounds(Simulator([prepare(config)], cache=PROGRAMS))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert lines == expected_lines
-    for line in read_lines(tmp_path, PILOT_LINES):
+    peaks = [cost["peak_memory_bytes"] for cost in ledgers_of({"": config}, memory=True)[""]["per_stage"]]
+    for line in read_pilot(tmp_path):
         if "measured" in line:
-            measured = line["measured"]
-            assert line["predicted"] == {"download": measured["payload_down"], "upload": measured["payload_up"]}
+            predicted, measured = line["predicted"], line["measured"]
+            assert (predicted["download"], predicted["upload"]) == (measured["payload_down"], measured["payload_up"])
+            assert predicted["memory"] == peaks[line["stage"] - 1]
+            assert (predicted["seconds"] is None) == (line["round"] == 1)
 
 
 def test_a_run_on_devices_leaves_what_a_simulated_one_does(

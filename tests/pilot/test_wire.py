@@ -16,6 +16,7 @@ from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.pilot import protocol
 from lwfedssl_jax.pilot.cache import LayerCache
 from lwfedssl_jax.pilot.protocol import Ask, Hello, Message, ProtocolError, Refused, Result, Train
+from lwfedssl_jax.pilot.relay import Counted
 from lwfedssl_jax.pilot.wire import Wire, WireError
 from lwfedssl_jax.simulation.program import make_broadcast
 from lwfedssl_jax.simulation.setup import Prepared, initial_params
@@ -143,9 +144,10 @@ def test_the_cache_gives_what_was_put_or_nothing(tmp_path: Path) -> None:
     assert digests[2] in cache.digests()
 
 
-HELLO = Hello("pi", "b", "s", "p", 4, 2**32, 2**28, 12, "d", "")
+COUNTED = Counted(5000, 4000, 300, 10.5, 2.25)
+HELLO = Hello("pi", "b", "s", "p", 4, 2**32, 2**31, 2**28, 12, "d", "", *COUNTED)
 TRAIN = Train("r", 1, 2, 0, "{}", "", 60.0, {"trainable": b"\0\1"})
-RESULT = Result("r", 1, 0, 12, 1.25, 24, 48, 0.5, 0.0, 2**30, 2**20, {"update": b"\2"})
+RESULT = Result("r", 1, 0, 12, 1.25, 24, 48, 0.5, 0.0, 0.25, 2**30, 2**20, *COUNTED, {"update": b"\2"})
 
 
 @pytest.mark.parametrize("content", [Ask(), HELLO, TRAIN, RESULT, Refused("why")])
@@ -171,9 +173,9 @@ def test_damaged_messages_are_refused_or_of_the_right_types(name: str, value: ob
 def test_other_versions_kinds_and_missing_fields_are_refused() -> None:
     message = protocol.write(TRAIN)
     for damaged, what in [
-        (message._replace(fields=message.fields | {"version": 2}), "protocol 2; accepted: 1"),
+        (message._replace(fields=message.fields | {"version": 1}), "protocol 1; accepted: 2"),
         (message._replace(kind="Run"), "a message 'Run'; accepted: Ask, Hello"),
-        (message._replace(fields={"version": 1}), "whose run is None"),
+        (message._replace(fields={"version": 2}), "whose run is None"),
         (message._replace(arrays={"trainable": "text"}), "not bytes"),  # type: ignore[dict-item]
     ]:
         with pytest.raises(ProtocolError, match=what):
