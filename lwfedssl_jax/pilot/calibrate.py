@@ -57,7 +57,8 @@ def calibrate(directory: Path) -> Calibration:
         speeds = {name: speed_by_stage(measured) for name, measured in lines.items()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"DIR: {directory} cannot be read ({type(error).__name__}: {error}); accepted: the work directory of a pilot"
+            f"DIR: {directory} cannot be read ({type(error).__name__}: {error}); "
+            "accepted: the work directory of a pilot"
         ) from error
     if not classes:
         raise ConfigError(
