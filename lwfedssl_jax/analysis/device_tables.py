@@ -112,7 +112,7 @@ def device_words(row: Mapping[str, Any]) -> dict[str, str]:
         "rounds": str(row["rounds"]),
         "downloaded (of predicted; on the wire)": traffic("payload_down", "wire_down"),
         "uploaded (of predicted; on the wire)": traffic("payload_up", "wire_up"),
-        "polling": bytes_words(row["polling_bytes"]),
+        "polls and confirmations": bytes_words(row["polling_bytes"]),
         "training, a round (of predicted)": f"{row['train_seconds']:.3g} s"
         + ("" if seconds is None else f" ({seconds:.2f}x)"),
         "asked to answered, a round (s)": f"{row['message_seconds']:.3g}",

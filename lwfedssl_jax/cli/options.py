@@ -336,8 +336,14 @@ def print_completion(shell: str) -> None:
     parsers = {"train": TrainOptions, "resources": ResourcesOptions, "plan": PlanOptions,
                "sweep": SweepOptions, "report": ReportOptions, "embed": EmbedOptions,
                "new": NewOptions}  # fmt: skip
-    commands: Any = Union[tuple(Annotated[p, tyro.conf.subcommand(name)] for name, p in parsers.items())]  # noqa: UP007
-    tyro.cli(commands, prog=INSTALLED, args=["--tyro-print-completion", shell])
+    from lwfedssl_jax.cli.pilot_options import PARSERS  # which imports this module
+
+    tyro.cli(one_of(parsers | {"pilot": one_of(PARSERS)}), prog=INSTALLED, args=["--tyro-print-completion", shell])
+
+
+def one_of(parsers: Mapping[str, Any]) -> Any:
+    """Return the type of what is parsed after one of some words."""
+    return Union[tuple(Annotated[parser, tyro.conf.subcommand(name)] for name, parser in parsers.items())]  # noqa: UP007
 
 
 @contextlib.contextmanager

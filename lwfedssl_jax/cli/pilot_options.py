@@ -100,6 +100,15 @@ class DeviceOptions:
     """Folder for compiled programs, or off; by default $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
 
 
+PARSERS = {
+    "local": LocalOptions,
+    "server": ServerOptions,
+    "device": DeviceOptions,
+    "keys": KeysOptions,
+    "calibrate": CalibrateOptions,
+}
+
+
 def parse_local(arguments: list[str]) -> LocalOptions:
     """Parse the options of ``pilot local``.
 

@@ -80,9 +80,9 @@ def write_classes(classes: Sequence[DeviceClass], path: Path) -> None:
 def operations_per_second(lines: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the speed of a device: the median over its rounds; None without any.
 
-    Rounds in which it also compiled count only if there are no others.
+    Rounds in which it also compiled count only if there are no others: the first one of a stage is slower, too.
     """
-    alone = [line for line in lines if not line["measured"]["overlap_seconds"]]
+    alone = [x for x in lines if not (x["measured"]["overlap_seconds"] or x["measured"]["compile_seconds"])]
     speeds = [line["predicted"]["operations"] / line["measured"]["train_seconds"] for line in alone or lines]
     return median(speeds) if speeds else None
 

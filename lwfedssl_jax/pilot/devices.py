@@ -115,6 +115,7 @@ class Node:
 
     Attributes:
       seen: when it was last there.
+      owner: name of the device whose key it has; empty if there are no keys.
       device: that answers there; None as long as that is not known.
       question: number of the message that asks who it is, until the answer.
       asked: when it was asked.
@@ -122,6 +123,7 @@ class Node:
     """
 
     seen: float
+    owner: str = ""
     device: Device | None = None
     question: int | None = None
     asked: float = -SECONDS_TO_ASK_AGAIN
@@ -275,10 +277,10 @@ class Devices:
 
     def _step(self, open_round: OpenRound | None) -> None:
         """See which nodes are there, read what came, and ask those that can be asked."""
-        names = sorted(self._link.nodes())
+        names = self._link.nodes()
         self._looked = now = self._now()
-        for name in names:
-            self._nodes.setdefault(name, Node(now)).seen = now
+        for name in sorted(names):
+            self._nodes.setdefault(name, Node(now, names[name])).seen = now
         for answer in self._link.poll():
             self._read(answer, open_round)
         for name, node in list(self._nodes.items()):
@@ -431,7 +433,7 @@ class Devices:
             return  # it is asked again
         content, node.asked = content_of(answer.message), -SECONDS_TO_ASK_AGAIN
         try:
-            hello, before, entry = self._enter(content)
+            hello, before, entry = self._enter(content, node.owner)
         except ValueError as error:
             self._event("refused", "", f"a device: {error}")
             node.is_refused = True
@@ -453,7 +455,7 @@ class Devices:
         self._count(hello.name, hello)
         self._boots[hello.name] = hello.boot
 
-    def _enter(self, content: Content) -> tuple[Hello, Entry, Entry]:
+    def _enter(self, content: Content, owner: str) -> tuple[Hello, Entry, Entry]:
         """Return who a device is, its entry of the roster as it was, without images if it is new, and as it is now.
 
         Raises:
@@ -464,6 +466,8 @@ class Devices:
         name = content.name
         if not (name.isprintable() and 0 < len(name) <= LONGEST_NAME):
             raise ValueError(f"its name is {name[:LONGEST_NAME]!r}; accepted: 1 to {LONGEST_NAME} characters")
+        if owner and name != owner:
+            raise ValueError(f"it says that it is {name}, with the key of {owner}")
         if not self._fewest <= content.images <= MOST_IMAGES:
             raise ValueError(f"it has {content.images} images; accepted: {self._fewest} to {MOST_IMAGES}")
         if not DIGEST.fullmatch(content.data):

@@ -31,7 +31,7 @@ def carry(grid: Any, path: str) -> None:
             return
         answer, packed = dict[str, Any](), dict[str, bytes]()
         if asked["do"] == "nodes":
-            answer["nodes"] = [str(node) for node in grid.get_node_ids()]
+            answer["nodes"] = {str(node.node_id): node.name for node in grid.get_nodes()}
         elif asked["do"] == "send":
             kind = MessageType.QUERY if asked["kind"] == QUESTION else MessageType.TRAIN
             content = to_records(Message(asked["kind"], asked["fields"], dict(arrays)))

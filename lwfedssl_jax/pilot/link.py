@@ -1,6 +1,6 @@
 """What carries messages between server and devices."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from lwfedssl_jax.pilot.protocol import Message
@@ -16,10 +16,10 @@ class Answer(NamedTuple):
 
 
 class Link(Protocol):
-    """A transport to nodes: devices whose name it does not know, and which may be another node when they return."""
+    """A transport to nodes: devices, which may be another node when they return."""
 
-    def nodes(self) -> Collection[str]:
-        """Return the nodes that can be reached now, as far as is known."""
+    def nodes(self) -> Mapping[str, str]:
+        """Return the nodes that can be reached now, as far as is known, and whose key each has, or an empty name."""
 
     def send(self, node: str, message: Message, seconds: float) -> int:
         """Send a message, which is worth nothing after some seconds; return a number that no other message has."""

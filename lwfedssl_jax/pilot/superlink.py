@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,13 @@ class FlowerLink:
         self._listener.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def nodes(self) -> Collection[str]:
-        """Return the nodes that are online; none while the SuperLink is away."""
+    def nodes(self) -> Mapping[str, str]:
+        """Return the nodes that are online, with the names that their keys are registered under.
+
+        There is none while the SuperLink is away.
+        """
         answer = self._do(do="nodes")
-        return list(answer.data["nodes"]) if answer else []
+        return answer.data["nodes"] if answer else {}
 
     def send(self, node: str, message: Message, seconds: float) -> int:
         """Send a message."""

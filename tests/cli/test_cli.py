@@ -72,7 +72,9 @@ def test_the_program_is_called_as_the_user_called_it(
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"lwfedssl_jax {__version__}\n"
     assert cli.main(["completion", "bash"]) == 0
-    assert "--strategy.name" in capsys.readouterr().out
+    completion = capsys.readouterr().out
+    assert "--strategy.name" in completion
+    assert all(word in completion for word in ("calibrate", "--at-start", "--insecure"))
     assert cli.main(["completion", "fish"]) == 2
     assert capsys.readouterr().err == "error: completion: unknown shell 'fish'; accepted: bash, zsh\n"
 

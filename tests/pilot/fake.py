@@ -1,6 +1,6 @@
 """A link in this process: devices that answer at once, leave, return, are late, or send what they should not."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class FakeLink:
         self.bytes: dict[str, int] = {}
         self.workers: dict[str, Worker] = {}
         self.delays: dict[str, float] = {}
+        self.owners: dict[str, str] = {}
         self.at: list[tuple[float, Callable[[], None]]] = []
         self._answers: list[tuple[float, Answer]] = []
         self._busy: dict[str, float] = {}  # until when, since a node does one thing after the other
@@ -47,8 +48,8 @@ class FakeLink:
             self.at.remove(item)
             item[1]()
 
-    def nodes(self) -> Collection[str]:
-        return list(self.workers)
+    def nodes(self) -> Mapping[str, str]:
+        return {node: self.owners.get(node, "") for node in self.workers}
 
     def send(self, node: str, message: Message, seconds: float) -> int:
         self._sent += 1

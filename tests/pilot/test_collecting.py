@@ -341,6 +341,8 @@ def test_who_may_join(tmp_path: Path) -> None:
     fleet.link.workers["node-f"] = Answering("f\n")  # type: ignore[assignment]
     fleet.link.workers["node-g"] = Answering("g", images=2**40)  # type: ignore[assignment]
     fleet.link.workers["node-h"] = Answering("h", data="\u2028" * 200_000)  # type: ignore[assignment]
+    fleet.link.workers["node-i"] = Answering("a")  # type: ignore[assignment]
+    fleet.link.owners |= {"node-a": "a", "node-i": "i"}
     assert sorted(fleet.collect(2, clients=(0, 1))) == [0, 1]
     whys = [line["why"] for line in read_lines(tmp_path, PILOT_LINES) if line["event"] == "refused"]
     assert whys == [
@@ -349,6 +351,7 @@ def test_who_may_join(tmp_path: Path) -> None:
         "a device: its name is 'f\\n'; accepted: 1 to 64 characters",
         f"a device: it has {2**40} images; accepted: 2 to 16777216",
         "a device: the hash of its images is none; accepted: SHA-256",
+        "a device: it says that it is a, with the key of i",
     ]
 
 
