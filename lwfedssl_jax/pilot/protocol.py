@@ -41,7 +41,7 @@ class Hello:
       platform: its operating system and processor.
       cores: how many the process may use.
       memory_bytes: of the machine.
-      available_bytes: that its process could have when it started.
+      available_bytes: that its process can have, with Flower's processes beside it.
       baseline_bytes: of its process, before it has seen any model.
       images: how many it has.
       data: a hash of its images' names and sizes.

@@ -89,7 +89,7 @@ class Worker:
             platform=f"{platform.system()} {platform.machine()}",
             cores=machine.cores(),
             memory_bytes=machine.memory_bytes(),
-            available_bytes=self._available,
+            available_bytes=machine.available_bytes(),
             baseline_bytes=self._baseline,
             images=len(self._images.files),
             data=self._images.digest,
