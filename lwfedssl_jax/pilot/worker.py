@@ -45,11 +45,7 @@ class Worker:
         counted: Callable[[], Counted] = Counted,
     ) -> None:
         self._name, self._images, self._cache, self._programs, self._counted = name, images, layers, programs, counted
-        self._boot, self._baseline, self._available = (
-            secrets.token_hex(8),
-            machine.peak_bytes(),
-            machine.available_bytes(),
-        )
+        self._boot, self._baseline = secrets.token_hex(8), machine.peak_bytes()
         self._prepared: tuple[tuple[str, int], LocalUpdate, Wire] | None = None
         self._stage = 0
 
