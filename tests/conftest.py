@@ -238,7 +238,14 @@ EXHAUSTIVE = ROOT / "tests" / "exhaustive.txt"
 
 
 # Processes take the files one by one: those that take long come first, so that all end at about the same time.
-LONG = ["test_pilot_server.py", "test_gpu_benchmark.py", "test_rounds.py", "test_train.py", "test_fedca.py", "test_additions.py"]
+LONG = [
+    "test_pilot_server.py",
+    "test_gpu_benchmark.py",
+    "test_rounds.py",
+    "test_train.py",
+    "test_fedca.py",
+    "test_additions.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
