@@ -230,8 +230,9 @@ def assumed(plan: Plan) -> list[str]:
     late = f"A client that needs more than {deadline:g} s for a round (fleet.deadline_seconds) is left out."
     return [
         f"{plan.clients.number:,.0f} clients with {plan.clients.words} ({sizes}). {how}",
-        f"Memory is what the compiler reports for one training step on {device.device_kind}; the system's own memory "
-        "comes on top. It was not measured on these devices.",
+        f"Memory is what the compiler reports for one training step on {device.device_kind}. It was not "
+        "measured on these devices. What the process itself needs, with JAX and its compiler, comes on top for classes "
+        "without baseline_gb.",
         *speed,
         *([late] if deadline else []),
         *([f"Costs are of a device that takes part in every round{drawn}."] if drawn else []),

@@ -137,15 +137,20 @@ def unranked_note(plan: Plan) -> str:
 
 
 def fleet_notes(plan: Plan) -> list[str]:
-    """State that a run has fewer or more clients than the fleet has devices, if so."""
+    """State what processes need before any model, and that a run has other numbers of clients than devices, if so."""
     clients, devices = plan.config.partition.clients, sum(device.count for device in plan.devices)
-    if devices in (1, clients):  # a single device stands for all
-        return []
-    return [
-        f"The fleet has {devices:,} devices, and a run with this config has {count_of(clients, 'client')} "
-        "(partition.clients), which stand for them: each class has its share of the clients. Shares of clients and "
-        "images are those of the run."
-    ]
+    notes = list[str]()
+    if needs := [f"{d.name} {d.baseline_gb:.3g} of {d.memory_gb:.3g} GB" for d in plan.devices if d.baseline_gb]:
+        notes.append(
+            f"Before any model, a process needs (baseline_gb): {', '.join(needs)}. The memory shown is what is left."
+        )
+    if devices not in (1, clients):  # a single device stands for all
+        notes.append(
+            f"The fleet has {devices:,} devices, and a run with this config has {count_of(clients, 'client')} "
+            "(partition.clients), which stand for them: each class has its share of the clients. Shares of clients and "
+            "images are those of the run."
+        )
+    return notes
 
 
 def by_own_runs(plan: Plan) -> bool:

@@ -112,11 +112,13 @@ def test_options_that_contradict_are_refused(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.usefixtures("priced")
 def test_where_nothing_fits_there_is_a_page_too(tmp_path: Path) -> None:
-    command = ["plan", "quickstart", *FLAGS, "--memory-gb", "1e-5", "--out", str(tmp_path), "--plot"]
-    assert cli.main([*command, str(tmp_path / "plan.png")]) == 0
-    html = (tmp_path / "plan.html").read_text()
-    assert 'class="choice none"' in html
-    assert "No class can take part in every stage of any option." in html
+    for memory in (["--memory-gb", "1e-5"], ["--memory-gb", "100", "--baseline-gb", "101"]):
+        command = ["plan", "quickstart", *FLAGS, *memory, "--out", str(tmp_path), "--plot"]
+        assert cli.main([*command, str(tmp_path / "plan.png")]) == 0
+        html = (tmp_path / "plan.html").read_text()
+        assert 'class="choice none"' in html
+        assert "No class can take part in every stage of any option." in html
+    assert "a process needs (baseline_gb): device 101 of 100 GB" in html
 
 
 @pytest.mark.usefixtures("priced")
