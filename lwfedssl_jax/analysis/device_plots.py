@@ -9,6 +9,7 @@ import numpy as np
 from lwfedssl_jax.analysis.device_tables import RATIOS, by_stage, ratios
 from lwfedssl_jax.analysis.style import STYLES, panels, use_whole_numbers
 
+MOST_TICKS = 12
 PANELS = {"download": RATIOS[0:2], "upload": RATIOS[2:4], "training time": RATIOS[4:5], "memory": RATIOS[5:6]}
 
 
@@ -36,7 +37,10 @@ def plot_ratios(lines: Sequence[dict[str, Any]]) -> Any:
         panel.set(title=title, xlabel="stage", xlim=(min(stages) - 0.5, max(stages) + 0.5))
         panel.set_ylim(bottom=min(0.9, panel.get_ylim()[0]), top=max(1.1, panel.get_ylim()[1]))
         panel.grid(alpha=0.3)
-        use_whole_numbers(panel.xaxis)
+        if len(stages) <= MOST_TICKS:
+            panel.set_xticks(list(stages))
+        else:
+            use_whole_numbers(panel.xaxis)
         if len(shown) > 1:
             panel.legend(fontsize=8)
     axes[0, 0].set_ylabel("measured / predicted")

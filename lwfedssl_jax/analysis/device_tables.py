@@ -148,10 +148,11 @@ def by_stage(lines: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]
 
 
 def ratio_words(values: Sequence[float]) -> str:
-    """Return a median and its range, such as "1.05 (1.01 to 1.2)"."""
+    """Return a median and its range if there is one, such as "1.050 (1.010 to 1.200)"."""
     if not values:
         return "not known"
-    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    middle, low, high = (f"{x:.3f}" for x in (median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def event_words(path: Path) -> Iterator[str]:
