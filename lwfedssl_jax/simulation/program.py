@@ -157,19 +157,25 @@ def idle_call(run: Prepared) -> Schedule:
 
 def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack, skipped: Collection[str] = ()) -> Program:
     """Compile a stage's programs (see ``trace_stage``), except for those whose names are given."""
-    traced = zip(Program._fields, trace_stage(run, stage, feed, stack), strict=False)
-    compiled: list[Any] = [None if name in skipped else program.lower().compile() for name, program in traced]
-    return Program(*compiled)
+    traced = trace_stage(run, stage, feed, stack, skipped)
+    compiled: dict[str, Any] = dict.fromkeys(Program._fields)
+    return Program(**compiled | {name: program.lower().compile() for name, program in traced.items()})
 
 
-def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[jax.stages.Traced]:
-    """Trace a stage's programs, in the order of ``Program``.
+def trace_stage(
+    run: Prepared, stage: Stage, feed: Feed, stack: Stack, skipped: Collection[str] = ()
+) -> dict[str, jax.stages.Traced]:
+    """Trace a stage's programs.
 
     Args:
       run: the run, or any of those that are stacked.
       stage: the stage, or any of the same shapes.
       feed: provides the images.
       stack: the runs.
+      skipped: names of programs that are not needed.
+
+    Returns:
+      Those of ``Program`` by their names.
     """
     idle = idle_call(run)
     calls = iter([(idle, 0)]) if stack.is_single else side_by_side([iter([(idle, 0)])] * stack.size, idle)
@@ -205,12 +211,12 @@ def trace_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack) -> list[j
     work = Work(images, stack.abstract(schedule, schedule_lanes), number, number)
 
     everywhere, by_lane = NamedSharding(run.mesh, ALL), NamedSharding(run.mesh, lanes)
-    programs = [
-        jax.jit(start, out_shardings=(everywhere, by_lane)).trace(params, rows, depths, extras),
-        jax.jit(steps, donate_argnums=0).trace(carry, broadcast, memory, work, context),
-        jax.jit(finish, out_shardings=everywhere).trace(Before(params, rows, state), broadcast, carry, context),
-    ]
+    programs: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "start": (jax.jit(start, out_shardings=(everywhere, by_lane)), (params, rows, depths, extras)),
+        "steps": (jax.jit(steps, donate_argnums=0), (carry, broadcast, memory, work, context)),
+        "finish": (jax.jit(finish, out_shardings=everywhere), (Before(params, rows, state), broadcast, carry, context)),
+    }
     if method.exchange.embeddings:  # such runs are not stacked
         embed = jax.jit(functools.partial(embed_stage, method), out_shardings=everywhere)
-        programs.append(embed.trace(carry.client.trainable, broadcast, work, context))
-    return programs
+        programs["embed"] = embed, (carry.client.trainable, broadcast, work, context)
+    return {name: jitted.trace(*given) for name, (jitted, given) in programs.items() if name not in skipped}

@@ -38,7 +38,7 @@ def lowered(*, stacked: int = 1, number: int = -1, **changes: Any) -> list[str]:
     config = small_config(**{"runtime__lanes": 2, **changes})
     simulator = Simulator([setup.prepare(config, jax.devices()[:1])] * stacked)
     traced = trace_stage(simulator.run, simulator.run.stages[number], simulator._feed, simulator.stack)
-    texts = [program.lower(lowering_platforms=PLATFORMS).as_text() for program in traced]
+    texts = [program.lower(lowering_platforms=PLATFORMS).as_text() for program in traced.values()]
     for text in texts:
         assert set(re.findall(r"custom_call @(\w+)", text)) <= CUSTOM_CALLS
         assert "callback" not in text
