@@ -23,6 +23,7 @@ from lwfedssl_jax.pilot.wire import Wire, WireError
 from lwfedssl_jax.simulation.setup import Cache
 
 LONGEST_REASON = 500
+NOTHING = Counted()
 
 
 class Worker:
@@ -75,7 +76,7 @@ class Worker:
             for stage in following:
                 update.compile(stage)
 
-    def hello(self, counted: Counted) -> Hello:
+    def hello(self, counted: Counted = NOTHING) -> Hello:
         """Say who the device is."""
         versions = f"lwfedssl_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
         return Hello(

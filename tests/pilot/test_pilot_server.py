@@ -21,6 +21,7 @@ from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.devices import Devices
 from lwfedssl_jax.pilot.journal import Journal
 from lwfedssl_jax.pilot.protocol import Message, Missing, Refused, Result, Train
+from lwfedssl_jax.pilot.relay import Counted
 from lwfedssl_jax.pilot.server import MOST_EMPTY_ROUNDS, PilotSimulator, check_numbers, serve
 from lwfedssl_jax.pilot.wire import Wire
 from lwfedssl_jax.simulation.setup import Cache, initial_params, prepare
@@ -222,7 +223,10 @@ def test_more_devices_than_can_join_are_not_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_that_cannot_be_are_refused(name: str, value: Any) -> None:
-    right, run = Result("r", 1, 0, 12, 1.0, 24, 48, 0.5, 0.5, 2**30, 2**20, {}), prepare(pilot_config())
+    right, run = (
+        Result("r", 1, 0, 12, 1.0, 24, 48, 0.5, 0.5, 0.0, 2**30, 2**20, *Counted(), {}),
+        prepare(pilot_config()),
+    )
     check_numbers(run, right)
     with pytest.raises(ValueError, match="an update"):
         check_numbers(run, dataclasses.replace(right, **{name: value}))
