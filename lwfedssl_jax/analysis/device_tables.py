@@ -113,10 +113,10 @@ def device_words(row: Mapping[str, Any]) -> dict[str, str]:
         "downloaded (of predicted; on the wire)": traffic("payload_down", "wire_down"),
         "uploaded (of predicted; on the wire)": traffic("payload_up", "wire_up"),
         "polls and confirmations": bytes_words(row["polling_bytes"]),
-        "training, a round (of predicted)": f"{row['train_seconds']:.3g} s"
+        "training per round (of predicted)": f"{row['train_seconds']:.3g} s"
         + ("" if seconds is None else f" ({seconds:.2f}x)"),
-        "asked to answered, a round (s)": f"{row['message_seconds']:.3g}",
-        "compiling, in all (s)": f"{row['compile_seconds']:.3g}",
+        "from request to answer, per round (s)": f"{row['message_seconds']:.3g}",
+        "compiling, all rounds (s)": f"{row['compile_seconds']:.3g}",
         "program (step predicted)": f"{bytes_words(row['program_bytes'])} ({bytes_words(row['step_bytes'])})",
         "process, at most": bytes_words(row["peak_rss"]),
     }

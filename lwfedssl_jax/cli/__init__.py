@@ -19,7 +19,6 @@ from lwfedssl_jax.cli.options import (
     parse_new,
     parse_report,
     parse_sweep,
-    print_completion,
 )
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.system.errors import report_error
@@ -86,6 +85,8 @@ def list_command(arguments: list[str]) -> None:
 
 def completion_command(arguments: list[str]) -> None:
     """Run the ``completion`` command."""
+    from lwfedssl_jax.cli.completion import print_completion
+
     print_completion(arguments[0] if len(arguments) == 1 else " ".join(arguments))
 
 

@@ -4,17 +4,17 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from lwfedssl_jax.config import Config, ConfigError, load, override
 from lwfedssl_jax.config.device_classes import LEAST, MOST, QUANTITIES, DeviceClass, describe, read_csv
 from lwfedssl_jax.system.files import can_write
-from lwfedssl_jax.system.program import INSTALLED, program
+from lwfedssl_jax.system.program import program
 
 HELP = ("-h", "--help")
 PICTURES = (".png", ".pdf", ".svg")
@@ -323,27 +323,6 @@ def parse(options: type[Options], arguments: list[str], command: str = "") -> Op
 def name_of(command: str, *arguments: str) -> str:
     """Return a command as a usage line shows it, with arguments that the parser itself would leave out."""
     return " ".join([*program(), command, *arguments])
-
-
-def print_completion(shell: str) -> None:
-    """Print what a shell runs to complete this program's commands and options.
-
-    Raises:
-      ConfigError: the parser knows no such shell.
-    """
-    if shell not in SHELLS:
-        raise ConfigError(f"completion: unknown shell {shell!r}; accepted: {', '.join(SHELLS)}")
-    parsers = {"train": TrainOptions, "resources": ResourcesOptions, "plan": PlanOptions,
-               "sweep": SweepOptions, "report": ReportOptions, "embed": EmbedOptions,
-               "new": NewOptions}  # fmt: skip
-    from lwfedssl_jax.cli.pilot_options import PARSERS  # which imports this module
-
-    tyro.cli(one_of(parsers | {"pilot": one_of(PARSERS)}), prog=INSTALLED, args=["--tyro-print-completion", shell])
-
-
-def one_of(parsers: Mapping[str, Any]) -> Any:
-    """Return the type of what is parsed after one of some words."""
-    return Union[tuple(Annotated[parser, tyro.conf.subcommand(name)] for name, parser in parsers.items())]  # noqa: UP007
 
 
 @contextlib.contextmanager

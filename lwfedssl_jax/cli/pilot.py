@@ -4,14 +4,18 @@ import pandas as pd
 from rich.console import Console
 
 from lwfedssl_jax.analysis import terminal
+from lwfedssl_jax.analysis.wording import bytes_words
 from lwfedssl_jax.cli.pilot_options import CalibrateOptions, KeysOptions, LocalOptions, ServerOptions
 from lwfedssl_jax.config import code_digest, named, override, resolve
 from lwfedssl_jax.config.device_classes import describe
 from lwfedssl_jax.experiment.progress import ConsoleProgress
 from lwfedssl_jax.pilot.calibrate import CLASSES, Calibration, calibrate, write_classes
+from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.keys import DEVICES, make_keys
 from lwfedssl_jax.pilot.local import compare, local_config, run_local
 from lwfedssl_jax.pilot.processes import check_flower
+from lwfedssl_jax.pilot.server import serve
+from lwfedssl_jax.pilot.superlink import FlowerLink
 from lwfedssl_jax.system import devices
 from lwfedssl_jax.system.errors import FailedRunsError
 from lwfedssl_jax.workdir import WorkDir
@@ -40,10 +44,6 @@ def run_pilot_local(options: LocalOptions, arguments: list[str]) -> None:
 
 def run_pilot_server(options: ServerOptions, arguments: list[str]) -> None:
     """Run ``pilot server``."""
-    from lwfedssl_jax.pilot.checks import check_pilot
-    from lwfedssl_jax.pilot.server import serve
-    from lwfedssl_jax.pilot.superlink import FlowerLink
-
     changes = {"partition.clients": options.devices, "runtime.lanes": 1}
     config = resolve(override(options.config, changes))
     check_pilot(config)
@@ -90,11 +90,11 @@ def run_pilot_calibrate(options: CalibrateOptions) -> None:
 
 
 def calibration_words(found: Calibration) -> pd.DataFrame:
-    """Return the speed of each device in each stage as a table, in GFLOP/s."""
+    """Return the speed of each device in each stage, and the memory of its process, as a table."""
     stages = sorted({stage for of_one in found.speeds.values() for stage in of_one})
-    rows = [
-        {"device": name}
-        | {f"stage {stage} (GFLOP/s)": f"{of_one[stage] / 1e9:.3g}" if stage in of_one else "" for stage in stages}
-        for name, of_one in sorted(found.speeds.items())
-    ]
+    rows = []
+    for name, of_one in sorted(found.speeds.items()):
+        speeds = {f"stage {n} (GFLOP/s)": f"{of_one[n] / 1e9:.3g}" if n in of_one else "" for n in stages}
+        before, beyond = (bytes_words(size) for size in found.memory[name])
+        rows.append({"device": name} | speeds | {"process at its start": before, "at most, without programs": beyond})
     return pd.DataFrame(rows)

@@ -1,5 +1,6 @@
 """The command ``pilot device``, which needs only what a device has to have."""
 
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -29,7 +30,12 @@ def run_pilot_device(options: DeviceOptions) -> None:
         security += ["--auth-supernode-private-key", str(options.key)]
 
     def tell(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody may read it
+            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     tell(f"{len(images.files)} images in {options.data}; waiting for {options.server}")
-    run_device(worker, relay, folder, tell, security)
+    try:
+        run_device(worker, relay, folder, tell, security)
+    except KeyboardInterrupt:
+        tell("interrupted")
+        devices.leave(130)  # without waiting for what is being compiled ahead

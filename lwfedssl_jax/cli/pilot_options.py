@@ -60,7 +60,7 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class KeysOptions:
-    """Make certificates and keys for a pilot: an authority of its own, the server's certificate, a key a device."""
+    """Make certificates and keys for a pilot: an authority of its own, the server's certificate, a key per device."""
 
     directory: Annotated[tyro.conf.Positional[Path], shown("DIR")]
     """The folder; what is there already stays."""
@@ -91,7 +91,7 @@ class DeviceOptions:
     folder: Annotated[Path | None, shown("FOLDER")] = None
     """For the layers that it has received, settings and logs; by default .lwfedssl-device in the home directory."""
     ca: Annotated[Path | None, shown("FILE")] = None
-    """The certificate of the authority that has signed the server's; by default those that this machine trusts."""
+    """The certificate of the authority that has signed the server's, such as `pilot keys` makes."""
     key: Annotated[Path | None, shown("FILE")] = None
     """This device's private key, if the server asks for one."""
     insecure: bool = False
@@ -182,6 +182,8 @@ def parse_device(arguments: list[str]) -> DeviceOptions:
         raise ConfigError(f"--insecure: {host} is another machine; accepted: {', '.join(LOOPBACK)}")
     if options.insecure and (options.ca or options.key):
         raise ConfigError("--insecure: cannot be combined with --ca and --key; accepted: one of them")
+    if not (options.insecure or options.ca):
+        raise ConfigError("--ca: missing; accepted: --ca FILE, or --insecure to a server on this machine")
     if options.name and not options.name.isprintable():
         raise ConfigError(f"--name: {options.name!r} has characters that cannot be shown; accepted: others")
     for name, path in (("ca", options.ca), ("key", options.key)):

@@ -15,6 +15,7 @@ from lwfedssl_jax.workdir.metrics import read_pilot
 
 CLASSES = "devices.csv"
 DIGITS = 3
+ACCELERATED = " with "  # in the platform of a device whose memory_gb is its accelerator's
 
 
 class Calibration(NamedTuple):
@@ -24,11 +25,13 @@ class Calibration(NamedTuple):
       classes: of devices.
       members: names of the devices of each class.
       speeds: floating-point operations per second of each device in each stage, by name and stage.
+      memory: bytes of each device's process before any model, and at most beyond its programs, by name.
     """
 
     classes: list[DeviceClass]
     members: list[list[str]]
     speeds: dict[str, dict[int, float]]
+    memory: dict[str, tuple[int, int]]
 
 
 def calibrate(directory: Path) -> Calibration:
@@ -55,6 +58,7 @@ def calibrate(directory: Path) -> Calibration:
             for name, members in groups.items()
         ]
         speeds = {name: speed_by_stage(measured) for name, measured in lines.items()}
+        memory = {name: (about[name]["baseline_bytes"], baseline_bytes(measured)) for name, measured in lines.items()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"DIR: {directory} cannot be read ({type(error).__name__}: {error}); "
@@ -65,7 +69,7 @@ def calibrate(directory: Path) -> Calibration:
             f"DIR: {directory} has no measurement of a device; "
             "accepted: the work directory of a pilot with at least one finished round"
         )
-    return Calibration(classes, list(groups.values()), speeds)
+    return Calibration(classes, list(groups.values()), speeds, memory)
 
 
 def write_classes(classes: Sequence[DeviceClass], path: Path) -> None:
@@ -82,6 +86,7 @@ def operations_per_second(lines: Sequence[Mapping[str, Any]]) -> float | None:
 
     Rounds in which it also compiled count only if there are no others: the first one of a stage is slower, too.
     """
+    lines = [line for line in lines if line["measured"]["train_seconds"] > 0]
     alone = [x for x in lines if not (x["measured"]["overlap_seconds"] or x["measured"]["compile_seconds"])]
     speeds = [line["predicted"]["operations"] / line["measured"]["train_seconds"] for line in alone or lines]
     return median(speeds) if speeds else None
@@ -110,7 +115,6 @@ def device_class(
       about: what each device has said of itself.
       lines: what was measured of each.
     """
-    measured = [line["measured"] for of_one in lines for line in of_one]
     last = [of_one[-1]["measured"] for of_one in lines]
 
     def link(field: str) -> float | None:
@@ -124,8 +128,14 @@ def device_class(
         gflops=significant(median(operations_per_second(of_one) or 0.0 for of_one in lines) / 1e9),
         uplink_mbps=link("uplink_mbps"),
         downlink_mbps=link("downlink_mbps"),
-        baseline_gb=significant(max(line["peak_rss"] - line["program_bytes"] for line in measured) / 1e9),
+        baseline_gb=None if ACCELERATED in name else significant(max(map(baseline_bytes, lines)) / 1e9),
     )
+
+
+def baseline_bytes(lines: Sequence[Mapping[str, Any]]) -> int:
+    """Return what a device's process needed at most, beyond the largest of its programs."""
+    peak, program = (max(line["measured"][name] for line in lines) for name in ("peak_rss", "program_bytes"))
+    return int(peak - program)
 
 
 def significant(value: float) -> float:

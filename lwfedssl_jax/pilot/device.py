@@ -15,6 +15,7 @@ from lwfedssl_jax.pilot.processes import Process, free_port
 from lwfedssl_jax.pilot.protocol import Message
 from lwfedssl_jax.pilot.relay import Relay
 from lwfedssl_jax.pilot.worker import Worker
+from lwfedssl_jax.system.files import DirectoryLock
 
 SECONDS_BETWEEN_STARTS = 5.0
 
@@ -28,12 +29,19 @@ def run_device(worker: Worker, relay: Relay, folder: Path, tell: Callable[[str],
       folder: for Flower's settings and logs.
       tell: hears of progress.
       security: options of the SuperNode.
+
+    Raises:
+      ConfigError: another process uses the folder.
+      OSError: messages can no longer be received.
     """
-    temporary = Path(tempfile.mkdtemp(prefix="lwfedssl-"))
     folder.mkdir(parents=True, exist_ok=True)
+    lock = DirectoryLock(folder / ".lock", option="--folder")
+    lock.acquire()
+    temporary = Path(tempfile.mkdtemp(prefix="lwfedssl-"))
     listener = channel.listen(temporary / "worker")
-    threading.Thread(target=answer, args=(listener, worker, tell), daemon=True).start()
-    command = ["flower-supernode", *security, "--superlink", f"127.0.0.1:{relay.port}", "--port", str(free_port())]
+    answering = threading.Thread(target=answer, args=(listener, worker, tell), daemon=True)
+    answering.start()
+    command = ["flower-supernode", *security, "--superlink", f"127.0.0.1:{relay.port}"]
     command += ["--node-config", f'socket="{temporary / "worker"}"']
     node: Process | None = None
     try:
@@ -43,24 +51,29 @@ def run_device(worker: Worker, relay: Relay, folder: Path, tell: Callable[[str],
                     tell(f"Flower's SuperNode ended and is started again: {node.last_lines()}")
                     node.stop()
                     time.sleep(SECONDS_BETWEEN_STARTS)
-                node = Process(command, folder / "supernode.log", folder)
+                node = Process([*command, "--port", str(free_port())], folder / "supernode.log", folder)
+            if not answering.is_alive() or not relay.is_running:
+                raise OSError("the device can no longer answer: see the messages above")  # systemd starts it again
             time.sleep(0.5)
     finally:
         if node is not None:
             node.stop()
         listener.close()
         relay.close()
+        lock.release()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def answer(listener: socket.socket, worker: Worker, tell: Callable[[str], None]) -> None:
-    """Answer messages, one after the other, until the socket is closed."""
-    with contextlib.suppress(OSError):
-        while True:
+    """Answer messages, one after the other, until the socket is closed; one that cannot be read is left alone."""
+    while True:
+        try:
             connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
-                about, arrays = channel.receive(connection)
-                answer = worker.handle(Message(about["kind"], about["fields"], dict(arrays)))
-                tell(f"{about['kind']}: {answer.kind}")
-                channel.send(connection, Packet({"kind": answer.kind, "fields": answer.fields}, answer.arrays))
-            worker.compile_ahead()
+        except OSError:
+            return
+        with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            about, arrays = channel.receive(connection)
+            answer = worker.handle(Message(about["kind"], about["fields"], dict(arrays)))
+            channel.send(connection, Packet({"kind": answer.kind, "fields": answer.fields}, answer.arrays))
+            tell(f"{about['kind']}: {answer.kind}")
+        worker.compile_ahead()

@@ -18,7 +18,7 @@ SECONDS_TO_ANSWER = 60.0  # a question that needs no training
 SECONDS_TO_GREET = 15.0  # that a round waits for who it is that has come
 SECONDS_TO_ASK_AGAIN = 10.0  # after a question without an answer
 SECONDS_TO_LEAVE = 5.0  # that a node must be gone: a transport that starts again has no nodes for a moment
-MOST_BYTES = 2.0**63
+MOST_BYTES = 2.0**50
 MOST_REQUESTS = 3  # to a device in a round
 MOST_IMAGES = 2**24  # whose number float32, in which updates are weighted, has exactly
 LONGEST_NAME, LONGEST_REASON = 64, 200
@@ -101,11 +101,15 @@ class Tally:
     """What a device has exchanged until it was last asked, and the line that lacks what its last upload took.
 
     Attributes:
+      boot: of the device, as in ``Hello``.
       counted: as it says.
+      down: bytes from the server since its last result.
       line: round, client and name of that upload; None if there is none.
     """
 
+    boot: str
     counted: Counted
+    down: int = 0
     line: dict[str, Any] | None = None
 
 
@@ -243,7 +247,7 @@ class Devices:
             if self._is_open(node) and node.question is None:
                 node.question, node.asked = self._link.send(name, protocol.write(Ask()), SECONDS_TO_ANSWER), began
         while any(map(self._is_open, self._nodes.values())) and self._now() - began < SECONDS_TO_GREET:
-            self._wait()
+            self._sleep(SECONDS_BETWEEN_POLLS)  # not to be interrupted: the round is not written yet
             self._step(None)
 
     def _is_open(self, node: Node) -> bool:
@@ -356,7 +360,7 @@ class Devices:
                 self._read_content(node, device, content_of(answer.message), open_round)
 
     def _count(self, name: str, content: Hello | Result) -> int | None:
-        """Take note of what a device has exchanged; return the bytes from the server since it was last asked.
+        """Take note of what a device has exchanged; return the bytes from the server since its last result.
 
         What its last upload took is known now, and is written. None if the device has started again since.
         """
@@ -365,14 +369,17 @@ class Devices:
         except ValueError:
             return None
         tally = self._tallies.get(name)
-        self._tallies[name] = Tally(now)
-        if tally is None or now.wire_down < tally.counted.wire_down or now.wire_up < tally.counted.wire_up:
+        boot = content.boot if isinstance(content, Hello) else tally.boot if tally else ""
+        if tally is None or tally.boot != boot or any(a < b for a, b in zip(now[:2], tally.counted[:2], strict=True)):
+            self._tallies[name] = Tally(boot, now)
             return None
         if tally.line:
             polling = max(0, now.polling_bytes - tally.counted.polling_bytes)
             measured = {"wire_up": now.wire_up - tally.counted.wire_up, "polling_bytes": polling}
             self._journal.write(tally.line | {"measured": measured})
-        return now.wire_down - tally.counted.wire_down
+        down = tally.down + now.wire_down - tally.counted.wire_down
+        self._tallies[name] = Tally(boot, now, 0 if isinstance(content, Result) else down)
+        return down
 
     def _fail(self, node: Node, device: Device, why: str) -> None:
         """Ask a device whose answer did not come who it is, since it may have started again; then for training."""
@@ -423,9 +430,8 @@ class Devices:
             message_seconds=self._now() - open_round.first_asked[number],
             wire_down=wire_down,
         )
-        if any(self._tallies[device.name].counted):  # without a relay, there is nothing to wait for
-            line = {"round": request.round, "client": number, "name": device.name}
-            self._tallies[device.name].line = line
+        if (tally := self._tallies.get(device.name)) and any(tally.counted):  # without a relay, none will be known
+            tally.line = {"round": request.round, "client": number, "name": device.name}
 
     def _greet(self, node: Node, answer: Answer) -> None:
         """Read who answers at a node, and enter it into the roster."""
@@ -450,8 +456,6 @@ class Devices:
             event = "returned" if before.images else "joined"
             why = "with other images than before" if changed else ""
             self._event(event, hello.name, why, {name: getattr(hello, name) for name in ABOUT})
-        if self._boots.get(hello.name) != hello.boot:
-            self._tallies.pop(hello.name, None)
         self._count(hello.name, hello)
         self._boots[hello.name] = hello.boot
 
@@ -471,7 +475,8 @@ class Devices:
         if not self._fewest <= content.images <= MOST_IMAGES:
             raise ValueError(f"it has {content.images} images; accepted: {self._fewest} to {MOST_IMAGES}")
         if not DIGEST.fullmatch(content.data):
-            raise ValueError("the hash of its images is none; accepted: SHA-256")
+            raise ValueError("its hash of the images is not one; accepted: SHA-256")
+        check_machine(content)
         check_counted(content)
         known = self._journal.roster.get(name)
         before = dataclasses.replace(known) if known else Entry(-1, name, 0, "")
@@ -479,6 +484,21 @@ class Devices:
         if entry is None:
             raise ValueError(f"there are {self._most} devices already, and {name} is not in the roster")
         return content, before, entry
+
+
+def check_machine(hello: Hello) -> None:
+    """Refuse what a device says of its machine if it cannot be.
+
+    Raises:
+      ValueError: naming it.
+    """
+    for name in ("software", "platform"):
+        text = getattr(hello, name)
+        if not (text.isprintable() and len(text) <= LONGEST_REASON) or "=" in text:
+            raise ValueError(f"its {name} is {text[:LONGEST_NAME]!r}")
+    for name in ("cores", "memory_bytes", "available_bytes", "baseline_bytes"):
+        if not 1 <= (value := getattr(hello, name)) < MOST_BYTES:
+            raise ValueError(f"its {name} is {value}")
 
 
 def check_counted(content: Hello | Result) -> Counted:

@@ -10,6 +10,7 @@ from lwfedssl_jax.pilot import channel
 from lwfedssl_jax.pilot.channel import Packet
 from lwfedssl_jax.pilot.protocol import Message
 
+LARGEST = 2**31  # bytes of a message
 QUESTION = "Ask"  # the only kind of message that needs no training
 
 
@@ -41,12 +42,14 @@ def carry(grid: Any, path: str) -> None:
             answer["answers"] = []
             for number, reply in enumerate(grid.pull_messages(asked["ids"]) if asked["ids"] else ()):
                 entry: dict[str, Any] = {"id": reply.metadata.reply_to_message_id}
-                if reply.has_error():
-                    entry["why"] = f"Flower's error {reply.error.code}"
-                else:
+                try:
+                    if reply.has_error():
+                        raise ValueError(f"Flower's error {reply.error.code}")
                     read = from_records(reply.content)
                     entry |= {"kind": read.kind, "fields": read.fields, "arrays": list(read.arrays)}
                     packed |= {f"{number} {name}": content for name, content in read.arrays.items()}
+                except ValueError as error:  # one device's, not the others'
+                    entry["why"] = str(error)
                 answer["answers"].append(entry)
         channel.send(connection, Packet(answer, packed))
 
@@ -78,6 +81,18 @@ def to_records(message: Message) -> Any:
 
 
 def from_records(records: Any) -> Message:
-    """Return the message that ``to_records`` made records of."""
-    fields = dict(records["about"])
-    return Message(str(fields.pop("kind")), fields, {name: array.data for name, array in records["arrays"].items()})
+    """Return the message that ``to_records`` made records of.
+
+    Raises:
+      ValueError: they are others, or have too many bytes.
+    """
+    try:
+        fields = dict(records["about"])
+        kind, arrays = fields.pop("kind"), {str(name): array.data for name, array in records["arrays"].items()}
+        known = isinstance(kind, str) and all(isinstance(value, str | int | float) for value in fields.values())
+        size = sum(map(len, arrays.values())) + sum(len(str(value)) for value in fields.values())
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"records that are no message ({type(error).__name__})") from error
+    if not known or size > LARGEST:
+        raise ValueError("records that are no message" if not known else f"a message of {size} bytes")
+    return Message(kind, fields, arrays)

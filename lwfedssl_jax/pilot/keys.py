@@ -11,7 +11,8 @@ from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.pilot.processes import check_flower
 
 DAYS = 825  # what browsers accept at most
-CA, CERTIFICATE, KEY, DEVICES = "ca.crt", "server.crt", "server.key", "devices"
+CA, CA_KEY, CERTIFICATE, KEY, DEVICES = "ca.crt", "ca.key", "server.crt", "server.key", "devices"
+AUTHORITY = "lwfedssl_jax pilot"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -29,7 +30,8 @@ def make_keys(folder: Path, devices: Sequence[str], hosts: Sequence[str]) -> lis
       The files that were made.
 
     Raises:
-      ConfigError: a name is not valid, Flower is not installed, or the folder cannot be written.
+      ConfigError: a name is not valid, Flower is not installed, the certificate has other names or the authority's key
+        is missing for a new one, or the folder cannot be written.
     """
     for name in devices:
         if not NAME.fullmatch(name):
@@ -37,57 +39,87 @@ def make_keys(folder: Path, devices: Sequence[str], hosts: Sequence[str]) -> lis
     check_flower()
     try:
         (folder / DEVICES).mkdir(parents=True, exist_ok=True)
-        made = [] if (folder / CERTIFICATE).exists() else _make_certificates(folder, hosts)
+        made = [] if (folder / CA).exists() else _make_authority(folder)
+        if not ((folder / CERTIFICATE).exists() and (folder / KEY).exists()):
+            made += _make_certificate(folder, hosts)
+        elif hosts:
+            raise ConfigError(
+                f"--hosts: {folder / CERTIFICATE} exists and keeps its names; "
+                f"accepted: no --hosts, or delete that file for another one by the same authority"
+            )
         for name in devices:
-            if not (folder / DEVICES / name).exists():
+            if not (folder / DEVICES / f"{name}.pub").exists():
                 made += _make_device_key(folder / DEVICES / name)
     except OSError as error:
         raise ConfigError(f"DIR: {folder} cannot be written ({error.strerror}); accepted: another folder") from error
     return made
 
 
-def _make_certificates(folder: Path, hosts: Sequence[str]) -> list[Path]:
+def _make_authority(folder: Path) -> list[Path]:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    ca = _certificate(AUTHORITY, AUTHORITY, key).add_extension(x509.BasicConstraints(True, 0), critical=True)
+    return _write_pair(folder / CA, ca.sign(key, hashes.SHA384()), key)
+
+
+def _make_certificate(folder: Path, hosts: Sequence[str]) -> list[Path]:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    now, authority, own = datetime.datetime.now(datetime.UTC), *(ec.generate_private_key(ec.SECP384R1()) for _ in "ab")
-    issuer, subject = (
-        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        for name in ("lwfedssl_jax pilot", "lwfedssl_jax pilot server")
-    )
-
-    def builder(subject: Any, key: Any) -> Any:
-        start = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
-        start = start.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
-        return start.not_valid_after(now + datetime.timedelta(days=DAYS))
-
-    ca = builder(issuer, authority).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    names = [_name_of(host) for host in dict.fromkeys(["127.0.0.1", "localhost", *hosts])]
-    server = builder(subject, own).add_extension(x509.SubjectAlternativeName(names), critical=False)
-    server = server.add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    made = []
-    for name, certificate, key in (("ca", ca, authority), ("server", server, own)):
-        signed = certificate.sign(authority, hashes.SHA384())
-        made.append(_write(folder / f"{name}.crt", signed.public_bytes(serialization.Encoding.PEM), secret=False))
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    if not (folder / CA_KEY).exists():
+        raise ConfigError(
+            f"DIR: {folder / CA_KEY} is missing, which signs the server's certificate; "
+            f"accepted: put it back, or delete {folder / CA} to begin with new keys for all"
         )
-        made.append(_write(folder / f"{name}.key", private, secret=True))
-    return made
+    authority: Any = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
+    key = ec.generate_private_key(ec.SECP384R1())
+    names = [_name_of(host) for host in dict.fromkeys(["127.0.0.1", "localhost", *hosts])]
+    server = _certificate("lwfedssl_jax pilot server", AUTHORITY, key)
+    server = server.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    server = server.add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    return _write_pair(folder / CERTIFICATE, server.sign(authority, hashes.SHA384()), key)
+
+
+def _certificate(subject: str, issuer: str, key: Any) -> Any:
+    from cryptography import x509
+
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in (subject, issuer)]
+    builder = x509.CertificateBuilder().subject_name(names[0]).issuer_name(names[1]).public_key(key.public_key())
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
+    return builder.not_valid_after(now + datetime.timedelta(days=DAYS))
+
+
+def _write_pair(path: Path, certificate: Any, key: Any) -> list[Path]:
+    from cryptography.hazmat.primitives import serialization
+
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = certificate.public_bytes(serialization.Encoding.PEM)
+    return [_write(path, public, secret=False), _write(path.with_suffix(".key"), private, secret=True)]
 
 
 def _make_device_key(path: Path) -> list[Path]:
-    """Make a key in OpenSSH's format, which Flower reads."""
+    """Make a key in OpenSSH's format, which Flower reads; of one that is there, only its public part."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
+    made = list[Path]()
+    if path.exists():
+        key: Any = serialization.load_ssh_private_key(path.read_bytes(), None)
+    else:
+        key = ec.generate_private_key(ec.SECP384R1())
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+        made.append(_write(path, private, secret=True))
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return [_write(path, private, secret=True), _write(path.with_name(f"{path.name}.pub"), public, secret=False)]
+    return [*made, _write(path.with_name(f"{path.name}.pub"), public, secret=False)]
 
 
 def _name_of(host: str) -> Any:
@@ -96,10 +128,18 @@ def _name_of(host: str) -> Any:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError as error:
+        raise ConfigError(f"--hosts: {host!r} is not a name; accepted: ASCII, such as pilot.example.org") from error
 
 
 def _write(path: Path, content: bytes, *, secret: bool) -> Path:
-    path.touch(mode=0o600 if secret else 0o644)
-    path.write_bytes(content)
+    """Write a file whole or not at all; one that is secret can be read by its owner alone from the start."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch(mode=0o600 if secret else 0o644)
+    part.write_bytes(content)
+    part.replace(path)
     return path

@@ -1,5 +1,6 @@
 """A whole pilot on this machine: server and devices as processes of their own, and its twin in the simulator."""
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -39,6 +40,11 @@ def local_config(config: Config, devices: int) -> Config:
     return config
 
 
+def device_names(config: Config) -> list[str]:
+    """Return the names of the devices of a config, by their numbers."""
+    return [f"local-{number}" for number in range(config.partition.clients)]
+
+
 class LocalDevices:
     """Devices as processes of this machine, each with its own folder of images.
 
@@ -54,7 +60,7 @@ class LocalDevices:
 
     def __init__(self, config: Config, folder: Path, keys: Path | None = None) -> None:
         self._folder, self._keys = folder, keys
-        self.names = [f"local-{number}" for number in range(config.partition.clients)]
+        self.names = device_names(config)
         self.processes: dict[str, Process] = {}
         run = prepare(config)
         for number, name in enumerate(self.names):
@@ -105,17 +111,17 @@ def run_local(config: Config, workdir: WorkDir, deadline: float, hear: Hear, *, 
     """
     check_flower()
     folder, port = workdir.path / PILOT, free_port()
-    keys = folder / "keys" if tls else None
-    devices, link = LocalDevices(config, folder, keys), FlowerLink(folder / "server", port, keys)
-    try:
-        if keys:
-            make_keys(keys, devices.names, [])
+    keys, names = folder / "keys" if tls else None, device_names(config)
+    if keys:
+        make_keys(keys, names, [])
+    with contextlib.ExitStack() as ends:
+        link = FlowerLink(folder / "server", port, keys)
+        ends.callback(link.close)
         link.start()
+        devices = LocalDevices(config, folder, keys)
+        ends.callback(devices.stop)
         devices.start(port)
-        return serve(config, workdir, link, len(devices.names), deadline, hear, names=devices.names)
-    finally:
-        devices.stop()
-        link.close()
+        return serve(config, workdir, link, len(names), deadline, hear, names=names)
 
 
 def compare(config: Config, workdir: Path, simulated: WorkDir, hear: Hear) -> float:

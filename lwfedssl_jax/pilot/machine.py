@@ -19,15 +19,20 @@ def available_bytes() -> int:
     """
     room = memory_bytes()
     with contextlib.suppress(OSError, ValueError, KeyError):
-        kib = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        own = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        kib = dict(line.split(":") for line in lines_of("/proc/meminfo"))
+        own = dict(line.split(":", 1) for line in lines_of("/proc/self/status"))
         room = 1024 * (int(kib["MemAvailable"].split()[0]) + int(own["VmRSS"].split()[0]))
     with contextlib.suppress(OSError, ValueError):
-        group = next(x for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::"))[4:]
-        for folder in [Path(group), *Path(group).parents]:
-            limit = (Path("/sys/fs/cgroup") / str(folder).lstrip("/") / "memory.max").read_text().strip()
+        groups = [line.removeprefix("0::/") for line in lines_of("/proc/self/cgroup") if line.startswith("0::/")]
+        for folder in [path for group in groups for path in (Path(group), *Path(group).parents)]:
+            (limit,) = lines_of(f"/sys/fs/cgroup/{folder}/memory.max")
             room = room if limit == "max" else min(room, int(limit))
     return room
+
+
+def lines_of(path: str) -> list[str]:
+    """Return the lines of a file of the system."""
+    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def peak_bytes() -> int:

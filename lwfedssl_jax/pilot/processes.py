@@ -15,6 +15,7 @@ import lwfedssl_jax
 from lwfedssl_jax.config import ConfigError
 
 SECONDS_TO_END = 20.0
+LARGEST_LOG = 10_000_000
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -30,7 +31,8 @@ class Process:
     def __init__(self, command: Sequence[str], log: Path, home: Path) -> None:
         self._log, self._id = log, log.with_suffix(".pid")
         end_leftover(self._id, command[0])
-        with log.open("ab") as output:
+        with log.open("wb" if log.exists() and log.stat().st_size > LARGEST_LOG else "ab") as output:
+            self._start = output.tell()
             self._process = subprocess.Popen(
                 [str(Path(sys.executable).parent / command[0]), *command[1:]],
                 stdin=subprocess.DEVNULL,
@@ -53,7 +55,7 @@ class Process:
 
     def last_lines(self, count: int = 3) -> str:
         """Return the last lines of its log that speak of an error, or else its last lines."""
-        text = COLOURS.sub("", self._log.read_text(encoding="utf-8", errors="replace"))
+        text = COLOURS.sub("", self._log.read_bytes()[self._start :].decode(errors="replace"))
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return " | ".join(
             [line for line in lines if "error" in line.lower() or "Exit Code" in line][-count:] or lines[-count:]
@@ -96,7 +98,10 @@ def environment(home: Path) -> dict[str, str]:
         name: os.pathsep.join(filter(None, [first, os.environ.get(name, default)]))
         for name, (first, default) in paths.items()
     }
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
     return dict(os.environ) | joined | {
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -38,10 +38,10 @@ class Hello:
       name: of the device, the same whenever it returns.
       boot: differs each time that the device starts.
       software: its versions.
-      platform: its operating system and processor.
+      platform: its operating system and processor, and its accelerator, if any.
       cores: how many the process may use.
       memory_bytes: of the machine.
-      available_bytes: that its process can have, with Flower's processes beside it.
+      available_bytes: that its process can have, with Flower's processes beside it, or of its accelerator.
       baseline_bytes: of its process, before it has seen any model.
       images: how many it has.
       data: a hash of its images' names and sizes.

@@ -14,6 +14,7 @@ CHUNK = 2**16
 LARGE = 4096  # bytes in one direction: more than a poll for messages, or a handshake, takes
 TIMED = 100_000  # bytes whose transfer is timed
 MOST_LINKS = 1000  # of the latest transfers
+MOST_CONNECTIONS = 64
 
 
 class Counted(NamedTuple):
@@ -36,7 +37,7 @@ class Counted(NamedTuple):
     uplink_mbps: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Exchange:
     """A request on a connection and its answer: bytes, and the times of their first and last ones."""
 
@@ -66,7 +67,14 @@ class Relay:
         self._open = list[Exchange]()
         self._sums = Counted()
         self._downlinks, self._uplinks = deque[float](maxlen=MOST_LINKS), deque[float](maxlen=MOST_LINKS)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it accepts connections."""
+        return self._accepting.is_alive()
 
     def counted(self) -> Counted:
         """Return what was passed on so far, also in exchanges that have not ended."""
@@ -85,9 +93,18 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._listener.accept()
-                threading.Thread(target=self._pass_on, args=(connection,), daemon=True).start()
+                if self._room.acquire(blocking=False):
+                    threading.Thread(target=self._pass_on, args=(connection,), daemon=True).start()
+                else:
+                    connection.close()
 
     def _pass_on(self, near: socket.socket) -> None:
+        try:
+            self._connect(near)
+        finally:
+            self._room.release()
+
+    def _connect(self, near: socket.socket) -> None:
         try:
             far = socket.create_connection(self._target, timeout=30)
         except OSError:

@@ -43,6 +43,7 @@ from lwfedssl_jax.workdir import WorkDir
 
 MOST_EMPTY_ROUNDS = 5
 LARGEST_LOSS = 1e30
+MOST_SAMPLES = 2**31 - 1  # as int32 has
 
 
 def check_numbers(run: Prepared, result: Result) -> None:
@@ -56,8 +57,12 @@ def check_numbers(run: Prepared, result: Result) -> None:
         raise ValueError(
             f"an update after {result.samples} samples and {result.layers} layers; it has {samples} samples"
         )
+    if max(result.samples, result.layers) > MOST_SAMPLES:
+        raise ValueError(f"an update after {result.samples} samples and {result.layers} layers; at most {MOST_SAMPLES}")
     if abs(result.loss) > LARGEST_LOSS:  # its own, and not only the sum over devices, is finite; NaN is left out later
         raise ValueError(f"an update whose loss is {result.loss}")
+    if not result.train_seconds > 0:
+        raise ValueError(f"an update whose train_seconds is {result.train_seconds}")
     for name in ("train_seconds", "compile_seconds", "overlap_seconds", "peak_bytes", "program_bytes"):
         if not 0 <= getattr(result, name) < math.inf:
             raise ValueError(f"an update whose {name} is {getattr(result, name)}")
@@ -186,7 +191,9 @@ class PilotSimulator(Simulator):
         super().__init__([runs[0]._replace(lanes=1, mesh=mesh)], stages, hear, between_calls, cache)
         self._devices, self._journal, self._empty_rounds = devices, journal, 0
         self._wire = Wire(self.run)
-        self._measured = list(journal.measured)
+        self._measured = dict[str, list[Mapping[str, Any]]]()
+        for line in journal.measured:
+            self._measured.setdefault(line["name"], []).append(line)
         self._fold = jax.jit(functools.partial(fold, self.run.method))
         devices.gather(at_start, lambda names: hear(Note(f"{len(names)} of {at_start} devices: {', '.join(names)}")))
         self._count_images()
@@ -271,7 +278,8 @@ class PilotSimulator(Simulator):
             download, upload = self._traffic[0].round_bytes(stage, report.missing_layers)
             result, name = report.result, self._devices.name_of(client)
             operations = float(operations_of_a_round(cost, np.array(result.examples)))
-            speed = operations_per_second([line for line in self._measured if line["name"] == name])
+            before = self._measured.setdefault(name, [])
+            speed = operations_per_second(before)
             line = {
                 "round": number,
                 "stage": stage.number,
@@ -289,7 +297,7 @@ class PilotSimulator(Simulator):
                     "payload_down": report.payload_down,
                     "payload_up": report.payload_up,
                     "wire_down": report.wire_down,
-                    "train_seconds": round(result.train_seconds, 4),
+                    "train_seconds": float(f"{result.train_seconds:.4g}"),
                     "compile_seconds": round(result.compile_seconds, 4),
                     "overlap_seconds": round(result.overlap_seconds, 4),
                     "message_seconds": round(report.message_seconds, 4),
@@ -300,4 +308,4 @@ class PilotSimulator(Simulator):
                 },
             }
             self._journal.write(line)
-            self._measured.append(line)
+            before.append(line)

@@ -21,9 +21,12 @@ from lwfedssl_jax.pilot.keys import CA, CERTIFICATE, DEVICES, KEY
 from lwfedssl_jax.pilot.link import Answer
 from lwfedssl_jax.pilot.processes import Process, end_leftover, environment
 from lwfedssl_jax.pilot.protocol import Message
+from lwfedssl_jax.system.files import DirectoryLock, write_whole
 
 SECONDS_TO_START = SECONDS_TO_ANSWER = 120.0
-SUPERLINK = "superlink.pid"
+MOST_FAILURES = 5
+SUPERLINK, REGISTERED = "superlink.pid", "registered.json"
+IN_USE = "Public key already in use"  # as Flower says it
 FAB = Path(__file__).parent / "fab"
 
 
@@ -45,11 +48,8 @@ class FlowerLink:
         self._open: dict[str, tuple[int, str]] = {}  # by Flower's id of a message: its number, and its node
         self._lost: list[Answer] = []
         self._sent = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        trusted = f'root-certificates = "{self._keys / CA}"' if self._keys else "insecure = true"
-        (folder / "config.toml").write_text(
-            f'[superlink.pilot]\naddress = "127.0.0.1:{port}"\n{trusted}\n', encoding="utf-8"
-        )
+        self._lock = DirectoryLock(folder / ".lock")
+        self._failures = 0  # one after the other
 
     @property
     def pid(self) -> int | None:
@@ -60,8 +60,15 @@ class FlowerLink:
         """Start what carries messages; after that, it is started again whenever it ends.
 
         Raises:
+          ConfigError: another process uses the folder.
           OSError: it does not start.
         """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()  # before anything that another process may have there is touched
+        trusted = f'root-certificates = "{self._keys / CA}"' if self._keys else "insecure = true"
+        (self._folder / "config.toml").write_text(
+            f'[superlink.pilot]\naddress = "127.0.0.1:{self._port}"\n{trusted}\n', encoding="utf-8"
+        )
         self._connected()
 
     def close(self) -> None:
@@ -71,6 +78,7 @@ class FlowerLink:
         if self._superlink:
             self._superlink.stop()
         self._listener.close()
+        self._lock.release()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def nodes(self) -> Mapping[str, str]:
@@ -111,8 +119,13 @@ class FlowerLink:
             connection = self._connected()
             channel.send(connection, Packet(request, arrays or {}))
             self._wait(connection)
-            return channel.receive(connection)
-        except OSError:
+            answer = channel.receive(connection)
+            self._failures = 0
+            return answer
+        except OSError as error:
+            self._failures += 1
+            if self._failures == MOST_FAILURES:
+                raise OSError(f"Flower's server cannot be reached, also after it was started again: {error}") from error
             if self._connection:
                 self._connection.close()
             self._connection = None
@@ -179,16 +192,31 @@ class FlowerLink:
         return [*words, "--enable-supernode-auth"]
 
     def _register(self) -> None:
-        """Let the devices join whose keys are there; those that may already are told so again."""
-        for path in sorted((self._keys / DEVICES).glob("*.pub")) if self._keys else ():
-            self._flwr("supernode", "register", str(path), "pilot", "--name", path.stem, "--format", "json")
+        """Let the devices join whose keys are there, and no others any more.
+
+        Raises:
+          OSError: Flower refuses one of them.
+        """
+        file = self._folder / REGISTERED
+        known: dict[str, int] = json.loads(file.read_bytes()) if file.exists() else {}
+        keys = {path.stem: path for path in sorted((self._keys / DEVICES).glob("*.pub"))} if self._keys else {}
+        for name in known.keys() - keys.keys() if self._keys else ():
+            self._flwr("supernode", "unregister", str(known.pop(name)), "pilot", "--format", "json")
+        for name, path in keys.items():
+            answer, said = self._flwr("supernode", "register", str(path), "pilot", "--name", name, "--format", "json")
+            if answer.get("success"):
+                known[name] = answer["node-id"]
+            elif IN_USE not in said:  # it is registered
+                raise OSError(f"the key {path} could not be registered: {said}")
+        write_whole(file, json.dumps(known).encode())
 
     def _is_healthy(self) -> bool:
         scheme, context = (
             ("https", ssl.create_default_context(cafile=self._keys / CA)) if self._keys else ("http", None)
         )
         try:
-            with urllib.request.urlopen(f"{scheme}://127.0.0.1:{self._port}/health", timeout=5, context=context):
+            handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+            with urllib.request.build_opener(*handlers).open(f"{scheme}://127.0.0.1:{self._port}/health", timeout=5):
                 return True
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
@@ -203,22 +231,20 @@ class FlowerLink:
         if not app.exists():
             shutil.copytree(FAB, app, ignore=shutil.ignore_patterns("__pycache__"))
         path = self._temporary / "server"
-        is_started, output = self._flwr(
-            "run", str(app), "pilot", "--run-config", f'socket="{path}"', "--format", "json"
-        )
-        if not is_started:
+        answer, output = self._flwr("run", str(app), "pilot", "--run-config", f'socket="{path}"', "--format", "json")
+        if not answer.get("success"):
             raise OSError(f"Flower's run did not start: {output}")
 
-    def _flwr(self, *words: str) -> tuple[bool, str]:
-        """Run a command of Flower's; return whether it says that it succeeded, and the end of what it said."""
+    def _flwr(self, *words: str) -> tuple[dict[str, Any], str]:
+        """Run a command of Flower's; return its answer, empty if there is none, and the end of what it said."""
         command = [str(Path(sys.executable).parent / "flwr"), *words]
         given = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "env": environment(self._folder)}
         try:
             done = subprocess.run(command, timeout=SECONDS_TO_START, check=False, **given)  # type: ignore[call-overload]
         except subprocess.TimeoutExpired:
-            return False, f"no answer within {SECONDS_TO_START:g} s"
+            return {}, f"no answer within {SECONDS_TO_START:g} s"
         try:
-            succeeded = bool(json.loads(done.stdout[done.stdout.find("{") :])["success"])
-        except (ValueError, KeyError):
-            succeeded = False
-        return succeeded, " ".join((done.stdout + done.stderr).split())[-300:]
+            answer = dict(json.loads(done.stdout[done.stdout.find("{") :]))
+        except (ValueError, TypeError):
+            answer = {}
+        return answer, " ".join((done.stdout + done.stderr).split())[-300:]

@@ -95,8 +95,9 @@ class LocalUpdate:
         """Seconds of an interval in which another stage's programs were being compiled."""
         seconds = 0.0
         for number, future in self._compiled.items():
-            if number != stage.number and not (future.done() and future.exception()):
-                start, end = future.result()[1:] if future.done() else (began, ended)
+            is_done = future.done()  # read once: it may be done a moment later
+            if number != stage.number and not (is_done and future.exception()):
+                start, end = future.result()[1:] if is_done else (began, ended)
                 seconds += max(0.0, min(end, ended) - max(start, began))
         return seconds
 

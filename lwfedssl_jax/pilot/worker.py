@@ -78,15 +78,17 @@ class Worker:
 
     def hello(self, counted: Counted = NOTHING) -> Hello:
         """Say who the device is."""
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0)  # of an accelerator's own memory
         versions = f"lwfedssl_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
         return Hello(
             name=self._name,
             boot=self._boot,
             software=versions,
-            platform=f"{platform.system()} {platform.machine()}",
+            platform=f"{platform.system()} {platform.machine()}" + (f" with {device.device_kind}" if limit else ""),
             cores=machine.cores(),
             memory_bytes=machine.memory_bytes(),
-            available_bytes=machine.available_bytes(),
+            available_bytes=limit or machine.available_bytes(),
             baseline_bytes=self._baseline,
             images=len(self._images.files),
             data=self._images.digest,

@@ -73,10 +73,11 @@ class DirectoryLock:
     Args:
       file: the lock file, in the directory, which must exist when the lock is acquired.
       patience: seconds to wait for the process that holds the lock.
+      option: that names the directory, for the error.
     """
 
-    def __init__(self, file: Path, patience: float = 0) -> None:
-        self._directory = file.parent
+    def __init__(self, file: Path, patience: float = 0, option: str = "--workdir") -> None:
+        self._directory, self._option = file.parent, option
         self._lock = filelock.FileLock(file, timeout=patience, is_singleton=False)
 
     def acquire(self) -> None:
@@ -99,6 +100,6 @@ class DirectoryLock:
     def in_use(self) -> ConfigError:
         """The error that refuses a directory which another process uses."""
         return ConfigError(
-            f"--workdir: {self._directory} is in use by another process; accepted: another directory, or wait until "
-            "it ends"
+            f"{self._option}: {self._directory} is in use by another process; "
+            "accepted: another directory, or wait until it ends"
         )

@@ -343,16 +343,25 @@ def test_who_may_join(tmp_path: Path) -> None:
     fleet.link.workers["node-h"] = Answering("h", data="\u2028" * 200_000)  # type: ignore[assignment]
     fleet.link.workers["node-i"] = Answering("a")  # type: ignore[assignment]
     fleet.link.owners |= {"node-a": "a", "node-i": "i"}
+    for name, value in (("platform", "Linux x=1"), ("software", "\x1b[2J"), ("available_bytes", 0), ("cores", 2**60)):
+        fleet.link.workers[f"node-{name}"] = Answering("a")  # type: ignore[assignment]
+        fleet.link.workers[f"node-{name}"].hello = {name: value}  # type: ignore[attr-defined]
     assert sorted(fleet.collect(2, clients=(0, 1))) == [0, 1]
     whys = [line["why"] for line in read_lines(tmp_path, PILOT_LINES) if line["event"] == "refused"]
-    assert whys == [
-        "a device: there are 2 devices already, and d is not in the roster",
-        "a device: it has 1 images; accepted: 2 to 16777216",
-        "a device: its name is 'f\\n'; accepted: 1 to 64 characters",
-        f"a device: it has {2**40} images; accepted: 2 to 16777216",
-        "a device: the hash of its images is none; accepted: SHA-256",
-        "a device: it says that it is a, with the key of i",
-    ]
+    assert sorted(whys) == sorted(
+        [
+            "a device: there are 2 devices already, and d is not in the roster",
+            "a device: it has 1 images; accepted: 2 to 16777216",
+            "a device: its name is 'f\\n'; accepted: 1 to 64 characters",
+            f"a device: it has {2**40} images; accepted: 2 to 16777216",
+            "a device: its hash of the images is not one; accepted: SHA-256",
+            "a device: its available_bytes is 0",
+            f"a device: its cores is {2**60}",
+            "a device: it says that it is a, with the key of i",
+            "a device: its platform is 'Linux x=1'",
+            "a device: its software is '\\x1b[2J'",
+        ]
+    )
 
 
 def test_a_device_whose_images_have_changed_counts_with_its_new_number(fleet: Fleet) -> None:

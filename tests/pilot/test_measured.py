@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from test_pilot_server import PROGRAMS, on_devices, pilot_config
 from lwfedssl_jax.analysis.device_plots import plot_ratios
 from lwfedssl_jax.analysis.device_tables import device_table, measured_lines, stage_table
 from lwfedssl_jax.cli import main
+from lwfedssl_jax.config import to_dict
 from lwfedssl_jax.config.device_classes import DeviceClass, read_csv
 from lwfedssl_jax.costs.fleet import affords
-from lwfedssl_jax.pilot import machine
+from lwfedssl_jax.pilot import machine, protocol
 from lwfedssl_jax.pilot.calibrate import calibrate, operations_per_second, write_classes
+from lwfedssl_jax.pilot.images import write_images
+from lwfedssl_jax.pilot.protocol import Train
 from lwfedssl_jax.pilot.relay import LARGE, TIMED, Counted, Relay
 from lwfedssl_jax.pilot.update import LocalUpdate
+from lwfedssl_jax.pilot.wire import Wire
 from lwfedssl_jax.simulation.setup import Cache, initial_params, prepare
 from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_pilot
 
@@ -86,6 +91,7 @@ def test_speed_is_measured_while_nothing_else_is_done_if_there_is_such_a_round()
 def pilot_files(folder: Path) -> None:
     """Two devices of one kind, one of another, and what they measured."""
     pi = {"platform": "Linux aarch64", "cores": 4, "memory_bytes": 4 * 10**9, "available_bytes": 3 * 10**9}
+    pi |= {"baseline_bytes": 2 * 10**8}
     pc = pi | {"platform": "Linux x86_64", "memory_bytes": 16 * 10**9}
     lines: list[dict[str, Any]] = [
         {"event": "joined", "round": 0, "name": name, "device": about}
@@ -111,7 +117,8 @@ def test_classes_of_devices_are_made_from_what_was_measured(tmp_path: Path, caps
     out = capsys.readouterr().out
     assert "baseline_gb=0.998: a, c\n" in out
     cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in out.splitlines() if row.startswith("│")]
-    assert cells == [["a", "2", "2"], ["b", "8", ""], ["c", "1", ""]]
+    memory = ["200 MB", "1 GB"]
+    assert cells == [["a", "2", "2", *memory], ["b", "8", "", *memory], ["c", "1", "", *memory]]
 
 
 @pytest.mark.parametrize("content", [None, "", '{"round": 1, "name": "a", "measured": {}, "predicted": {}}\n'])
@@ -166,11 +173,14 @@ def test_programs_of_the_next_stage_are_compiled_ahead_and_give_the_same_bits(
     for update in (plain, ahead):
         assert update(first, params, 1).compile_seconds > 0
         assert update(first, params, 2).compile_seconds == 0
-    future = ahead.compile(second)
-    during = ahead(first, params, 1)
-    assert 0 <= during.overlap_seconds <= during.train_seconds
-    future.result()
+    compiled = ahead.compile(second).result()
     assert ahead(first, params, 1).overlap_seconds == 0
+    began, ended = compiled.began, compiled.ended
+    assert ahead._overlap(began - 1, began + 0.25 * (ended - began), first) == pytest.approx(0.25 * (ended - began))
+    assert ahead._overlap(began, ended, second) == 0  # its own
+    waiting, ahead._compiled[second.number] = ahead._compiled[second.number], Future()
+    assert ahead._overlap(3.0, 5.0, first) == 2.0  # it is still being compiled
+    ahead._compiled[second.number] = waiting
     found, expected = ahead(second, params, 3), plain(second, params, 3)
     assert found.compile_seconds > 0
     jax.tree.map(np.testing.assert_array_equal, found.trained, expected.trained)
@@ -198,9 +208,29 @@ def test_memory_of_the_machine_is_plausible() -> None:
     assert Counted() == (0, 0, 0, 0.0, 0.0)
 
 
-def test_a_device_imports_only_what_it_needs() -> None:
+DEVICE = """
+import json, sys
+from pathlib import Path
+import lwfedssl_jax.cli.pilot_device as device
+from lwfedssl_jax.pilot.protocol import Message
+device.devices.set_up("off")
+worker = device.Worker("d0", device.DeviceImages(Path("images")), device.LayerCache(Path("layers")))
+train = Message("Train", json.loads(Path("train.json").read_text()), {"trainable": Path("trainable").read_bytes()})
+assert [worker.handle(m).kind for m in (Message("Ask", {"version": 2}, {}), train)] == ["Hello", "Result"]
+worker.compile_ahead()
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+def test_a_device_imports_only_what_it_needs(tmp_path: Path) -> None:
     """Its requirements leave these out."""
     heavy = {"pandas", "matplotlib", "tensorflow_datasets", "sklearn", "orbax", "tensorboardX", "jinja2", "tensorstore"}
-    code = "import sys, lwfedssl_jax.cli.pilot_device; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    config = pilot_config(strategy__name="layerwise")
+    run = prepare(config)
+    images, params = run.dataset.train_images[run.clients[0]], jax.device_get(initial_params(run))
+    write_images(tmp_path / "images", images, range(len(images)))
+    asked = Train("r", 1, 1, 0, json.dumps(to_dict(config)), "", 600.0, {})
+    (tmp_path / "train.json").write_text(json.dumps(protocol.write(asked).fields))
+    (tmp_path / "trainable").write_bytes(Wire(run).trainable(run.stages[0], params))
+    found = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert not heavy & set(found.stdout.split())

@@ -22,7 +22,7 @@ from lwfedssl_jax.pilot.server import serve
 from lwfedssl_jax.pilot.superlink import FlowerLink
 from lwfedssl_jax.simulation.events import Event, RoundDone, StepsDone, ignore
 from lwfedssl_jax.workdir import WorkDir
-from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines
+from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines, read_pilot
 
 pytestmark = [
     pytest.mark.flower,
@@ -105,6 +105,12 @@ def test_devices_and_flowers_server_are_killed_and_the_encoder_is_the_simulators
     lines = [json.loads(text) for text in (pilot.path / "metrics.jsonl").read_text().splitlines()]
     reported = [line["clients"] for line in lines if "event" not in line]
     assert reported == [3, 3, 3]
+    measured = [line for line in read_pilot(pilot.path) if "measured" in line]
+    for line in measured:
+        for wire, payload in (("wire_down", "payload_down"), ("wire_up", "payload_up")):
+            if found := line["measured"].get(wire):  # not of a device that started again in between
+                assert 1 < found / line["measured"][payload] < 1.08
+    assert all(line["measured"].get("wire_up") for line in measured if line["round"] == 3)
     assert pilot.difference() == 0
 
 

@@ -219,6 +219,7 @@ def test_more_devices_than_can_join_are_not_waited_for(tmp_path: Path) -> None:
         ("loss", 3e38),
         ("layers", -1),
         ("train_seconds", float("nan")),
+        ("train_seconds", 0.0),
         ("peak_bytes", -1),
     ],
 )
