@@ -1,8 +1,15 @@
-"""What a pilot cannot do, which its server and its devices refuse."""
+"""What a pilot cannot do, which its server and its devices refuse, and what a device cannot be."""
 
 from typing import Any
 
 from lwfedssl_jax.config import Config, ConfigError
+from lwfedssl_jax.pilot.cache import DIGEST
+from lwfedssl_jax.pilot.protocol import Hello, Result
+from lwfedssl_jax.pilot.relay import Counted
+
+MOST_BYTES = 2.0**50
+MOST_IMAGES = 2**24  # whose number float32, in which updates are weighted, has exactly
+LONGEST_NAME, LONGEST_TEXT = 64, 200
 
 ACCEPTED: dict[str, tuple[Any, str]] = {
     "federation.client_start": ("global", "keeps models on clients between rounds"),
@@ -35,3 +42,53 @@ def check_pilot(config: Config) -> None:
         )
     if config.data.name.startswith("memory:"):
         raise ConfigError(f"data.name: {config.data.name!r} is only in this process; accepted: data that have a name")
+
+
+def check_hello(hello: Hello, owner: str, fewest: int) -> None:
+    """Refuse a device that may not join for what it says of itself.
+
+    Args:
+      hello: what it says.
+      owner: name of the device whose key it has, or empty.
+      fewest: images that it needs.
+
+    Raises:
+      ValueError: naming what is wrong.
+    """
+    if not (hello.name.isprintable() and 0 < len(hello.name) <= LONGEST_NAME):
+        raise ValueError(f"its name is {hello.name[:LONGEST_NAME]!r}; accepted: 1 to {LONGEST_NAME} characters")
+    if owner and hello.name != owner:
+        raise ValueError(f"it says that it is {hello.name}, with the key of {owner}")
+    if not fewest <= hello.images <= MOST_IMAGES:
+        raise ValueError(f"it has {hello.images} images; accepted: {fewest} to {MOST_IMAGES}")
+    if not DIGEST.fullmatch(hello.data):
+        raise ValueError("its hash of the images is not one; accepted: SHA-256")
+    check_machine(hello)
+    check_counted(hello)
+
+
+def check_machine(hello: Hello) -> None:
+    """Refuse what a device says of its machine if it cannot be.
+
+    Raises:
+      ValueError: naming it.
+    """
+    for name in ("software", "platform"):
+        text = getattr(hello, name)
+        if not (text.isprintable() and len(text) <= LONGEST_TEXT) or "=" in text:
+            raise ValueError(f"its {name} is {text[:LONGEST_NAME]!r}")
+    for name in ("cores", "memory_bytes", "available_bytes", "baseline_bytes"):
+        if not 1 <= (value := getattr(hello, name)) < MOST_BYTES:
+            raise ValueError(f"its {name} is {value}")
+
+
+def check_counted(content: Hello | Result) -> Counted:
+    """Return what a device says it has exchanged, unless it cannot be.
+
+    Raises:
+      ValueError: naming it.
+    """
+    for name in Counted._fields:
+        if not 0 <= (value := getattr(content, name)) < MOST_BYTES:
+            raise ValueError(f"its {name} is {value}")
+    return Counted(*(getattr(content, name) for name in Counted._fields))

@@ -1,77 +1,26 @@
 """The server's view of the devices: which are there, which have yet to answer, and a round's updates as they come."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 from lwfedssl_jax.pilot import protocol
+from lwfedssl_jax.pilot.checks import check_counted, check_hello
 from lwfedssl_jax.pilot.journal import Entry, Journal
 from lwfedssl_jax.pilot.link import Answer, Link
+from lwfedssl_jax.pilot.open_round import Collected, OpenRound, Report, Request
 from lwfedssl_jax.pilot.protocol import Ask, Content, Hello, Message, Missing, ProtocolError, Refused, Result, Train
-from lwfedssl_jax.pilot.relay import Counted
+from lwfedssl_jax.pilot.tallies import Tallies
 
 SECONDS_BETWEEN_POLLS = 0.25
 SECONDS_TO_ANSWER = 60.0  # a question that needs no training
 SECONDS_TO_GREET = 15.0  # that a round waits for who it is that has come
 SECONDS_TO_ASK_AGAIN = 10.0  # after a question without an answer
 SECONDS_TO_LEAVE = 5.0  # that a node must be gone: a transport that starts again has no nodes for a moment
-MOST_BYTES = 2.0**50
 MOST_REQUESTS = 3  # to a device in a round
-MOST_IMAGES = 2**24  # whose number float32, in which updates are weighted, has exactly
-LONGEST_NAME, LONGEST_REASON = 64, 200
+LONGEST_REASON = 200
 ABOUT = ("software", "platform", "cores", "memory_bytes", "available_bytes", "baseline_bytes")
-DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class Request(NamedTuple):
-    """What a round asks of all of its devices.
-
-    Attributes:
-      run: names the run.
-      round, stage: from 1.
-      config: as JSON.
-      trainable: what the stage trains.
-      frozen: the stage's frozen layers by their hash, from the first one.
-      check: raises ``ValueError`` for a result that is not one of this round.
-    """
-
-    run: str
-    round: int
-    stage: int
-    config: str
-    trainable: bytes
-    frozen: Mapping[str, bytes]
-    check: Callable[[Result], None]
-
-
-class Report(NamedTuple):
-    """A device's update, and what it took.
-
-    Attributes:
-      result: as it was received, without its bytes.
-      missing_layers: numbers of the frozen layers that it was expected not to have.
-      payload_down, payload_up: bytes of parameters that were sent to it and received.
-      message_seconds: from the first message of the round to its result.
-      wire_down: bytes from the server since its last report, as ``relay.Counted``; None if that is not known.
-    """
-
-    result: Result
-    missing_layers: list[int]
-    payload_down: int
-    payload_up: int
-    message_seconds: float
-    wire_down: int | None
-
-
-class Collected(NamedTuple):
-    """A round's reports by the devices' numbers, and the bytes that all devices together were sent, and returned."""
-
-    reports: dict[int, Report]
-    payload_down: int
-    payload_up: int
 
 
 @dataclass
@@ -97,23 +46,6 @@ class Device:
 
 
 @dataclass
-class Tally:
-    """What a device has exchanged until it was last asked, and the line that lacks what its last upload took.
-
-    Attributes:
-      boot: of the device, as in ``Hello``.
-      counted: as it says.
-      down: bytes from the server since its last result.
-      line: round, client and name of that upload; None if there is none.
-    """
-
-    boot: str
-    counted: Counted
-    down: int = 0
-    line: dict[str, Any] | None = None
-
-
-@dataclass
 class Node:
     """Where a device can be reached.
 
@@ -132,29 +64,6 @@ class Node:
     question: int | None = None
     asked: float = -SECONDS_TO_ASK_AGAIN
     is_refused: bool = False
-
-
-@dataclass
-class OpenRound:
-    """A round whose updates are being collected.
-
-    Attributes:
-      request: to all devices.
-      waiting: numbers of the devices that may still report.
-      began: when its time began to run.
-      first_asked, requests, sent_bytes, missing_layers: of each device that was asked.
-      reports: of each device that has reported.
-      payload_up: bytes of parameters that were received.
-    """
-
-    request: Request
-    waiting: set[int]
-    began: float | None = None
-    first_asked: dict[int, float] = field(default_factory=dict)
-    requests: dict[int, int] = field(default_factory=dict)
-    sent_bytes: dict[int, int] = field(default_factory=dict)
-    missing_layers: dict[int, list[int]] = field(default_factory=dict)
-    reports: dict[int, Report] = field(default_factory=dict)
 
 
 class Devices:
@@ -185,7 +94,7 @@ class Devices:
         self._deadline, self._between_polls, self._now, self._sleep = deadline, between_polls, now, sleep
         self._nodes: dict[str, Node] = {}
         self._boots: dict[str, str] = {}  # of each device that is there, which differs each time that it starts
-        self._tallies: dict[str, Tally] = {}
+        self._tallies = Tallies(journal)
         self._round, self._looked = 0, 0.0
         self.last_reason = ""
 
@@ -252,8 +161,7 @@ class Devices:
 
     def _is_open(self, node: Node) -> bool:
         """Whether what the last upload of a node's device took is not known."""
-        tally = self._tallies.get(node.device.name) if node.device else None
-        return tally is not None and tally.line is not None
+        return node.device is not None and self._tallies.is_open(node.device.name)
 
     def name_of(self, number: int) -> str:
         """Return the name of a device."""
@@ -359,35 +267,13 @@ class Devices:
             else:
                 self._read_content(node, device, content_of(answer.message), open_round)
 
-    def _count(self, name: str, content: Hello | Result) -> int | None:
-        """Take note of what a device has exchanged; return the bytes from the server since its last result.
-
-        What its last upload took is known now, and is written. None if the device has started again since.
-        """
-        try:
-            now = check_counted(content)
-        except ValueError:
-            return None
-        tally = self._tallies.get(name)
-        boot = content.boot if isinstance(content, Hello) else tally.boot if tally else ""
-        if tally is None or tally.boot != boot or any(a < b for a, b in zip(now[:2], tally.counted[:2], strict=True)):
-            self._tallies[name] = Tally(boot, now)
-            return None
-        if tally.line:
-            polling = max(0, now.polling_bytes - tally.counted.polling_bytes)
-            measured = {"wire_up": now.wire_up - tally.counted.wire_up, "polling_bytes": polling}
-            self._journal.write(tally.line | {"measured": measured})
-        down = tally.down + now.wire_down - tally.counted.wire_down
-        self._tallies[name] = Tally(boot, now, 0 if isinstance(content, Result) else down)
-        return down
-
     def _fail(self, node: Node, device: Device, why: str) -> None:
         """Ask a device whose answer did not come who it is, since it may have started again; then for training."""
         self._event("failed", device.name, why)
         node.device = None
 
     def _read_content(self, node: Node, device: Device, content: Content, open_round: OpenRound | None) -> None:
-        wire_down = self._count(device.name, content) if isinstance(content, Result) else None
+        wire_down = self._tallies.count(device.name, content) if isinstance(content, Result) else None
         is_in_round = open_round is not None and device.round == open_round.request.round
         if not open_round or not is_in_round:
             self._event("late", device.name, f"its answer of round {device.round} came after the round")
@@ -430,8 +316,7 @@ class Devices:
             message_seconds=self._now() - open_round.first_asked[number],
             wire_down=wire_down,
         )
-        if (tally := self._tallies.get(device.name)) and any(tally.counted):  # without a relay, none will be known
-            tally.line = {"round": request.round, "client": number, "name": device.name}
+        self._tallies.open(device.name, request.round, number)
 
     def _greet(self, node: Node, answer: Answer) -> None:
         """Read who answers at a node, and enter it into the roster."""
@@ -456,7 +341,7 @@ class Devices:
             event = "returned" if before.images else "joined"
             why = "with other images than before" if changed else ""
             self._event(event, hello.name, why, {name: getattr(hello, name) for name in ABOUT})
-        self._count(hello.name, hello)
+        self._tallies.count(hello.name, hello)
         self._boots[hello.name] = hello.boot
 
     def _enter(self, content: Content, owner: str) -> tuple[Hello, Entry, Entry]:
@@ -467,50 +352,14 @@ class Devices:
         """
         if not isinstance(content, Hello):
             raise ValueError(content.why if isinstance(content, Refused) else "it does not say who it is")
+        check_hello(content, owner, self._fewest)
         name = content.name
-        if not (name.isprintable() and 0 < len(name) <= LONGEST_NAME):
-            raise ValueError(f"its name is {name[:LONGEST_NAME]!r}; accepted: 1 to {LONGEST_NAME} characters")
-        if owner and name != owner:
-            raise ValueError(f"it says that it is {name}, with the key of {owner}")
-        if not self._fewest <= content.images <= MOST_IMAGES:
-            raise ValueError(f"it has {content.images} images; accepted: {self._fewest} to {MOST_IMAGES}")
-        if not DIGEST.fullmatch(content.data):
-            raise ValueError("its hash of the images is not one; accepted: SHA-256")
-        check_machine(content)
-        check_counted(content)
         known = self._journal.roster.get(name)
         before = dataclasses.replace(known) if known else Entry(-1, name, 0, "")
         entry = self._journal.enter(name, content.images, content.data, self._most)
         if entry is None:
             raise ValueError(f"there are {self._most} devices already, and {name} is not in the roster")
         return content, before, entry
-
-
-def check_machine(hello: Hello) -> None:
-    """Refuse what a device says of its machine if it cannot be.
-
-    Raises:
-      ValueError: naming it.
-    """
-    for name in ("software", "platform"):
-        text = getattr(hello, name)
-        if not (text.isprintable() and len(text) <= LONGEST_REASON) or "=" in text:
-            raise ValueError(f"its {name} is {text[:LONGEST_NAME]!r}")
-    for name in ("cores", "memory_bytes", "available_bytes", "baseline_bytes"):
-        if not 1 <= (value := getattr(hello, name)) < MOST_BYTES:
-            raise ValueError(f"its {name} is {value}")
-
-
-def check_counted(content: Hello | Result) -> Counted:
-    """Return what a device says it has exchanged, unless it cannot be.
-
-    Raises:
-      ValueError: naming it.
-    """
-    for name in Counted._fields:
-        if not 0 <= (value := getattr(content, name)) < MOST_BYTES:
-            raise ValueError(f"its {name} is {value}")
-    return Counted(*(getattr(content, name) for name in Counted._fields))
 
 
 def content_of(message: Message) -> Content:

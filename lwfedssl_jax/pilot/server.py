@@ -24,9 +24,10 @@ from lwfedssl_jax.method.stages import Stage
 from lwfedssl_jax.method.task import Broadcast
 from lwfedssl_jax.pilot.calibrate import operations_per_second
 from lwfedssl_jax.pilot.checks import check_pilot
-from lwfedssl_jax.pilot.devices import Devices, Report, Request
+from lwfedssl_jax.pilot.devices import Devices
 from lwfedssl_jax.pilot.journal import Journal
 from lwfedssl_jax.pilot.link import Link
+from lwfedssl_jax.pilot.open_round import Report, Request
 from lwfedssl_jax.pilot.protocol import Result
 from lwfedssl_jax.pilot.wire import Wire
 from lwfedssl_jax.simulation import cohort

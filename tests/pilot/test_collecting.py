@@ -12,8 +12,9 @@ from fake import FakeLink
 
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.pilot import protocol
-from lwfedssl_jax.pilot.devices import Devices, Report, Request
+from lwfedssl_jax.pilot.devices import Devices
 from lwfedssl_jax.pilot.journal import Journal
+from lwfedssl_jax.pilot.open_round import Report, Request
 from lwfedssl_jax.pilot.protocol import Ask, Hello, Message, Missing, Refused, Result, Train
 from lwfedssl_jax.pilot.relay import Counted
 from lwfedssl_jax.workdir.metrics import PILOT_LINES, read_lines
