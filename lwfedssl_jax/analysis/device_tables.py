@@ -8,19 +8,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lwfedssl_jax.analysis.tables import Table
-from lwfedssl_jax.analysis.wording import bytes_words
+from lwfedssl_jax.analysis.wording import bytes_words, event_sentence
 from lwfedssl_jax.workdir.metrics import read_pilot
-
-EVENTS = {
-    "joined": "{name} joined",
-    "returned": "{name} returned",
-    "left": "{name} left",
-    "late": "{name} was late",
-    "missing": "{name} had lost layers",
-    "refused": "{name} was left out",
-    "failed": "{name} did not answer",
-    "waiting": "waiting for devices",
-}
 
 
 class Ratio(NamedTuple):
@@ -158,7 +147,5 @@ def ratio_words(values: Sequence[float]) -> str:
 def event_words(path: Path) -> Iterator[str]:
     """Describe the events of a pilot, in order."""
     for line in read_pilot(path):
-        if form := EVENTS.get(line.get("event", "")):
-            name = line.get("name") or "a device that is not known"
-            what = form.format(name=name) + (f": {line['why']}" if line.get("why") else "")
+        if what := event_sentence(line):
             yield f"round {line['round']}: {what}" if line["round"] else what

@@ -26,6 +26,19 @@ UNITS: dict[str, list[tuple[float, float, str]]] = {
 }
 
 
+# What happened to a device of a pilot.
+EVENTS = {
+    "joined": "{name} joined",
+    "returned": "{name} returned",
+    "left": "{name} left",
+    "late": "{name} was late",
+    "missing": "{name} had lost layers",
+    "refused": "{name} was left out",
+    "failed": "{name} did not answer",
+    "waiting": "waiting for devices",
+}
+
+
 def protocol_words(protocol: str) -> str:
     """The name of an evaluation protocol, such as "linear probe, 5 labels per class" for ``linear_probe_5``."""
     protocol, data = split_protocol(protocol)
@@ -134,3 +147,12 @@ def clock(seconds: float) -> str:
 def short_number(number: float) -> str:
     """A number of at least 10 without decimals, a smaller one with two digits."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def event_sentence(line: Mapping[str, Any]) -> str:
+    """Describe an event of a pilot, by its line of ``pilot.jsonl``; empty for other lines."""
+    form = EVENTS.get(line.get("event", ""))
+    if not form:
+        return ""
+    what = form.format(name=line.get("name") or "a device that is not known")
+    return what + (f": {line['why']}" if line.get("why") else "")

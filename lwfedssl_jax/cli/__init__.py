@@ -153,7 +153,10 @@ def pilot_command(arguments: list[str]) -> None:
     """Run the ``pilot`` command."""
     from lwfedssl_jax.cli import pilot_options
 
-    what, rest = (arguments[0], arguments[1:]) if arguments else ("nothing", [])
+    what, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if what in HELP:
+        print("usage:", *PILOT, sep="\n  ")
+        return
     with Interrupts():
         if what == "local":
             local = pilot_options.parse_local(rest)
@@ -198,6 +201,15 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+PILOT = (
+    "pilot local CONFIG [--devices N] [--workdir DIR] [--compare] [--tls]",
+    "pilot server CONFIG --devices N [--workdir DIR] [--keys DIR] [--port N]",
+    "pilot device HOST:PORT --data FOLDER [--name NAME] [--ca FILE --key FILE]",
+    "pilot keys DIR --devices NAME [NAME ...] [--hosts HOST ...]",
+    "pilot calibrate DIR",
+)
+
+
 def print_help() -> None:
     """Print what the program does and which commands it has."""
     print("Federated self-supervised learning, layer by layer: LW-FedSSL, Prog-FedSSL and end to end.\n")
@@ -220,11 +232,8 @@ def print_help() -> None:
     print("      the features of your own images, from the encoder of a finished run")
     print("  new DIR")
     print("      a folder to begin your own work in: a config with an encoder, an objective and data of your own")
-    print("  pilot local CONFIG [--devices N] [--workdir DIR] [--compare] [--tls]")
-    print("  pilot server CONFIG --devices N [--workdir DIR] [--keys DIR] [--port N]")
-    print("  pilot device HOST:PORT --data FOLDER [--name NAME] [--ca FILE --key FILE]")
-    print("  pilot keys DIR --devices NAME [NAME ...] [--hosts HOST ...]")
-    print("  pilot calibrate DIR")
+    for line in PILOT:
+        print(f"  {line}")
     print("      the same rounds on real devices, or on processes of this machine")
     print("  list [PATTERN ...]")
     print("      the configs and sweeps that exist, or those whose names contain or match a pattern")

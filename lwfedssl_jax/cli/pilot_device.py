@@ -9,6 +9,7 @@ from lwfedssl_jax.cli.pilot_options import DeviceOptions, address
 from lwfedssl_jax.pilot.cache import LayerCache
 from lwfedssl_jax.pilot.device import run_device
 from lwfedssl_jax.pilot.images import DeviceImages
+from lwfedssl_jax.pilot.keys import check_files
 from lwfedssl_jax.pilot.processes import check_flower
 from lwfedssl_jax.pilot.relay import Relay
 from lwfedssl_jax.pilot.worker import Worker
@@ -20,6 +21,8 @@ def run_pilot_device(options: DeviceOptions) -> None:
     host, port = address(options.server)
     check_flower()
     images, folder = DeviceImages(options.data), options.folder or Path.home() / ".lwfedssl-device"
+    check_files(options.ca, options.key)
+    images.check()
     devices.set_up(options.compilation_cache)
     name, layers, relay = options.name or socket.gethostname(), LayerCache(folder / "layers"), Relay(host, port)
     worker = Worker(name, images, layers, counted=relay.counted)

@@ -8,7 +8,7 @@ import tyro
 
 from lwfedssl_jax.cli.options import HELP, check_words, name_of, parse, refusals_in_one_line, shown
 from lwfedssl_jax.config import Config, ConfigError
-from lwfedssl_jax.pilot.keys import CERTIFICATE
+from lwfedssl_jax.pilot.keys import CERTIFICATE, NAME
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST_DEADLINE = 7 * 86_400.0
@@ -45,7 +45,7 @@ class ServerOptions:
     devices: int = 0
     """Number of devices that can join; of these, federation.clients_per_round take part in a round."""
     at_start: int = 0
-    """Number of devices to wait for before the first round; 0: all."""
+    """Number of devices to wait for before the first round; 0: all. A run that continues waits for one."""
     workdir: Annotated[Path | None, shown("DIR")] = None
     """Where the run is stored; by default runs/pilot-CONFIG-HASH."""
     port: int = 8000
@@ -184,8 +184,8 @@ def parse_device(arguments: list[str]) -> DeviceOptions:
         raise ConfigError("--insecure: cannot be combined with --ca and --key; accepted: one of them")
     if not (options.insecure or options.ca):
         raise ConfigError("--ca: missing; accepted: --ca FILE, or --insecure to a server on this machine")
-    if options.name and not options.name.isprintable():
-        raise ConfigError(f"--name: {options.name!r} has characters that cannot be shown; accepted: others")
+    if options.name and not NAME.fullmatch(options.name):
+        raise ConfigError(f"--name: {options.name!r} is not a name; accepted: letters, digits, '.', '_' and '-'")
     for name, path in (("ca", options.ca), ("key", options.key)):
         if path and not path.is_file():
             raise ConfigError(f"--{name}: {path} is not a file; accepted: one that `pilot keys` has made")

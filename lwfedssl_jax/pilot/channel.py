@@ -1,8 +1,13 @@
 """Messages between processes of one machine, over a Unix socket that only its user can open."""
 
+import hashlib
 import json
+import os
+import shutil
 import socket
+import stat
 import struct
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +21,23 @@ class Packet(NamedTuple):
 
     data: dict[str, Any]
     arrays: Mapping[str, bytes] = {}
+
+
+def private_folder(owner: Path) -> Path:
+    """Return a folder with a short path for sockets, empty and of this user alone; always the same one for an owner.
+
+    Raises:
+      OSError: another user has it.
+    """
+    name = hashlib.sha256(str(owner.absolute()).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"lwfedssl-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise OSError(f"{folder} belongs to another user, or others can open it")
+    for path in folder.iterdir():  # left behind by a process that was killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
 
 
 def listen(path: Path) -> socket.socket:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lwfedssl_jax.analysis.wording import event_sentence
 from lwfedssl_jax.pilot import protocol
 from lwfedssl_jax.pilot.checks import check_counted, check_hello
 from lwfedssl_jax.pilot.journal import Entry, Journal
@@ -77,6 +78,7 @@ class Devices:
       deadline: seconds for a round, from its first message on.
       between_polls: called between polls; may raise to abandon the round.
       now, sleep: the clock.
+      tell: called with what happened to a device, in words.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class Devices:
         between_polls: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._tell = tell
         self._link, self._journal, self._most, self._fewest = link, journal, most, fewest
         self._deadline, self._between_polls, self._now, self._sleep = deadline, between_polls, now, sleep
         self._nodes: dict[str, Node] = {}
@@ -185,7 +189,9 @@ class Devices:
         why = " ".join(why.split())[:LONGEST_REASON]
         self.last_reason = f"{name}: {why}" if name and why else why or self.last_reason
         line = {"event": event, "round": self._round, "name": name}
-        self._journal.write(line | ({"why": why} if why else {}) | ({"device": dict(about)} if about else {}))
+        line |= {"why": why} if why else {}
+        self._journal.write(line | ({"device": dict(about)} if about else {}))
+        self._tell(event_sentence(line))
 
     def _step(self, open_round: OpenRound | None) -> None:
         """See which nodes are there, read what came, and ask those that can be asked."""

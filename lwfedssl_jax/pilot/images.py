@@ -39,6 +39,28 @@ class DeviceImages:
             raise ConfigError(f"--data: {folder} has no images; accepted: {accepted}")
         self.digest = hashlib.sha256("\n".join(entries).encode(errors="surrogateescape")).hexdigest()
 
+    def check(self) -> None:
+        """Refuse images that cannot be read, without decoding them.
+
+        Raises:
+          ConfigError: naming one of them.
+        """
+        unreadable = []
+        for path in self.files:
+            try:
+                with Image.open(path) as image:
+                    image.verify()
+            except Exception as error:  # Pillow raises many kinds
+                unreadable.append(f"{path} ({error})")
+        self._refuse(unreadable)
+
+    def _refuse(self, unreadable: Sequence[str]) -> None:
+        if unreadable:
+            raise ConfigError(
+                f"--data: {len(unreadable)} of {len(self.files)} images cannot be read: {first_of(unreadable)}; "
+                "accepted: images that Pillow reads, 8 bits per channel"
+            )
+
     @functools.lru_cache(maxsize=1)  # noqa: B019  (the images of one run)
     def load(self, size: int, channels: int) -> np.ndarray:
         """Return all images, uint8 NxHxWxC, as ``folder:`` reads them.
@@ -54,11 +76,7 @@ class DeviceImages:
                     images[i] = fit(image, size, channels)
             except Exception as error:  # Pillow raises many kinds
                 unreadable.append(f"{path} ({error})")
-        if unreadable:
-            raise ConfigError(
-                f"--data: {len(unreadable)} of {len(images)} images cannot be read: {first_of(unreadable)}; accepted: "
-                "images that Pillow reads, 8 bits per channel"
-            )
+        self._refuse(unreadable)
         return images
 
 

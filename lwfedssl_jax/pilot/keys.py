@@ -13,6 +13,7 @@ from lwfedssl_jax.pilot.processes import check_flower
 DAYS = 825  # what browsers accept at most
 CA, CA_KEY, CERTIFICATE, KEY, DEVICES = "ca.crt", "ca.key", "server.crt", "server.key", "devices"
 AUTHORITY = "lwfedssl_jax pilot"
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -33,6 +34,8 @@ def make_keys(folder: Path, devices: Sequence[str], hosts: Sequence[str]) -> lis
       ConfigError: a name is not valid, Flower is not installed, the certificate has other names or the authority's key
         is missing for a new one, or the folder cannot be written.
     """
+    for host in hosts:
+        _name_of(host)
     for name in devices:
         if not NAME.fullmatch(name):
             raise ConfigError(f"--devices: {name!r} is not a name; accepted: letters, digits, '.', '_' and '-'")
@@ -53,6 +56,29 @@ def make_keys(folder: Path, devices: Sequence[str], hosts: Sequence[str]) -> lis
     except OSError as error:
         raise ConfigError(f"DIR: {folder} cannot be written ({error.strerror}); accepted: another folder") from error
     return made
+
+
+def check_files(ca: Path | None, key: Path | None) -> None:
+    """Refuse a device's files that are not a certificate and a private key.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    for option, path, read, accepted in (
+        ("--ca", ca, x509.load_pem_x509_certificate, "the file ca.crt"),
+        ("--key", key, lambda content: serialization.load_ssh_private_key(content, None), "the file devices/NAME"),
+    ):
+        try:
+            if path:
+                read(path.read_bytes())
+        except (OSError, ValueError, TypeError) as error:
+            why = getattr(error, "strerror", None) or "it is something else"
+            raise ConfigError(
+                f"{option}: {path} cannot be read ({why}); accepted: {accepted} of `pilot keys`"
+            ) from error
 
 
 def _make_authority(folder: Path) -> list[Path]:
@@ -129,10 +155,9 @@ def _name_of(host: str) -> Any:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise ConfigError(f"--hosts: {host!r} is not a name; accepted: ASCII, such as pilot.example.org") from error
+    if not HOST.fullmatch(host):
+        raise ConfigError(f"--hosts: {host!r} is not a name; accepted: such as pilot.example.org")
+    return x509.DNSName(host)
 
 
 def _write(path: Path, content: bytes, *, secret: bool) -> Path:

@@ -57,6 +57,7 @@ class Relay:
 
     Attributes:
       port: that it listens on.
+      heard: when the last bytes came from the server.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -64,6 +65,7 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._lock = threading.Lock()
+        self.heard = time.monotonic()
         self._open = list[Exchange]()
         self._sums = Counted()
         self._downlinks, self._uplinks = deque[float](maxlen=MOST_LINKS), deque[float](maxlen=MOST_LINKS)
@@ -148,6 +150,7 @@ class Relay:
 
     def _count_down(self, exchange: Exchange, size: int) -> None:
         now = time.monotonic()
+        self.heard = now
         if not exchange.down:
             exchange.answered = now
         exchange.down, exchange.ended = exchange.down + size, now

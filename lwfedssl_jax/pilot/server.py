@@ -113,9 +113,12 @@ def serve(
     run = ActiveRun(config, workdir, [hear])
 
     def make(runs: Sequence[Prepared], stages: Sequence[Stage], *rest: Any) -> PilotSimulator:
+        def tell(text: str) -> None:
+            hear(Note(text))
+
         journal, (_, between_calls, _) = Journal(workdir.path, run.done, names), rest
         fewest = runs[0].task.objective.fewest
-        devices = Devices(link, journal, config.partition.clients, fewest, deadline, between_calls, now, sleep)
+        devices = Devices(link, journal, config.partition.clients, fewest, deadline, between_calls, now, sleep, tell)
         return PilotSimulator(
             runs, stages, *rest, devices=devices, journal=journal, at_start=1 if run.done else at_start
         )

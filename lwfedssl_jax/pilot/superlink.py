@@ -7,7 +7,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -41,8 +40,8 @@ class FlowerLink:
 
     def __init__(self, folder: Path, port: int, keys: Path | None = None) -> None:
         self._folder, self._port, self._keys = folder, port, keys.absolute() if keys else None
-        self._temporary = Path(tempfile.mkdtemp(prefix="lwfedssl-"))  # paths of sockets must be short
-        self._listener = channel.listen(self._temporary / "server")
+        self._temporary: Path | None = None
+        self._listener: socket.socket | None = None
         self._superlink: Process | None = None
         self._connection: socket.socket | None = None
         self._open: dict[str, tuple[int, str]] = {}  # by Flower's id of a message: its number, and its node
@@ -65,6 +64,8 @@ class FlowerLink:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()  # before anything that another process may have there is touched
+        self._temporary = channel.private_folder(self._folder)
+        self._listener = channel.listen(self._temporary / "server")
         trusted = f'root-certificates = "{self._keys / CA}"' if self._keys else "insecure = true"
         (self._folder / "config.toml").write_text(
             f'[superlink.pilot]\naddress = "127.0.0.1:{self._port}"\n{trusted}\n', encoding="utf-8"
@@ -77,9 +78,10 @@ class FlowerLink:
             self._connection.close()
         if self._superlink:
             self._superlink.stop()
-        self._listener.close()
+        if self._listener and self._temporary:
+            self._listener.close()
+            shutil.rmtree(self._temporary, ignore_errors=True)
         self._lock.release()
-        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def nodes(self) -> Mapping[str, str]:
         """Return the nodes that are online, with the names that their keys are registered under.
@@ -156,7 +158,9 @@ class FlowerLink:
             if self._superlink:
                 self._superlink.stop()
             self._start()
-        self._submit()
+        assert self._temporary
+        assert self._listener
+        self._submit(self._temporary)
         self._listener.settimeout(SECONDS_TO_START)
         self._connection = self._listener.accept()[0]
         self._connection.setblocking(True)
@@ -221,16 +225,16 @@ class FlowerLink:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
-    def _submit(self) -> None:
+    def _submit(self, temporary: Path) -> None:
         """Start a run of Flower's that carries messages.
 
         Raises:
           OSError: it does not start.
         """
-        app = self._temporary / "fab"
+        app = temporary / "fab"
         if not app.exists():
             shutil.copytree(FAB, app, ignore=shutil.ignore_patterns("__pycache__"))
-        path = self._temporary / "server"
+        path = temporary / "server"
         answer, output = self._flwr("run", str(app), "pilot", "--run-config", f'socket="{path}"', "--format", "json")
         if not answer.get("success"):
             raise OSError(f"Flower's run did not start: {output}")

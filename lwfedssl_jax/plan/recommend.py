@@ -289,7 +289,7 @@ def missing_for(config: Config, device: DeviceClass, number: int, options: Seque
         hint = f", or try optimizer.batch_size {batch} or less" if batch >= 2 else ""
         return (
             f"{device.name}: every option needs {peak:.3g} GB or more ({smallest.name}), {peak - available:.2g} GB "
-            f"above what it has{hint}."
+            f"above what it has{' for a step' if device.baseline_gb else ''}{hint}."
         )
     fitting = [option for option in options if option.ledger["peak_memory_bytes"] <= available * 1e9]
     slowest = {option.name: max(option.parts[number].round_seconds or [0.0]) for option in fitting}
