@@ -320,7 +320,8 @@ class Devices:
             payload_down=open_round.sent_bytes[number],
             payload_up=len(result.arrays["update"]),
             message_seconds=self._now() - open_round.first_asked[number],
-            wire_down=wire_down,
+            # Less than was sent: a message went to the device before it started again.
+            wire_down=wire_down if wire_down is not None and wire_down >= open_round.sent_bytes[number] else None,
         )
         self._tallies.open(device.name, request.round, number)
 
