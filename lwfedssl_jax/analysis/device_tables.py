@@ -66,7 +66,7 @@ def device_row(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     row["train_seconds_of_predicted"] = middle(ratios(lines, RATIOS[4]))
     row["compile_seconds"] = sum(found["compile_seconds"] for found in measured)
     row |= {key: max(found[key] for found in measured) for key in ("peak_rss", "program_bytes")}
-    return row | {"step_bytes": max(line["predicted"]["memory"] for line in lines)}
+    return row | {"step_bytes": max(line["predicted"].get("memory") or 0 for line in lines)}
 
 
 def ratios(lines: Sequence[Mapping[str, Any]], ratio: Ratio) -> list[float]:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from lwfedssl_jax.config import ConfigError
-from lwfedssl_jax.config.device_classes import COLUMNS, DeviceClass
+from lwfedssl_jax.config.device_classes import COLUMNS, DeviceClass, describe, load_classes
 from lwfedssl_jax.system.files import write_whole
 from lwfedssl_jax.workdir.metrics import read_pilot
 
@@ -57,6 +57,7 @@ def calibrate(directory: Path) -> Calibration:
             device_class(name, [about[member] for member in members], [lines[member] for member in members])
             for name, members in groups.items()
         ]
+        load_classes(list(map(describe, classes)))  # as ``plan`` will
         speeds = {name: speed_by_stage(measured) for name, measured in lines.items()}
         memory = {name: (about[name]["baseline_bytes"], baseline_bytes(measured)) for name, measured in lines.items()}
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -86,7 +87,7 @@ def operations_per_second(lines: Sequence[Mapping[str, Any]]) -> float | None:
 
     Rounds in which it also compiled count only if there are no others: the first one of a stage is slower, too.
     """
-    lines = [line for line in lines if line["measured"]["train_seconds"] > 0]
+    lines = [x for x in lines if x["predicted"].get("operations") and x["measured"]["train_seconds"] > 0]
     alone = [x for x in lines if not (x["measured"]["overlap_seconds"] or x["measured"]["compile_seconds"])]
     speeds = [line["predicted"]["operations"] / line["measured"]["train_seconds"] for line in alone or lines]
     return median(speeds) if speeds else None

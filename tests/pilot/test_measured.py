@@ -121,6 +121,25 @@ def test_classes_of_devices_are_made_from_what_was_measured(tmp_path: Path, caps
     assert cells == [["a", "2", "2", *memory], ["b", "8", "", *memory], ["c", "1", "", *memory]]
 
 
+def test_what_plan_would_refuse_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pilot_files(tmp_path)
+    file = tmp_path / PILOT_LINES
+    file.write_text(file.read_text().replace('"program_bytes": 2000000', '"program_bytes": 2000000000'))
+    assert main(["pilot", "calibrate", str(tmp_path)]) == 2
+    assert "baseline_gb '-1'" in capsys.readouterr().err
+    assert not (tmp_path / "devices.csv").exists()
+
+
+def test_lines_of_a_pilot_before_operations_were_written_count_for_no_speed(tmp_path: Path) -> None:
+    old, new = line(1, 4e9, 1.0), line(1, 4e9, 2.0)
+    old["predicted"] = {"download": 100, "upload": 50}
+    assert operations_per_second([old]) is None
+    assert operations_per_second([old, new]) == 2e9
+    (tmp_path / PILOT_LINES).write_text(f"{json.dumps(old)}\n")
+    assert device_table({"run": tmp_path})
+    assert stage_table({"run": tmp_path})
+
+
 @pytest.mark.parametrize("content", [None, "", '{"round": 1, "name": "a", "measured": {}, "predicted": {}}\n'])
 def test_calibrating_without_a_measurement_is_an_error_and_writes_nothing(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
