@@ -32,7 +32,7 @@ class Device:
       name, number: of the device.
       layers: hashes of the layers that it has, as far as is known.
       sent: hashes of those that were in the last message.
-      owes: number of the message that it has not answered.
+      owes: the message that it has yet to answer, by the link's number; None without any.
       until: when that answer will no longer come.
       round: of that message.
     """

@@ -75,7 +75,7 @@ def draw_of(run: Prepared, number: int) -> Draw:
 
 
 def samples_of(run: Prepared, examples: int) -> int:
-    """Return on how many samples a client with so many examples trains in a round."""
+    """Return the number of samples that a client with this many examples trains on in a round."""
     layout = layout_of(run)
     (per_epoch,) = make_queue(np.zeros(1), np.array([examples], np.int64), layout).per_epoch.tolist()
     return layout.epochs * min(examples, per_epoch * layout.batch_size)
