@@ -138,7 +138,7 @@ def make_task(config: Config) -> Task:
         encoder=encoder,
         heads=make_heads(config, objective, encoder, options, image_shape),
         objective=objective,
-        optimizer=lambda hyper: optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay),
+        optimizer=lambda hyper: optax.flatten(optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay)),
         recipe=recipe,
         dtype=np.promote_types(dtype, jnp.float32),
         image_shape=image_shape,

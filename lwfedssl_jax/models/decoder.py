@@ -48,13 +48,16 @@ class Decoder(nn.Module):
         token_E = self.param("mask_token", small, (size.width,), self.param_dtype)
         position_PxE = self.param("position", small, (size.patches, size.width), self.param_dtype)
         visible = Dense(size.width, name="embed", **types)(tokens_BxVxD.reshape(b * v, d)).reshape(b, v, size.width)
+        visible = visible.astype(self.param_dtype)
         x = jnp.broadcast_to(token_E, (b, size.patches, size.width))
         x = x.at[jnp.arange(b)[:, None], position_BxV].set(visible) + position_PxE[None]
+        x = x.astype(self.dtype)
         block = nn.remat(Block) if self.remat else Block
         for i in range(size.depth):
             x = block(size.heads, self.dtype, self.param_dtype, name=f"block{i + 1}")(x)
         x = LayerNorm(self.param_dtype, name="norm")(x).reshape(b * size.patches, size.width)
-        return Dense(size.numbers, name="pixels", **types)(x).reshape(b, size.patches, size.numbers)
+        pixels = Dense(size.numbers, name="pixels", **types)(x).astype(self.param_dtype)
+        return pixels.reshape(b, size.patches, size.numbers)
 
 
 def decoder_head(size: DecoderSize, feature_dim: int, dtype: DTypeLike, *, remat: bool = False) -> Head:

@@ -41,7 +41,7 @@ class MLP(nn.Module):
         wide: dict[str, Any] = {"dtype": self.param_dtype, "param_dtype": self.param_dtype}
         x = x_BxD
         for _ in range(self.layers - 1):
-            x = Dense(self.hidden_dim, self.dtype, self.param_dtype, use_bias=False)(x)
+            x = Dense(self.hidden_dim, self.dtype, self.param_dtype, use_bias=False)(x).astype(self.param_dtype)
             x = nn.BatchNorm(use_running_average=False, use_fast_variance=False, **wide)(x, mask=mask_B[:, None])
             x = nn.relu(x)
         return Dense(self.output_dim, self.dtype, self.param_dtype, use_bias=False)(x)
@@ -57,6 +57,6 @@ def mlp_head(layers: int, input_dim: int, hidden_dim: int, output_dim: int, dtyp
     def apply(params: Tree, x_BxD: jax.Array, mask_B: jax.Array) -> jax.Array:
         # Linen insists on running averages; they are made and dropped in the same call.
         z, _ = mlp.apply({"params": params}, x_BxD, mask_B, mutable=["batch_stats"])
-        return z
+        return z.astype(mlp.param_dtype)
 
     return Head(init, apply)

@@ -36,7 +36,31 @@ def in_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array, chunk: int | No
 def row(params_L: Tree, i: Depth, order: jax.Array | None = None) -> Tree:
     """The ``i``-th layer to run: row i of each leaf, or row ``order[i]``."""
     at = i if order is None else order[i]
-    return jax.tree.map(lambda p: p[at], params_L)
+    return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, at, keepdims=False), params_L)
+
+
+def with_row(rows: jax.Array, one: jax.Array, i: Depth, axis: int = 0) -> jax.Array:
+    """``rows`` with ``one`` as the i-th along an axis, in place inside of a loop.
+
+    JAX's own rule for ``vmap`` makes a scatter of it, even if all write the same row: that reads the old row as well.
+    """
+
+    def write(rows: jax.Array, one: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(rows, one, i, axis)
+
+    def over_lanes(
+        size: int, batched: list[bool], rows: jax.Array, one: jax.Array, i: jax.Array
+    ) -> tuple[jax.Array, bool]:
+        if batched[2]:
+            return jax.vmap(write, [0 if b else None for b in batched])(rows, one, i), True
+        rows, one = (
+            x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip((rows, one), batched, strict=False)
+        )
+        return with_row(rows, one, i, axis + 1), True
+
+    in_place = jax.custom_batching.custom_vmap(write)
+    in_place.def_vmap(over_lanes)
+    return in_place(rows, one, jnp.asarray(i))
 
 
 LayerFunction = Callable[[Tree, jax.Array], jax.Array]  # ``(params, x) -> x`` of the same shape
@@ -95,6 +119,8 @@ def dynamic_scan(f: LayerFunction) -> Callable[[Tree, jax.Array, Depth, jax.Arra
     traced.defvjp(traced_forward, traced_backward)
 
     def scan(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None) -> jax.Array:
+        if order is None and len(jax.tree.leaves(params_L)[0]) == 1:  # the only layer always runs
+            return f(row(params_L, 0), x)
         if isinstance(depth, int) and order is None:
             return known(params_L, x, depth)
         return traced(params_L, x, jnp.asarray(depth), order)
@@ -120,7 +146,7 @@ def run_forward(
     def step(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         x, saved_L = carry
         x, saved = save(row(params_L, i, order), x)
-        return x, [all_.at[i].set(one) for all_, one in zip(saved_L, saved, strict=True)]
+        return x, [with_row(all_, one, i) for all_, one in zip(saved_L, saved, strict=True)]
 
     length = len(jax.tree.leaves(params_L)[0])
     shapes = jax.eval_shape(lambda p, x: save(row(p, 0), x)[1], params_L, x)
@@ -144,7 +170,7 @@ def run_backward(depth: Depth, pull: jax.tree_util.Partial, g: jax.Array) -> tup
         grads_L, g = carry
         grads, g = pull(depth - 1 - i, g)
         at = depth - 1 - i if saved.order is None else saved.order[depth - 1 - i]
-        return jax.tree.map(lambda all_, one: all_.at[at].set(one), grads_L, grads), g
+        return jax.tree.map(lambda all_, one: with_row(all_, one, at), grads_L, grads), g
 
     return jax.lax.fori_loop(0, depth, step, (jax.tree.map(jnp.zeros_like, saved.params_L), g))
 

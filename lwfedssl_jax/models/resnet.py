@@ -23,7 +23,7 @@ FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvis
 
 
 def convolve(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeLike) -> jax.Array:
-    """Convolution by ``kernel`` (k, k, C, D), factors rounded to ``dtype``, the result in the kernel's type.
+    """Convolution by ``kernel`` (k, k, C, D), factors and result rounded to ``dtype``.
 
     Padding keeps the size, or divides it by the stride and rounds up.
     """
@@ -31,7 +31,7 @@ def convolve(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeL
     if jax.default_backend() == "cpu":
         return convolve_as_product(x_BxHxWxC, kernel, stride, dtype)
     pad = len(kernel) // 2
-    y = jax.lax.conv_general_dilated(
+    return jax.lax.conv_general_dilated(
         x_BxHxWxC.astype(dtype),
         kernel.astype(dtype),
         (stride, stride),
@@ -39,7 +39,6 @@ def convolve(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, dtype: DTypeL
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision="default" if is_narrow(dtype) else None,
     )
-    return y.astype(kernel.dtype)
 
 
 # Otherwise the backward pass would keep the input once for each of the kernel's pixels.
@@ -88,11 +87,11 @@ class ConvNorm(nn.Module):
             momentum=0.9,
             epsilon=1e-5,
             use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
-            force_float32_reductions=False,  # everything is float32 or wider already
+            force_float32_reductions=False,  # it computes in float32 or wider already
             name="norm",
             **wide,
         )
-        return norm(conv(x_BxHxWxC), mask=mask_Bx1x1x1)
+        return norm(conv(x_BxHxWxC).astype(self.param_dtype), mask=mask_Bx1x1x1).astype(self.dtype)
 
 
 class Stem(nn.Module):
@@ -173,7 +172,8 @@ def resnet(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeL
     Args:
       config: resolved sizes (no zeros, no auto).
       image_shape: height, width, channels.
-      dtype: of the convolutions' and products' factors; everything else is in it or in float32, if that is wider.
+      dtype: of what convolutions and products take and give, and so of what is kept for the backward pass; everything
+        else is computed in float32 or wider.
       remat: keep only each trainable block's input for the backward pass and recompute the rest.
     """
     wide = np.promote_types(dtype, jnp.float32)
@@ -240,14 +240,14 @@ def run_trainable(
         for name in present_modules(net, trainable):
             x, updated = net.modules[name].apply(variables_of(trainable, name), x, mask, mutable=["batch_stats"])
             statistics[name] = updated["batch_stats"]
-        return x.mean(axis=(1, 2)), statistics
+        return x.astype(net.reshape.param_dtype).mean(axis=(1, 2)), statistics
 
     z_VxBxD, statistics_V = jax.vmap(run_view)(x.reshape(-1, len(mask_B), *x.shape[1:]))
     z = z_VxBxD.reshape(-1, z_VxBxD.shape[-1])
     for s in range(1, len(net.widths)):
         if jax.tree.leaves(trainable["encoder"][f"reshape{s}"]):
             z = cast(jax.Array, net.reshape.apply({"params": trainable["encoder"][f"reshape{s}"]}, z))
-    return z, trainable["statistics"] | jax.tree.map(lambda x: x.mean(0), statistics_V)
+    return z.astype(net.reshape.param_dtype), trainable["statistics"] | jax.tree.map(lambda x: x.mean(0), statistics_V)
 
 
 def present_modules(net: ResNet, part: Tree) -> list[str]:

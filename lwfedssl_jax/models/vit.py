@@ -17,7 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lwfedssl_jax.config import ModelConfig
-from lwfedssl_jax.models.dense import XAVIER, Dense, contract
+from lwfedssl_jax.models.attention import attention
+from lwfedssl_jax.models.dense import SAVED, XAVIER, Dense
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder, Patches
 from lwfedssl_jax.models.loops import chunk_samples, dynamic_scan, in_chunks, row
 from lwfedssl_jax.tree import Tree
@@ -26,6 +27,7 @@ from lwfedssl_jax.tree import Tree
 @jax.jit  # the name marks it for the operation count in costs/operations.py; XLA inlines it
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """``(x - mean) / sqrt(var + 1e-6) * scale + bias`` over the last axis."""
+    x = x.astype(scale.dtype)
     # The variance in two passes: E[x^2] - E[x]^2 cancels where the mean is large.
     x = jax.nn.standardize(x, axis=-1, epsilon=1e-6, variance=x.var(-1, keepdims=True))
     return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
@@ -72,7 +74,8 @@ class Embedding(nn.Module):
             values_BxVxF, position = patches_of(images, self.patch_size), position_PxD[None]
         dense = Dense(self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=XAVIER, name="patch")
         b, v, f = values_BxVxF.shape
-        return dense(values_BxVxF.reshape(b * v, f)).reshape(b, v, self.width) + position
+        x = dense(values_BxVxF.reshape(b * v, f)).reshape(b, v, self.width).astype(self.param_dtype) + position
+        return x.astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -94,16 +97,11 @@ class Block(nn.Module):
         x = x_BxPxD.reshape(b * p, d)
 
         qkv = Dense(3 * d, name="qkv", **types)(norm(name="norm1")(x))
-        q, k, v = qkv.reshape(b, p, 3, self.heads, d // self.heads).transpose(2, 0, 3, 1, 4)
-        scores = contract("bhqd,bhkd->bhqk", self.dtype, q * (d // self.heads) ** -0.5, k)
-        # Softmax that divides last, where there are fewest numbers to divide.
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        mixed = contract("bhqk,bhkd->bhqd", self.dtype, weights, v) / weights.sum(-1, keepdims=True)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(b * p, d)
+        mixed = attention(qkv.reshape(b, p, 3, self.heads, d // self.heads), self.dtype).reshape(b * p, d)
         x = x + Dense(d, name="proj", **types)(mixed)
 
         hidden = Dense(4 * d, name="fc1", **types)(norm(name="norm2")(x))
-        x = x + Dense(d, name="fc2", **types)(gelu(hidden))
+        x = x + Dense(d, name="fc2", **types)(gelu(hidden.astype(self.param_dtype)))
         return x.reshape(b, p, d)
 
 
@@ -126,7 +124,8 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
     Args:
       config: resolved sizes (no zeros).
       image_shape: height, width, channels.
-      dtype: of the matrix products' factors; everything else is in it or in float32, if that is wider.
+      dtype: of what matrix products take and give, of tokens between blocks, and so of what is kept for the backward
+        pass; normalisation, softmax and everything else is computed in float32 or wider.
       remat: keep only each trainable block's input for the backward pass and recompute the
         rest; otherwise all matrix products are kept, and only what lies between is recomputed.
     """
@@ -134,7 +133,7 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
     tokens = image_shape[0] * image_shape[1] // config.patch_size**2
     embedding = Embedding(config.patch_size, config.width, dtype, wide, tokens)
     block, norm = Block(config.heads, dtype, wide), LayerNorm(wide)
-    policy = None if remat else jax.checkpoint_policies.dots_saveable
+    policy = None if remat else SAVED
     run_block = jax.checkpoint(functools.partial(_apply, block), policy=policy)
     chunk = chunk_samples(tokens * 4 * config.width)
     run_blocks = dynamic_scan(lambda params, x: in_chunks(functools.partial(run_block, params), x, chunk))
@@ -184,7 +183,7 @@ def init_vit(modules: Vit, depth: int, image_shape: tuple[int, int, int], key: j
     """Fresh parameters of ``depth`` layers."""
     wide, (height, width, _), patch = modules.norm.param_dtype, image_shape, modules.embedding.patch_size
     image = jnp.zeros((1, *image_shape), wide)
-    tokens = jnp.zeros((1, height * width // patch**2, modules.embedding.width), wide)
+    tokens = jnp.zeros((1, height * width // patch**2, modules.embedding.width), modules.block.dtype)
     embedding_key, blocks_key, norm_key = jax.random.split(key, 3)
 
     def init_block(key: jax.Array) -> Tree:
