@@ -246,7 +246,8 @@ class RuntimeConfig:
     """Clients that are trained side by side on all devices together, rounded up to a multiple of the number of devices;
     0: chosen by device."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
-    """Type to which the inputs of matrix products are rounded; sums, parameters, losses and averages are float32.
+    """Type of what matrix products take and give, and of activations; sums, norms, softmax, parameters, losses and
+    averages are float32.
     tensorfloat32 is TF32 on GPUs that have it, three bfloat16 products on TPUs, and float32 on CPUs."""
     remat: bool = False
     """Keep only the input of each trainable block and recompute the block in the backward pass: less memory, more

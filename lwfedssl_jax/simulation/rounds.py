@@ -92,7 +92,7 @@ class Total(NamedTuple):
 
     Attributes:
       examples: sum of n_i.
-      weighted: sum of ``n_i * w_i``.
+      weighted: sum of ``n_i * w_i``, all trainable leaves as one vector, for few kernels.
       squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
       loss, samples: loss summed over real samples, and their number.
       summed: the aggregator's contributions.
@@ -101,7 +101,7 @@ class Total(NamedTuple):
     """
 
     examples: jax.Array
-    weighted: Tree
+    weighted: jax.Array
     squares: jax.Array
     loss: jax.Array
     samples: jax.Array
@@ -166,7 +166,7 @@ def mean_of(total: Total, broadcast: Broadcast, examples: jax.Array) -> tuple[Tr
 
 
 def is_finite(total: Total) -> jax.Array:
-    """Return whether everything that a client adds is finite; its weights are if the squares of their change are."""
+    """Return whether everything that a client adds is finite, except for what its aggregator adds."""
     return jnp.isfinite(total.squares) & jnp.isfinite(total.loss) & jnp.isfinite(total.weighted).all()
 
 

@@ -1,19 +1,23 @@
 """The encoder and the heads against independent NumPy, and how the encoder splits."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from jax.flatten_util import ravel_pytree
 
 from lwfedssl_jax import tree
 from lwfedssl_jax.config import ModelConfig
 from lwfedssl_jax.costs import operations
+from lwfedssl_jax.models import attention
 from lwfedssl_jax.models.dense import contract
 from lwfedssl_jax.models.encoder import EVERY_STAGE, Depth, Encoder
 from lwfedssl_jax.models.heads import mlp_head
-from lwfedssl_jax.models.loops import in_chunks
+from lwfedssl_jax.models.loops import in_chunks, with_row
 from lwfedssl_jax.models.vit import Block, Embedding, LayerNorm, layer_norm, vit
 
 CONFIG = ModelConfig(name="vit_micro", patch_size=4, width=12, depth=3, heads=3)
@@ -149,6 +153,49 @@ def test_bfloat16_computes_near_float32_with_float32_parameters() -> None:
     np.testing.assert_allclose(
         features.astype(jnp.float32), forward(encoder, params, IMAGES, CONFIG.depth), rtol=0.1, atol=0.1
     )
+
+
+def test_bfloat16_halves_what_the_backward_pass_keeps_and_gradients_stay_near() -> None:
+    _, params = make()
+    images, kept, grads = jnp.tile(IMAGES, (8, 1, 1, 1)), [], []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        encoder = vit(CONFIG, (8, 8, 3), dtype)
+        features, pullback = jax.vjp(lambda p, e=encoder: forward(e, p, images, CONFIG.depth), params)
+        of_all_layers = (x for x in jax.tree.leaves(pullback) if x.ndim and len(x) == CONFIG.depth)
+        kept.append(sum(x.nbytes for x in of_all_layers if not any(x is known for known in jax.tree.leaves(params))))
+        grads.append(ravel_pytree(pullback(features)[0])[0])
+    assert kept[1] < 0.6 * kept[0]
+    assert float(grads[0] @ grads[1] / jnp.linalg.norm(grads[0]) / jnp.linalg.norm(grads[1])) > 0.98
+
+
+def test_a_fused_kernel_of_attention_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's takes the place of this one of the same signature."""
+    qkv = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 3, 4)), jnp.float32)
+    loss = lambda qkv: (attention.attention(qkv, jnp.float32) ** 3).sum()  # noqa: E731
+    plain = jax.value_and_grad(loss)(qkv)
+    monkeypatch.setattr(attention, "has_fused_attention", lambda dtype, tokens, features: True)
+    monkeypatch.setattr(attention, "fused", jax.nn.dot_product_attention)
+    chex.assert_trees_all_close(plain, jax.value_and_grad(loss)(qkv), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_gpu_there_is_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not attention.has_fused_attention(jnp.dtype("bfloat16"), 8, 16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # one on which cuDNN's does not run
+    assert not attention.has_fused_attention(jnp.dtype("bfloat16"), 8, 24)
+
+
+@pytest.mark.parametrize("batched", [which for which in itertools.product([True, False], repeat=3) if any(which)])
+def test_a_row_is_written_in_place_in_every_lane(batched: tuple[bool, bool, bool]) -> None:
+    rng = np.random.default_rng(0)
+    rows, one = rng.normal(size=(3, 2, 5, 4)), rng.normal(size=(3, 2, 4))
+    given = [x if b else x[0] for x, b in zip((rows, one, np.array([0, 4, 2])), batched, strict=True)]
+    axes = [0 if b else None for b in batched]
+    inner = jax.vmap(with_row, (0, 0, None))  # lanes of stacked runs
+    found = jax.vmap(inner, axes)(*given)
+    expected = jax.vmap(jax.vmap(lambda rows, one, i: rows.at[i].set(one), (0, 0, None)), axes)(*given)
+    np.testing.assert_array_equal(found, expected)
+    text = str(jax.make_jaxpr(jax.vmap(inner, axes))(*given))
+    assert ("scatter" in text) == batched[2]
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (3.0, 0.2), (100.0, 2.0)])

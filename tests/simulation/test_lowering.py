@@ -9,10 +9,12 @@ from unittest import mock
 import jax
 import pytest
 from conftest import small_config
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from lwfedssl_jax.method.aggregation import AGGREGATORS
 from lwfedssl_jax.method.objectives import OBJECTIVES
 from lwfedssl_jax.method.stages import STRATEGIES
+from lwfedssl_jax.models import attention
 from lwfedssl_jax.models.dense import PRODUCTS
 from lwfedssl_jax.simulation import setup
 from lwfedssl_jax.simulation.program import trace_stage
@@ -92,6 +94,24 @@ def test_every_strategy_and_objective_lowers(strategy: str, objective: str, mode
         pytest.skip("a residual network has no patches to hide")
     for number in (0, -1) if strategy == "layerwise" else (-1,):  # the others have one program
         lowered(strategy__name=strategy, objective__name=objective, number=number, **model)
+
+
+def test_bfloat16_has_a_kernel_for_attention_if_the_gpu_has_it() -> None:
+    """cuDNN's, which takes all lanes at once; whether it runs is asked on the device (``has_fused_attention``)."""
+    with (
+        mock.patch.object(attention, "has_fused_attention", return_value=True),
+        mock.patch.object(cudnn, "check_cudnn_version", return_value=90800),
+        mock.patch.object(cudnn, "check_compute_capability", return_value=True),
+    ):
+        config = small_config(
+            runtime__precision="bfloat16", runtime__lanes=2, model__width=16, strategy__name="end_to_end"
+        )
+        simulator = Simulator([setup.prepare(config, jax.devices()[:1])])
+        traced = trace_stage(simulator.run, simulator.run.stages[0], simulator._feed, simulator.stack)["steps"]
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r"custom_call @(__cudnn\$\w+)", text)
+    assert len(kernels) == 3
+    assert len(set(kernels)) == 2  # forward, again in the backward pass, and backward
 
 
 OTHERS: dict[str, dict[str, Any]] = {
