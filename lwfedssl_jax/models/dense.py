@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 # How products of float32 factors are computed, by ``runtime.precision``. JAX's default is TF32 on GPUs.
 PRODUCTS = {"float32": "highest", "tensorfloat32": "high", "bfloat16": "highest"}
 
+XAVIER = nn.initializers.xavier_uniform()
+
 PRODUCT = "product"
 SAVED = jax.checkpoint_policies.save_only_these_names(PRODUCT)  # keeps what ``product`` marks, and recomputes the rest
 
@@ -19,9 +21,6 @@ SAVED = jax.checkpoint_policies.save_only_these_names(PRODUCT)  # keeps what ``p
 def product(x: jax.Array) -> jax.Array:
     """Mark the result of a matrix product, as it is to be kept for the backward pass (``SAVED``)."""
     return checkpoint_name(x, PRODUCT)
-
-
-XAVIER = nn.initializers.xavier_uniform()
 
 
 def factor_type(precision: str) -> np.dtype:
@@ -49,6 +48,7 @@ def contract(spec: str, dtype: DTypeLike, a: jax.Array, b: jax.Array) -> jax.Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _narrow_contract(spec: str, dtype: DTypeLike, to: DTypeLike, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``contract`` with a result of type ``to``, as which a factor's gradient is asked for."""
     return _forward(spec, dtype, to, a, b)[0]
 
 
