@@ -1,7 +1,7 @@
 """Ledgers of runs, traced once per process."""
 
 from lwfedssl_jax.config import Config, override
-from lwfedssl_jax.costs import ledger
+from lwfedssl_jax.costs import ledger, stored
 from lwfedssl_jax.costs.ledger import Ledger
 from lwfedssl_jax.costs.memory import Notice
 from lwfedssl_jax.costs.operations import Known
@@ -11,9 +11,9 @@ from lwfedssl_jax.simulation.setup import Cache
 
 
 def traced_ledger(config: Config, cache: Cache) -> Ledger:
-    """Return the ledger of a run's own strategy, without peak memory."""
+    """Return the ledger of a run's own strategy, with peak memory only if it is on disk with that (``stored.py``)."""
     plain = ledger_config(config)
-    return cache.get(("ledger", plain), lambda: ledger.make_ledger(plain, known_traces(cache)))
+    return cache.get(("ledger", plain), lambda: stored.read(plain) or ledger.make_ledger(plain, known_traces(cache)))
 
 
 def round_operations(config: Config, cache: Cache) -> list[float]:
