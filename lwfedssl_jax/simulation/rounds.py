@@ -12,7 +12,6 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -92,7 +91,7 @@ class Total(NamedTuple):
 
     Attributes:
       examples: sum of n_i.
-      weighted: sum of ``n_i * w_i``, all trainable leaves as one vector, for few kernels.
+      weighted: sum of ``n_i * w_i``.
       squares: sum of ``n_i * ||w_i - w_sent||^2`` over all weights.
       loss, samples: loss summed over real samples, and their number.
       summed: the aggregator's contributions.
@@ -101,7 +100,7 @@ class Total(NamedTuple):
     """
 
     examples: jax.Array
-    weighted: jax.Array
+    weighted: Tree
     squares: jax.Array
     loss: jax.Array
     samples: jax.Array
@@ -134,7 +133,7 @@ def contribution(method: Method, context: RoundContext, broadcast: Broadcast, up
         weighted = jax.tree.map(lambda n, x: per_row(n, x) * x, having, trained)
     return Total(
         examples=examples,
-        weighted=ravel_pytree(weighted)[0],
+        weighted=weighted,
         squares=examples * squared_distance(trained, broadcast.trainable),
         loss=update.loss,
         samples=update.samples,
@@ -150,9 +149,8 @@ def per_row(numbers: jax.Array, leaf: jax.Array) -> jax.Array:
 
 def mean_of(total: Total, broadcast: Broadcast, examples: jax.Array) -> tuple[Tree, Tree]:
     """Return the weighted mean over the clients that have a weight, and the same with what was sent for the others."""
-    weighted = ravel_pytree(broadcast.trainable)[1](total.weighted)
     if not jax.tree.leaves(total.having):
-        mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), weighted)
+        mean = jax.tree.map(lambda x: x / examples.astype(x.dtype), total.weighted)
         return mean, mean
 
     def mean_of_those(n: jax.Array, x: jax.Array, sent: jax.Array) -> jax.Array:
@@ -161,19 +159,21 @@ def mean_of(total: Total, broadcast: Broadcast, examples: jax.Array) -> tuple[Tr
     def mean_of_all(n: jax.Array, x: jax.Array, sent: jax.Array) -> jax.Array:
         return (x + per_row(examples - n, x) * sent) / examples.astype(x.dtype)
 
-    trees = total.having, weighted, broadcast.trainable
+    trees = total.having, total.weighted, broadcast.trainable
     return jax.tree.map(mean_of_those, *trees), jax.tree.map(mean_of_all, *trees)
 
 
 def is_finite(total: Total) -> jax.Array:
-    """Return whether everything that a client adds is finite, except for what its aggregator adds."""
-    return jnp.isfinite(total.squares) & jnp.isfinite(total.loss) & jnp.isfinite(total.weighted).all()
+    """Return whether everything that a client adds is finite; its weights are if the squares of their change are."""
+    statistics = {k: v for k, v in total.weighted.items() if k == "statistics"}
+    leaves = jax.tree.leaves((total.squares, total.loss, statistics))
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def squared_distance(a: Tree, b: Tree) -> jax.Array:
     """Return ``||a - b||^2`` over all weights, in float32."""
-    difference = ravel_pytree(weights_of(a))[0] - ravel_pytree(weights_of(b))[0]
-    return jnp.square(difference).sum().astype(jnp.float32)
+    squares = jax.tree.map(lambda x, y: jnp.square(x - y).sum().astype(jnp.float32), weights_of(a), weights_of(b))
+    return jnp.stack(jax.tree.leaves(squares)).sum()
 
 
 def start_round(method: Method, broadcast: Broadcast, lanes: int) -> Carry:
