@@ -119,7 +119,8 @@ def dynamic_scan(f: LayerFunction) -> Callable[[Tree, jax.Array, Depth, jax.Arra
     traced.defvjp(traced_forward, traced_backward)
 
     def scan(params_L: Tree, x: jax.Array, depth: Depth, order: jax.Array | None) -> jax.Array:
-        if order is None and len(jax.tree.leaves(params_L)[0]) == 1:  # the only layer always runs
+        is_counted = isinstance(depth, int) and depth != 1  # whatever the number of rows (costs/operations.py)
+        if order is None and len(jax.tree.leaves(params_L)[0]) == 1 and not is_counted:  # a stage has at least a layer
             return f(row(params_L, 0), x)
         if isinstance(depth, int) and order is None:
             return known(params_L, x, depth)

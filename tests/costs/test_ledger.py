@@ -10,7 +10,7 @@ from conftest import known_traces, small_config
 from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs import ledger, memory, operations
 from lwfedssl_jax.costs.ledger import all_strategies, each_strategy, make_ledger
-from lwfedssl_jax.costs.operations import executed_operations
+from lwfedssl_jax.costs.operations import alignment_operations, executed_operations, stage_parts
 from lwfedssl_jax.system.devices import program_memory
 
 
@@ -27,6 +27,17 @@ def test_bfloat16_keeps_what_float32_keeps_for_the_backward_pass(strategy: str) 
     assert recomputed > 0
     assert executed["bfloat16", True] - executed["bfloat16", False] == recomputed
     assert executed["bfloat16", False] < executed["float32", False] + recomputed / 2
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "progressive"])
+def test_alignment_costs_two_passes_of_each_layer_trained_before(strategy: str) -> None:
+    config = small_config(strategy__name=strategy, additions__terms=("alignment=0.1",))
+    first, second, third = (alignment_operations(config, part, {}) for part in stage_parts(config))
+    width, patches = config.model.width, (config.data.image_size // config.model.patch_size) ** 2
+    block = patches * (12 * width**2 + 2 * patches * width)  # multiply-adds of products
+    assert first == 0
+    assert third == 2 * second
+    assert 2 * block <= second < 2.5 * block  # the paper's rule counts normalisation as well
 
 
 def test_bytes_by_hand() -> None:
