@@ -22,6 +22,7 @@ from lwfedssl_jax.method.pretext import Seen, pretext_of
 from lwfedssl_jax.method.programs import ledger_config
 from lwfedssl_jax.method.stages import Stage, make_stages
 from lwfedssl_jax.method.task import Broadcast, ClientState, init_params, make_task, param_layers
+from lwfedssl_jax.models.attention import as_products
 from lwfedssl_jax.tree import Tree
 
 LAYER_NORM_OPERATIONS = 5  # per element, as in fvcore
@@ -109,7 +110,7 @@ def count_layers(config: Config, part: StagePart, rule: Rule, known: Known) -> f
     plain = override(config, {"additions.depth_dropout": 0.0})
     program = rule, step_config(plain), bool(jax.tree.leaves(part.frozen))
 
-    def traced(frozen_depth: int, trainable_depth: int) -> float:
+    def once(frozen_depth: int, trainable_depth: int) -> float:
         key = *program, frozen_depth, trainable_depth
         if key not in known:
             stage = part.stage._replace(depth=frozen_depth + trainable_depth, frozen_depth=frozen_depth)
@@ -117,13 +118,23 @@ def count_layers(config: Config, part: StagePart, rule: Rule, known: Known) -> f
         return float(known[key])
 
     if not MODELS[config.model.name].equal_layers or config.additions.terms:
-        return traced(frozen_depth, trainable_depth)
-    operations = one_layer = traced(0, 1)
+        return once(frozen_depth, trainable_depth)
+    operations = one_layer = once(0, 1)
     if trainable_depth != 1:
-        operations += (trainable_depth - 1) * (traced(0, 2) - one_layer)
+        operations += (trainable_depth - 1) * (once(0, 2) - one_layer)
     if frozen_depth:
-        operations += frozen_depth * (traced(1, 1) - one_layer)
+        operations += frozen_depth * (once(1, 1) - one_layer)
     return operations
+
+
+def traced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``jax.make_jaxpr(f)`` trace what every device computes, without kernels that only some have."""
+
+    def trace(*args: Any) -> Any:
+        with as_products():
+            return jax.make_jaxpr(f)(*args)
+
+    return trace
 
 
 def paper_operations(config: Config, part: StagePart) -> float:
@@ -150,8 +161,8 @@ def paper_passes(config: Config, part: StagePart) -> tuple[int, int]:
     image = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.uint8)
     seen = jax.eval_shape(see, jax.eval_shape(lambda: jax.random.key(0)), image)
     after = jax.eval_shape(frozen_forward, part.frozen, seen)
-    frozen_once = count(jax.make_jaxpr(frozen_forward)(part.frozen, seen), LAYER_NORM_OPERATIONS)
-    return frozen_once, count(jax.make_jaxpr(online)(part.trainable, after), LAYER_NORM_OPERATIONS)
+    frozen_once = count(traced(frozen_forward)(part.frozen, seen), LAYER_NORM_OPERATIONS)
+    return frozen_once, count(traced(online)(part.trainable, after), LAYER_NORM_OPERATIONS)
 
 
 def executed_operations(config: Config, part: StagePart) -> float:
@@ -166,7 +177,7 @@ def executed_operations(config: Config, part: StagePart) -> float:
     def with_loops_of_known_length(state: ClientState, broadcast: Broadcast, *data: jax.Array) -> Any:
         return step(state, broadcast._replace(depth=depth, frozen_depth=frozen_depth), *data)
 
-    return count(jax.make_jaxpr(with_loops_of_known_length)(state, broadcast, *data)) / config.optimizer.batch_size
+    return count(traced(with_loops_of_known_length)(state, broadcast, *data)) / config.optimizer.batch_size
 
 
 def embedding_operations(config: Config, part: StagePart, known: Known) -> tuple[float, float]:
@@ -197,7 +208,7 @@ def executed_embedding(config: Config, part: StagePart) -> float:
         routes = (depth, None), (frozen_depth, None)
         return embed_images(make_task(config), broadcast, broadcast.trainable, images, mask, key, routes)
 
-    return count(jax.make_jaxpr(embed_batch)(broadcast, *data)) / config.optimizer.batch_size
+    return count(traced(embed_batch)(broadcast, *data)) / config.optimizer.batch_size
 
 
 def alignment_operations(config: Config, part: StagePart, known: Known) -> float:

@@ -11,6 +11,7 @@ from lwfedssl_jax.config import Config
 from lwfedssl_jax.costs import ledger, memory, operations
 from lwfedssl_jax.costs.ledger import all_strategies, each_strategy, make_ledger
 from lwfedssl_jax.costs.operations import alignment_operations, executed_operations, stage_parts
+from lwfedssl_jax.models import attention
 from lwfedssl_jax.system.devices import program_memory
 
 
@@ -38,6 +39,16 @@ def test_alignment_costs_two_passes_of_each_layer_trained_before(strategy: str) 
     assert first == 0
     assert third == 2 * second
     assert 2 * block <= second < 2.5 * block  # the paper's rule counts normalisation as well
+
+
+def test_operations_are_the_same_where_attention_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(strategy__name="end_to_end", runtime__precision="bfloat16")
+    plain = make_ledger(config)
+    monkeypatch.setattr(attention, "has_fused_attention", lambda dtype, tokens, features: True)
+    monkeypatch.setattr(attention, "fused", lambda q, k, v: v)  # a kernel whose products are not seen
+    kernel = make_ledger(config)
+    for name in ("flops_executed", "flops_paper_rule"):
+        assert kernel[name] == plain[name]  # type: ignore[literal-required]
 
 
 def test_bytes_by_hand() -> None:
