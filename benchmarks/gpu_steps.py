@@ -329,7 +329,7 @@ def rival() -> None:
 def rival_round(config: Config, compile_mode: str, precision: str) -> Callable[[], None]:
     """A round of a config's last stage in PyTorch; ``torch.compile`` gets the whole loss, with its views.
 
-    In bfloat16, views and loss are in float32, as ours; the activations between products are in bfloat16, unlike ours.
+    In bfloat16, views and loss are in float32 and the activations between products in bfloat16, as ours.
     """
     import torch
     from peers_torch import Model, simclr_loss, train_round, two_views

@@ -66,7 +66,7 @@ def decoder_head(size: DecoderSize, feature_dim: int, dtype: DTypeLike, *, remat
     Args:
       size: of the decoder.
       feature_dim: D, of the tokens.
-      dtype: of the matrix products' factors.
+      dtype: of what matrix products take and give, and of tokens between blocks.
       remat: keep only each block's input for the backward pass and recompute the rest.
     """
     decoder = Decoder(size, dtype, np.promote_types(dtype, jnp.float32), remat)

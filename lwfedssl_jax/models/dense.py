@@ -24,7 +24,7 @@ def product(x: jax.Array) -> jax.Array:
 
 
 def factor_type(precision: str) -> np.dtype:
-    """Return the type to which ``runtime.precision`` rounds the factors of matrix products."""
+    """Return the type to which ``runtime.precision`` rounds the factors and results of matrix products."""
     return jnp.dtype("float32" if precision == "tensorfloat32" else precision)
 
 

@@ -54,7 +54,7 @@ def with_row(rows: jax.Array, one: jax.Array, i: Depth, axis: int = 0) -> jax.Ar
         if batched[2]:
             return jax.vmap(write, [0 if b else None for b in batched])(rows, one, i), True
         rows, one = (
-            x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip((rows, one), batched, strict=False)
+            x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip((rows, one), batched[:2], strict=True)
         )
         return with_row(rows, one, i, axis + 1), True
 

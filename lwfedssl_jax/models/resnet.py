@@ -172,8 +172,7 @@ def resnet(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeL
     Args:
       config: resolved sizes (no zeros, no auto).
       image_shape: height, width, channels.
-      dtype: of what convolutions and products take and give, and so of what is kept for the backward pass; everything
-        else is computed in float32 or wider.
+      dtype: of what convolutions and products take and give; everything else is computed in float32 or wider.
       remat: keep only each trainable block's input for the backward pass and recompute the rest.
     """
     wide = np.promote_types(dtype, jnp.float32)

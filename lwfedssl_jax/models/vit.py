@@ -127,7 +127,8 @@ def vit(config: ModelConfig, image_shape: tuple[int, int, int], dtype: DTypeLike
       dtype: of what matrix products take and give, of tokens between blocks, and so of what is kept for the backward
         pass; normalisation, softmax and everything else is computed in float32 or wider.
       remat: keep only each trainable block's input for the backward pass and recompute the
-        rest; otherwise all matrix products are kept, and only what lies between is recomputed.
+        rest; otherwise all matrix products are kept, except for those of a fused attention, and what lies between is
+        recomputed.
     """
     wide = np.promote_types(dtype, jnp.float32)
     tokens = image_shape[0] * image_shape[1] // config.patch_size**2
