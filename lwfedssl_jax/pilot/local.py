@@ -15,7 +15,7 @@ from lwfedssl_jax.experiment import train as experiment
 from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.images import write_images
 from lwfedssl_jax.pilot.keys import CA, DEVICES, make_keys
-from lwfedssl_jax.pilot.processes import Process, check_flower, free_port
+from lwfedssl_jax.pilot.processes import SECONDS_TO_END, Process, check_flower, free_port
 from lwfedssl_jax.pilot.server import serve
 from lwfedssl_jax.pilot.superlink import FlowerLink
 from lwfedssl_jax.simulation.events import Hear
@@ -74,7 +74,7 @@ class LocalDevices:
     def start_one(self, name: str, port: int) -> None:
         """Start a device, again if it was started before."""
         if name in self.processes:
-            self.processes[name].stop()
+            self.processes[name].stop(2 * SECONDS_TO_END)
         own = self._folder / name
         command = [Path(sys.executable).name, "-m", "lwfedssl_jax", "pilot", "device", f"127.0.0.1:{port}"]
         command += ["--data", str(own / "images"), "--name", name, "--folder", str(own)]
@@ -89,7 +89,7 @@ class LocalDevices:
         for process in self.processes.values():
             process.ask_to_stop()
         for process in self.processes.values():
-            process.stop()
+            process.stop(2 * SECONDS_TO_END)  # it ends Flower's processes itself
 
 
 def run_local(config: Config, workdir: WorkDir, deadline: float, hear: Hear, *, tls: bool = False) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Process:
     """
 
     def __init__(self, command: Sequence[str], log: Path, home: Path) -> None:
-        self._log, self._id = log, log.with_suffix(".pid")
+        self._log, self._id, self._asked = log, log.with_suffix(".pid"), False
         end_leftover(self._id, command[0])
         with log.open("wb" if log.exists() and log.stat().st_size > LARGEST_LOG else "ab") as output:
             self._start = output.tell()
@@ -62,18 +62,32 @@ class Process:
         )
 
     def ask_to_stop(self) -> None:
-        """Ask it to end what it has started, and itself."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        """Ask it to end what it has started, and itself; once, because to be asked again interrupts that."""
+        if not self._asked:
+            self._asked = True
+            self._signal(signal.SIGTERM)
 
-    def stop(self) -> None:
-        """End it and all that it has started."""
-        for sent in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, sent)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(SECONDS_TO_END)
-        self._id.unlink(missing_ok=True)
+    def stop(self, seconds: float = SECONDS_TO_END) -> None:
+        """End it and all that it has started.
+
+        Args:
+          seconds: that it has for it; then, or if this process is itself interrupted, it is killed.
+        """
+        try:
+            self.ask_to_stop()
+            self._wait(seconds)
+        finally:
+            self._signal(signal.SIGKILL)
+            self._wait(SECONDS_TO_END)
+            self._id.unlink(missing_ok=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
 
 def end_leftover(file: Path, program: str) -> None:

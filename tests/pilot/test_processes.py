@@ -1,5 +1,6 @@
 """What a pilot keeps on its machines: keys, locks, and what it makes of records that are not its own."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from lwfedssl_jax.config import ConfigError
 from lwfedssl_jax.pilot import device, keys
 from lwfedssl_jax.pilot.flower import LARGEST, from_records
-from lwfedssl_jax.pilot.processes import environment, free_port
+from lwfedssl_jax.pilot.processes import Process, environment, free_port
 from lwfedssl_jax.pilot.protocol import Message
 from lwfedssl_jax.pilot.relay import Relay
 from lwfedssl_jax.pilot.superlink import FlowerLink
@@ -93,3 +94,30 @@ def test_keys_that_are_there_stay_and_what_is_missing_is_made(tmp_path: Path, mo
 def test_flowers_processes_reach_this_machine_without_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "example.org")
     assert environment(tmp_path)["NO_PROXY"] == environment(tmp_path)["no_proxy"] == "example.org,127.0.0.1,localhost"
+
+
+CLEANING = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # each one interrupts
+folder = pathlib.Path(sys.argv[1])
+try:
+    (folder / "started").touch()
+    time.sleep(60)
+finally:
+    time.sleep(1.0)
+    (folder / "ended").touch()
+"""
+
+
+def test_a_process_that_was_asked_to_stop_is_not_interrupted_while_it_does(tmp_path: Path) -> None:
+    process = Process(["python", "-c", CLEANING, str(tmp_path)], tmp_path / "log", tmp_path)
+    until = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.ask_to_stop()
+    time.sleep(0.3)
+    process.stop()
+    assert (tmp_path / "ended").exists()
+    assert not process.is_running
+    assert not (tmp_path / "log.pid").exists()
