@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lwfedssl_jax.config import Config, ConfigError, override, resolve
-from lwfedssl_jax.experiment import train as experiment
+from lwfedssl_jax.experiment.active import ActiveRun
+from lwfedssl_jax.experiment.train import train_together
 from lwfedssl_jax.pilot.checks import check_pilot
 from lwfedssl_jax.pilot.images import write_images
 from lwfedssl_jax.pilot.keys import CA, DEVICES, make_keys
@@ -19,7 +20,8 @@ from lwfedssl_jax.pilot.processes import SECONDS_TO_END, Process, check_flower, 
 from lwfedssl_jax.pilot.server import serve
 from lwfedssl_jax.pilot.superlink import FlowerLink
 from lwfedssl_jax.simulation.events import Hear
-from lwfedssl_jax.simulation.setup import prepare
+from lwfedssl_jax.simulation.setup import Prepared, prepare, with_full_batch
+from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.workdir import WorkDir
 from lwfedssl_jax.workdir.directory import PILOT
 
@@ -126,12 +128,20 @@ def run_local(config: Config, workdir: WorkDir, deadline: float, hear: Hear, *, 
 
 def compare(config: Config, workdir: Path, simulated: WorkDir, hear: Hear) -> float:
     """Simulate a config, and return the largest difference between the encoders' parameters."""
-    experiment.train(config, simulated, hear)
+    run = ActiveRun(config, simulated, [hear])
+    train_together([run], make=make_simulator)
+    if run.error:
+        raise run.error
     on_devices, expected = (load_file(path / "encoder.safetensors") for path in (workdir, simulated.path))
     if on_devices.keys() != expected.keys():
         return float("inf")
     differences: Callable[[str], float] = functools.partial(_difference, on_devices, expected)
     return max(map(differences, expected))
+
+
+def make_simulator(runs: Sequence[Prepared], *args: Any, **options: Any) -> Simulator:
+    """Make a simulator that rounds as devices do."""
+    return Simulator([with_full_batch(run) for run in runs], *args, **options)
 
 
 def _difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray], name: str) -> float:

@@ -36,7 +36,7 @@ from lwfedssl_jax.simulation.feed import Feed, streamed
 from lwfedssl_jax.simulation.lanes import placer
 from lwfedssl_jax.simulation.program import with_key
 from lwfedssl_jax.simulation.rounds import BY_LANE, LANES, Carry, Method, Update, accumulate
-from lwfedssl_jax.simulation.setup import Cache, Prepared
+from lwfedssl_jax.simulation.setup import Cache, Prepared, with_full_batch
 from lwfedssl_jax.simulation.simulator import Outcome, RoundResult, Simulator
 from lwfedssl_jax.simulation.state import RoundStart, RoundState, Trained
 from lwfedssl_jax.tree import Tree
@@ -192,7 +192,7 @@ class PilotSimulator(Simulator):
         at_start: int,
     ) -> None:
         mesh = Mesh(runs[0].mesh.devices.flat[:1], (LANES,))
-        super().__init__([runs[0]._replace(lanes=1, mesh=mesh)], stages, hear, between_calls, cache)
+        super().__init__([with_full_batch(runs[0])._replace(lanes=1, mesh=mesh)], stages, hear, between_calls, cache)
         self._devices, self._journal, self._empty_rounds = devices, journal, 0
         self._wire = Wire(self.run)
         self._measured = dict[str, list[Mapping[str, Any]]]()

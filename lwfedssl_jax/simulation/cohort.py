@@ -61,7 +61,7 @@ def layout_of(run: Prepared) -> Layout:
     """Return how clients are packed into the run's lanes."""
     return Layout(
         lanes=run.lanes,
-        batch_size=run.config.optimizer.batch_size,
+        batch_size=run.batch,
         fewest=run.task.objective.fewest,
         epochs=run.config.federation.local_epochs,
         call_steps=CALL_STEPS,

@@ -63,7 +63,7 @@ class Dictionary:
         layout, draw = cohort.layout_of(run), cohort.draw_of(run, self._number)
         calls = pack_embeddings(clients, run.clients, layout, draw, run.exchange.embeddings)
         for images, host, rows in feed.serve(calls):
-            placed = jax.tree.map(put, host)
+            placed = put(host)
             for row in range(rows):
                 self._between_calls()
                 work = Work(images, placed, put_all(np.array(row, np.int32)), put_all(np.array(1, np.int32)))

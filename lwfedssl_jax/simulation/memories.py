@@ -20,8 +20,7 @@ def recall(empty: Memory, clients: Memories, schedule: Schedule, mesh: Mesh) -> 
     begins = schedule.busy[0] & (schedule.step[0] == 0)
     numbers = zip(schedule.client[0], begins, strict=True)
     lanes = [clients.get(int(client), empty) if begin else empty for client, begin in numbers]
-    put = placer(mesh, BY_LANE)
-    return jax.tree.map(lambda *leaves: put(np.stack(leaves)), *lanes)
+    return placer(mesh, BY_LANE)(jax.tree.map(lambda *leaves: np.stack(leaves), *lanes))
 
 
 def remember(clients: Memories, carry: Carry, schedule: Schedule, stage: Stage) -> None:

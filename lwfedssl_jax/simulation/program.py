@@ -103,7 +103,7 @@ class Programs:
             return compile_stage(run, stage, self._feed, self._stack, self._skipped)
 
         shapes = str((jax.tree.map(np.shape, stage.rows), jax.tree.map(np.any, stage.frozen)))
-        layout = run.lanes, run.mesh, count, self._feed.is_resident, *self._skipped
+        layout = run.lanes, run.batch, run.mesh, count, self._feed.is_resident, *self._skipped
         return self._cache.get(("round", program_config(run.config), layout, shapes), compiled)
 
 
@@ -152,7 +152,7 @@ def with_key(context: RoundContext) -> RoundContext:
 
 def idle_call(run: Prepared) -> Schedule:
     """Make the schedule of a call in which no lane has a client."""
-    return idle_schedule(cohort.CALL_STEPS, run.lanes, run.config.optimizer.batch_size)
+    return idle_schedule(cohort.CALL_STEPS, run.lanes, run.batch)
 
 
 def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack, skipped: Collection[str] = ()) -> Program:

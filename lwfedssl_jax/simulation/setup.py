@@ -52,6 +52,9 @@ class Prepared(NamedTuple):
     stages: list[Stage]
     lanes: int
     mesh: Mesh
+    batch: (
+        int  # samples that a step holds, some of them padding: optimizer.batch_size, or what the largest client needs
+    )
     aggregator: Aggregator
     start: ClientStart
     exchange: Exchange
@@ -120,15 +123,16 @@ def prepare(
     parts = parts_of(config)
     dataset, data = load_data(config.data, hear, cache or Cache())
     labels, seed = dataset.train_labels, config.partition_seed
-    lanes, mesh = lanes_and_mesh(config, LANES, devices)
     clients = partition(config.partition, labels, seed, dataset.train_clients)
+    batch = needed_batch(config, clients.sizes)
+    lanes, mesh = lanes_and_mesh(config, LANES, devices, batch)
     hear_short_batches(config, clients.sizes, parts.task.objective.fewest, hear)
     held_by_server = server_examples(config.partition, labels, seed)
     check_dictionary(config, memory_limit(mesh))
     check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
     server_images = dataset.train_images[held_by_server]
     run = lay_out(config, parts, dataset, clients, lanes, mesh)
-    run = run._replace(fingerprint=data, server_images=server_images)
+    run = run._replace(fingerprint=data, server_images=server_images, batch=batch)
     return run if config.fleet.devices else with_noise(run, hear)  # that depends on what the fleet can do
 
 
@@ -162,6 +166,7 @@ def lay_out(config: Config, parts: Parts, dataset: Dataset, clients: Population,
         **parts._asdict(),
         lanes=lanes,
         mesh=mesh,
+        batch=config.optimizer.batch_size,
         aggregator=with_canaries(private(make_aggregator(config), config), config),
         start=make_client_start(config, parts.task, parts.stages[0]),
         exchange=make_exchange(config, parts.task),
@@ -196,6 +201,22 @@ def load_data(config: DataConfig, hear: Hear, cache: Cache) -> tuple[Dataset, di
         return dataset, fingerprint(dataset)
 
     return cache.get_latest("data", config, load)
+
+
+def needed_batch(config: Config, sizes_N: np.ndarray) -> int:
+    """Return how many samples a step must hold: a batch, or where no client fills one, as many as the largest client.
+
+    In the latter case it is 1 to 8, or these times a power of two, so that runs whose largest clients differ a little
+    share their programs.
+    """
+    largest = int(sizes_N.max(initial=1))
+    unit = 1 << max((largest - 1).bit_length() - 3, 0)
+    return min(config.optimizer.batch_size, -(-largest // unit) * unit)
+
+
+def with_full_batch(run: Prepared) -> Prepared:
+    """Return a run whose steps hold a whole batch, like those of a pilot's devices, which do not know each other."""
+    return run._replace(batch=run.config.optimizer.batch_size)
 
 
 def hear_short_batches(config: Config, sizes_N: np.ndarray, fewest: int, hear: Hear) -> None:

@@ -95,7 +95,8 @@ class Simulator:
         between_calls: Callable[[], None] = lambda: None,
         cache: Cache | None = None,
     ) -> None:
-        self.runs = tuple(runs)
+        batch = max(run.batch for run in runs)
+        self.runs = tuple(run._replace(batch=batch) for run in runs)
         self._hear, self._between_calls, self._cache = hear, between_calls, cache or Cache()
         # Steps per call; several processes must make the same calls.
         self._call_steps = 1 if jax.process_count() == 1 else cohort.CALL_STEPS
@@ -314,7 +315,7 @@ class Simulator:
         call = next(calls, None)
         while call is not None:
             images, host_schedule, steps = call
-            schedule = jax.tree.map(put_schedule, host_schedule)
+            schedule = put_schedule(host_schedule)
             memory = None
             if self.run.keeps_clients:
                 memory = recall(self.run.start.empty_memory, start.state.clients, host_schedule, self.run.mesh)

@@ -28,7 +28,7 @@ class Stack(NamedTuple):
 
     def place(self, host: Tree) -> Tree:
         """Host arrays on all devices, the same on each."""
-        return jax.tree.map(placer(self.mesh, PartitionSpec()), host)
+        return placer(self.mesh, PartitionSpec())(host)
 
     def gather(self, runs: Sequence[Tree]) -> Tree:
         """Each run's arrays, stacked, on all devices."""

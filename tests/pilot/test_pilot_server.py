@@ -24,7 +24,7 @@ from lwfedssl_jax.pilot.protocol import Message, Missing, Refused, Result, Train
 from lwfedssl_jax.pilot.relay import Counted
 from lwfedssl_jax.pilot.server import MOST_EMPTY_ROUNDS, PilotSimulator, check_numbers, serve
 from lwfedssl_jax.pilot.wire import Wire
-from lwfedssl_jax.simulation.setup import Cache, initial_params, prepare
+from lwfedssl_jax.simulation.setup import Cache, initial_params, prepare, with_full_batch
 from lwfedssl_jax.simulation.simulator import Simulator
 from lwfedssl_jax.tree import Tree
 from lwfedssl_jax.workdir import WorkDir
@@ -103,7 +103,7 @@ def test_rounds_on_devices_are_those_of_one_lane_bit_for_bit(
 ) -> None:
     config = pilot_config(**changes)
     params, lines = on_devices(config, tmp_path)
-    expected, expected_lines = all_rounds(Simulator([prepare(config)], cache=PROGRAMS))
+    expected, expected_lines = all_rounds(Simulator([with_full_batch(prepare(config))], cache=PROGRAMS))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert lines == expected_lines
     peaks = [cost["peak_memory_bytes"] for cost in ledgers_of({"": config}, memory=True)[""]["per_stage"]]

@@ -35,6 +35,10 @@ def cache() -> setup.Cache:
 
 ADDED: dict[str, Any] = {"additions__terms": ("proximal=0.3", "alignment=0.7")}
 DROPPED = {"additions__depth_dropout": 0.5}
+RESNET: dict[str, Any] = {
+    "model__name": "resnet18", "model__patch_size": 0, "model__heads": 0, "model__width": 4, "model__depth": 2,
+    "strategy__name": "end_to_end",
+}  # fmt: skip
 DROPPED_BY_ROUND = {"additions__depth_dropout": 0.75, "additions__depth_dropout_per": "round"}
 
 
@@ -106,6 +110,25 @@ def test_lanes_devices_and_feed_change_rounding_only(strategy: str) -> None:
             results.append(fast_round(run, run.stages[1 % len(run.stages)], params, 1)[0])
     for other in results[1:]:
         chex.assert_trees_all_close(results[0], other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective__name": "mae"}, RESNET], ids=["vit", "mae", "resnet"])
+def test_steps_of_clients_that_fill_no_batch_are_no_larger_than_the_largest(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round is that of whole batches, whose other samples are padding. Under SGD: see the tests above."""
+    monkeypatch.setattr(optax, "adamw", lambda learning_rate, weight_decay: optax.sgd(learning_rate))
+    with float64():
+        config = small_config(partition__clients=12, partition__beta=100.0, optimizer__batch_size=64, **changes)
+        run = setup.prepare(override(config, {"runtime.precision": "float64"}))
+        assert 4 < max(run.clients.sizes) <= run.batch < 16
+        whole, stage, params = setup.with_full_batch(run), run.stages[-1], setup.initial_params(run)
+        (after, line), (expected, expected_line) = (fast_round(each, stage, params, 1) for each in (run, whole))
+        assert whole.batch == 64
+        chex.assert_trees_all_close(after, expected, rtol=0, atol=1e-9)
+    assert max_difference(after, params) > 1e-3
+    same = set(line) - {"seconds", "loss", "client_distance"}
+    assert {key: line[key] for key in same} == {key: expected_line[key] for key in same}
 
 
 def test_aggregators_with_state_and_clipping_fit_the_round() -> None:
