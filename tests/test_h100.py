@@ -1,6 +1,7 @@
 """How ``benchmarks/h100.py`` counts a compiled program's kernels and bytes."""
 
 import runpy
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -52,3 +53,37 @@ def test_loops_count_once_for_each_turn_and_slices_for_their_own_bytes(
     turn, copy = 400 + 4 + 400, 2 * 400  # a row and its number are read, a row is written; the copy
     assert kernels == 2 * (frozen + trainable) + 1  # a fused kernel and the loop's condition
     assert moved == turn * (frozen + trainable) + copy
+
+
+THUNKS = """000: kCopy         [source       | next=001 (1)] kCopy
+001: kWhile        [prev=000 (1) | sink        ]
+condition:
+    002: kCustomKernel [source | sink] compare
+  body:
+    000: kCommandBuffer [source       | next=019 (1)]
+        003: kCustomKernel [source       | next=004 (1)] add
+        004: kCopy         [prev=003 (1) | sink        ] kCopy
+    005: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+        006: kCustomKernel [source | sink] compare
+      body:
+        000: kCommandBuffer [source | sink]
+            007: kCustomKernel [source       | sink] layer
+        008: kCopy         [source | sink] kCopy
+    000: kCustomKernel [prev=005 (1) | sink        ] rest
+"""
+
+
+def test_a_graph_is_one_launch_and_a_loop_outside_of_graphs_reads_its_condition(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    of_a_step = runpy.run_path(str(ROOT / "benchmarks" / "h100_loops.py"))["of_a_step"]
+    before = tmp_path / "module_0001.jit_train_stage.thunk_sequence.txt"
+    before.write_text(THUNKS)
+    for turns in (0, 3):
+        # The step's condition, graph and last kernel; the inner loop's graph and copy, and its condition once more.
+        assert of_a_step(tmp_path, turns) == {"launches": 3 + 2 * turns + turns + 1, "conditions read": 1 + turns + 1}
+    whole = "000: kCommandBuffer [source | sink]\n" + "".join(f"    {line}\n" for line in THUNKS.splitlines())
+    before.with_name(before.stem + "_after_thunk_passes.txt").write_text(whole)
+    assert of_a_step(tmp_path, 3) == {"launches": 0, "conditions read": 0}
