@@ -2,10 +2,10 @@
 
     python benchmarks/h100_loops.py
 
-XLA puts kernels into CUDA graphs ("command buffers"), each of which is launched as one. A loop whose length is known only
-when it runs stays outside by default: the host reads its condition in each turn. With XLA's flags for loops (CUDA 12.3 or
-newer) it can be part of a graph. Counted are a layerwise step's launches and readings; a graph does its own itself. Needs
-what ``h100.py`` needs.
+XLA puts kernels into CUDA graphs ("command buffers"), each of which is launched as one. A loop whose length is known
+only when it runs stays outside by default: the host reads its condition in each turn. With XLA's flags for loops (CUDA
+12.3 or newer) it can be part of a graph. Counted are a layerwise step's launches and readings; a graph does its own
+itself. Needs what ``h100.py`` needs.
 """
 
 import os
@@ -31,7 +31,7 @@ CASES = {"digits, batch 32, 10 lanes: layerwise, stage 4": 3, "ViT-Tiny, batch 5
 
 
 class Node(NamedTuple):
-    """A line of XLA's list of what a program does, and what is in it: a graph's kernels, a loop's condition and body."""
+    """A line of XLA's list of what a program does, and what is in it, such as the kernels of a graph."""
 
     kind: str
     body: list["Node"]
