@@ -38,6 +38,7 @@ import reference  # noqa: E402
 from images import picture  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+MOST_MAPS = 20_000
 
 # Four devices; and less time on compiling code that runs for a moment only. XLA knows the last flag below jax 0.11.
 FLAGS = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
@@ -56,6 +57,16 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("TESTS_CACHE", str(folder))
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Forget compiled programs when there are many: each takes memory maps, of which Linux gives a process 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
