@@ -1,5 +1,6 @@
 """The command line: parses arguments, runs a command, and reports bad input in one line."""
 
+import atexit
 import difflib
 import gc
 import io
@@ -28,6 +29,8 @@ from lwfedssl_jax.system.program import program
 
 # Each command parses its options before it imports the code that runs it: bad input and --help do not wait for JAX.
 
+
+atexit.register(gc.freeze)  # as it ends, the interpreter does not search all of JAX's objects for garbage
 
 LEAST_WIDTH = 60  # of what is printed
 

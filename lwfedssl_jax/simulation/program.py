@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -156,10 +157,12 @@ def idle_call(run: Prepared) -> Schedule:
 
 
 def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack, skipped: Collection[str] = ()) -> Program:
-    """Compile a stage's programs (see ``trace_stage``), except for those whose names are given."""
+    """Compile a stage's programs (see ``trace_stage``) at the same time, except for those whose names are given."""
     traced = trace_stage(run, stage, feed, stack, skipped)
+    with ThreadPoolExecutor(len(traced)) as pool:
+        futures = {name: pool.submit(program.lower().compile) for name, program in traced.items()}
     compiled: dict[str, Any] = dict.fromkeys(Program._fields)
-    return Program(**compiled | {name: program.lower().compile() for name, program in traced.items()})
+    return Program(**compiled | {name: future.result() for name, future in futures.items()})
 
 
 def trace_stage(
