@@ -48,10 +48,8 @@ def main() -> None:
         for name, flags in FLAGS.items():
             with tempfile.TemporaryDirectory() as folder:
                 dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-                subprocess.run(
-                    [sys.executable, __file__, CHILD, case],
-                    env=os.environ | {"XLA_FLAGS": f"{flags} {dump}"}, check=True, stderr=subprocess.DEVNULL,
-                )  # fmt: skip
+                environment = os.environ | {"XLA_FLAGS": f"{flags} {dump}"}
+                subprocess.run([sys.executable, __file__, CHILD, case], env=environment, check=True)
                 rows.append({"program": case, "XLA_FLAGS": name, **of_a_step(Path(folder), frozen)})
     common.publish("h100_loops", "What the host does in a step, compiled for an H100", rows, flags=FLAGS)
 
@@ -69,9 +67,7 @@ def of_a_step(folder: Path, frozen: int) -> dict[str, int]:
     """What the host does in a turn of the outermost loop, from XLA's list of what the program does ("thunks")."""
     texts = {path.name: path.read_text() for path in folder.glob("*train_stage*.thunk_sequence*.txt")}
     first = min(texts)[:11]  # module_0001, which is the whole program
-    final = [text for name, text in sorted(texts.items()) if name.startswith(first)][
-        -1
-    ]  # after passes, if there are any
+    *_, final = (text for name, text in sorted(texts.items()) if name.startswith(first))  # after passes, if any
     top = parse(final)
     if [node.kind for node in top] == ["kCommandBuffer"]:
         return {"launches": 0, "conditions read": 0}
@@ -100,7 +96,10 @@ def parse(text: str) -> list[Node]:
 
 
 def count(nodes: list[Node], turns: int) -> tuple[int, int]:
-    """Launches of kernels, copies and graphs, and conditions that the host reads; loops have so many turns."""
+    """Launches of kernels, copies and graphs, and conditions that the host reads.
+
+    All loops have ``turns`` turns: those of a layerwise stage are over the frozen layers.
+    """
     launches = conditions = 0
     for node in nodes:
         if node.kind != "kWhile":

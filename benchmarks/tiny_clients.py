@@ -1,4 +1,4 @@
-"""A round of 10,000 clients of 1 to 5 images: where its seconds go, and what it gains from steps that are no larger.
+"""A round of 10,000 clients of 1 to 5 images, and what it gains from steps that hold no more than the largest needs.
 
     python benchmarks/tiny_clients.py --repeats 5
 

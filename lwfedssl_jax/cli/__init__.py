@@ -30,8 +30,6 @@ from lwfedssl_jax.system.program import program
 # Each command parses its options before it imports the code that runs it: bad input and --help do not wait for JAX.
 
 
-atexit.register(gc.freeze)  # as it ends, the interpreter does not search all of JAX's objects for garbage
-
 LEAST_WIDTH = 60  # of what is printed
 
 
@@ -43,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv) or ["train", "quickstart"]
     gc.set_threshold(50_000, 20, 20)  # rarer searches: tracing makes many objects that stay
+    atexit.register(gc.freeze)  # and none of all objects when the interpreter ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal's encoding lacks is shown as a question mark

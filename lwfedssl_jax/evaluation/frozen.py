@@ -1,7 +1,6 @@
 """Evaluation of an encoder by a linear probe and kNN on its frozen features, without heads."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Literal, NotRequired, Protocol, TypedDict, cast, final
 
@@ -119,7 +118,7 @@ def check_protocols(config: EvaluationConfig, dataset: Dataset) -> None:
 
 
 def make_encode(encoder: Encoder, recipe: Recipe, dtype: DTypeLike) -> Encode:
-    """Make the function that computes features of images, ``batch`` of them at once on each of this process's devices.
+    """Make the function that computes features of images, ``batch`` of them at once.
 
     Args:
       encoder: to compute features with.
@@ -133,8 +132,7 @@ def make_encode(encoder: Encoder, recipe: Recipe, dtype: DTypeLike) -> Encode:
         frozen, rest = split(encoder, params, depth)
         batches = (images_NxHxWxC[i : i + batch] for i in range(0, n, batch))
         padded = (np.pad(x, [(0, batch - len(x))] + [(0, 0)] * 3) for x in batches)
-        on = [jax.device_put((frozen, rest), device) for device in jax.local_devices()[: -(-n // batch)]]
-        parts = [forward_batch(*of, images, np.int32(depth)) for of, images in zip(itertools.cycle(on), padded)]
+        parts = [forward_batch(frozen, rest, images, np.int32(depth)) for images in padded]
         return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
 
     return encode

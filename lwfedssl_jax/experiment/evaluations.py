@@ -85,9 +85,8 @@ def _features(run: ActiveRun, dataset: Dataset, params: Tree, depth: int, number
     used = frozen.used_images(run.config.evaluation, dataset)
     test_NxD = run.encode(params, dataset.test_images, depth)
     train_NxD = np.zeros((len(dataset.train_images), test_NxD.shape[1]), test_NxD.dtype)
-    at_once = frozen.BATCH * jax.local_device_count()
-    for first in range(0, len(used), at_once):  # images may be mapped from a file that is larger than the memory
-        rows = used[first : first + at_once]
+    for first in range(0, len(used), frozen.BATCH):  # images may be mapped from a file that is larger than the memory
+        rows = used[first : first + frozen.BATCH]
         train_NxD[rows] = run.encode(params, dataset.train_images[rows], depth)
     for x in (train_NxD, test_NxD):
         check_finite(run.config, "the encoder's features are not finite", number, x)

@@ -16,6 +16,7 @@ from lwfedssl_jax.pilot.relay import Relay
 from lwfedssl_jax.pilot.worker import Worker
 from lwfedssl_jax.system.files import DirectoryLock
 
+SUPERNODE = "supernode.pid"
 SECONDS_BETWEEN_STARTS = 5.0
 SECONDS_OF_SILENCE = 45.0  # more than between two of the SuperNode's heartbeats
 WHY = {
@@ -65,7 +66,7 @@ def run_device(worker: Worker, relay: Relay, folder: Path, tell: Callable[[str],
                     tell(f"Flower's SuperNode ended and is started again: {why}")
                     node.stop()
                     time.sleep(SECONDS_BETWEEN_STARTS)
-                node = Process([*command, "--port", str(free_port())], folder / "supernode.log", folder)
+                node = Process([*command, "--port", str(free_port())], (folder / SUPERNODE).with_suffix(".log"), folder)
             if not answering.is_alive() or not relay.is_running:
                 raise OSError("the device can no longer answer: see the messages above")  # systemd starts it again
             time.sleep(0.5)

@@ -14,9 +14,10 @@ from lwfedssl_jax.config import Config, ConfigError, override, resolve
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.train import train_together
 from lwfedssl_jax.pilot.checks import check_pilot
+from lwfedssl_jax.pilot.device import SUPERNODE
 from lwfedssl_jax.pilot.images import write_images
 from lwfedssl_jax.pilot.keys import CA, DEVICES, make_keys
-from lwfedssl_jax.pilot.processes import SECONDS_TO_END, Process, check_flower, free_port
+from lwfedssl_jax.pilot.processes import SECONDS_TO_END, Process, check_flower, end_leftover, free_port
 from lwfedssl_jax.pilot.server import serve
 from lwfedssl_jax.pilot.superlink import FlowerLink
 from lwfedssl_jax.simulation.events import Hear
@@ -76,7 +77,7 @@ class LocalDevices:
     def start_one(self, name: str, port: int) -> None:
         """Start a device, again if it was started before."""
         if name in self.processes:
-            self.processes[name].stop(2 * SECONDS_TO_END)
+            self._end(name)
         own = self._folder / name
         command = [Path(sys.executable).name, "-m", "lwfedssl_jax", "pilot", "device", f"127.0.0.1:{port}"]
         command += ["--data", str(own / "images"), "--name", name, "--folder", str(own)]
@@ -90,8 +91,13 @@ class LocalDevices:
         """End all of them."""
         for process in self.processes.values():
             process.ask_to_stop()
-        for process in self.processes.values():
-            process.stop(2 * SECONDS_TO_END)  # it ends Flower's processes itself
+        for name in self.processes:
+            self._end(name)
+
+    def _end(self, name: str) -> None:
+        """End a device, which itself ends its SuperNode unless it has to be killed."""
+        self.processes[name].stop(2 * SECONDS_TO_END)
+        end_leftover(self._folder / name / SUPERNODE, "flower-supernode")
 
 
 def run_local(config: Config, workdir: WorkDir, deadline: float, hear: Hear, *, tls: bool = False) -> dict[str, Any]:

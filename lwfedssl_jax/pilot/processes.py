@@ -68,21 +68,15 @@ class Process:
             self._signal(signal.SIGTERM)
 
     def stop(self, seconds: float = SECONDS_TO_END) -> None:
-        """End it and all that it has started.
-
-        Args:
-          seconds: that it has for it; then, or if this process is itself interrupted, it is killed.
-        """
-        try:
-            self.ask_to_stop()
-            self._wait(seconds)
-        finally:
-            self._signal(signal.SIGKILL)
-            self._wait(SECONDS_TO_END)
-            self._id.unlink(missing_ok=True)
+        """End it and all that it has started, after ``seconds`` by killing it."""
+        self.ask_to_stop()
+        self._wait(seconds)
+        self._signal(signal.SIGKILL)
+        self._wait(SECONDS_TO_END)
+        self._id.unlink(missing_ok=True)
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
 
     def _wait(self, seconds: float) -> None:
@@ -102,6 +96,7 @@ def end_leftover(file: Path, program: str) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, sent)
                 time.sleep(1.0)
+    file.unlink(missing_ok=True)
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from lwfedssl_jax.config import Config
 SAMPLES_AT_ONCE = 2048  # of all lanes of one accelerator together
 
 
-def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = None, batch: int = 0) -> tuple[int, Mesh]:
+def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = None) -> tuple[int, Mesh]:
     """Return the number of lanes, and the mesh of devices over which they are split evenly.
 
     The number is ``runtime.lanes`` or depends on the device: ``config.cpu_lanes`` on each CPU, elsewhere as many as
@@ -23,11 +23,9 @@ def lanes_and_mesh(config: Config, axis: str, devices: Sequence[Any] | None = No
       config: resolved.
       axis: the mesh's name for the lanes.
       devices: to be used; by default all.
-      batch: samples that a step holds; by default ``optimizer.batch_size``.
     """
     devices = list(devices or jax.devices())
-    batch = batch or config.optimizer.batch_size
-    each = config.cpu_lanes if devices[0].platform == "cpu" else max(1, SAMPLES_AT_ONCE // batch)
+    each = config.cpu_lanes if devices[0].platform == "cpu" else max(1, SAMPLES_AT_ONCE // config.optimizer.batch_size)
     wanted = min(config.runtime.lanes or each * len(devices), config.cohort_size)
     if jax.process_count() == 1:
         devices = devices[:wanted]

@@ -157,9 +157,11 @@ def idle_call(run: Prepared) -> Schedule:
 
 
 def compile_stage(run: Prepared, stage: Stage, feed: Feed, stack: Stack, skipped: Collection[str] = ()) -> Program:
-    """Compile a stage's programs (see ``trace_stage``) at the same time, except for those whose names are given."""
+    """Compile a stage's programs (see ``trace_stage``), except for those whose names are given."""
     traced = trace_stage(run, stage, feed, stack, skipped)
-    with ThreadPoolExecutor(len(traced)) as pool:
+    # Elsewhere the compiler chooses kernels by their time, and programs would disturb each other.
+    at_once = len(traced) if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(at_once) as pool:
         futures = {name: pool.submit(program.lower().compile) for name, program in traced.items()}
     compiled: dict[str, Any] = dict.fromkeys(Program._fields)
     return Program(**compiled | {name: future.result() for name, future in futures.items()})

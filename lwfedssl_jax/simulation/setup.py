@@ -21,7 +21,7 @@ from lwfedssl_jax.method.checks import check_method
 from lwfedssl_jax.method.client import ClientStart
 from lwfedssl_jax.method.compression import make_compression
 from lwfedssl_jax.method.exchange import Exchange
-from lwfedssl_jax.method.fedca import dictionary_bytes, make_exchange
+from lwfedssl_jax.method.fedca import dictionary_bytes, has_base, make_exchange
 from lwfedssl_jax.method.privacy import private
 from lwfedssl_jax.method.stages import Stage, make_stages
 from lwfedssl_jax.method.stateful_clients import make_client_start
@@ -40,7 +40,11 @@ Made = TypeVar("Made")
 
 
 class Prepared(NamedTuple):
-    """A config and all that is derived from it before anything is compiled."""
+    """A config and all that is derived from it before anything is compiled.
+
+    Attributes:
+      batch: how many samples a step has room for (``needed_batch``); the others are as their types.
+    """
 
     config: Config
     dataset: Dataset
@@ -52,9 +56,7 @@ class Prepared(NamedTuple):
     stages: list[Stage]
     lanes: int
     mesh: Mesh
-    batch: (
-        int  # samples that a step holds, some of them padding: optimizer.batch_size, or what the largest client needs
-    )
+    batch: int
     aggregator: Aggregator
     start: ClientStart
     exchange: Exchange
@@ -123,16 +125,15 @@ def prepare(
     parts = parts_of(config)
     dataset, data = load_data(config.data, hear, cache or Cache())
     labels, seed = dataset.train_labels, config.partition_seed
+    lanes, mesh = lanes_and_mesh(config, LANES, devices)
     clients = partition(config.partition, labels, seed, dataset.train_clients)
-    batch = needed_batch(config, clients.sizes)
-    lanes, mesh = lanes_and_mesh(config, LANES, devices, batch)
     hear_short_batches(config, clients.sizes, parts.task.objective.fewest, hear)
     held_by_server = server_examples(config.partition, labels, seed)
     check_dictionary(config, memory_limit(mesh))
     check_server_images(config, len(held_by_server) * dataset.train_images[0].nbytes, memory_limit(mesh))
     server_images = dataset.train_images[held_by_server]
     run = lay_out(config, parts, dataset, clients, lanes, mesh)
-    run = run._replace(fingerprint=data, server_images=server_images, batch=batch)
+    run = run._replace(fingerprint=data, server_images=server_images, batch=needed_batch(config, clients.sizes))
     return run if config.fleet.devices else with_noise(run, hear)  # that depends on what the fleet can do
 
 
@@ -206,9 +207,11 @@ def load_data(config: DataConfig, hear: Hear, cache: Cache) -> tuple[Dataset, di
 def needed_batch(config: Config, sizes_N: np.ndarray) -> int:
     """Return how many samples a step must hold: a batch, or where no client fills one, as many as the largest client.
 
-    In the latter case it is 1 to 8, or these times a power of two, so that runs whose largest clients differ a little
-    share their programs.
+    In the latter case it is rounded up to 1 to 8, or these times a power of two, at most to a batch, so that runs whose
+    largest clients differ a little share their programs. FedCA's base term draws as many public images as a step holds.
     """
+    if has_base(config):
+        return config.optimizer.batch_size
     largest = int(sizes_N.max(initial=1))
     unit = 1 << max((largest - 1).bit_length() - 3, 0)
     return min(config.optimizer.batch_size, -(-largest // unit) * unit)

@@ -112,7 +112,11 @@ def test_lanes_devices_and_feed_change_rounding_only(strategy: str) -> None:
         chex.assert_trees_all_close(results[0], other, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective__name": "mae"}, RESNET], ids=["vit", "mae", "resnet"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"objective__name": "mae"}, {"objective__name": "vicreg"}, RESNET],
+    ids=["vit", "mae", "vicreg", "resnet"],
+)
 def test_steps_of_clients_that_fill_no_batch_are_no_larger_than_the_largest(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +128,8 @@ def test_steps_of_clients_that_fill_no_batch_are_no_larger_than_the_largest(
         assert 4 < max(run.clients.sizes) <= run.batch < 16
         whole, stage, params = setup.with_full_batch(run), run.stages[-1], setup.initial_params(run)
         (after, line), (expected, expected_line) = (fast_round(each, stage, params, 1) for each in (run, whole))
-        assert whole.batch == 64
+        with_base = override(config, {"additions.terms": ("base=1",)})
+        assert whole.batch == setup.needed_batch(with_base, run.clients.sizes) == 64
         chex.assert_trees_all_close(after, expected, rtol=0, atol=1e-9)
     assert max_difference(after, params) > 1e-3
     same = set(line) - {"seconds", "loss", "client_distance"}
@@ -297,10 +302,11 @@ DIFFERENT: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("strategy", "layout"), [("layerwise", (2, 2, "resident")), ("progressive", (1, 1, "streamed"))]
+    ("strategy", "layout", "batch"),
+    [("layerwise", (2, 2, "resident"), 8), ("progressive", (1, 1, "streamed"), 32)],
 )
 def test_runs_that_go_together_equal_each_alone(
-    strategy: str, layout: tuple[int, int, str], monkeypatch: pytest.MonkeyPatch
+    strategy: str, layout: tuple[int, int, str], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rounds of unlike seeds, numbers and partitions, in one of which one of the runs has nobody who reports.
 
@@ -313,12 +319,13 @@ def test_runs_that_go_together_equal_each_alone(
         "strategy__name": strategy, "objective__name": "mocov3", "runtime__lanes": lanes, "runtime__feed": feed,
         "federation__clients_per_round": 2,
         "additions__terms": ("proximal=0.3",), "additions__depth_dropout": 0.3, "federation__aggregator": "fedavgm",
-        "partition__clients": 6, "optimizer__learning_rate": 0.05,
+        "partition__clients": 6, "optimizer__learning_rate": 0.05, "optimizer__batch_size": batch,
     }  # fmt: skip
     with float64():
         configs = [override(small_config(**same | changes), {"runtime.precision": "float64"}) for changes in DIFFERENT]
         assert len({program_config(config) for config in configs}) == 1
         runs = [setup.prepare(config, jax.devices()[:devices]) for config in configs]
+        assert len({run.batch for run in runs}) == (1 if batch == 8 else 3)  # none fills a batch of 32
         stage = runs[0].stages[1]
         nobody = next(n for n in range(1, 30) if not cohort.draw_cohort(runs[2], n)[1])
         cache = setup.Cache()
