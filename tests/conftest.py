@@ -256,6 +256,10 @@ LONG = [
     "test_train.py",
     "test_fedca.py",
     "test_additions.py",
+    "test_shards.py",
+    "test_devices.py",
+    "test_sweep.py",
+    "test_examples.py",
 ]
 
 

@@ -141,7 +141,7 @@ def test_frozen_and_trainable_parts_together_are_the_module(model: str, mine: Pa
 
 @pytest.mark.parametrize(
     ("model", "strategy"),
-    [("mixer", "layerwise"), ("convnext", "layerwise"), ("convnext", "progressive"), ("mixer", "end_to_end")],
+    [("mixer", "end_to_end"), ("convnext", "layerwise")],
 )
 def test_from_a_file_of_ones_own_to_features(
     model: str, strategy: str, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
