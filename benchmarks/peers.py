@@ -42,6 +42,11 @@ def main() -> None:
             sides["PyTorch, sequential, one thread"] = torch_side(work, 1)
         seconds = common.interleave(sides, options.repeats)
         seconds |= {engine: run(work) for engine, run in engines.items()}
+        own = seconds["ours"]
+
+        def ratio(values: list[float], *, is_interleaved: bool, own: list[float] = own) -> float:
+            return common.ratio(own, values) if is_interleaved else statistics.median(own) / statistics.median(values)
+
         for side, values in seconds.items():
             rows.append(
                 {
@@ -49,7 +54,7 @@ def main() -> None:
                     "side": side,
                     "median s": statistics.median(values),
                     "fastest s": min(values),
-                    "ours / side": common.ratio(seconds["ours"], values),
+                    "ours / side": ratio(values, is_interleaved=side in sides),
                 }
             )
     common.publish(

@@ -230,9 +230,11 @@ def hear_short_batches(config: Config, sizes_N: np.ndarray, fewest: int, hear: H
     """
     few, batch_size = sizes_N < fewest, config.optimizer.batch_size
     if few.all():
+        is_shared = config.partition.kind == "shared"
+        enough = "a larger partition.examples_per_client" if is_shared else "fewer clients, or more images"
         raise ConfigError(
             f"partition.clients: none of {len(sizes_N)} clients has the {fewest} images that objective.name "
-            f"{config.objective.name} learns from; accepted: fewer clients, or more images"
+            f"{config.objective.name} learns from; accepted: {enough}"
         )
     if none := int((few & (sizes_N > 0)).sum()):
         hear(Note(f"{none} of {len(sizes_N)} clients have fewer than {fewest} images, and do not train"))
