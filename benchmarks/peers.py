@@ -41,12 +41,10 @@ def main() -> None:
         if options.cores > 1:
             sides["PyTorch, sequential, one thread"] = torch_side(work, 1)
         seconds = common.interleave(sides, options.repeats)
-        seconds |= {engine: run(work) for engine, run in engines.items()}
-        own = seconds["ours"]
-
-        def ratio(values: list[float], *, is_interleaved: bool, own: list[float] = own) -> float:
-            return common.ratio(own, values) if is_interleaved else statistics.median(own) / statistics.median(values)
-
+        ratios = {side: common.ratio(seconds["ours"], values) for side, values in seconds.items()}
+        for engine, run in engines.items():  # not interleaved: their rounds have no partner among ours
+            seconds[engine] = run(work)
+            ratios[engine] = statistics.median(seconds["ours"]) / statistics.median(seconds[engine])
         for side, values in seconds.items():
             rows.append(
                 {
@@ -54,7 +52,7 @@ def main() -> None:
                     "side": side,
                     "median s": statistics.median(values),
                     "fastest s": min(values),
-                    "ours / side": ratio(values, is_interleaved=side in sides),
+                    "ours / side": ratios[side],
                 }
             )
     common.publish(
