@@ -5,7 +5,6 @@
 A small ViT of 8x8 images, `optimizer.batch_size` 32. The rival is the same round with whole batches, mostly padding.
 """
 
-import time
 from typing import Any
 
 import common
@@ -46,17 +45,11 @@ def main() -> None:
     seconds = common.interleave(rounds, options.repeats)
     rows = []
     for name, side in sides.items():
-        began = time.perf_counter()
-        clients = cohort.draw_cohort(side, 1).reporting
-        work = cohort.pack_cohort(side, clients, 1)
-        calls = sum(1 for _ in work.calls) if work else 0
-        packing = time.perf_counter() - began
         rows.append(
             {
-                "steps": name, "samples in a step": side.batch, "clients": len(clients), "calls": calls,
+                "steps": name, "samples in a step": side.batch, "clients": len(cohort.draw_cohort(side, 1).reporting),
                 "round, median s": sorted(seconds[name])[options.repeats // 2],
                 "of whole batches": common.ratio(seconds[name], seconds["whole batches"]),
-                "drawing and laying out, s": packing,
             }
         )  # fmt: skip
     common.publish("tiny_clients", f"A round of {CLIENTS:,} clients of 1 to {LARGEST} images", rows)
