@@ -10,13 +10,13 @@ from pathlib import Path
 
 from lwfedssl_jax.pilot import channel
 from lwfedssl_jax.pilot.channel import Packet
-from lwfedssl_jax.pilot.processes import Process, free_port
+from lwfedssl_jax.pilot.processes import Process, end_leftover, free_port
 from lwfedssl_jax.pilot.protocol import Message
 from lwfedssl_jax.pilot.relay import Relay
 from lwfedssl_jax.pilot.worker import Worker
 from lwfedssl_jax.system.files import DirectoryLock
 
-SUPERNODE = "supernode.pid"
+PROGRAM, SUPERNODE = "flower-supernode", "supernode.pid"
 SECONDS_BETWEEN_STARTS = 5.0
 SECONDS_OF_SILENCE = 45.0  # more than between two of the SuperNode's heartbeats
 WHY = {
@@ -46,7 +46,7 @@ def run_device(worker: Worker, relay: Relay, folder: Path, tell: Callable[[str],
     listener, busy = channel.listen(temporary / "worker"), threading.Lock()
     answering = threading.Thread(target=answer, args=(listener, worker, tell, busy), daemon=True)
     answering.start()
-    command = ["flower-supernode", *security, "--superlink", f"127.0.0.1:{relay.port}"]
+    command = [PROGRAM, *security, "--superlink", f"127.0.0.1:{relay.port}"]
     command += ["--node-config", f'socket="{temporary / "worker"}"']
     node: Process | None = None
     try:
@@ -77,6 +77,11 @@ def run_device(worker: Worker, relay: Relay, folder: Path, tell: Callable[[str],
         relay.close()
         lock.release()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def end_supernode(folder: Path) -> None:
+    """End the SuperNode of a device that was killed before it could do so."""
+    end_leftover(folder / SUPERNODE, PROGRAM)
 
 
 def answer(listener: socket.socket, worker: Worker, tell: Callable[[str], None], busy: threading.Lock) -> None:

@@ -14,10 +14,10 @@ from lwfedssl_jax.config import Config, ConfigError, override, resolve
 from lwfedssl_jax.experiment.active import ActiveRun
 from lwfedssl_jax.experiment.train import train_together
 from lwfedssl_jax.pilot.checks import check_pilot
-from lwfedssl_jax.pilot.device import SUPERNODE
+from lwfedssl_jax.pilot.device import end_supernode
 from lwfedssl_jax.pilot.images import write_images
 from lwfedssl_jax.pilot.keys import CA, DEVICES, make_keys
-from lwfedssl_jax.pilot.processes import SECONDS_TO_END, Process, check_flower, end_leftover, free_port
+from lwfedssl_jax.pilot.processes import SECONDS_TO_END, Process, check_flower, free_port
 from lwfedssl_jax.pilot.server import serve
 from lwfedssl_jax.pilot.superlink import FlowerLink
 from lwfedssl_jax.simulation.events import Hear
@@ -97,7 +97,7 @@ class LocalDevices:
     def _end(self, name: str) -> None:
         """End a device, which itself ends its SuperNode unless it has to be killed."""
         self.processes[name].stop(2 * SECONDS_TO_END)
-        end_leftover(self._folder / name / SUPERNODE, "flower-supernode")
+        end_supernode(self._folder / name)
 
 
 def run_local(config: Config, workdir: WorkDir, deadline: float, hear: Hear, *, tls: bool = False) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def compare(config: Config, workdir: Path, simulated: WorkDir, hear: Hear) -> fl
 
 
 def make_simulator(runs: Sequence[Prepared], *args: Any, **options: Any) -> Simulator:
-    """Make a simulator that rounds as devices do."""
+    """Make a simulator whose steps have room for a whole batch, as those of devices do."""
     return Simulator([with_full_batch(run) for run in runs], *args, **options)
 
 
