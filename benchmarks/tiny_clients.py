@@ -1,8 +1,8 @@
-"""A round of 10,000 clients of 1 to 5 images, and what it gains from steps that hold no more than the largest needs.
+"""A round of 10,000 clients of 1 to 5 images: steps padded to the largest client, against steps of whole batches.
 
     python benchmarks/tiny_clients.py --repeats 5
 
-A small ViT of 8x8 images, `optimizer.batch_size` 32. The rival is the same round with whole batches, mostly padding.
+A small ViT of 8x8 images, `optimizer.batch_size` 32, so that whole batches are mostly padding.
 """
 
 from typing import Any

@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
     """A config and all that is derived from it before anything is compiled.
 
     Attributes:
-      batch: how many samples a step has room for (``needed_batch``); the others are as their types.
+      batch: number of samples per step and lane, including padding (``needed_batch``).
     """
 
     config: Config
@@ -205,10 +205,11 @@ def load_data(config: DataConfig, hear: Hear, cache: Cache) -> tuple[Dataset, di
 
 
 def needed_batch(config: Config, sizes_N: np.ndarray) -> int:
-    """Return how many samples a step must hold: a batch, or where no client fills one, as many as the largest client.
+    """Return the number of samples per step and lane: a batch or, if no client fills one, those of the largest client.
 
-    In the latter case it is rounded up to 1 to 8, or these times a power of two, at most to a batch, so that runs whose
-    largest clients differ a little share their programs. FedCA's base term draws as many public images as a step holds.
+    The latter is rounded up to 1 to 8, or to these times a power of two, but not above a batch, so that runs whose
+    largest clients differ slightly share their programs. FedCA's base term draws as many public images as there are
+    samples in a step, and therefore keeps whole batches.
     """
     if has_base(config):
         return config.optimizer.batch_size
